@@ -1,0 +1,74 @@
+# Everything runs in .venv, made here. Any Python from 3.11 on: make PYTHON=python3.12 demo
+VENV ?= .venv
+BIN := $(VENV)/bin
+SITE := nbs/_site
+PACKAGING := settings.ini setup.py pyproject.toml constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# Idle threads sleep instead of spinning: beside other work, small networks train several times faster.
+export OMP_WAIT_POLICY := passive
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test site install book clean browser assets
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed ## compare plain and least-action training on handwritten digits
+	@echo "Running lap_compare: about two minutes on two cores"
+	$(BIN)/lap_compare --force
+
+test: $(VENV)/.installed-dev browser assets ## run every notebook and every test
+	$(BIN)/python -m pytest
+
+site: $(VENV)/.installed-dev assets ## build the site into _docs/
+	$(BIN)/python $(SITE)/render.py
+	@echo "The site is at $(CURDIR)/_docs/index.html"
+
+install: $(VENV)/.installed-dev ## install everything that development needs into .venv
+
+book: $(VENV)/.installed-dev ## export, run all notebooks, save their outputs, clean, write the README
+	$(BIN)/nbdev_export
+	$(BIN)/python $(SITE)/execute.py
+	$(BIN)/nbdev_clean
+	$(BIN)/python $(SITE)/readme.py
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) _proc _docs build dist lap_nb.egg-info .pytest_cache $(SITE)/node_modules
+	find lap_nb nbs tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Creating $(VENV) with $$($$python --version)"; exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "No Python 3.11 or later was found: install one (Debian: apt-get install python3 python3-venv)" \
+	  "or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1
+
+$(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
+	@echo "Installing lap_nb and what it requires into $(VENV): about a minute"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
+	@echo "Installing lap_nb with its development tools into $(VENV): about two minutes"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+# What the browser tests and the site need from outside Python. Where it cannot be had, make goes on: the tests that
+# need it are skipped and say so.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+	echo "Installing Chromium for the browser tests: about half a minute"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	{ $$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+	|| echo "Chromium could not be installed, the browser tests will be skipped: try 'sudo apt-get install chromium'"
+
+assets: $(SITE)/node_modules/.installed
+$(SITE)/node_modules/.installed: $(SITE)/package.json $(SITE)/package-lock.json
+	@echo "Installing the site's scripts and fonts with npm"
+	@if npm ci --ignore-scripts --no-audit --no-fund --silent --prefix $(SITE); then touch $@; \
+	else echo "npm could not install them, the site tests will be skipped: is Node.js with npm installed?"; fi

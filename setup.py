@@ -1,0 +1,26 @@
+"Packaging shim: every value comes from settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+import shlex
+
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=['='])
+ini.read('settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+words = lambda key: shlex.split(cfg.get(key) or '')
+licences = dict(apache2='Apache-2.0', mit='MIT', bsd3='BSD-3-Clause')
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    license=licences.get(cfg['license'], cfg['license']), license_files=['LICENSE'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
+    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
+    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements')},
+    python_requires='>=' + cfg['min_python'],
+    long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: ' + cfg['audience']],
+    entry_points={'console_scripts': words('console_scripts'),
+                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    zip_safe=False)

@@ -1,0 +1,33 @@
+"Fixtures shared by the test files."
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def root():
+    "The checkout under test."
+    return ROOT
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A throw-away copy of the checkout: what git tracks or would track, and nothing else."
+    return copy_checkout(tmp_path / 'checkout')
+
+
+def copy_checkout(to):
+    "Copy the tracked and the untracked, not ignored files of the checkout into the folder `to`."
+    names = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+                           cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split('\0')):
+        source, target = ROOT / name, to / name
+        if not os.path.lexists(source): continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target, follow_symlinks=False)
+    return to

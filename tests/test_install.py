@@ -1,0 +1,153 @@
+"The package builds, installs into an environment that holds nothing else, and does its work there."
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from conftest import copy_checkout
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(p.name for p in (ROOT / 'lap_nb').glob('*.py'))
+DEV_PACKAGES = 'nbdev pytest jupyterlab jupytext playwright'.split()
+OPTIONS = '--data --n --seeds --epochs --device --out --force --lambda0 --tau --every'.split()
+METHODS = {'plain', 'plain-tuned', 'least-action'}
+MEASURES = ['test_accuracy_last', 'test_accuracy_best', 'energy_per_sample', 'straightness']
+
+pytestmark = pytest.mark.install
+
+
+def run(*args, cwd, timeout=600):
+    "Run `args` with nothing of the checkout in the environment."
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'LAP_NB_DATA', 'VIRTUAL_ENV')}
+    env['OMP_NUM_THREADS'] = '1'
+    return subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def check(*args, cwd):
+    "Standard output of `run`; a failure shows everything that was printed."
+    done = run(*args, cwd=cwd)
+    if done.returncode:
+        pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}', pytrace=False)
+    return done.stdout
+
+
+def build(source, kind, to):
+    "Build the distribution `kind` (wheel or sdist) of the folder `source` into `to`."
+    check(sys.executable, '-m', 'build', '--no-isolation', f'--{kind}', '--outdir', to, source, cwd=to.parent)
+    return next(to.glob('*.whl' if kind == 'wheel' else '*.tar.gz'))
+
+
+@pytest.fixture(scope='module')
+def dists(tmp_path_factory):
+    "The wheel, the sdist, and the wheel built from the unpacked sdist."
+    folder = tmp_path_factory.mktemp('dist')
+    source = copy_checkout(folder / 'checkout')
+    sdist = build(source, 'sdist', folder / 'sdist')
+    with tarfile.open(sdist) as archive: archive.extractall(folder / 'unpacked', filter='data')
+    unpacked, = (folder / 'unpacked').iterdir()
+    return build(source, 'wheel', folder / 'wheel'), sdist, build(unpacked, 'wheel', folder / 'again')
+
+
+@pytest.fixture(scope='module')
+def installed(dists, tmp_path_factory):
+    "The program folder of a new environment that holds the wheel and what it requires."
+    folder = tmp_path_factory.mktemp('installed')
+    venv.create(folder / 'env', with_pip=True)
+    programs = folder / 'env' / 'bin'
+    check(programs / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check',
+          '-c', ROOT / 'constraints.txt', dists[0], cwd=folder)
+    return programs
+
+
+@pytest.fixture(scope='module')
+def compared(installed, tmp_path_factory):
+    "The output folder of a small run, started far from the checkout, and what the run printed."
+    folder = tmp_path_factory.mktemp('compared')
+    printed = check(installed / 'lap_compare', '--seeds', '2', '--epochs', '2', '--out', folder / 'out', cwd=folder)
+    return folder / 'out', printed
+
+
+def contents(wheel):
+    "File names and bytes of a wheel."
+    with zipfile.ZipFile(wheel) as archive: return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_wheel_contents(dists):
+    names = set(contents(dists[0]))
+    info = next(name.split('/')[0] for name in names if name.endswith('.dist-info/METADATA'))
+    assert {f'lap_nb/{name}' for name in MODULES} <= names
+    assert f'{info}/licenses/LICENSE' in names
+    assert {name.split('/')[0] for name in names} == {'lap_nb', info}
+    assert {Path(name).suffix for name in names if name.startswith('lap_nb/')} == {'.py'}
+
+
+def test_sdist_contents(dists):
+    with tarfile.open(dists[1]) as archive: names = {name.partition('/')[2] for name in archive.getnames()}
+    assert {f'lap_nb/{name}' for name in MODULES} | {'LICENSE', 'README.md', 'settings.ini', 'setup.py'} <= names
+
+
+def test_sdist_builds_the_same_wheel(dists):
+    wheel, _, again = dists
+    assert contents(wheel) == contents(again)
+
+
+def test_only_runtime_packages_are_installed(installed, tmp_path):
+    code = 'import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))'
+    assert check(installed / 'python', '-c', code, *DEV_PACKAGES, cwd=tmp_path).split() == []
+    check(installed / 'python', '-m', 'pip', 'check', cwd=tmp_path)
+
+
+def test_every_module_imports_without_warnings(installed, tmp_path):
+    code = ('import importlib, sys, warnings\nwarnings.filterwarnings("error", module=r"lap_nb(\\.|$)")\n'
+            'for name in sys.argv[1:]: print(importlib.import_module(name).__file__)')
+    names = ['lap_nb'] + [f'lap_nb.{Path(name).stem}' for name in MODULES if name != '__init__.py']
+    for file in check(installed / 'python', '-c', code, *names, cwd=tmp_path).split('\n')[:-1]:
+        assert Path(file).is_relative_to(installed.parent), f'{file} is not the installed module'
+
+
+def test_compare_writes_the_record(compared):
+    record = json.loads((compared[0] / 'lap_compare.json').read_text(encoding='utf-8'))
+    assert record['provenance']
+    rows = record['rows']
+    assert {(row['method'], row['seed']) for row in rows} == {(m, s) for m in METHODS for s in {r['seed'] for r in rows}}
+    assert len(rows) == 6
+    for row in rows:
+        assert {'n', 'lambda'} <= row.keys()
+        assert all(math.isfinite(row[measure]) for measure in MEASURES), row
+    assert all(row['lambda'] > 0 for row in rows if row['method'] == 'least-action')
+
+
+def test_compare_draws_the_picture(compared):
+    assert (compared[0] / 'lap_compare.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
+
+
+def test_compare_prints_a_row_for_each_method(compared):
+    assert all(re.search(rf'(?<![\w-]){method}(?![\w-])', compared[1]) for method in METHODS), compared[1]
+
+
+def test_compare_overwrites_nothing(installed, compared):
+    out = compared[0]
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    again = run(installed / 'lap_compare', '--seeds', '2', '--epochs', '2', '--out', out, cwd=out.parent)
+    said = again.stdout + again.stderr
+    assert again.returncode != 0
+    assert 'lap_compare.json' in said and '--force' in said and 'Traceback' not in said, said
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_compare_help_explains_every_option(installed, tmp_path):
+    shown = check(installed / 'lap_compare', '--help', cwd=tmp_path)
+    parts = re.split(r'^ +(--?[a-z][\w-]*)', shown.partition('\noptions:')[2], flags=re.M)
+    explained = dict(zip(parts[1::2], parts[2::2]))
+    assert set(OPTIONS) <= explained.keys(), shown
+    for option, text in explained.items():
+        words = re.sub(r'\(default:.*?\)|\{.*?\}|\b[A-Z_0-9]+\b|--[\w-]+', ' ', text, flags=re.S).split()
+        assert len(words) >= 2, f'{option} is not explained:\n{shown}'

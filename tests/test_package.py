@@ -1,0 +1,267 @@
+"The notebooks are the only source: what is generated from them is in step with them, and the package keeps its manners."
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from fastcore.docments import docments
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / 'nbs'
+NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
+
+# A module imports only from modules to its left.
+ORDER = ('data dynamics attach kinetic transport least_action training ensembles studies depth plots widgets '
+         'compare bench').split()
+# Slow to import and needed by few calls: imported inside the functions that use them.
+LAZY = 'pandas ot matplotlib sklearn ipywidgets'.split()
+EXPORTED = {'export', 'exports', 'exporti'}
+DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
+MACHINE_PATH = re.compile(r'(?<![\w.:/+=])/(?:work|root|tmp|home|Users|private|opt|mnt)/|[A-Za-z]:\\+Users')
+MAX_BYTES, MAX_LINES, MAX_IMPORT_SECONDS = 1_000_000, 40, .2
+
+
+def run(*args, cwd=ROOT):
+    "Run this Python with `args`, its modules taken from `cwd`."
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'IN_TEST')}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def check(*args, cwd=ROOT):
+    "Standard output of `run`; a failure shows everything that was printed."
+    done = run(*args, cwd=cwd)
+    if done.returncode: pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout}\n{done.stderr}', pytrace=False)
+    return done.stdout
+
+
+def no(offenders, rule):
+    "Fail with the whole list of `offenders`."
+    if offenders := list(offenders): pytest.fail('\n  '.join([f'{rule}:', *offenders]), pytrace=False)
+
+
+def python_files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*.py')}
+
+
+@cache
+def load(notebook): return json.loads(notebook.read_text(encoding='utf-8'))
+
+
+def cells(kind='code'):
+    "Each cell of `kind` of all notebooks: where it stands, the cell, its directives, its code without them."
+    for notebook in NOTEBOOKS:
+        for number, cell in enumerate(load(notebook)['cells'], 1):
+            if cell['cell_type'] != kind: continue
+            lines = ''.join(cell['source']).splitlines()
+            directives = dict(DIRECTIVE.match(line).groups() for line in lines if DIRECTIVE.match(line))
+            yield f'{notebook.name} cell {number}', cell, directives, [ln for ln in lines if not DIRECTIVE.match(ln)]
+
+
+def default_modules():
+    "The module that each notebook exports to."
+    return {d['default_exp']: where.split()[0] for where, _, d, _ in cells() if 'default_exp' in d}
+
+
+def modules(): return sorted(p.stem for p in (ROOT / 'lap_nb').glob('*.py') if not p.stem.startswith('_'))
+
+
+def module_tree(name): return ast.parse((ROOT / 'lap_nb' / f'{name}.py').read_text(encoding='utf-8'), f'{name}.py')
+
+
+# In step with the notebooks
+
+def test_export_is_in_step(copy):
+    before = python_files(copy / 'lap_nb')
+    for name in before:
+        if name != '__init__.py': (copy / 'lap_nb' / name).unlink()
+    check('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
+    after = python_files(copy / 'lap_nb')
+    no((name for name in sorted(before | after) if before.get(name) != after.get(name)),
+       'lap_nb/ differs from what the notebooks export (run nbdev_export; remove modules without a notebook)')
+
+
+def test_modules_and_notebooks_match():
+    files = {p.stem for p in (ROOT / 'lap_nb').rglob('*.py')} - {'__init__', '_modidx'}
+    wanted = default_modules()
+    no([f'lap_nb/{name}.py has no notebook' for name in sorted(files - wanted.keys())] +
+       [f'{wanted[name]} has no lap_nb/{name}.py' for name in sorted(wanted.keys() - files)],
+       'each module has its notebook and the other way round')
+
+
+def test_notebooks_are_clean(copy):
+    before = {p.name: p.read_bytes() for p in (copy / 'nbs').glob('*.ipynb')}
+    check('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
+    no((name for name, text in sorted(before.items()) if (copy / 'nbs' / name).read_bytes() != text), 'run nbdev_clean')
+
+
+def test_readme_is_generated(copy):
+    check('nbs/_site/readme.py', '--check', cwd=copy)
+
+
+def test_compiles_without_warnings(tmp_path):
+    shutil.copytree(ROOT / 'lap_nb', tmp_path / 'lap_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    check('-W', 'error', '-m', 'compileall', '-q', '-f', 'lap_nb', cwd=tmp_path)
+
+
+# Notebooks
+
+def test_notebook_size():
+    no((f'{p.name}: {p.stat().st_size:,} bytes' for p in NOTEBOOKS if p.stat().st_size > MAX_BYTES),
+       f'a notebook has at most {MAX_BYTES:,} bytes')
+
+
+def texts(value):
+    "All strings in a nest of lists and dicts, pictures left out."
+    if isinstance(value, str): yield value
+    elif isinstance(value, list): yield ''.join(value) if all(isinstance(v, str) for v in value) else '\n'.join(
+        text for v in value for text in texts(v))
+    elif isinstance(value, dict):
+        for key, v in value.items():
+            if not key.startswith('image/') or key == 'image/svg+xml': yield from texts(v)
+
+
+def test_saved_outputs_are_presentable():
+    def faults():
+        for where, cell, _, _ in cells():
+            for output in cell['outputs']:
+                if output['output_type'] == 'error': yield f'{where}: saved error {output["ename"]}'
+                if output.get('name') == 'stderr': yield f'{where}: saved stderr {"".join(output["text"])[:80]!r}'
+                for text in texts(output):
+                    if 'Traceback (most recent call last)' in text: yield f'{where}: traceback'
+                    if found := MACHINE_PATH.search(text): yield f'{where}: machine path {text[found.start():][:60]!r}'
+        for notebook in NOTEBOOKS:
+            for text in texts(load(notebook)['metadata']):
+                if found := MACHINE_PATH.search(text): yield f'{notebook.name} metadata: {text[found.start():][:60]!r}'
+
+    no(faults(), 'saved outputs hold no error, warning, traceback or machine path')
+
+
+def test_figures_have_alt_text():
+    def has_figure(cell): return any(mime.startswith('image/') for o in cell['outputs'] for mime in o.get('data', {}))
+
+    no((where for where, cell, directives, _ in cells() if has_figure(cell) and not directives.get('fig-alt')),
+       'a cell that shows a figure has "#| fig-alt: ..."')
+
+
+def test_sources_are_lists_of_lines():
+    no((f'{n.name} cell {i}' for n in NOTEBOOKS for i, c in enumerate(load(n)['cells'], 1)
+        if not isinstance(c['source'], list) or any('\n' in line[:-1] for line in c['source'])),
+       'a cell source is a list of lines, so that diffs are by line')
+
+
+def parse(lines):
+    "Syntax tree of a cell, without its magics."
+    return ast.parse('\n'.join('pass' if line.lstrip().startswith(('%', '!')) else line for line in lines))
+
+
+def test_imports_stand_alone():
+    def mixes(directives, lines):
+        if 'nbdev_export()' in '\n'.join(lines) or directives.get('eval') == 'false': return False
+        tree, imports = parse(lines), (ast.Import, ast.ImportFrom)
+        nodes = tree.body if EXPORTED & directives.keys() else ast.walk(tree)
+        return any(isinstance(n, imports) for n in nodes) and not all(isinstance(n, imports) for n in tree.body)
+
+    no((where for where, _, directives, lines in cells() if mixes(directives, lines)),
+       'imports stand in cells of their own: the docs build runs every cell that imports, in an empty namespace')
+
+
+def test_exported_cells_are_short():
+    no((f'{where}: {len(lines)} lines' for where, _, directives, lines in cells()
+        if EXPORTED & directives.keys() and len(lines) > MAX_LINES), f'an exported cell has at most {MAX_LINES} lines')
+
+
+# The package
+
+def test_import_is_light():
+    code = ('import sys, time; start = time.perf_counter(); import lap_nb; seconds = time.perf_counter() - start; '
+            'print("torch" in sys.modules, seconds)')
+    results = [check('-c', code).split() for _ in range(3)]
+    assert all(torch == 'False' for torch, _ in results), 'import lap_nb imports torch'
+    best = min(float(seconds) for _, seconds in results)
+    assert best < MAX_IMPORT_SECONDS, f'import lap_nb takes {best:.2f} s'
+
+
+def test_heavy_packages_wait_until_needed():
+    code = ('import importlib, json, sys\nseen = {}\nfor name in sys.argv[2:]:\n    importlib.import_module("lap_nb." + name)\n'
+            '    for heavy in sys.argv[1].split(","):\n        if heavy in sys.modules: seen.setdefault(heavy, name)\n'
+            'print(json.dumps(seen))')
+    first = json.loads(check('-c', code, ','.join(LAZY), *filter(modules().__contains__, ORDER)))
+    no((f'lap_nb.{name} imports {heavy}' for heavy, name in first.items()), 'imported before it is needed')
+
+
+def test_import_direction():
+    def imported(name):
+        "The modules of the package that `name` imports, anywhere in its text."
+        for node in ast.walk(module_tree(name)):
+            if isinstance(node, ast.Import):
+                yield from (a.name.split('.')[1] for a in node.names if a.name.startswith('lap_nb.'))
+            elif isinstance(node, ast.ImportFrom):
+                path = ('lap_nb.' if node.level else '') + (node.module or '')
+                if path.strip('.') == 'lap_nb': yield from (a.name for a in node.names if a.name in ORDER)
+                elif path.startswith('lap_nb.'): yield path.split('.')[1]
+
+    no((f'{name}: give it a place in ORDER' for name in modules() if name not in ORDER), 'unknown module')
+    no((f'{name} imports {other}' for name in modules() for other in imported(name)
+        if other in ORDER and ORDER.index(other) >= ORDER.index(name)), f'imports run one way: {" -> ".join(ORDER)}')
+
+
+def public(module):
+    "The functions and classes that `module` exports, by name."
+    found = {name: getattr(module, name) for name in module.__all__}
+    return {name: x for name, x in found.items() if inspect.isfunction(x) or inspect.isclass(x)}
+
+
+def undocumented(name, thing):
+    "What lacks a comment or a docstring in the public `thing`."
+    own = vars(thing) if inspect.isclass(thing) else {}
+    doc = own.get('__doc__') if own else thing.__doc__
+    if not doc or doc.startswith(f'{thing.__name__}('): yield f'{name}: no docstring'
+    comments = docments(thing, returns=False, args_kwargs=True)
+    if is_dataclass(thing): comments = {p: c for p, c in comments.items() if p in own.get('__annotations__', ())}
+    elif own and '__init__' not in own: comments = {}
+    yield from (f'{name}: parameter {p} has no comment' for p, comment in comments.items() if p != 'self' and not comment)
+
+
+def test_public_names_are_documented():
+    sources = {name: importlib.import_module(f'lap_nb.{name}') for name in modules()}
+    no((fault for module, source in sources.items() for name, thing in public(source).items()
+        for fault in undocumented(f'{module}.{name}', thing)), 'docstring and a comment beside each parameter')
+
+
+def test_installed_packages_agree():
+    check('-m', 'pip', 'check')
+
+
+# Configuration
+
+def test_quarto_configuration_is_the_top_level_one():
+    link = NBS / '_quarto.yml'
+    assert link.is_symlink() and os.readlink(link) == '../_quarto.yml', 'nbs/_quarto.yml is a symlink to ../_quarto.yml'
+
+
+def test_sidebar_lists_every_notebook():
+    def entries(value):
+        if isinstance(value, str): yield value
+        elif isinstance(value, list): yield from (e for v in value for e in entries(v))
+        elif isinstance(value, dict): yield from (e for v in value.values() for e in entries(v))
+
+    config = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
+    listed = {e for e in entries(config['website']['sidebar']) if e.endswith('.ipynb')}
+    present = {p.name for p in NOTEBOOKS}
+    no([f'{name} is not in the sidebar' for name in sorted(present - listed)] +
+       [f'the sidebar lists {name}, which does not exist' for name in sorted(listed - present)], '_quarto.yml')
+
+
+def test_torch_is_pinned_in_the_constraints_only():
+    "The exact version, with its CPU build, serves the tests: users choose their own."
+    assert 'torch==' in (ROOT / 'constraints.txt').read_text(encoding='utf-8')
+    assert 'torch==' not in (ROOT / 'settings.ini').read_text(encoding='utf-8')
