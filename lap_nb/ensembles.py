@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -50,33 +51,40 @@ class Ensemble(nn.Module):
         for meter, energy in zip(meters, energies): meter.put(energy)
         return out
 
-    def watch(self,
-        meter:EnergyMeter, # on the blocks of `self.skeleton`
-    ):
-        "Let the meter see the energies of all networks, `[S, K]`."
-        self.meters.append(meter)
-
     def train(self, mode:bool=True):
         self.skeleton.train(mode)
         return super().train(mode)
 
-    def member(self,
-        i:int,       # index in the row
-    )->nn.Module:    # an ordinary module with the parameters of network `i`, copied
-        model = deepcopy(self.blank).to(self.stacks[0].device)
-        params, buffers = self._state()
-        model.load_state_dict({name: stack[i].detach() for name, stack in (params | buffers).items()}, strict=False)
-        return model.train(self.training)
+# %% ../nbs/07_ensembles.ipynb #c1f566a9
+@patch
+def member(self:Ensemble,
+    i:int,       # index in the row
+)->nn.Module:    # an ordinary module with the parameters of network `i`, copied
+    "Network `i` of the row on its own."
+    model = deepcopy(self.blank).to(self.stacks[0].device)
+    params, buffers = self._state()
+    model.load_state_dict({name: stack[i].detach() for name, stack in (params | buffers).items()}, strict=False)
+    return model.train(self.training)
+
+# %% ../nbs/07_ensembles.ipynb #b8bc033f
+@patch
+def watch(self:Ensemble,
+    meter:EnergyMeter, # on the blocks of `self.skeleton`
+):
+    "Let the meter see the energies of all networks, `[S, K]`, after each forward pass."
+    self.meters.append(meter)
 
 # %% ../nbs/07_ensembles.ipynb #a70201cd
 @contextmanager
-def seeded(seed:int):
+def seeded(
+    seed:int, # of the weights, dropout and whatever else is drawn inside
+):
     "Inside, the global generator starts at `seed`; afterwards it is as before."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
-@dataclass
+@dataclass(repr=False)
 class Runs(Run):
     "What the training of `S` networks did: a `Run` whose curves have a second axis, the networks; `runs[i]` is one of them."
     def __len__(self)->int: return len(self.model)
@@ -91,7 +99,12 @@ def fit_many(
     seeds:Sequence[int]|None=None,      # of weights and batches, `S` of them; None: those of the split
     least_action:Callable[[nn.Module], LeastAction]|None=None, # e.g. `LeastAction`; None: the task's loss alone
     device:str|torch.device="cpu",      # where to train
-    epochs:int=200, batch_size:int=100, lr:float=1e-3, weight_decay:float=.01, label_smoothing:float=0., eval_every:int=10, # as in `fit`
+    epochs:int=200,                     # passes through the training samples
+    batch_size:int=100,                 # samples per step and network
+    lr:float=1e-3,                      # learning rate of AdamW
+    weight_decay:float=.01,             # decoupled, as in AdamW
+    label_smoothing:float=0.,           # share of the target spread over all classes
+    eval_every:int=10,                  # epochs between two points of the curves
     progress=False,                     # True: a progress bar; or a bar to `update(1)` after each epoch
 )->Runs:
     "Train one network per seed, all at once; each does what `fit` would do with its seed and its part of the data."
@@ -128,9 +141,11 @@ def _attached(least_action, ensemble:Ensemble)->LeastAction|None:
 @dataclass(frozen=True)
 class Interval:
     "A mean and the interval that covers the true mean at the stated level."
-    mean:float; low:float; high:float
+    mean:float      # of the values
+    low:float       # lower end
+    high:float      # upper end
     n:int           # values averaged
-    level:float=.95
+    level:float=.95 # coverage
     def __str__(self)->str: return f"{self.mean:.1f} ± {(self.high - self.low) / 2:.1f}"
 
 def interval(
@@ -142,6 +157,6 @@ def interval(
     values = torch.as_tensor(values, dtype=torch.float64)
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"found {values.tolist()}, expected at least two finite values in one row")
-    half = t.ppf((1 + level) / 2, len(values) - 1) * (values.std() / len(values) ** .5).item()
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * (values.std() / len(values) ** .5).item()
     mean = values.mean().item()
     return Interval(mean, mean - half, mean + half, len(values), level)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .kinetic import EnergyMeter
@@ -61,13 +62,18 @@ class LeastAction(nn.Module):
             self.lam = dual_ascent(self.lam, task, self.tau, self.target, self.low, self.cap)
         return task + action / self.lam
 
-    @property
-    def blocks(self)->list[str]: return list(self.meter.blocks)
     def remove(self): self.meter.remove()
     def get_extra_state(self)->dict: return {"calls": self.calls}
     def set_extra_state(self, state:dict): self.calls = state["calls"]
     def extra_repr(self)->str:
         return f"lambda={self.lam.tolist()}, tau={self.tau:g}, every={self.every}, target={self.target:g}, blocks={len(self.blocks)}"
+
+# %% ../nbs/05_least_action.ipynb #ebcd964c
+@patch(as_prop=True)
+def blocks(self:LeastAction
+)->list[str]: # names in the model, in the order of the flow
+    "The blocks whose action is counted."
+    return list(self.meter.blocks)
 
 # %% ../nbs/05_least_action.ipynb #196de024
 def _check_settings(lambda0, tau, every, target, cap):

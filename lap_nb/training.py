@@ -82,7 +82,7 @@ class Run:
 
     def __repr__(self)->str:
         last = ", ".join(f"{k} {v.float().mean():.3g}" for k, v in self.last.items())
-        return f"Run: {last} ({self.provenance['seconds']:.0f} s on {self.provenance['device']})"
+        return f"{type(self).__name__} on {self.provenance['device']}, at the end: {last}"
 
 # %% ../nbs/06_training.ipynb #07cb7f2e
 def provenance(
@@ -103,7 +103,12 @@ def train_loop(
     split:Split,                          # samples and indices, on the model's device
     least_action:LeastAction|None,        # attached to the model; None: the task's loss alone
     generators:Sequence[torch.Generator], # one per network, for the order of its batches
-    epochs:int, batch_size:int, lr:float, weight_decay:float, label_smoothing:float, eval_every:int, # as in `fit`
+    epochs:int,                     # passes through the training samples
+    batch_size:int,                 # samples per step and network
+    lr:float,                      # learning rate of AdamW
+    weight_decay:float,             # decoupled, as in AdamW
+    label_smoothing:float,           # share of the target spread over all classes
+    eval_every:int,                  # epochs between two points of the curves
     bar=None,                             # anything with `update(1)`, called after each epoch
 )->dict[str, Tensor]:                     # curves, as in `Run`
     "AdamW on the task's loss, plain or with least action; evaluates as it goes."

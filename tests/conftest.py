@@ -9,12 +9,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope='session')
-def root():
-    "The checkout under test."
-    return ROOT
-
-
 @pytest.fixture
 def copy(tmp_path):
     "A throw-away copy of the checkout: what git tracks or would track, and nothing else."

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -64,7 +65,8 @@ def installed(dists, tmp_path_factory):
     programs = folder / 'env' / 'bin'
     check(programs / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check',
           '-c', ROOT / 'constraints.txt', dists[0], cwd=folder)
-    return programs
+    yield programs
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope='module')

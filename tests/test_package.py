@@ -27,7 +27,7 @@ ORDER = ('data dynamics attach kinetic transport least_action training ensembles
 LAZY = 'pandas ot matplotlib sklearn ipywidgets'.split()
 EXPORTED = {'export', 'exports', 'exporti'}
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
-MACHINE_PATH = re.compile(r'(?<![\w.:/+=])/(?:work|root|tmp|home|Users|private|opt|mnt)/|[A-Za-z]:\\+Users')
+MACHINE_PATH = re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/|[A-Za-z]:\\+Users')
 MAX_BYTES, MAX_LINES, MAX_IMPORT_SECONDS = 1_000_000, 40, .2
 
 
@@ -56,11 +56,11 @@ def python_files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes
 def load(notebook): return json.loads(notebook.read_text(encoding='utf-8'))
 
 
-def cells(kind='code'):
-    "Each cell of `kind` of all notebooks: where it stands, the cell, its directives, its code without them."
+def code_cells():
+    "Each code cell of all notebooks: where it stands, the cell, its directives, its code without them."
     for notebook in NOTEBOOKS:
         for number, cell in enumerate(load(notebook)['cells'], 1):
-            if cell['cell_type'] != kind: continue
+            if cell['cell_type'] != 'code': continue
             lines = ''.join(cell['source']).splitlines()
             directives = dict(DIRECTIVE.match(line).groups() for line in lines if DIRECTIVE.match(line))
             yield f'{notebook.name} cell {number}', cell, directives, [ln for ln in lines if not DIRECTIVE.match(ln)]
@@ -68,7 +68,7 @@ def cells(kind='code'):
 
 def default_modules():
     "The module that each notebook exports to."
-    return {d['default_exp']: where.split()[0] for where, _, d, _ in cells() if 'default_exp' in d}
+    return {d['default_exp']: where.split()[0] for where, _, d, _ in code_cells() if 'default_exp' in d}
 
 
 def modules(): return sorted(p.stem for p in (ROOT / 'lap_nb').glob('*.py') if not p.stem.startswith('_'))
@@ -131,7 +131,7 @@ def texts(value):
 
 def test_saved_outputs_are_presentable():
     def faults():
-        for where, cell, _, _ in cells():
+        for where, cell, _, _ in code_cells():
             for output in cell['outputs']:
                 if output['output_type'] == 'error': yield f'{where}: saved error {output["ename"]}'
                 if output.get('name') == 'stderr': yield f'{where}: saved stderr {"".join(output["text"])[:80]!r}'
@@ -148,7 +148,7 @@ def test_saved_outputs_are_presentable():
 def test_figures_have_alt_text():
     def has_figure(cell): return any(mime.startswith('image/') for o in cell['outputs'] for mime in o.get('data', {}))
 
-    no((where for where, cell, directives, _ in cells() if has_figure(cell) and not directives.get('fig-alt')),
+    no((where for where, cell, directives, _ in code_cells() if has_figure(cell) and not directives.get('fig-alt')),
        'a cell that shows a figure has "#| fig-alt: ..."')
 
 
@@ -170,12 +170,12 @@ def test_imports_stand_alone():
         nodes = tree.body if EXPORTED & directives.keys() else ast.walk(tree)
         return any(isinstance(n, imports) for n in nodes) and not all(isinstance(n, imports) for n in tree.body)
 
-    no((where for where, _, directives, lines in cells() if mixes(directives, lines)),
+    no((where for where, _, directives, lines in code_cells() if mixes(directives, lines)),
        'imports stand in cells of their own: the docs build runs every cell that imports, in an empty namespace')
 
 
 def test_exported_cells_are_short():
-    no((f'{where}: {len(lines)} lines' for where, _, directives, lines in cells()
+    no((f'{where}: {len(lines)} lines' for where, _, directives, lines in code_cells()
         if EXPORTED & directives.keys() and len(lines) > MAX_LINES), f'an exported cell has at most {MAX_LINES} lines')
 
 
