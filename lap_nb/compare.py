@@ -225,7 +225,7 @@ def compare(
     data:str="digits",    # name of a data set, as in `lap_nb.data.load`
     n:int=300,            # training samples of each seed
     seeds:int=20,         # networks per method; seeds are 0, 1, ...
-    epochs:int=150,       # passes through the training samples
+    epochs:int=120,       # passes through the training samples
     device:str="auto",    # as in `pick_device`
     lambda0:float=1.,     # first multiplier of least action
     tau:float=1.,         # step of the dual ascent
@@ -272,7 +272,7 @@ def lap_compare(
     data:str="digits",   # data set: circles, moons, digits, mnist or fashion_mnist
     n:int=300,           # training samples of each seed
     seeds:int=20,        # networks per method
-    epochs:int=150,      # passes through the training samples
+    epochs:int=120,      # passes through the training samples
     device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
     lambda0:float=1.,    # first multiplier of least action
     tau:float=1.,        # step of the dual ascent; 0 keeps the multiplier fixed

@@ -83,11 +83,13 @@ def whole(
     name: str, # what the number is, for the message
     value, # anything that acts as a whole number
     least: int = 0, # smallest value allowed
+    why: str = "", # reason for the bound, added to the message
 ) -> int:
     "`value` as an int of at least `least`"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, found {value!r}")
-    if operator.index(value) < least: raise ValueError(f"{name} must be at least {least}, found {value}")
+    if operator.index(value) < least:
+        raise ValueError(f"{name} must be at least {least}, found {value}" + (why and f": {why}"))
     return operator.index(value)
 
 # %% ../nbs/00_data.ipynb #efcfcb14
@@ -209,9 +211,10 @@ def split_sizes(
     n_val: int | None = None, # validation samples wanted; None: as many as `n`, or what is left
 ) -> tuple[int, int]: # training and validation samples
     "The sizes of a split, checked against what the pool holds"
-    n, pool = whole("n", n, least=self.classes), len(self.x) - len(self.test)
+    each = f"one sample for each of the {self.classes} classes of {self.name}"
+    n, pool = whole("n", n, self.classes, each), len(self.x) - len(self.test)
     if n_val is None: n_val = max(min(n, pool - n), self.classes)
-    n_val = whole("n_val", n_val, least=self.classes)
+    n_val = whole("n_val", n_val, self.classes, each)
     if n + n_val > pool:
         raise ValueError(f"more samples asked for than exist: {n:,} for training and {n_val:,} for validation, but "
                          f"{self.name} has {pool:,} outside its test part; ask for n of at most {max(pool - n_val, 0):,}")

@@ -87,7 +87,7 @@ def test_foreign_records_are_refused(content, message, tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(data="squares"), "circles, "), (dict(device="abacus"), "cpu"), (dict(epochs=0), "epochs is 0, expected"),
-    (dict(seeds=1), "seeds is 1, expected"), (dict(n=5000), "5000"), (dict(n=9), "10 classes"), (dict(n=-3), "n is -3"),
+    (dict(seeds=1), "seeds is 1, expected"), (dict(n=5000), "5,000"), (dict(n=9), "10 classes"), (dict(n=-3), "n is -3"),
     (dict(lambda0=0.), "lambda0 is 0.0"), (dict(tau=-1.), "tau is -1"), (dict(every=0), "every is 0"),
     (dict(data="mnist", root="/nowhere/at/all"), "/nowhere/at/all")])
 def test_mistakes_are_said_before_any_training(settings, message, capsys, no_training, tmp_path):
