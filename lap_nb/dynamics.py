@@ -6,7 +6,7 @@
 __all__ = ['ResidualBlock', 'Trajectory', 'Flow', 'ResidualNet', 'dense_net', 'residual_blocks', 'init_velocities_', 'colours']
 
 # %% ../nbs/01_dynamics.ipynb #6fc32b6e
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 import io
 

@@ -1,0 +1,148 @@
+"A notebook that nbdev has processed, as markdown in the dialect that Quarto uses."
+import ast
+import base64
+import json
+import re
+from html import escape
+from pathlib import Path
+
+import yaml
+from nbdev.doclinks import NbdevLookup
+
+VIEW = 'application/vnd.jupyter.widget-view+json'
+STATE = 'application/vnd.jupyter.widget-state+json'
+PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg'}
+RICHEST_FIRST = [VIEW, 'text/html', 'image/svg+xml', *PICTURES, 'text/markdown', 'text/latex', 'text/plain']
+ANSI = re.compile(r'\x1b\[[0-9;]*m')
+
+
+def notebook_markdown(
+        nb: dict,     # parsed .ipynb file
+        files: Path,  # folder for its pictures, made when there are any; links are relative to the folder above
+) -> tuple[dict, str]:
+    "Front matter and body."
+    front, parts = {}, []
+    for cell in nb['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'raw': front |= yaml.safe_load(source.strip().strip('-'))
+        elif cell['cell_type'] == 'markdown': parts.append(source)
+        else: parts += code_cell(nb, cell, source, files)
+    return front, '\n\n'.join(parts) + '\n'
+
+
+def code_cell(nb, cell, source, files):
+    "Code and outputs, as the `#|` options of the cell ask."
+    options, code = split_options(source)
+    if options.get('include') is False: return
+    if options.get('echo') is not False and code.strip(): yield folded(fence(code, '.python .cell-code'), options)
+    if options.get('output') is False: return
+    for number, output in enumerate(cell['outputs']):
+        text = output_markdown(nb, output, options, files / f'{cell["id"]}-{number}')
+        yield api_entry(text) if code.startswith('show_doc(') else text
+
+
+def split_options(source):
+    "The leading `#| name: value` lines as a dict, and the rest."
+    options, lines = {}, source.split('\n')
+    while lines and lines[0].startswith('#|'):
+        name, _, value = lines.pop(0)[2:].partition(':')
+        options[name.strip()] = yaml.safe_load(value)
+    return options, '\n'.join(lines)
+
+
+def folded(code, options):
+    fold = options.get('code-fold')
+    if not fold: return code
+    summary = escape(options.get('code-summary', 'Code'))
+    opening = f'<details class="code-fold"{" open" if fold == "show" else ""}><summary>{summary}</summary>'
+    return html(opening) + code + html('</details>')
+
+
+def output_markdown(nb, output, options, path):
+    if output['output_type'] == 'stream': return fence(ANSI.sub('', ''.join(output['text'])), '.cell-output')
+    if output['output_type'] == 'error': return fence(ANSI.sub('', '\n'.join(output['traceback'])), '.cell-output')
+    kind = next((k for k in RICHEST_FIRST if k in output['data']), None)
+    if kind is None: raise ValueError(f'no way to show an output of type {", ".join(output["data"])}')
+    content = output['data'][kind]
+    if kind == VIEW: return widget(nb, content)
+    if kind in PICTURES: return picture(content, options, path.with_suffix('.' + PICTURES[kind]))
+    content = ''.join(content)
+    if kind == 'text/plain': return fence(content, '.cell-output')
+    return html(f'<div class="cell-output-display">{content}</div>') if 'ml' in kind else content
+
+
+def widget(nb, view):
+    "The place of a widget; its model stands in the notebook's metadata."
+    if view['model_id'] not in nb['metadata'].get('widgets', {}).get(STATE, {}).get('state', {}):
+        raise ValueError('a widget has no saved state: run nbs/_site/execute.py on the notebook')
+    return html(f'<div class="cell-widget"><script type="{VIEW}">{script_json(view)}</script></div>')
+
+
+def widget_state(nb):
+    "The models of all widgets, for the end of the page; empty without widgets."
+    state = nb['metadata'].get('widgets', {}).get(STATE)
+    return html(f'<script type="{STATE}">{script_json(state)}</script>') if state and state['state'] else ''
+
+
+def picture(content, options, path):
+    "Save the picture, refer to it with caption, label and alternative text."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(''.join(content)))
+    caption, alt = options.get('fig-cap', ''), options.get('fig-alt') or options.get('fig-cap', '')
+    label = f'#{options["label"]} ' if 'label' in options else ''
+    return f'![{caption}]({path.parent.name}/{path.name}){{{label}alt={json.dumps(alt, ensure_ascii=False)}}}'
+
+
+def api_entry(text):
+    "What `show_doc` wrote, with the signature on top and the commented arguments as a table."
+    source, heading, code, doc = re.fullmatch(
+        r'---\n\n(?:\[source\]\((.*?)\).*?\n\n)?(### .*?)\n\n```python\n(.*?)\n```\s*(.*)', text, re.S).groups()
+    link = f'[source]({source}){{.api-source}}\n\n' if source else ''
+    signature, table = signature_and_table(code)
+    doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M)
+    return f'<article class="api">\n\n{link}{heading}\n\n{fence(signature, ".python .signature")}\n\n{doc}\n\n{table}\n\n</article>'
+
+
+def signature_and_table(code):
+    "From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments."
+    comments = dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))
+    returned = ''.join(re.findall(r'^(?:def \w+\(|)\).*?: # (.*)$', code, re.M))
+    try: function = ast.parse(re.sub(r' # .*$', '', code, flags=re.M) + ' pass').body[0]
+    except SyntaxError: return code, ''  # a default value without a literal form
+    rows = [(f'`{a.arg}`', kind(a.annotation), default, comments.get(a.arg, '')) for a, default in arguments(function.args)]
+    rows += [('*returns*', kind(function.returns), '', returned)] if returned else []
+    for a, _ in arguments(function.args): a.annotation = None
+    call = f'{function.name}({ast.unparse(function.args)})'
+    return call, parameter_table(rows) if comments or returned else ''
+
+
+def arguments(args):
+    "Each argument with the text of its default value."
+    plain = args.posonlyargs + args.args
+    defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults + args.kw_defaults
+    for a, default in zip(plain + args.kwonlyargs, defaults): yield a, f'`{ast.unparse(default)}`' if default else ''
+    for a in filter(None, (args.vararg, args.kwarg)): yield a, ''
+
+
+def kind(annotation):
+    "A type without the modules it comes from, linked where nbdev knows it."
+    if annotation is None or ast.unparse(annotation) == 'NoneType': return ''
+    return NbdevLookup().linkify(f'`{re.sub(r"(?:[a-z_]+[.])+", "", ast.unparse(annotation))}`')
+
+
+def parameter_table(rows):
+    cells = '\n'.join('<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in rows)
+    heads = ''.join(f'<th scope="col">{head}</th>' for head in ('Name', 'Type', 'Default', 'Meaning'))
+    return f'<div class="table-scroll">\n<table class="parameters">\n<thead><tr>{heads}</tr></thead>\n{cells}\n</table>\n</div>'
+
+
+def fence(text, classes):
+    "A code block whose fence is longer than any in `text`."
+    ticks = '`' * max([3, *(len(run) + 1 for run in re.findall('`+', text))])
+    return f'\n{ticks} {{{classes}}}\n{text.rstrip()}\n{ticks}\n'
+
+
+def html(text): return fence(text, '=html')
+
+
+def script_json(value): return json.dumps(value, sort_keys=True).replace('</', '<\\/')

@@ -1,0 +1,90 @@
+"""Run notebooks in a real kernel and save their outputs: `python nbs/_site/execute.py [NOTEBOOK ...] [--flags gpu]`.
+
+Cells that nbdev would not test (`#| eval: false`, or a flag of `tst_flags` that is not asked for) are left alone, their
+saved outputs too. Running twice leaves the same files, and a notebook whose outputs cannot be published is not written.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = 'application/vnd.jupyter.widget-state+json'
+MODEL_ID = re.compile(r'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])')
+UNPRESENTABLE = {'a machine path': re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/[^\s"\']*'),
+                 'a traceback': re.compile(r'Traceback \(most recent call last\)')}
+
+
+class Runner(NotebookClient):
+    "Executes all cells but those with a flag in `skip`."
+    skip = frozenset()
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        lines = [line[2:].strip() for line in cell.source.splitlines() if line.startswith('#|')]
+        skipped = self.skip & set(lines) or 'eval: false' in lines or 'nbdev_export()' in cell.source
+        return cell if skipped else await super().async_execute_cell(cell, cell_index, **kwargs)
+
+
+def execute(path, skip):
+    "Run, check, write and clean one notebook."
+    nb = nbformat.read(path, as_version=4)
+    runner = Runner(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    runner.skip = skip
+    runner.execute()
+    if faults := list(unpresentable(nb)): sys.exit('\n  '.join([f'{path.name} is not written, its outputs show', *faults]))
+    nbformat.write(nb, path)
+    nbdev_clean(str(path))
+    path.write_text(stable_ids(path.read_text(encoding='utf-8')), encoding='utf-8')
+
+
+def unpresentable(nb):
+    "What a reader should not see in saved outputs, by cell."
+    for number, cell in enumerate(nb.cells, 1):
+        for output in cell.get('outputs', []):
+            if output.get('name') == 'stderr': yield f'cell {number}: standard error {output.text.strip()[:200]!r}'
+            texts = [output.get('text', '')] + [v for k, v in output.get('data', {}).items() if k.startswith('text/')]
+            for what, pattern in UNPRESENTABLE.items():
+                if found := pattern.search('\n'.join(texts)): yield f'cell {number}: {what} {found[0]!r}'
+
+
+def stable_ids(text):
+    "Number the ids of widget models, random in every run, in the order in which outputs and models refer to them."
+    nb = json.loads(text)
+    widgets = nb['metadata'].get('widgets', {}).get(STATE)
+    if not widgets: return text
+    order = []
+
+    def visit(model):
+        if model in order or model not in widgets['state']: return
+        order.append(model)
+        for other in MODEL_ID.findall(json.dumps(widgets['state'][model], sort_keys=True)): visit(other)
+
+    for model in MODEL_ID.findall(json.dumps([cell.get('outputs', []) for cell in nb['cells']])): visit(model)
+    widgets['state'] = {model: widgets['state'][model] for model in order}  # models that no output shows are dropped
+    numbers = {model: f'{number:032x}' for number, model in enumerate(order)}
+    text = MODEL_ID.sub(lambda found: numbers.get(found[0], found[0]), json.dumps(nb, indent=1, ensure_ascii=False))
+    return text + '\n'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
+    parser.add_argument('--flags', nargs='+', default=[], help='run cells with these flags, too')
+    args = parser.parse_args()
+    os.environ['OMP_NUM_THREADS'] = '1'  # sums in one order on every machine
+    skip = frozenset(get_config(path=ROOT).tst_flags.split()) - set(args.flags)
+    for path in args.notebooks or sorted((ROOT / 'nbs').glob('*.ipynb')):
+        print(path.name, flush=True)
+        try: execute(path.resolve(), skip)
+        except CellExecutionError as e: sys.exit(f'{path.name} stopped\n{e}')
+
+
+if __name__ == '__main__': main()

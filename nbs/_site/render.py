@@ -1,0 +1,183 @@
+"""Build the site of the notebooks into `_docs/`: `python nbs/_site/render.py [FOLDER]`.
+
+nbdev prepares the notebooks (`_proc/`: links, API entries, hidden cells gone; no chapter is run). Quarto renders them
+where it is installed, pandoc elsewhere, both by `_quarto.yml`. The pandoc site is checked before it counts as built.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import pypandoc
+import yaml
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+
+from cells import notebook_markdown, widget_state
+from pages import Page, broken_links
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FONTS = [f'@fontsource-variable/{name}/files/{name}-latin-wght-{style}.woff2'
+         for name in ('source-serif-4', 'source-sans-3', 'source-code-pro') for style in ('normal', 'italic')]
+VENDORED = ['mathjax/es5/tex-svg-full.js', 'requirejs/require.js', '@jupyter-widgets/html-manager/dist/embed-amd.js', *FONTS]
+MARKDOWN = 'markdown+lists_without_preceding_blankline+autolink_bare_uris'
+
+
+@dataclass
+class Chapter:
+    notebook: str  # file name, as the sidebar lists it
+    title: str
+    page: str      # file name in the site
+    markdown: str
+    widgets: str   # saved models as a script element, or nothing
+
+
+class SiteError(Exception): "The site cannot be built; the message says why and what to do."
+
+
+def main(out='_docs'):
+    out = Path(out).resolve()
+    os.chdir(ROOT)
+    processed = process_notebooks()
+    if shutil.which('quarto'): return quarto_site(processed, out)
+    missing = [name for name in VENDORED if not (HERE / 'node_modules' / name).exists()]
+    if missing: raise SiteError(f'nbs/_site/node_modules lacks {missing[0]}: run `make site`, which installs it with npm')
+    pandoc_site(processed, out)
+
+
+def process_notebooks():
+    shutil.rmtree('_proc', ignore_errors=True)
+    refresh_quarto_yml()
+    return proc_nbs(force=True)
+
+
+def quarto_site(processed, out):
+    subprocess.run(['quarto', 'render', '--no-cache'], cwd=processed, check=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(processed / '_docs', out)
+
+
+def pandoc_site(processed, out):
+    config = load_config(processed)
+    check_sidebar(config, processed)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(processed, out, ignore=shutil.ignore_patterns('*.ipynb', '*.yml'))
+    chapters = [load_chapter(processed / name, out) for name in notebooks(config['website']['sidebar'])]
+    for number in range(len(chapters)): write_page(config, chapters, number, out)
+    copy_assets(out)
+    pages = {c.page: Page((out / c.page).read_text(encoding='utf-8'), c.title) for c in chapters}
+    if broken := broken_links(pages, out): raise SiteError('\n  '.join(['broken links', *broken]))
+    index = [section for name, page in pages.items() for section in page.search_entries(name)]
+    (out / 'search-index.js').write_text(f'searchIndex = {json.dumps(index, ensure_ascii=False)}\n', encoding='utf-8')
+
+
+def load_config(folder):
+    "`_quarto.yml` with its metadata files below it, as Quarto merges them."
+    config = yaml.safe_load((folder / '_quarto.yml').read_text(encoding='utf-8'))
+    for name in config['metadata-files']: merge(config, yaml.safe_load((folder / name).read_text(encoding='utf-8')))
+    return config
+
+
+def merge(config, defaults):
+    for key, value in defaults.items():
+        if isinstance(value, dict): merge(config.setdefault(key, {}), value)
+        else: config.setdefault(key, value)
+
+
+def notebooks(node):
+    "The notebooks that part of `_quarto.yml` names, in order."
+    if isinstance(node, str): return [node] if node.endswith('.ipynb') else []
+    return [name for child in (node.values() if isinstance(node, dict) else node) for name in notebooks(child)] \
+        if isinstance(node, (dict, list)) else []
+
+
+def check_sidebar(config, processed):
+    listed, present = notebooks(config['website']['sidebar']), {p.name for p in processed.glob('*.ipynb')}
+    faults = [f'{name} is listed, but there is no such notebook in nbs/' for name in listed if name not in present]
+    faults += [f'{name} is not listed: add it' for name in sorted(present - set(listed))]
+    if faults: raise SiteError('\n  '.join(['sidebar of _quarto.yml', *faults]))
+
+
+def load_chapter(path, out):
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    try: front, markdown = notebook_markdown(nb, out / f'{path.stem}_files')
+    except ValueError as e: raise SiteError(f'{path.name}: {e}') from e
+    head = yaml.safe_dump({key: front[key] for key in ('title', 'description') if key in front}, allow_unicode=True)
+    return Chapter(path.name, front['title'], front['output-file'], f'---\n{head}---\n\n{markdown}', widget_state(nb))
+
+
+def write_page(config, chapters, number, out):
+    "Convert one chapter with pandoc, put it into the template and its links in order."
+    chapter, variables = chapters[number], {}
+    if number > 0: variables['previous'] = turn_link('prev', chapters[number - 1])
+    if number < len(chapters) - 1: variables['next'] = turn_link('next', chapters[number + 1])
+    website = config['website']
+    variables |= dict(
+        site=website['title'], css=config['format']['html']['css'], navbar=navbar(website['navbar']),
+        sidebar=sidebar(website['sidebar']['contents'], chapters, chapter), footer=website['page-footer']['left'],
+        engine=f'pandoc {pypandoc.get_pandoc_version()}', notebook=f'../nbs/{chapter.notebook}')
+    if chapter.widgets: variables['widgets'] = 'true'
+    done = subprocess.run(
+        [pypandoc.get_pandoc_path(), '-f', MARKDOWN, '-t', 'html5', '--template', HERE / 'page.html', '--toc',
+         f'--toc-depth={config["format"]["html"]["toc-depth"]}', '--mathjax=vendor/tex-svg-full.js', '--wrap=preserve',
+         '-L', HERE / 'quarto.lua', *(f'--variable={name}={value}' for name, value in variables.items())],
+        input=chapter.markdown + chapter.widgets, capture_output=True, text=True, encoding='utf-8')
+    if done.returncode or done.stderr: raise SiteError(f'{chapter.notebook}: pandoc: {done.stderr.strip()}')
+    html = LinkRewriter(website, chapters).rewrite(done.stdout)
+    html = re.sub(r' id="toc-[^"]*"', '', html)  # the contents stand on the page twice
+    (out / chapter.page).write_text(html, encoding='utf-8')
+
+
+class LinkRewriter:
+    "Links of notebooks, and the absolute ones that nbdev writes, become links between the pages."
+    def __init__(self, website, chapters):
+        self.address = website['site-url'].rstrip('/') + '/'
+        self.repository = f'{website["repo-url"]}/blob/{website["repo-branch"]}/'
+        self.pages = {c.notebook: c.page for c in chapters}
+
+    def rewrite(self, text): return re.sub(r'(?<= href=")[^"]+', lambda link: self.target(link[0]), text)
+
+    def target(self, link):
+        if link.startswith(self.address): return link.removeprefix(self.address)
+        if link.startswith('../'): return self.repository + link.removeprefix('../')
+        notebook, mark, anchor = link.partition('#')
+        return self.pages.get(notebook, notebook) + mark + anchor
+
+
+def navbar(config):
+    items = config.get('left', []) + config.get('right', [])
+    return ''.join(f'<li><a href="{escape(item["href"])}">{escape(item["text"])}</a></li>' for item in items)
+
+
+def sidebar(contents, chapters, current):
+    "The nested lists of chapters, the current one marked."
+    by_name = {c.notebook: c for c in chapters}
+
+    def entry(item):
+        if isinstance(item, dict): return f'<li><span class="part">{escape(item["section"])}</span>{listing(item["contents"])}</li>'
+        here = ' aria-current="page"' if item == current.notebook else ''
+        return f'<li><a href="{item}"{here}>{escape(by_name[item].title)}</a></li>'
+
+    def listing(items): return f'<ul>{"".join(map(entry, items))}</ul>'
+
+    return listing(contents)
+
+
+def turn_link(rel, chapter): return f'<a rel="{rel}" href="{chapter.notebook}">{escape(chapter.title)}</a>'
+
+
+def copy_assets(out):
+    (out / 'vendor').mkdir()
+    for name in VENDORED: shutil.copy(HERE / 'node_modules' / name, out / 'vendor')
+    for name in ('style.css', 'site.js'): shutil.copy(HERE / name, out)
+
+
+if __name__ == '__main__':
+    try: main(*sys.argv[1:])
+    except SiteError as e: sys.exit(f'render.py: {e}')

@@ -1,0 +1,116 @@
+// Colour scheme, search, and where in the page one is. Loaded in <head>, before the first paint.
+const root = document.documentElement
+const $ = selector => document.querySelector(selector)
+
+// Storage may be forbidden (pages opened from a folder, private windows): then the choice lasts for the page.
+const remember = scheme => { try { localStorage.setItem('scheme', scheme) } catch {} }
+const remembered = () => { try { return localStorage.getItem('scheme') } catch { return null } }
+
+function setScheme(scheme) {
+  root.dataset.scheme = scheme
+  $('#theme')?.setAttribute('aria-pressed', scheme === 'dark')
+}
+
+setScheme(remembered() ?? (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'))
+
+window.MathJax = {
+  options: {enableMenu: false, ignoreHtmlClass: 'columns', processHtmlClass: 'math'},
+  // The widgets' script speaks to version 2 of MathJax; what it would ask for is done already.
+  startup: {ready() { MathJax.startup.defaultReady(); MathJax.Hub = {Queue() {}} }},
+}
+
+addEventListener('DOMContentLoaded', () => {
+  setScheme(root.dataset.scheme)
+  $('#theme').onclick = () => {
+    setScheme(root.dataset.scheme === 'dark' ? 'light' : 'dark')
+    remember(root.dataset.scheme)
+  }
+  $('#book [aria-current]')?.scrollIntoView({block: 'nearest'})
+  markSectionInView()
+  enableSearch($('#search'), $('#results'))
+})
+
+function markSectionInView() {
+  const links = new Map([...document.querySelectorAll('.contents nav a')].map(a => [decodeURIComponent(a.hash.slice(1)), a]))
+  const headings = [...links.keys()].map(id => document.getElementById(id))
+  const mark = () => {
+    const passed = headings.filter(h => h.getBoundingClientRect().top < 120).at(-1)
+    links.forEach((a, id) => a.classList.toggle('here', id === passed?.id))
+  }
+  addEventListener('scroll', () => requestAnimationFrame(mark), {passive: true})
+  mark()
+}
+
+// The index is a script, not data to be fetched, so that search works from a folder, too.
+function loadIndex() {
+  loadIndex.done ??= new Promise(resolve => {
+    document.head.append(Object.assign(document.createElement('script'), {src: 'search-index.js', onload: resolve}))
+  })
+  return loadIndex.done
+}
+
+function enableSearch(input, list) {
+  const options = () => [...list.children].filter(li => li.role === 'option')
+  const show = open => { list.hidden = !open; input.setAttribute('aria-expanded', open) }
+  const select = number => {
+    const all = options(), chosen = all.at(number % all.length)
+    all.forEach(li => li.setAttribute('aria-selected', li === chosen))
+    input.setAttribute('aria-activedescendant', chosen?.id ?? '')
+    chosen?.scrollIntoView({block: 'nearest'})
+  }
+  const update = async () => {
+    const words = input.value.toLowerCase().match(/\S+/g) ?? []
+    await loadIndex()
+    list.replaceChildren(...words.length ? results(find(words), words) : [])
+    show(words.length > 0)
+    select(0)
+  }
+  input.oninput = input.onfocus = update
+  input.onkeydown = event => {
+    const selected = options().findIndex(li => li.ariaSelected === 'true')
+    if (event.key === 'ArrowDown') select(selected + 1)
+    else if (event.key === 'ArrowUp') select(selected - 1)
+    else if (event.key === 'Enter') options()[selected]?.firstChild.click()
+    else if (event.key === 'Escape') { show(false); input.blur() }
+    else return
+    event.preventDefault()
+  }
+  addEventListener('click', event => { if (!event.target.closest('search')) show(false) })
+  list.onclick = () => show(false)
+  addEventListener('keydown', event => {
+    const typing = event.target.closest?.('input, textarea, [contenteditable]')
+    if (event.key === '/' && !typing) { event.preventDefault(); input.focus() }
+  })
+}
+
+// Sections that hold every word: those with words in a heading first.
+function find(words) {
+  const score = s => words.reduce((sum, word) => {
+    const [heading, title, text] = [s.heading, s.title, s.text].map(part => part.toLowerCase().includes(word))
+    return heading || title || text ? sum + 4 * heading + 2 * (title && !s.heading) + text : -Infinity
+  }, 0)
+  return searchIndex.map(s => [score(s), s]).filter(([n]) => n > 0).sort((a, b) => b[0] - a[0]).slice(0, 12).map(([, s]) => s)
+}
+
+function results(sections, words) {
+  if (!sections.length) return [element('li', {className: 'none'}, 'Nothing found')]
+  return sections.map((section, number) => {
+    const where = element('span', {className: 'where'}, section.heading ? `${section.title} › ${section.heading}` : section.title)
+    const link = element('a', {href: section.url, tabIndex: -1}, where, element('span', {className: 'snippet'}, ...snippet(section.text, words)))
+    return element('li', {id: `result-${number}`, role: 'option'}, link)
+  })
+}
+
+// The surroundings of the first word found, every word marked.
+function snippet(text, words) {
+  const at = Math.min(...words.map(word => text.toLowerCase().indexOf(word)).filter(i => i >= 0))
+  const from = Number.isFinite(at) ? Math.max(0, text.lastIndexOf(' ', Math.max(0, at - 40))) : 0
+  const pattern = new RegExp(`(${words.map(word => word.replace(/[^\w\s]/g, '\\$&')).join('|')})`, 'i')
+  return [from ? '…' : '', ...text.slice(from, from + 150).split(pattern).map((part, i) => i % 2 ? element('mark', {}, part) : part), '…']
+}
+
+function element(name, properties, ...children) {
+  const made = Object.assign(document.createElement(name), properties)
+  made.append(...children)
+  return made
+}
