@@ -11,6 +11,7 @@ from nbdev.doclinks import NbdevLookup
 
 VIEW = 'application/vnd.jupyter.widget-view+json'
 STATE = 'application/vnd.jupyter.widget-state+json'
+LINKS = 'links'  # where execute.py keeps the models of links between widgets
 PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg'}
 RICHEST_FIRST = [VIEW, 'text/html', 'image/svg+xml', *PICTURES, 'text/markdown', 'text/latex', 'text/plain']
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
@@ -80,8 +81,10 @@ def widget(nb, view):
 
 def widget_state(nb):
     "The models of all widgets, for the end of the page; empty without widgets."
-    state = nb['metadata'].get('widgets', {}).get(STATE)
-    return html(f'<script type="{STATE}">{script_json(state)}</script>') if state and state['state'] else ''
+    saved = dict(nb['metadata'].get('widgets', {}).get(STATE, {}))
+    if not saved.get('state'): return ''
+    saved['state'] = saved['state'] | json.loads(saved.pop(LINKS, '{}'))
+    return html(f'<script type="{STATE}">{script_json(saved)}</script>')
 
 
 def picture(content, options, path):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -16,8 +17,10 @@ from nbclient.exceptions import CellExecutionError
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 
+from cells import LINKS, STATE
+
 ROOT = Path(__file__).resolve().parents[2]
-STATE = 'application/vnd.jupyter.widget-state+json'
+LINK_MODELS = {'LinkModel', 'DirectionalLinkModel'}
 MODEL_ID = re.compile(r'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])')
 UNPRESENTABLE = {'a machine path': re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/[^\s"\']*'),
                  'a traceback': re.compile(r'Traceback \(most recent call last\)')}
@@ -36,13 +39,15 @@ class Runner(NotebookClient):
 def execute(path, skip):
     "Run, check, write and clean one notebook."
     nb = nbformat.read(path, as_version=4)
-    runner = Runner(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    runner = Runner(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
+                    extra_arguments=['--IPKernelApp.log_level=40'])
     runner.skip = skip
     runner.execute()
     if faults := list(unpresentable(nb)): sys.exit('\n  '.join([f'{path.name} is not written, its outputs show', *faults]))
-    nbformat.write(nb, path)
-    nbdev_clean(str(path))
-    path.write_text(stable_ids(path.read_text(encoding='utf-8')), encoding='utf-8')
+    path.write_text(set_links_aside(stable_ids(nbformat.writes(nb))), encoding='utf-8')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)  # all that nbdev_clean says when it gives up
+        nbdev_clean(str(path))
 
 
 def unpresentable(nb):
@@ -56,22 +61,34 @@ def unpresentable(nb):
 
 
 def stable_ids(text):
-    "Number the ids of widget models, random in every run, in the order in which outputs and models refer to them."
+    "Number the ids of widget models, random in every run, in the order in which the notebook refers to them."
     nb = json.loads(text)
     widgets = nb['metadata'].get('widgets', {}).get(STATE)
     if not widgets: return text
-    order = []
+    state, numbers = widgets['state'], {}
 
     def visit(model):
-        if model in order or model not in widgets['state']: return
-        order.append(model)
-        for other in MODEL_ID.findall(json.dumps(widgets['state'][model], sort_keys=True)): visit(other)
+        if model in numbers or model not in state: return
+        numbers[model] = f'{len(numbers):032x}'
+        for other in MODEL_ID.findall(content(model)): visit(other)
+
+    def content(model): return json.dumps(state[model], sort_keys=True)
+    def numbered(text): return MODEL_ID.sub(lambda found: numbers.get(found[0], ''), text)
 
     for model in MODEL_ID.findall(json.dumps([cell.get('outputs', []) for cell in nb['cells']])): visit(model)
-    widgets['state'] = {model: widgets['state'][model] for model in order}  # models that no output shows are dropped
-    numbers = {model: f'{number:032x}' for number, model in enumerate(order)}
-    text = MODEL_ID.sub(lambda found: numbers.get(found[0], found[0]), json.dumps(nb, indent=1, ensure_ascii=False))
-    return text + '\n'
+    for model in sorted(state.keys() - numbers.keys(), key=lambda m: numbered(content(m))): visit(model)  # links between widgets
+    widgets['state'] = {model: state[model] for model in numbers}
+    return MODEL_ID.sub(lambda found: numbers.get(found[0], found[0]), json.dumps(nb))
+
+
+def set_links_aside(text):
+    "nbdev cannot write the models of links (a list named `source`): they are kept as a string, which render.py puts back."
+    nb = json.loads(text)
+    widgets = nb['metadata'].get('widgets', {}).get(STATE, {'state': {}})
+    links = {model: widgets['state'].pop(model) for model in list(widgets['state'])
+             if widgets['state'][model]['model_name'] in LINK_MODELS}
+    if links: widgets[LINKS] = json.dumps(links, sort_keys=True)
+    return json.dumps(nb)
 
 
 def main():

@@ -1,8 +1,9 @@
-"""Build the site of the notebooks into `_docs/`: `python nbs/_site/render.py [FOLDER]`.
+"""Build the site of the notebooks into `_docs/`: `python nbs/_site/render.py [FOLDER] [--pandoc]`.
 
 nbdev prepares the notebooks (`_proc/`: links, API entries, hidden cells gone; no chapter is run). Quarto renders them
 where it is installed, pandoc elsewhere, both by `_quarto.yml`. The pandoc site is checked before it counts as built.
 """
+import argparse
 import json
 import os
 import re
@@ -41,14 +42,16 @@ class Chapter:
 class SiteError(Exception): "The site cannot be built; the message says why and what to do."
 
 
-def main(out='_docs'):
-    out = Path(out).resolve()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('folder', nargs='?', type=Path, default=ROOT / '_docs', help='default: _docs')
+    parser.add_argument('--pandoc', action='store_true', help='render with pandoc even where Quarto is installed')
+    args = parser.parse_args()
+    out, quarto = args.folder.resolve(), shutil.which('quarto') and not args.pandoc
     os.chdir(ROOT)
-    processed = process_notebooks()
-    if shutil.which('quarto'): return quarto_site(processed, out)
     missing = [name for name in VENDORED if not (HERE / 'node_modules' / name).exists()]
-    if missing: raise SiteError(f'nbs/_site/node_modules lacks {missing[0]}: run `make site`, which installs it with npm')
-    pandoc_site(processed, out)
+    if missing and not quarto: raise SiteError(f'nbs/_site/node_modules lacks {missing[0]}: run `make site`, which installs it with npm')
+    (quarto_site if quarto else pandoc_site)(process_notebooks(), out)
 
 
 def process_notebooks():
@@ -179,5 +182,5 @@ def copy_assets(out):
 
 
 if __name__ == '__main__':
-    try: main(*sys.argv[1:])
+    try: main()
     except SiteError as e: sys.exit(f'render.py: {e}')

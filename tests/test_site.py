@@ -1,0 +1,327 @@
+"The site and the scripts that make it: every page in a real browser, at two widths, from a server and from a folder."
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, copy_checkout
+
+NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+PAGES = [re.sub(r'^\d+[a-z]?_', '', notebook.stem) + '.html' for notebook in NOTEBOOKS]
+ASSETS = ROOT / 'nbs' / '_site' / 'node_modules'
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
+PHONE, WIDE = {'width': 390, 'height': 844}, {'width': 1440, 'height': 900}
+
+
+def script(copy, name, *args):
+    "Run a script of nbs/_site in a checkout."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    return subprocess.run([sys.executable, f'nbs/_site/{name}', *map(str, args)], cwd=copy, env=env, capture_output=True, text=True)
+
+
+# The pages
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The folder of the site, built from a copy of the checkout."
+    if not (ASSETS / 'mathjax').exists():
+        pytest.skip("the site's scripts are missing: run `make test`, which installs them with npm (needs Node.js)")
+    folder = tmp_path_factory.mktemp('site')
+    copy = copy_checkout(folder / 'checkout')
+    (copy / 'nbs' / '_site' / 'node_modules').symlink_to(ASSETS)
+    done = script(copy, 'render.py', folder / 'pages', '--pandoc')
+    if done.returncode: pytest.fail(f'the site does not build\n{done.stdout}\n{done.stderr}', pytrace=False)
+    return folder / 'pages'
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope='session')
+def address(site):
+    "Where the site is served, with a slash at the end."
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(QuietHandler, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
+
+
+@pytest.fixture(scope='session')
+def browser():
+    if importlib.util.find_spec('playwright') is None: pytest.skip('playwright is missing: run `make test`, which installs it')
+    if CHROMIUM is None: pytest.skip('Chromium is missing: run `make test` as root, which installs it, or apt-get install chromium')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def visit(browser, url, **options):
+    "A settled page; afterwards fails if there was a script error, a failed request, or one beyond the site."
+    home, faults = url.rpartition('/')[0] + '/', []
+    context = browser.new_context(**{'viewport': WIDE} | options)
+    context.set_default_timeout(10_000)
+    page = context.new_page()
+    page.on('console', lambda message: message.type == 'error' and faults.append(f'console: {message.text}'))
+    page.on('pageerror', lambda error: faults.append(f'error: {error}'))
+    page.on('requestfailed', lambda request: faults.append(f'failed: {request.url}'))
+    page.on('response', lambda response: response.status >= 400 and faults.append(f'{response.status}: {response.url}'))
+    page.on('request', lambda request: request.url.startswith((home, 'data:', 'blob:')) or faults.append(f'external: {request.url}'))
+    page.goto(url)
+    page.evaluate('Promise.all([window.MathJax?.startup.promise, document.fonts.ready])')
+    if page.query_selector('.cell-widget'): page.wait_for_selector('.cell-widget .jupyter-widgets')
+    yield page
+    context.close()
+    assert not faults, f'{url}\n  ' + '\n  '.join(map(str, faults))
+
+
+@pytest.fixture(scope='session')
+def contents(site):
+    "By page: its ids, its addresses, its running text, all its text, and the addresses of its names set in code."
+    def words(html): return re.sub(r'<[^>]+>', '', html).lower()
+
+    def read(html):
+        main = re.sub(r'<(script|nav)\b.*?</\1>', '', html[html.index('<main'):html.index('</main>')], flags=re.S)
+        prose = [p for p in re.findall(r'<p>(.*?)</p>', main, re.S) if 'class="math' not in p]
+        return {'ids': re.findall(r' id="([^"]*)"', html), 'links': re.findall(r' (?:href|src)="([^"]*)"', html),
+                'prose': words(' '.join(prose)), 'text': words(main),
+                'names': re.findall(r'<p>[^<]*<a\s+href="([^"]*)"[^>]*><code>(.*?)</code></a>', main)}
+
+    return {name: read((site / name).read_text(encoding='utf-8')) for name in PAGES}
+
+
+def has_maths(notebook):
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    prose = [part for c in cells if c['cell_type'] == 'markdown' for part in ''.join(c['source']).split('`')[::2]]
+    return any(re.search(r'\$\S[^$]*\$', part) for part in prose)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('name', PAGES)
+def test_page(browser, address, name):
+    with visit(browser, address + name) as page:
+        page.evaluate('document.querySelectorAll("details").forEach(d => d.open = true)')
+        for viewport in (PHONE, WIDE):
+            page.set_viewport_size(viewport)
+            wide = page.evaluate('document.scrollingElement.scrollWidth - innerWidth')
+            assert wide <= 0, f'at {viewport["width"]} pixels the page is {wide} pixels wider than the window'
+        images = page.evaluate('[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0, i.src.slice(0, 80)])')
+        assert not [i for i in images if not i[0]], 'pictures without alternative text'
+        assert not [i for i in images if not i[1]], 'pictures that do not load'
+        assert page.locator('h1').count() == 1 and page.locator('header, main, footer, nav').count() >= 5
+        assert re.search(r'Built with nbdev and pandoc \d', page.locator('footer').inner_text())
+        formulas, typeset, wrong = page.evaluate(
+            '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error]"].map(s => document.querySelectorAll(s).length)')
+        assert (formulas, wrong) == (typeset, 0)
+        assert typeset or not has_maths(NOTEBOOKS[PAGES.index(name)])
+
+
+def test_internal_links(contents, site):
+    def leads_somewhere(name, link):
+        target = urllib.parse.urlsplit(link)
+        if target.scheme: return True
+        file, anchor = target.path or name, urllib.parse.unquote(target.fragment)
+        return (site / file).is_file() and (not anchor or anchor in contents[file]['ids'])
+
+    broken = [f'{name}: {link}' for name, page in contents.items() for link in page['links'] if not leads_somewhere(name, link)]
+    assert not broken
+    assert all(len(set(page['ids'])) == len(page['ids']) for page in contents.values()), 'an id stands twice on a page'
+
+
+def rare_word(contents, name):
+    "A word of the running text of the page `name` that stands on no other page."
+    others = ' '.join(page['text'] for other, page in contents.items() if other != name)
+    return next(word for word in re.findall(r'\b[a-z]{6,}\b', contents[name]['prose']) if word not in others)
+
+
+@pytest.mark.browser
+def test_search_finds_every_page(browser, address, contents):
+    with visit(browser, address + 'index.html') as page:
+        for name in PAGES:
+            word = rare_word(contents, name)
+            page.keyboard.press('Escape')
+            page.keyboard.press('/')
+            page.locator('#search').fill(word)
+            page.wait_for_selector(f'#results [role=option][aria-selected=true]:has(mark:text-is("{word}" i))')
+            found = page.locator('#results a').evaluate_all('links => links.map(a => a.getAttribute("href"))')
+            assert all(href.partition('#')[0] == name for href in found), word
+        page.keyboard.press('Enter')
+        page.wait_for_url(address + found[0])
+
+
+@pytest.mark.browser
+def test_search_says_when_nothing_is_found(browser, address):
+    with visit(browser, address + 'index.html', viewport=PHONE) as page:
+        page.locator('#search').fill('qzxqzx')
+        page.wait_for_selector('#results .none')
+        page.keyboard.press('Escape')
+        assert page.locator('#results').is_hidden()
+
+
+@pytest.mark.browser
+def test_names_in_prose_lead_to_their_definitions(browser, address, contents):
+    links = [(name, text, href) for name, page in contents.items() for href, text in page['names'] if '//' not in href and '#' in href]
+    assert links, 'no name in the running text is linked'
+    name, text, href = links[0]
+    with visit(browser, address + name) as page:
+        page.locator(f'main > p > a[href="{href}"]').first.click()
+        page.wait_for_url(address + urllib.parse.urljoin(name, href))
+        assert text.split('.')[-1] in page.locator('article.api > h3:target').inner_text()
+
+
+def test_public_names_are_documented(contents):
+    from lap_nb._modidx import d as index
+    entries = {key.removeprefix(f'{module}.'): where[0] for module, names in index['syms'].items() for key, where in names.items()}
+    missing = [name for name, where in entries.items() if '.' not in name and not name.startswith('_')
+               and where.partition('#')[2] not in contents[where.partition('#')[0]]['ids']]
+    assert entries and not missing
+
+
+def move_slider(page):
+    "Alternative texts of the picture before and after three steps to the left."
+    picture = page.locator('.cell-widget img:visible')
+    before = picture.get_attribute('alt')
+    page.locator('.cell-widget [role=slider]').focus()
+    for _ in range(3): page.keyboard.press('ArrowLeft')
+    page.wait_for_function('before => document.querySelector(".cell-widget img").alt !== before', arg=before)
+    return before, picture.get_attribute('alt')
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('viewport', [PHONE, WIDE], ids=['phone', 'wide'])
+def test_slider_changes_the_picture(browser, address, viewport):
+    with visit(browser, address + 'dynamics.html', viewport=viewport) as page:
+        before, after = move_slider(page)
+        assert before != after
+        assert page.evaluate('document.scrollingElement.scrollWidth <= innerWidth')
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('preferred', ['light', 'dark'])
+def test_colour_scheme(browser, address, preferred):
+    def background(page): return page.evaluate('getComputedStyle(document.body).backgroundColor')
+    def brightness(page): return sum(map(int, re.findall(r'\d+', background(page))[:3]))
+
+    with visit(browser, address + 'index.html', color_scheme=preferred) as page:
+        first = brightness(page)
+        assert (first > 600) == (preferred == 'light')
+        page.locator('#theme').click()
+        second = brightness(page)
+        assert (second > 600) == (preferred == 'dark')
+        page.reload()
+        assert brightness(page) == second, 'the choice is not remembered'
+
+
+@pytest.mark.browser
+def test_chapters_on_a_phone_are_behind_a_button(browser, address):
+    with visit(browser, address + 'index.html', viewport=PHONE) as page:
+        chapter = page.locator('#book').get_by_role('link', name='The dynamical view')
+        assert chapter.is_hidden()
+        page.get_by_role('button', name='Chapters').click()
+        chapter.click()
+        page.wait_for_url(address + 'dynamics.html')
+
+
+@pytest.mark.browser
+def test_keyboard_reaches_the_text(browser, address):
+    with visit(browser, address + 'dynamics.html') as page:
+        page.keyboard.press('Tab')
+        assert page.locator('.skip').evaluate('e => e === document.activeElement && e.getBoundingClientRect().top >= 0')
+        page.keyboard.press('Enter')
+        page.keyboard.press('Tab')
+        assert page.evaluate('document.activeElement.closest("main") !== null')
+        assert page.evaluate('getComputedStyle(document.activeElement).outlineStyle') == 'solid'
+
+
+@pytest.mark.browser
+def test_works_from_a_folder_without_network(browser, site):
+    with visit(browser, (site / 'dynamics.html').as_uri(), offline=True) as page:
+        assert page.locator('mjx-container').count()
+        before, after = move_slider(page)
+        assert before != after
+        page.locator('#search').fill('euler')
+        page.wait_for_selector('#results [role=option] a')
+        page.keyboard.press('Enter')
+        page.wait_for_url(re.compile(r'^file:.*\.html'))
+
+
+# What stops the build
+
+@pytest.fixture(scope='session')
+def scripts():
+    "The modules of nbs/_site that can be imported."
+    sys.path.insert(0, str(ROOT / 'nbs' / '_site'))
+    import pages
+    import render
+    yield {'pages': pages, 'render': render}
+    sys.path.remove(str(ROOT / 'nbs' / '_site'))
+
+
+def test_broken_links_are_found(scripts, tmp_path):
+    (tmp_path / 'there.png').touch()
+    html = '<main><h1 id="top"></h1><a href="#top"><a href="#gone"><a href="b.html"><a href="https://example.org/x"><img src="there.png"></main>'
+    pages = {'a.html': scripts['pages'].Page(html, 'A')}
+    assert scripts['pages'].broken_links(pages, tmp_path) == ['a.html: #gone', 'a.html: b.html']
+
+
+def test_sidebar_and_notebooks_must_agree(scripts, tmp_path):
+    (tmp_path / 'new.ipynb').touch()
+    config = {'website': {'sidebar': {'contents': [{'section': 'Part', 'contents': ['old.ipynb']}]}}}
+    with pytest.raises(scripts['render'].SiteError, match=r'old.ipynb is listed(.|\n)*new.ipynb is not listed'):
+        scripts['render'].check_sidebar(config, tmp_path)
+
+
+def test_missing_assets_have_a_remedy(copy):
+    done = script(copy, 'render.py', '--pandoc')
+    assert done.returncode == 1 and 'make site' in done.stderr and 'Traceback' not in done.stderr
+
+
+# The runner
+
+def write_notebook(path, *codes, outputs=()):
+    cells = [{'cell_type': 'code', 'id': f'cell{i}', 'metadata': {}, 'execution_count': None, 'source': code.splitlines(True), 'outputs': []}
+             for i, code in enumerate(codes)]
+    cells[-1]['outputs'] = list(outputs)
+    meta = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+    path.write_text(json.dumps({'cells': cells, 'metadata': meta, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
+
+
+def test_running_twice_changes_nothing(tmp_path):
+    path = tmp_path / 'toy.ipynb'
+    kept = {'output_type': 'stream', 'name': 'stdout', 'text': ['from a GPU\n']}
+    write_notebook(path, 'from ipywidgets import HTML, IntSlider, Stack, VBox, jslink',
+                   's, t = IntSlider(0, 0, 1), Stack([HTML("a"), HTML("b")])\njslink((s, "value"), (t, "selected_index"))\nVBox([s, t])',
+                   '#| gpu\nraise RuntimeError', outputs=[kept])
+    texts = []
+    for _ in range(2):
+        done = script(ROOT, 'execute.py', path)
+        assert done.returncode == 0, done.stderr
+        texts.append(path.read_text(encoding='utf-8'))
+    assert texts[0] == texts[1]
+    assert 'IntSliderModel' in texts[0] and 'LinkModel' in texts[0]
+    assert json.loads(texts[0])['cells'][2]['outputs'] == [kept]
+
+
+def test_unpresentable_outputs_are_refused(tmp_path):
+    path = tmp_path / 'toy.ipynb'
+    write_notebook(path, 'print("/home" + "/someone/data")', 'import warnings\nwarnings.warn("beware")')
+    before = path.read_bytes()
+    done = script(ROOT, 'execute.py', path)
+    assert done.returncode == 1 and 'cell 1: a machine path' in done.stderr and 'cell 2: standard error' in done.stderr
+    assert path.read_bytes() == before
