@@ -1,0 +1,666 @@
+"Watching networks that nobody edited: their blocks, and energies equal to residuals computed by hand inside them."
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from lap_nb.attach import Tracer, find_blocks, trace
+from lap_nb.dynamics import Flow, ResidualBlock, dense_net
+
+BATCH = 4
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+
+# Networks as libraries write them
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, cin, width, stride=1, inplace=True):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(cin, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.relu, self.downsample = nn.ReLU(inplace=inplace), shortcut(cin, width, stride)
+
+    def branch(self, x): return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, x):
+        out = self.branch(x)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Bottleneck(BasicBlock):
+    expansion = 4
+
+    def __init__(self, cin, width, stride=1):
+        super().__init__(width, width)
+        cout = 4 * width
+        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.conv3, self.bn3 = nn.Conv2d(width, cout, 1, bias=False), nn.BatchNorm2d(cout)
+        self.downsample = shortcut(cin, cout, stride)
+
+    def branch(self, x): return self.bn3(self.conv3(self.relu(super().branch(x))))
+
+
+def shortcut(cin, cout, stride):
+    if stride == 1 and cin == cout: return None
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+
+class ResNet(nn.Module):
+    def __init__(self, block=BasicBlock, widths=(4, 8), depth=2):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        cin = 4
+        for i, width in enumerate(widths, 1):
+            blocks = []
+            for j in range(depth):
+                blocks.append(block(cin, width, 1 + (j == 0 and i > 1)))
+                cin = width * block.expansion
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(cin, 5)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        for name, layer in self.named_children():
+            if name.startswith("layer"): x = layer(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Layer(nn.Module):
+    "Pre-norm transformer layer; returns a tuple, as decoders do."
+    def __init__(self, dim=8):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mix, self.mlp = nn.Linear(dim, dim), nn.Sequential(nn.Linear(dim, 16), nn.GELU(), nn.Linear(16, dim))
+
+    def forward(self, mask=None, hidden=None):
+        hidden = hidden + self.mix(self.norm1(hidden)).cumsum(1)
+        return hidden + self.mlp(self.norm2(hidden)), {"weights": mask}
+
+
+class Decoder(nn.Module):
+    def __init__(self, K=3, checkpointing=None):
+        super().__init__()
+        self.embed, self.layers, self.head = nn.Embedding(11, 8), nn.ModuleList(Layer() for _ in range(K)), nn.Linear(8, 11)
+        self.checkpointing = checkpointing
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            if self.checkpointing is None: x = layer(None, hidden=x)[0]
+            else: x = checkpoint(lambda h, f=layer: f(None, hidden=h)[0], x, use_reentrant=self.checkpointing)
+        return self.head(x)
+
+
+class DropPath(nn.Module):
+    "A block whose branch is dropped per sample in training."
+    def __init__(self, dim=4):
+        super().__init__()
+        self.f = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        keep = (torch.rand(len(x), 1) < .5) * 2. if self.training else 1.
+        return x + keep * self.f(x)
+
+
+class Inplace(nn.Module):
+    "A block that adds to its input where it stands."
+    def __init__(self, dim=4):
+        super().__init__()
+        self.f = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        x += self.f(x)
+        return x
+
+
+def images(): return torch.randn(BATCH, 3, 8, 8)
+def tokens(length=6): return torch.randint(11, (BATCH, length))
+def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def by_hand(model, x, blocks, branch):
+    "Mean square of what `branch(block, input)` says that each block adds, for a batch `x`; also the model's output."
+    energies, hooks = [], []
+
+    def measure(block, args, kwargs, out):
+        before = next(t for t in (*args, *kwargs.values()) if torch.is_tensor(t)).detach().clone()
+        step = branch(block, before)
+        energies.append(step.float().square().flatten(1).mean(1))
+
+    for block in blocks.values(): hooks.append(block.register_forward_hook(measure, with_kwargs=True))
+    with torch.no_grad(): out = model(x)
+    for hook in hooks: hook.remove()
+    return torch.stack(energies), out
+
+
+# Finding
+
+@pytest.mark.parametrize("block, names", [(BasicBlock, ["layer1.0", "layer1.1", "layer2.1"]), (Bottleneck, ["layer1.1", "layer2.1"])])
+def test_resnets_are_found(block, names):
+    blocks = find_blocks(ResNet(block), images())
+    assert list(blocks) == names
+    assert blocks.skipped["layer2.0"] == ("shape changes (4, 8, 8) -> (8, 4, 4)" if block is BasicBlock
+                                          else "shape changes (16, 8, 8) -> (32, 4, 4)")
+    assert {r["verdict"] for r in blocks.table()} == {"matched", "skipped"} and "| `layer1.1` |" in blocks._repr_markdown_()
+
+
+def test_tuples_and_keyword_inputs():
+    model, ids = Decoder().eval(), tokens()
+    blocks = find_blocks(model, ids)
+    assert list(blocks) == ["layers.0", "layers.1", "layers.2"] and blocks.why["layers.0"] == "2 additions"
+    got = trace(model, {"ids": ids}, blocks).energies()
+    hand, _ = by_hand(model, ids, blocks, lambda b, x: (a := b.mix(b.norm1(x)).cumsum(1)) + b.mlp(b.norm2(x + a)))
+    assert_close(got, hand)
+
+
+@pytest.mark.parametrize("form, yes", [
+    (lambda x, v: x + v, True), (lambda x, v: v + x, True), (lambda x, v: x - v, True), (lambda x, v: torch.add(v, x, alpha=1), True),
+    (lambda x, v: (x.flatten() + v.flatten()).view_as(x), True), (lambda x, v: F.gelu(x + v), True), (lambda x, v: x + 0 * v, True),
+    (lambda x, v: torch.addcmul(x, v, v), True), (lambda x, v: (x.half() + v.half()).float(), True),
+    (lambda x, v: v - x, False), (lambda x, v: torch.add(v, x, alpha=.5), False), (lambda x, v: .7 * x + v, False),
+    (lambda x, v: F.layer_norm(x + v, [4]), False), (lambda x, v: x.relu() + v, False), (lambda x, v: v, False), (lambda x, v: x, False),
+    (lambda x, v: x.flip(1) + v, False), (lambda x, v: x.detach() + v, False), (lambda x, v: torch.relu(x), False)])
+def test_the_criterion(form, yes):
+    class Block(nn.Module):
+        def __init__(self): super().__init__(); self.f = nn.Linear(4, 4)
+        def forward(self, x): return form(x, self.f(x))
+
+    model = nn.Sequential(nn.Linear(4, 4), Block(), nn.Linear(4, 2))
+    if yes: assert list(find_blocks(model, torch.randn(3, 4))) == ["1"]
+    else:
+        with pytest.raises(ValueError, match="no residual block"): find_blocks(model, torch.randn(3, 4))
+
+
+def test_frozen_and_zero_initialised_networks_are_found():
+    model = dense_net(4, 2, K=3).requires_grad_(False)
+    for p in model.flow.parameters(): p.zero_()
+    blocks = find_blocks(model, torch.randn(3, 4))
+    assert len(blocks) == 3 and set(blocks.moved.values()) == {0.}
+
+
+def test_what_only_passes_its_input_on_is_no_block():
+    class Pass(nn.Module):
+        def forward(self, x): return x
+
+    blocks = find_blocks(nn.Sequential(Pass(), ResidualBlock(nn.Linear(4, 4))), torch.randn(3, 4))
+    assert list(blocks) == ["1"] and blocks.skipped["0"] == "its input is no summand of its output"
+
+
+def test_parts_without_gradient_keep_their_mode():
+    class Averaging(nn.Module):
+        def __init__(self): super().__init__(); self.block, self.scale = ResidualBlock(nn.Linear(4, 4)), nn.Parameter(torch.ones(()))
+
+        @torch.no_grad()
+        def forward(self, x):
+            x = self.block(x)
+            self.scale.mul_(1.)   # an error where gradients are on
+            return x * self.scale
+
+    assert list(find_blocks(nn.Sequential(nn.Flatten(), Averaging()), torch.randn(3, 4))) == ["1.block"]
+
+
+def test_levels_are_never_nested():
+    class Outer(nn.Module):
+        def __init__(self): super().__init__(); self.inner, self.out = ResidualBlock(nn.Linear(4, 4)), nn.Linear(4, 4)
+        def forward(self, x): return x + self.out(self.inner(x))
+
+    class Around(nn.Module):
+        def __init__(self, net): super().__init__(); self.net, self.scale = net, nn.Linear(4, 4)
+        def forward(self, x): return x + self.scale(self.net(x))
+
+    model = Around(nn.Sequential(Outer(), nn.Sequential(Outer())))
+    blocks = find_blocks(model, torch.randn(3, 4))
+    assert list(blocks) == ["net.0", "net.1.0"]
+    assert blocks.skipped["net.0.inner"] == "inside net.0" and blocks.skipped["net"] == "a chain of the blocks inside it"
+    assert blocks.skipped["(model)"].startswith("the whole network")
+    assert list(find_blocks(Outer(), torch.randn(3, 4))) == ["inner"]
+    assert list(find_blocks(ResidualBlock(nn.Linear(4, 4)), torch.randn(3, 4))) == ["(model)"]
+
+
+def test_patterns_overrule():
+    model, x = ResNet(), images()
+    assert list(find_blocks(model, x, include="layer?")) == ["layer1"]
+    assert list(find_blocks(model, x, include=["layer1.1", "bn1"])) == ["bn1", "layer1.1"]
+    assert list(find_blocks(model, x, exclude="layer1")) == ["layer2.1"]
+    assert list(find_blocks(model, x, include="layer*.*", exclude="*.0")) == ["layer1.1", "layer2.1"]
+    assert list(find_blocks(model, include="layer1.*", exclude="layer1.0")) == ["layer1.1"]
+    with pytest.raises(ValueError, match=r"'layer3\.1' matches no module; the nearest names are .*layer2\.1"):
+        find_blocks(model, x, include="layer3.1")
+    with pytest.raises(ValueError, match="'typo' matches no module"): find_blocks(model, x, exclude="typo")
+    with pytest.raises(ValueError, match=r"shape changes \(4, 8, 8\)"): find_blocks(model, x, include="layer2.0")
+
+
+def test_finding_leaves_the_model_and_the_random_state_alone():
+    class Counting(ResNet):
+        def __init__(self): super().__init__(); self.register_buffer("calls", torch.zeros(()))
+        def forward(self, x): self.calls += 1; torch.rand(1); return super().forward(x)
+
+    model = Counting().train()
+    model.layer1.eval()
+    before, modes, state = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()], torch.get_rng_state()
+    find_blocks(model, torch.ones(BATCH, 3, 8, 8))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and hook_count(model) == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_finding_cleans_up_after_an_error():
+    model = ResNet().train()
+    with pytest.raises(RuntimeError): find_blocks(model, torch.randn(2, 5, 8, 8))
+    with pytest.raises(RuntimeError): trace(model, torch.randn(2, 5, 8, 8), {"layer1.0": model.layer1[0]})
+    assert hook_count(model) == 0 and model.training
+
+
+# Tracing
+
+def test_own_network_agrees_with_its_trajectory():
+    net, x = dense_net(3, 2, K=5, h=.5), torch.randn(BATCH, 3)
+    stage, = trace(net, x).stages
+    want = net.trajectory(x)
+    assert stage.h == want.h == .5
+    assert_close(stage.x, want.x)
+    assert_close(trace(net, x, energies_only=True).energies("sum"), want.steps.square().sum(2) / .5)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_resnet_energies_by_hand(block, mode):
+    model, x = getattr(ResNet(block), mode)(), images()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = 0.   # the second look at a block must not move the statistics
+    blocks = find_blocks(model, x)
+    hand, out = by_hand(model, x, blocks, lambda b, before: (before + b.branch(before)).relu() - before)
+    with torch.no_grad(): got = trace(model, x, blocks)
+    assert_close(got.energies(), hand)
+    assert_close(got.output, out)
+    assert [s.K for s in got.stages] == ([2, 1] if block is BasicBlock else [1, 1]) and got.names == list(blocks)
+    assert_close(torch.cat([s.steps.square().flatten(2).mean(2) for s in got.stages]), hand)
+
+
+def test_stages_end_where_something_happens_between_blocks():
+    net = nn.Sequential(*(ResidualBlock(nn.Linear(3, 3)) for _ in range(2)), nn.Linear(3, 3), ResidualBlock(nn.Linear(3, 3)),
+                        ResidualBlock(nn.Linear(3, 3), h=.5))
+    found = trace(net, torch.randn(BATCH, 3))
+    assert [(s.K, s.h) for s in found.stages] == [(2, 1.), (1, 1.), (1, .5)] and found.stage_of == [0, 0, 1, 2]
+
+
+def test_gradients_reach_the_blocks():
+    net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
+    weight = net.flow.blocks[0].velocity[0].weight
+    for energy in (trace(net, x, energies_only=True).energies().sum(), sum(s.steps.square().mean(2).sum() for s in trace(net, x).stages)):
+        got, = torch.autograd.grad(energy, weight)
+        assert_close(got, torch.autograd.grad(net.trajectory(x).steps.square().mean(2).sum(), weight)[0])
+
+
+def test_stochastic_depth_is_traced_as_it_fell():
+    model, x = nn.Sequential(DropPath(), DropPath(), DropPath()).train(), torch.randn(40, 4)
+    torch.manual_seed(3); want = model(x)
+    torch.manual_seed(3); found = trace(model, x)
+    assert_close(found.output, want)
+    dropped = found.energies() == 0
+    assert 30 < dropped.sum() < 90
+    stage, = found.stages
+    assert_close(stage.steps[0][~dropped[0]], 2 * model[0].f(x)[~dropped[0]], rtol=1e-4, atol=1e-5)
+    assert (trace(model.eval(), x).energies() > 0).all()
+
+
+def test_shared_blocks_count_per_call():
+    block = ResidualBlock(nn.Linear(3, 3))
+    model, x = nn.Sequential(block, block, block), torch.randn(BATCH, 3)
+    found = trace(model, x)
+    assert found.names == ["0", "0 (call 2)", "0 (call 3)"] and "called 3 times" in find_blocks(model, x).why["0"]
+    assert_close(found.stages[0].x, Flow([block.velocity] * 3).trajectory(x).x)
+
+
+def test_blocks_that_write_to_their_input():
+    model, x = nn.Sequential(nn.Linear(4, 4), Inplace(), Inplace()), torch.randn(BATCH, 4)
+    blocks = find_blocks(model, x)
+    assert list(blocks) == ["1", "2"] and blocks.inplace == {"1", "2"}
+    start = model[0](x)
+    first = model[1].f(start)
+    want = torch.stack([first, model[2].f(start + first)])
+    with torch.no_grad():
+        assert_close(trace(model, x, blocks, energies_only=True).energies(), want.square().mean(2))
+        assert_close(trace(model, x, dict(blocks)).stages[0].steps, want)
+        with pytest.raises(RuntimeError, match="writes to its input"): trace(model, x, dict(blocks), energies_only=True)
+
+
+def test_positions_survive_what_comes_after():
+    model = nn.Sequential(ResidualBlock(nn.Linear(4, 4)), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(BATCH, 4)
+    with torch.no_grad(): assert_close(trace(model, x).stages[0].x[1], model[0](x))
+
+
+def test_autocast_sums_in_float32():
+    net, x = dense_net(4, 2, K=3), torch.randn(BATCH, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16): found = trace(net, x)
+    assert found.energies().dtype == torch.float32 and len(find_blocks(net, x)) == len(found.names) == 3
+    assert_close(found.energies(), trace(net, x).energies(), rtol=.05, atol=1e-3)
+
+
+def test_half_precision_does_not_overflow():
+    model, x = nn.Sequential(ResidualBlock(nn.Linear(4, 4))).half(), torch.zeros(BATCH, 4).half()
+    with torch.no_grad(): model[0].velocity.bias.fill_(300.)
+    assert model[0].velocity.bias.square().isinf().all()
+    for only in (True, False):
+        energies = trace(model, x, energies_only=only).energies("sum")
+        assert energies.dtype == torch.float32 and (energies == 4 * 300 ** 2).all()
+    assert trace(model, x).stages[0].x.dtype == torch.float32
+    with torch.no_grad(): model[0].velocity.weight.fill_(60000.)
+    with pytest.raises(ValueError, match=r"block 0 \(0\).*not finite"): trace(model, x + 1)
+
+
+def test_inference_mode():
+    net = dense_net(3, 2, K=3)
+    with torch.inference_mode():
+        x = torch.randn(BATCH, 3)
+        found = trace(net, x)
+        assert found.energies().is_inference()
+    assert_close(found.energies().clone(), trace(net, x.clone()).energies().detach())
+
+
+def test_channels_last():
+    model, x = ResNet().eval(), images()
+    want = trace(model, x).energies()
+    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert_close(trace(model, x).energies(), want, rtol=1e-4, atol=1e-6)
+    assert_close(trace(model, x, energies_only=True).energies(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("only", [False, True])
+def test_checkpointed_blocks_count_once(reentrant, only):
+    model, ids = Decoder(), tokens()
+    blocks = find_blocks(model, ids)
+    plain = trace(model, ids, blocks, energies_only=True).energies()
+    want = torch.autograd.grad(plain.sum(), model.layers[0].mix.weight)[0]
+    model.checkpointing = reentrant
+    assert list(find_blocks(model, ids)) == list(blocks)
+    with Tracer(model, blocks, energies_only=only) as tracer:
+        loss = model(ids).square().mean()
+        found = tracer.take()
+        assert_close(found.energies(), plain)
+        (loss if reentrant else loss * 0 + found.energies().sum()).backward()
+        with pytest.raises(RuntimeError, match="no step of the 3 blocks"): tracer.take()
+        if only: assert not tracer._open
+    if not reentrant: assert_close(model.layers[0].mix.weight.grad, want)
+
+
+# Attached and taken off
+
+def test_tracer_in_a_training_loop():
+    net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
+    opt, totals = torch.optim.SGD(net.parameters(), lr=.05), []
+    with Tracer(net, energies_only=True) as tracer:
+        for _ in range(20):
+            net(x)
+            energies = tracer.take().energies()
+            opt.zero_grad(); energies.sum().backward(); opt.step()
+            totals.append(energies.sum().item())
+    assert energies.shape == (4, BATCH) and totals[-1] < totals[0] / 2 and hook_count(net) == 0
+
+
+def test_only_the_last_pass_is_kept():
+    net = dense_net(3, 2, K=4)
+    with Tracer(net) as tracer:
+        net(torch.randn(7, 3)); net(torch.randn(BATCH, 3))
+        assert tracer.take().energies().shape == (4, BATCH)
+        with pytest.raises(RuntimeError, match="call the model first"): tracer.take()
+
+
+def test_attaching_again_replaces():
+    net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
+    first = Tracer(net)
+    count = hook_count(net)
+    second = Tracer(net)
+    assert hook_count(net) == count
+    net(x)
+    with pytest.raises(RuntimeError, match="replaced"): first.take()
+    first.remove(); second.take(); second.remove(); second.remove()
+    assert hook_count(net) == 0
+
+
+def test_hooks_of_others_stay():
+    net, calls = dense_net(3, 2, K=2), []
+    net.flow.blocks[0].register_forward_hook(lambda *args: calls.append(1))
+    trace(net, torch.randn(BATCH, 3), find_blocks(net))
+    assert calls == [1] and hook_count(net) == 1
+
+
+def test_tracing_inside_tracing():
+    net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
+    with Tracer(net) as outer:
+        net(x)
+        inner = trace(net, x[:2])
+        find_blocks(net, x[:3])
+        assert inner.energies().shape == (4, 2) and outer.take().energies().shape == (4, BATCH)
+        net(x)
+        assert len(outer.take().names) == 4
+
+
+def test_hooks_go_after_an_error():
+    net = dense_net(3, 2, K=4)
+    with pytest.raises(RuntimeError), Tracer(net): net(torch.randn(BATCH, 5))
+    assert hook_count(net) == 0
+
+
+def test_nothing_stays_referenced():
+    net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
+    found = trace(net, x)
+    refs = [weakref.ref(t) for s in found.steps for t in (s.after, s.before, s.squares)] + [weakref.ref(found.output)]
+    model = weakref.ref(net)
+    del found
+    assert all(r() is None for r in refs)
+    del net; gc.collect()
+    assert model() is None
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_energies_keep_at_most_one_block(only):
+    net, x, outputs, alive = dense_net(3, 2, K=6), torch.randn(BATCH, 3), [], []
+
+    def watch(block, args, out):
+        alive.append(sum(r() is not None for r in outputs))
+        outputs.append(weakref.ref(out))
+
+    for block in net.flow.blocks: block.register_forward_hook(watch)
+    with torch.no_grad(): found = trace(net, x, find_blocks(net), energies_only=only)
+    assert max(alive) <= 1
+    kept = [s for s in found.steps if s.before is not None or s.after is not None]
+    assert len(kept) == (0 if only else 6)
+
+
+# Wrapped and compiled
+
+class Wrapped(nn.parallel.DistributedDataParallel):
+    "The wrapper without its process group."
+    def __init__(self, module): nn.Module.__init__(self); self.module = module
+    def forward(self, *args): return self.module(*args)
+    def __getattr__(self, name): return nn.Module.__getattr__(self, name)
+
+
+def test_names_see_through_wrappers():
+    net, x = dense_net(3, 2, K=2), torch.randn(BATCH, 3)
+    names, want = ["flow.blocks.0", "flow.blocks.1"], trace(net, x).energies()
+    for wrapped in (Wrapped(net), nn.DataParallel(net), torch.compile(net, backend="eager"), torch.compile(Wrapped(net), backend="eager")):
+        assert list(find_blocks(wrapped, x)) == names
+        assert_close(trace(wrapped, x).energies(), want)
+    net.flow.blocks[1] = torch.compile(net.flow.blocks[1], backend="eager")
+    net(x)
+    assert list(find_blocks(net, x)) == names
+    assert_close(trace(net, x).energies(), want)
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_compiled_without_a_graph_break(only):
+    torch._dynamo.reset()
+    net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
+    want = trace(net, x).energies()
+    with Tracer(net, energies_only=only) as tracer:
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        for _ in range(2):
+            compiled(x)
+            assert_close(tracer.take().energies(), want)
+        compiled(x)
+        got = torch.autograd.grad(tracer.take().energies().sum(), net.flow.blocks[0].velocity[0].weight)[0]
+    assert_close(got, torch.autograd.grad(want.sum(), net.flow.blocks[0].velocity[0].weight)[0])
+
+
+def test_attached_too_late_says_so():
+    torch._dynamo.reset()
+    net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    with Tracer(compiled) as tracer:
+        compiled(x)
+        with pytest.raises(RuntimeError, match="before the first compiled call"): tracer.take()
+
+
+@pytest.mark.parametrize("way", ["method", "inside"])
+def test_trace_runs_compiled_parts_as_written(way):
+    torch._dynamo.reset()
+    net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
+    want = trace(net, x).energies()
+    if way == "method":
+        net.compile(backend="eager")
+        model = net
+    else: model = nn.Sequential(torch.compile(net, backend="eager"))
+    model(x)
+    blocks = {name if way == "method" else f"0.{name}": net.get_submodule(name) for name in find_blocks(net, x)}
+    assert_close(trace(model, x, blocks, energies_only=True).energies(), want)
+    assert list(find_blocks(model, x)) == list(blocks)
+
+
+# Bad input
+
+def test_no_residual_block():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"no residual block found in Sequential \(.*0: a single layer"): find_blocks(model, torch.randn(2, 3))
+    with pytest.raises(ValueError, match="pass an example input"): find_blocks(model)
+    with pytest.raises(ValueError, match="no residual block"): trace(model, torch.randn(2, 3))
+    with pytest.raises(ValueError, match="blocks is empty"): Tracer(model, {})
+
+
+def test_wrong_blocks():
+    model, x = ResNet(), images()
+    with pytest.raises(ValueError, match=r"'layer2.0' gives \(4, 8, 4, 4\) for an input of \(4, 4, 8, 8\)"):
+        trace(model, x, {"layer2.0": model.layer2[0]})
+    with pytest.raises(ValueError, match="'layer1.0' is not in this ResNet"): trace(model, x, find_blocks(ResNet(), x))
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_nan_in_block_7_is_named(only):
+    net = dense_net(3, 2, K=9)
+    with torch.no_grad(): net.flow.blocks[7].velocity[2].bias[1] = float("nan")
+    with pytest.raises(ValueError, match=r"block 7 \(flow\.blocks\.7\) is the first"): trace(net, torch.randn(2, 3), energies_only=only)
+
+
+def test_empty_batch():
+    for x in (torch.zeros(0, 3), (torch.zeros(0, 3),), {"x": torch.zeros(0, 3)}):
+        for call in (find_blocks, trace):
+            with pytest.raises(ValueError, match="batch is empty"): call(dense_net(3, 2), x)
+
+
+def test_integer_inputs():
+    assert trace(Decoder(), tokens()).energies().shape == (3, BATCH)
+
+    class One(nn.Module):
+        def forward(self, x): return torch.ones_like(x)
+
+    flow, x = Flow([One(), One()]), torch.arange(6).reshape(2, 3)
+    assert find_blocks(flow, x).skipped["blocks.0"] == "no floating-point tensor goes in"   # the second sees the floats of the first
+    with pytest.raises(ValueError, match="block 'blocks.0': convert"): trace(flow, x, find_blocks(flow))
+    with pytest.raises(ValueError, match="expected one of mean, sum"): trace(flow, x.float()).energies("max")
+
+
+# Real architectures, built from configuration
+
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers, then run this again")
+    import transformers
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def architecture(t, name):
+    "The model, its input, names of its blocks, and what a block adds as a function of block and input of the parts inside."
+    pixels, ids = torch.randn(BATCH, 3, 16, 16), torch.randint(50, (BATCH, 5))
+    small = dict(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16)
+    if name == "resnet":
+        config = t.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 2], layer_type="basic")
+        return t.ResNetModel(config), pixels, ["encoder.stages.0.layers.0", "encoder.stages.0.layers.1", "encoder.stages.1.layers.1"]
+    if name == "convnext":
+        config = t.ConvNextConfig(hidden_sizes=[4, 8], depths=[2, 1], num_stages=2, drop_path_rate=.4, layer_scale_init_value=.5)
+        names = ["encoder.stages.0.layers.0", "encoder.stages.0.layers.1", "encoder.stages.1.layers.0"]
+        return t.ConvNextModel(config), pixels, names
+    if name == "vit": return t.ViTModel(t.ViTConfig(image_size=16, patch_size=8, **small)), pixels, 3
+    if name == "gpt2": return t.GPT2LMHeadModel(t.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=50, n_positions=8,
+                                                             bos_token_id=0, eos_token_id=0)), ids, 3
+    config = t.LlamaConfig(num_key_value_heads=1, vocab_size=50, **small)
+    return t.LlamaForCausalLM(config), ids, 3
+
+
+def added(name, block, parts, before):
+    "What the block adds, from the outputs of the parts inside it."
+    if name == "resnet": return (before + parts["layer"]).relu() - before
+    if name == "convnext": return (block.layer_scale_parameter * parts["pwconv2"]).permute(0, 3, 1, 2)
+    attention = next(parts[k] for k in ("attn", "self_attn", "attention") if k in parts)
+    return attention + parts["mlp"]
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext", "vit", "gpt2", "llama"])
+def test_real_architectures(transformers, name):
+    model, x, names = architecture(transformers, name)
+    model.eval()
+    blocks = find_blocks(model, x)
+    assert list(blocks) == names if isinstance(names, list) else len(blocks) == names
+    assert len({type(b) for b in blocks.values()}) == 1
+    steps, hooks, parts = [], [], {}
+
+    def note(key): return lambda part, args, out: parts.__setitem__(key, (out[0] if isinstance(out, tuple) else out).detach().clone())
+    def close(block, args, kwargs, out):
+        before = args[0] if args else kwargs["hidden_states"]
+        steps.append(added(name, block, parts, before)); parts.clear()
+
+    for block in blocks.values():
+        hooks += [part.register_forward_hook(note(key)) for key, part in block.named_children()]
+        hooks.append(block.register_forward_hook(close, with_kwargs=True))
+    with torch.no_grad(): out = model(x)
+    for hook in hooks: hook.remove()
+    with torch.no_grad(): found = trace(model, x, blocks)
+    assert found.names == list(blocks)
+    assert_close(found.energies(), torch.stack([s.square().flatten(1).mean(1) for s in steps]), rtol=1e-4, atol=1e-7)
+    assert_close(found.output[0], out[0])
+    assert len(found.stages) == (2 if name in ("resnet", "convnext") else 1)
+    if name == "convnext": assert (trace(model.train(), x, blocks).energies() == 0).any()
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
+def test_real_gradient_checkpointing(transformers, name):
+    model, x, _ = architecture(transformers, name)
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    blocks = find_blocks(model, x)
+    want = trace(model, x, blocks, energies_only=True).energies()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with Tracer(model, blocks, energies_only=True) as tracer:
+        out = model(x)
+        found = tracer.take()
+        (out[0].square().mean() + found.energies().sum()).backward()
+        with pytest.raises(RuntimeError, match="no step"): tracer.take()
+    assert_close(found.energies(), want, rtol=1e-4, atol=1e-6)
