@@ -17,7 +17,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
-    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements')},
+    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
     python_requires='>=' + cfg['min_python'],
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: ' + cfg['audience']],

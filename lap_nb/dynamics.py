@@ -53,6 +53,8 @@ class Trajectory:
     def steps(self)->Tensor: return self.x[1:] - self.x[:-1]
     @property
     def velocities(self)->Tensor: return self.steps / self.h
+    @property
+    def stages(self)->tuple["Trajectory", ...]: return (self,)   # parts of constant shape, in order
     def __repr__(self)->str:
         return f"Trajectory: {self.K} steps of h={self.h:g}, {self.x.shape[1]} samples of shape {list(self.x.shape[2:])}"
 
