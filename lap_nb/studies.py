@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from fastcore.script import call_parse
+from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
@@ -497,7 +497,7 @@ def _one_line_errors(command:str):
 
 @call_parse
 def lap_study(
-    name:str="",           # study to run
+    name:Param("study to run; none: list them", str, opt=False, nargs="?")="",
     seeds:str="",          # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
     device:str="auto",     # where to train: auto, cpu, cuda, cuda:0, ...
     scale:str="auto",      # sizes for which machine: auto (as the device), cpu or gpu
