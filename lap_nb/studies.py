@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'GAINS', 'Method', 'Net', 'Schedule', 'Cell',
            'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows',
-           'study', 'run_study', 'lap_study']
+           'study', 'run_study', 'results', 'Records', 'records', 'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -131,6 +131,14 @@ class Study:
         found = [(c, s) for c, s in cells if not patterns or any(fnmatch.fnmatchcase(c.name, p) for p in patterns)]
         if not found: raise ValueError(f"no cell of {self.name} matches {only!r}; the first of its {len(cells)} cells is {cells[0][0].name}")
         return found
+
+# %% ../nbs/08_replication.ipynb #33794b9f
+@patch
+def data(self:Study,
+    only:str="", # patterns of cell names, as in `Study.cells`
+)->list[str]:    # as in `dataset`
+    "The data sets of a study, each once."
+    return list(dict.fromkeys(cell.data for cell, _ in self.cells(only)))
 
 # %% ../nbs/08_replication.ipynb #f12b2fd6
 def _changed(value):
@@ -415,68 +423,248 @@ def _check_seeds(seeds:Sequence[int]|None):
 # %% ../nbs/08_replication.ipynb #273c9da5
 def run_study(
     study:Study,                    # what to run
-    out:str|Path="nbs/results",     # folder of the record, `NAME.jsonl`
+    out:str|Path|None=None,         # folder of the record, `NAME.jsonl`; None: as in `results`
     seeds:Sequence[int]|None=None,  # None: those of the study
     device:str="auto",              # as in `pick_device`
     only:str="",                    # patterns of cell names, separated by commas
     resume:bool=True,               # go on with a record that exists; False: refuse
     root:str|None=None,             # folder of the larger data sets; None: `LAP_NB_DATA`
+    scheduler:str="",               # empty: in this process; `"local"` or `"tcp://..."`: through Dask
     progress:bool=False,            # show a bar with the time left
 )->int:                             # rows written
     "Train what the record lacks and append it, cell by cell; several processes may do so at once."
     from tqdm.auto import tqdm
     _check_seeds(seeds)
-    path, device = Path(out) / f"{study.name}.jsonl", pick_device(device)
+    path = results(out) / f"{study.name}.jsonl"
     if path.exists() and not resume: raise FileExistsError(f"{path} exists: go on with it by --resume, or choose another --out")
-    tasks = _todo(study, path, seeds, only, provenance(device)["device_name"])
-    for spec in dict.fromkeys(t.cell.data for t in tasks): dataset(spec, root)
-    written, failed = 0, {}
-    with tqdm(total=sum(t.cost for t in tasks), disable=not progress, mininterval=1, bar_format=BAR) as bar:
-        for task in tasks:
-            try: written += _run_task(study, task, path, device, root, bar)
-            except (ValueError, RuntimeError) as e: failed[task.cell.name] = e
+    with _workers(scheduler, device, root, study.data(only)) as (work, name):
+        tasks, written, failed = _todo(study, path, seeds, only, name), 0, {}
+        with tqdm(total=sum(t.cost for t in tasks), disable=not progress, mininterval=1, smoothing=0, bar_format=BAR) as bar:
+            for task, outcome in work(study, tasks, path, bar):
+                if isinstance(outcome, Exception): failed[task.cell.name] = outcome
+                elif outcome is not None: written += append_rows(path, *outcome, _columns(study, task.cell))
     if failed: raise RuntimeError(f"{len(failed)} cells failed, the others are recorded; the first, {next(iter(failed))}: {next(iter(failed.values()))}")
     return written
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
-def _run_task(study:Study, task:_Task, path:Path, device:torch.device, root:str|None, bar)->int:
-    "Run what is missing of one cell, unless another process is at it."
-    cell, share = task.cell, _Share(bar, task.cost, task.cell.schedule.epochs(task.cell.n))
-    bar.set_description(cell.name)
-    lock = path.parent / ".claims" / f"{study.name}-{cell.config}"
-    with _held(lock, wait=False) as mine:
-        known = done(path)
-        seeds = [s for s in task.seeds if (cell.config, s) not in known]
-        if not mine or not seeds: share.finish(); return 0
-        note, rows = run_cell(cell, seeds, device, root, share)
-        written = append_rows(path, note, rows, _columns(study, cell))
-        lock.unlink(missing_ok=True)
-    share.finish()
-    return written
+def results(
+    out:str|Path|None=None, # a folder, taken as it is
+)->Path:
+    "The folder of the records: the repository's `nbs/results`, seen from the root or from `nbs`; elsewhere `results`."
+    if out is not None: return Path(out)
+    return next((p for p in (Path("nbs/results"), Path("results")) if p.is_dir()), Path("results"))
+
+# %% ../nbs/08_replication.ipynb #22a215e0
+@contextmanager
+def _workers(scheduler:str, device:str, root:str|None, specs:list[str])->Iterator[tuple[Callable, str]]:
+    "A function that runs tasks and yields `(task, outcome)`, and the name of the device they run on."
+    if scheduler:
+        with _client(scheduler) as client: yield partial(_run_remote, client, device, root), _common_device(client, device, root, specs)
+    else:
+        where = pick_device(device)
+        for spec in specs: dataset(spec, root)
+        yield partial(_run_here, where, root), provenance(where)["device_name"]
+
+def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task], path:Path, bar)->Iterator[tuple[_Task, object]]:
+    "One cell after another; those that another process is at are left to it."
+    for task in tasks:
+        cell, share = task.cell, _Share(bar, task.cost, task.cell.schedule.epochs(task.cell.n))
+        bar.set_description(cell.name)
+        lock = path.parent / ".claims" / f"{study.name}-{cell.config}"
+        with _held(lock, wait=False) as mine:
+            known = done(path)
+            seeds = [s for s in task.seeds if (cell.config, s) not in known]
+            try: yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
+            except (ValueError, RuntimeError) as e: yield task, e
+            if mine: lock.unlink(missing_ok=True)
+        share.finish()
+
+# %% ../nbs/08_replication.ipynb #83a766b1
+@contextmanager
+def _client(scheduler:str):
+    "A Dask client: of a scheduler at an address, or of workers on this machine."
+    try: from dask.distributed import Client, LocalCluster
+    except ImportError as e: raise RuntimeError("--scheduler needs Dask: pip install dask distributed") from e
+    if scheduler == "local":
+        with LocalCluster(threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client: yield client
+        return
+    try: client = Client(scheduler, timeout="10s")
+    except (OSError, ValueError) as e:
+        raise OSError(f"no Dask scheduler at {scheduler} ({e}): start one with `dask scheduler`, workers with `dask worker ADDRESS`, "
+                      "or use --scheduler local") from e
+    with client: yield client
+
+def _inspect(device:str, root:str|None, specs:list[str])->tuple[str, str]:
+    "On a worker: the name of its device, and what keeps it from working."
+    try:
+        for spec in specs: dataset(spec, root)
+        return provenance(pick_device(device))["device_name"], ""
+    except (OSError, ValueError) as e: return "", str(e)
+
+def _common_device(client, device:str, root:str|None, specs:list[str])->str:
+    "The device name of all workers; raises before any work if one lacks data or they differ."
+    client.wait_for_workers(1, timeout=30)
+    found = client.run(_inspect, device, root, specs)
+    for worker, (_, problem) in found.items():
+        if problem: raise ValueError(f"worker {worker} cannot run this study: {problem}")
+    names = {name for name, _ in found.values()}
+    if len(names) > 1: raise ValueError(f"the workers' devices differ: {', '.join(sorted(names))}; a study runs on one kind, choose it with --device")
+    return names.pop()
+
+def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task], path:Path, bar)->Iterator[tuple[_Task, object]]:
+    "All cells to the workers; a cell whose worker dies goes to another."
+    from dask.distributed import as_completed
+    futures = {client.submit(_run_there, t.cell, t.seeds, device, root, pure=False): t for t in tasks}
+    for future in as_completed(futures):
+        try: outcome = future.result()
+        except Exception as e: outcome = e
+        yield futures[future], outcome
+        bar.update(futures[future].cost)
+
+def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple[dict, list[dict]]:
+    return run_cell(cell, seeds, pick_device(device), root)
 
 # %% ../nbs/08_replication.ipynb #3627d882
 GAINS = (.01, .05, .2, .5, 1., 1.4, 2.)
 
-def _gains(gains=GAINS, inits=("orthogonal", "normal"))->tuple[Method, ...]:
-    "PyTorch's default, and each gain of each kind."
-    return (Method("default"), *(Method(f"{i}-{g:g}", init=i, gain=g) for i in inits for g in gains))
+def _gains(orthogonal=GAINS, normal=())->tuple[Method, ...]:
+    "PyTorch's default, and the gains of each kind."
+    return (Method("default"), *(Method(f"{init}-{g:g}", init=init, gain=g) for init, gains in (("orthogonal", orthogonal), ("normal", normal)) for g in gains))
 
 @_register
 def _kinetic_bias(scale:str)->Study:
     big = scale == "gpu"
     plane, dense = Net(width=32), Net()
-    short, long = Schedule(2000 if big else 500), Schedule(2000 if big else 800)
+    short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
+    gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
     variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some = _gains((.1, 1.), ("orthogonal",))
-    sizes = (50, 100, 300) if big else (50, 300)
+    some = _gains((.1, 1.))
     return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
-        Grid(("digits",), (50, 100, 300, 1000), _gains(), net=dense, schedule=short, curve=True),
-        Grid(("circles", "moons"), sizes, _gains(), net=plane, schedule=long, curve=True),
+        Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
+        Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
         Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
         *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
         *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20))), scale)
+
+# %% ../nbs/08_replication.ipynb #56178303
+@dataclass(frozen=True, repr=False)
+class Records:
+    "Rows of a study, one per network, and where they came from."
+    rows:list[dict]       # as in `COLUMNS`
+    runs:dict[str, dict]  # provenance of the rows, by their column `run`
+    def __len__(self)->int: return len(self.rows)
+    def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
+
+    @property
+    def device(self)->str: return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
+
+    def where(self,
+        **columns, # column = value, or a list of values
+    )->"Records":  # the rows that have them
+        wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
+        unknown = [k for k in wanted if self.rows and k not in self.rows[0]]
+        if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(self.rows[0])}")
+        return Records([row for row in self.rows if all(row[k] in v for k, v in wanted.items())], self.runs)
+
+    def by(self,
+        *columns:str, # to group by
+    )->dict:          # value of the column, or tuple of values -> `Records`
+        groups = {}
+        for row in self.rows: groups.setdefault(tuple(row[c] for c in columns), []).append(row)
+        return {key[0] if len(columns) == 1 else key: Records(rows, self.runs) for key, rows in groups.items()}
+
+# %% ../nbs/08_replication.ipynb #abac6b63
+def _device(run:dict)->str:
+    return f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else run["device_name"]
+
+@patch
+def values(self:Records,
+    column:str,  # of numbers
+)->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
+    return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
+
+@patch
+def interval(self:Records,
+    column:str="test_accuracy_last", # of numbers
+    scale:float=100.,                # factor on the numbers; 100 for accuracies in percent
+)->Interval:
+    "Mean over the rows with its 95 % interval; raises `ValueError` where a network diverged."
+    return interval(scale * self.values(column))
+
+@patch
+def advantage(self:Records,
+    over:"Records",                  # the rival, on the same data and seeds
+    column:str="test_accuracy_last", # of numbers
+    scale:float=100.,                # factor on the numbers
+)->Interval:
+    "Mean of the differences to a rival, paired by data, size and seed."
+    key = lambda row: (row["data"], row["n"], row["seed"])
+    rival = {key(row): row.get(column) for row in over.rows}
+    mine = {key(row): row.get(column) for row in self.rows}
+    both = [(mine[k], rival[k]) for k in mine if k in rival]
+    if len(both) != len(mine) or len(mine) != len(self): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed")
+    if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: networks diverged; leave their seeds out, and say so")
+    return interval(torch.tensor([scale * (a - b) for a, b in both], dtype=torch.float64))
+
+# %% ../nbs/08_replication.ipynb #27f4d2b3
+@patch
+def tuned(self:Records,
+    by:str="val_accuracy_last",           # what to choose by; the mean over seeds is compared
+    within:tuple=("data", "n", "net"),    # one choice for each of these
+)->Records:                               # rows of the chosen candidates; `method` is still the candidate's name
+    "For each family of methods, the candidate that is best on validation; the earliest of equals."
+    rows = []
+    for group in self.by(*within, "family").values():
+        mean = {name: r.values(by).nan_to_num(0.).mean().item() for name, r in group.by("method").items()}
+        rows += group.where(method=max(mean, key=mean.get)).rows
+    return Records(rows, self.runs)
+
+# %% ../nbs/08_replication.ipynb #d0b11a38
+def _joined(row:dict, run:dict)->dict:
+    "A row with what its run says about its method."
+    settings = run["settings"]
+    method = settings["method"]
+    return row | dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K), device=run["device_name"])
+
+def records(
+    name:str,                # of a study
+    out:str|Path|None=None,  # folder of the records, as in `results`
+    scale:str="",            # `"cpu"` or `"gpu"`; empty: gpu if there are any, else cpu
+    stale:bool=False,        # also rows whose cell is no longer described like that
+)->Records:
+    "What is recorded of a study; raises `FileNotFoundError` if nothing is."
+    path = results(out) / f"{name}.jsonl"
+    if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
+    lines = read_lines(path)
+    runs = {line["id"]: line for line in lines if line.get("kind") == "run"}
+    rows = [_joined(line, runs[line["run"]]) for line in lines if "seed" in line]
+    chosen = scale or ("gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
+    current = {cell.config for cell, _ in study(name, chosen).cells()}
+    return Records([row for row in rows if row["scale"] == chosen and (stale or row["config"] in current)], runs)
+
+# %% ../nbs/08_replication.ipynb #96238f79
+def overview(
+    out:str|Path|None=None, # folder of the records, as in `results`
+)->list[dict]:              # per study and scale: networks wanted, recorded, stale; devices, seconds
+    "What studies there are, what is recorded of them, on which device, and what is stale against the code."
+    table = []
+    for name, scale in ((n, s) for n in STUDIES for s in ("cpu", "gpu")):
+        path, wanted = results(out) / f"{name}.jsonl", {(c.config, s) for c, k in study(name, scale).cells() for s in range(k)}
+        lines = read_lines(path)
+        runs = {line["id"]: line for line in lines if line.get("kind") == "run" and line["scale"] == scale}
+        rows = {(line["config"], line["seed"]) for line in lines if "seed" in line and line["scale"] == scale}
+        configs = {c for c, _ in wanted}
+        table.append(dict(study=name, scale=scale, networks=len(wanted), recorded=len(rows & wanted), stale=sum(c not in configs for c, _ in rows),
+            seconds=round(sum(r["device_seconds"] for r in runs.values())), device="; ".join(sorted({_device(r) for r in runs.values()}))))
+    return table
+
+def _table(rows:list[dict])->str:
+    "Dictionaries as lines of fixed-width columns."
+    lines = [list(rows[0])] + [[str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 # %% ../nbs/08_replication.ipynb #2070ea34
 def _seeds(text:str)->list[int]|None:
@@ -498,19 +686,21 @@ def _one_line_errors(command:str):
 @call_parse
 def lap_study(
     name:Param("study to run; none: list them", str, opt=False, nargs="?")="",
-    seeds:str="",          # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
-    device:str="auto",     # where to train: auto, cpu, cuda, cuda:0, ...
-    scale:str="auto",      # sizes for which machine: auto (as the device), cpu or gpu
-    out:str="nbs/results", # folder of the records
-    resume:bool=False,     # go on with a record that exists
-    only:str="",           # patterns of cell names, like 'digits/300/*', separated by commas
-    threads:int=None,      # CPU threads of PyTorch (default: its own choice)
-    root:str=None,         # folder with the files of larger data sets (default: the variable LAP_NB_DATA)
+    seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
+    device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
+    out:str=None,        # folder of the records (default: nbs/results, or results)
+    resume:bool=False,   # go on with a record that exists
+    scheduler:str="",    # local, or the address tcp://... of a Dask scheduler (default: this process)
+    only:str="",         # patterns of cell names, like 'digits/300/*', separated by commas
+    scale:str="auto",    # sizes for which machine: auto (as the device), cpu or gpu
+    threads:int=None,    # CPU threads of PyTorch (default: its own choice)
+    root:str=None,       # folder with the files of larger data sets (default: the variable LAP_NB_DATA)
+    list:bool=False,     # show what exists, what is recorded, on which device, what is stale
 ):
     "Run a study: train what its record lacks, one row per network."
     with _one_line_errors("lap_study"):
+        if list or not name: print(_table(overview(out))); return
         if threads: torch.set_num_threads(threads)
-        where = pick_device(device)
-        chosen = study(name, ("gpu" if where.type == "cuda" else "cpu") if scale == "auto" else scale)
-        written = run_study(chosen, out, _seeds(seeds), device, only, resume, root, progress=True)
-        print(f"{written} rows written to {Path(out) / (name + '.jsonl')}")
+        chosen = study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
+        written = run_study(chosen, out, _seeds(seeds), device, only, resume, root, scheduler, progress=True)
+        print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
