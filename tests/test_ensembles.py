@@ -23,7 +23,7 @@ def pictures():
 def conv_net(c=6, K=2):
     "Pre-activation blocks with batch norm on 4 x 4 pictures."
     def field():
-        layers = [(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)) for _ in range(2)]
+        layers = [(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1, bias=False)) for _ in range(2)]
         return nn.Sequential(*(m for layer in layers for m in layer))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
     return ResidualNet(Flow([field() for _ in range(K)]), head, nn.Conv2d(1, c, 3, stride=2, padding=1))
