@@ -6,10 +6,17 @@
 __all__ = ['ResidualBlock', 'Trajectory', 'Flow', 'ResidualNet', 'dense_net', 'residual_blocks', 'init_velocities_', 'colours']
 
 # %% ../nbs/01_dynamics.ipynb #6fc32b6e
-from collections.abc import Iterable
-from dataclasses import dataclass
 import io
+import json
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -37,26 +44,62 @@ class ResidualBlock(nn.Module):
     def extra_repr(self)->str: return f"h={self.h:g}"
 
 # %% ../nbs/01_dynamics.ipynb #d80fb5bc
-@dataclass(frozen=True)
 class Trajectory:
-    r"Positions of one batch at the times $0, h, \dots, Kh$."
-    x: Tensor      # positions, `[K+1, B, ...]`, start included
-    h: float = 1.  # time between two positions
-    def __post_init__(self):
-        if self.x.ndim < 3 or len(self.x) < 2 or self.x.shape[1] == 0:
-            raise ValueError(f"positions have shape {tuple(self.x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
-        if not self.h > 0: raise ValueError(f"step h is {self.h!r}, expected a positive number")
+    r"Positions of one batch at the times $0, h, \dots, Kh$, in one stage of constant shape or in several."
+    def __init__(self,
+        x:Tensor|Sequence[Tensor],     # positions, `[K+1, B, ...]`, start included; of several stages, one such tensor for each
+        h:float|Sequence[float]=1.,    # time between two positions, the same for all stages or one number for each
+        names:Iterable[str]|None=None, # of the `K` blocks, through all stages; None: their numbers
+        output=None,                   # what the network returned, if this is a trace of it
+    ):
+        xs = (x,) if isinstance(x, Tensor) else tuple(x)
+        hs = tuple(h) if isinstance(h, (tuple, list)) else (h,) * len(xs)
+        _check_stages(xs, hs)
+        self._stages, self.output = tuple(zip(xs, map(float, hs))), output
+        self.names = tuple(map(str, range(self.K) if names is None else names))
+        if len(self.names) != self.K: raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
 
     @property
-    def K(self)->int: return len(self.x) - 1
+    def K(self)->int: return sum(len(x) - 1 for x, _ in self._stages)
+    @property
+    def B(self)->int: return self._stages[0][0].shape[1]
+    @property
+    def x(self)->Tensor: return self._only("x")[0]
+    @property
+    def h(self)->float: return self._only("h")[1]
     @property
     def steps(self)->Tensor: return self.x[1:] - self.x[:-1]
     @property
     def velocities(self)->Tensor: return self.steps / self.h
-    @property
-    def stages(self)->tuple["Trajectory", ...]: return (self,)   # parts of constant shape, in order
-    def __repr__(self)->str:
-        return f"Trajectory: {self.K} steps of h={self.h:g}, {self.x.shape[1]} samples of shape {list(self.x.shape[2:])}"
+    def _only(self, what:str)->tuple[Tensor, float]:
+        if len(self._stages) == 1: return self._stages[0]
+        raise AttributeError(f"a trajectory of {len(self._stages)} stages has no single {what}: look at each stage, "
+                             f"`for stage in trajectory.stages: stage.{what}`")
+
+# %% ../nbs/01_dynamics.ipynb #fc752d43
+def _check_stages(xs:Sequence[Tensor], hs:Sequence[float]):
+    "Raises `ValueError` if these are not positions and steps of the stages of a trajectory."
+    if not xs or len(xs) != len(hs): raise ValueError(f"found {len(xs)} stages and {len(hs)} steps h, expected one h for each of one or more stages")
+    for x, h in zip(xs, hs):
+        if x.ndim < 3 or len(x) < 2 or x.shape[1] == 0:
+            raise ValueError(f"positions have shape {tuple(x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
+        if not x.is_floating_point(): raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers: convert with .float()")
+        if not 0 < h < math.inf: raise ValueError(f"step h is {h!r}, expected a positive number")
+    if len({x.shape[1] for x in xs}) > 1:
+        raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
+
+@patch(as_prop=True)
+def stages(self:Trajectory)->tuple[Trajectory, ...]: # of one stage each, in order
+    "The parts of constant shape."
+    if len(self._stages) == 1: return (self,)
+    ends = list(accumulate(len(x) - 1 for x, _ in self._stages))
+    return tuple(Trajectory(x, h, self.names[end - len(x) + 1:end]) for (x, h), end in zip(self._stages, ends))
+
+@patch
+def __repr__(self:Trajectory):
+    parts = [f"{len(x) - 1} steps of h={h:g}, {self.B} samples of shape {list(x.shape[2:])}" for x, h in self._stages]
+    if len(parts) == 1: return f"Trajectory: {parts[0]}"
+    return "\n".join([f"Trajectory: {self.K} steps in {len(parts)} stages", *(f"  {part}" for part in parts)])
 
 # %% ../nbs/01_dynamics.ipynb #61fffbc8
 class Flow(nn.Module):
@@ -83,19 +126,21 @@ class Flow(nn.Module):
         return Trajectory(torch.stack(xs), self.h)
 
 # %% ../nbs/01_dynamics.ipynb #34d27046
-def _norms(x:Tensor)->Tensor: return x.flatten(2).norm(dim=2)
+def _norms(x:Tensor)->Tensor:
+    "Length of each sample, `[K, B, ...]` to `[K, B]`, in float32 or wider."
+    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2).norm(dim=2)
 
 @patch
 def displacement(self:Trajectory
-)->Tensor: # distance from start to end of each sample, `[B]`
-    "Length of the chord, $|x_K - x_0|$."
-    return _norms(self.x[-1:] - self.x[:1])[0]
+)->Tensor: # distance from start to end of each sample, summed over stages, `[B]`
+    "Length of the chord, $|x_K - x_0|$; of several stages, the sum of their chords."
+    return sum(_norms(s.x[-1:] - s.x[:1])[0] for s in self.stages)
 
 @patch
 def path_length(self:Trajectory
 )->Tensor: # distance walked by each sample, `[B]`
-    r"Length of the path, $\sum_k |x_{k+1} - x_k|$."
-    return _norms(self.steps).sum(0)
+    r"Length of the path, $\sum_k |x_{k+1} - x_k|$, over all stages."
+    return sum(_norms(s.steps).sum(0) for s in self.stages)
 
 @patch
 def straightness(self:Trajectory
@@ -103,6 +148,104 @@ def straightness(self:Trajectory
     "Displacement over path length; a sample that never moves counts as straight (1)."
     path = self.path_length()
     return torch.where(path > 0, self.displacement() / path.clamp_min(1e-30), torch.ones_like(path))
+
+# %% ../nbs/01_dynamics.ipynb #774f4e43
+@patch
+def speeds(self:Trajectory
+)->Tensor: # of each step and sample, `[K, B]`, in lengths per unit of time
+    "Speed profile, $|x_{k+1} - x_k|/h$, through all stages."
+    return torch.cat([_norms(s.steps) / s.h for s in self.stages])
+
+@patch
+def turning_angles(self:Trajectory
+)->Tensor: # in radians, from 0 (straight on) to $\pi$ (back), `[K - number of stages, B]`
+    "Angle between successive steps of a stage; 0 where one of the two has no length."
+    def angles(steps):
+        size = _norms(steps)
+        unit = steps.flatten(2) / size.clamp_min(1e-30).unsqueeze(2)
+        a, b = unit[:-1], unit[1:]
+        angle = 2 * torch.atan2((a - b).norm(dim=2), (a + b).norm(dim=2))   # accurate for small angles, too
+        return angle.where((size[:-1] > 0) & (size[1:] > 0), 0)
+    return torch.cat([angles(s.steps) for s in self.stages])
+
+# %% ../nbs/01_dynamics.ipynb #e0656b89
+@patch
+def __getitem__(self:Trajectory,
+    blocks:int|slice, # numbers of blocks, through all stages; a slice without a step
+)->Trajectory:        # of those blocks only
+    "Some of the blocks, with the positions before and after them."
+    first, last, stride = (slice(blocks, blocks + 1 or None) if isinstance(blocks, int) else blocks).indices(self.K)
+    if stride != 1: raise ValueError(f"blocks are taken in steps of {stride}, expected neighbours: steps left out are no path")
+    if not first < last or isinstance(blocks, int) and not -self.K <= blocks < self.K:
+        raise IndexError(f"no block in {blocks}: there are {self.K}, from 0 to {self.K - 1}")
+    parts, start = [], 0
+    for x, h in self._stages:
+        low, high = max(first, start) - start, min(last - start, len(x) - 1)
+        if low < high: parts.append((x[low:high + 1], h))
+        start += len(x) - 1
+    return Trajectory(*map(list, zip(*parts)), self.names[first:last])
+
+@patch
+def samples(self:Trajectory,
+    at, # numbers of samples, a slice, or a mask `[B]`
+)->Trajectory: # of those samples only
+    "Some of the samples."
+    at = [at] if isinstance(at, int) else at
+    return self._map(lambda x: x[:, at])
+
+@patch
+def classes(self:Trajectory,
+    y:Tensor, # labels, `[B]`
+)->dict[int, Trajectory]: # label to the trajectory of its samples
+    "The samples of each class."
+    if y.shape != (self.B,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({self.B},)")
+    return {int(c): self.samples((y == c).to(self._stages[0][0].device)) for c in y.unique()}
+
+@patch
+def _map(self:Trajectory, change)->Trajectory:
+    return Trajectory([change(x) for x, _ in self._stages], [h for _, h in self._stages], self.names)
+
+# %% ../nbs/01_dynamics.ipynb #2155f2f9
+@patch
+def to(self:Trajectory,
+    *args,    # as for `Tensor.to`: a device, a type
+    **kwargs, # as for `Tensor.to`
+)->Trajectory:
+    "The same positions elsewhere or in another precision."
+    return self._map(lambda x: x.to(*args, **kwargs))
+
+@patch
+def save(self:Trajectory,
+    path:str|Path, # file to write, replaced at once when all is written
+):
+    "Write positions, steps and names (the traced network's output is not kept)."
+    xs = [x.detach().cpu() for x, _ in self._stages]
+    note = dict(kind=_KIND, h=[h for _, h in self._stages], names=self.names, dtypes=[str(x.dtype) for x in xs])
+    arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
+    path = Path(path)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file: np.savez(file, note=np.array(json.dumps(note)), **arrays)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+_KIND = "lap_nb trajectory 1"
+
+@patch(cls_method=True)
+def load(cls:Trajectory,
+    path:str|Path, # written by `save`
+)->Trajectory:     # on the CPU
+    "Read a trajectory; raises `ValueError` for a file that is damaged or something else."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            note = json.loads(str(file["note"]))
+            if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
+            xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
+        return cls(xs, note["h"], note["names"])
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
 
 # %% ../nbs/01_dynamics.ipynb #7d4cd69f
 class ResidualNet(nn.Module):

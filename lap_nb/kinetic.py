@@ -6,12 +6,16 @@
 __all__ = ['REDUCTIONS', 'block_energies', 'kinetic_energy', 'relative_energy', 'EnergyMeter']
 
 # %% ../nbs/03_kinetic_bias.ipynb #d5045991
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .dynamics import Trajectory, residual_blocks
+from .attach import _first, _recomputing, _unwrap, _version, find_blocks
+from .dynamics import ResidualBlock, Trajectory, residual_blocks
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -48,42 +52,163 @@ def relative_energy(
     return block_energies(traj, "sum") / _reduce(traj.x[:-1].flatten(2), "sum")
 
 # %% ../nbs/03_kinetic_bias.ipynb #e898cbe0
+class _MeanSquare(torch.autograd.Function):
+    "Mean square of `after - before` in float32, keeping only the two ends, in their own precision."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(after, before): return (after.float() - before.float()).square().mean()
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    @staticmethod
+    def backward(ctx, grad):
+        after, before = ctx.saved_tensors
+        push = (after.float() - before.float()) * (grad * 2 / after.numel())
+        return push.to(after.dtype), -push.to(before.dtype) if ctx.needs_input_grad[1] else None
+
+def _mean_square(after:Tensor, before:Tensor, copy:bool)->Tensor:
+    "Mean square of a step; `copy`: keep the step itself for the backward pass. A compiler chooses for itself."
+    if copy or torch.compiler.is_compiling():
+        wide = torch.promote_types(after.dtype, torch.float32)
+        return (after.to(wide) - before.to(wide)).square().mean()
+    native = after.dtype == before.dtype and after.dtype in (torch.float32, torch.float64)
+    return F.mse_loss(after, before) if native else _MeanSquare.apply(after, before)
+
+# %% ../nbs/03_kinetic_bias.ipynb #a5619c30
+class _Hook:
+    "A forward hook that knows its meter, as long as somebody else does, and the name of its block; a copy knows none."
+    def __init__(self, meter=None, call=None, name=""):
+        self.meter, self.call, self.name = (lambda: None) if meter is None else weakref.ref(meter), call, name
+    def __reduce__(self): return _Hook, ()
+    def __call__(self, module, *args):
+        meter = self.meter()
+        if meter is not None and meter.on and module.training and torch.is_grad_enabled(): self.call(meter, self.name, module, *args)
+
+def _take_off(handles):
+    for handle in handles: handle.remove()
+
+# %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
 class EnergyMeter:
-    "Energies of the residual blocks of a model, from the forward pass that trains it."
+    "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
-        blocks:Mapping[str, nn.Module]|None=None, # name to module, each keeping its input's shape; None: found by type
+        blocks:Mapping[str, nn.Module]|Iterable[str]|None=None, # name to module, or names and patterns; None: its `ResidualBlock`s
         reduction:str="mean",                     # over the features of a sample: `"mean"` or `"sum"`
+        velocity:str|Mapping[str, str|nn.Module]="displacement", # or `"branch"`; or, for each block, the module in it that gives the branch
+        copy:bool=False,                          # keep a copy of each step: for networks that write to a block's output later
     ):
         _check_reduction(reduction)
-        self.blocks = dict(residual_blocks(model) if blocks is None else blocks)
-        if not self.blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
-        self.reduction, self.energies = reduction, []
-        self.hooks = [block.register_forward_hook(self._measure) for block in self.blocks.values()]
-
-    def _measure(self, block, args, out):
-        if not (block.training and torch.is_grad_enabled()): return
-        step = (out - args[0]).float().square()
-        energy = step.mean() if self.reduction == "mean" else step.flatten(1).sum(1).mean()
-        self.energies.append(energy / getattr(block, "h", 1.))
-
-    def take(self)->Tensor: # `[K]`: batch mean of the energy of each block
-        "The energies of the last forward pass, once; raises `RuntimeError` if there is not exactly one."
-        energies, self.energies = self.energies, []
-        if len(energies) == len(self.blocks): return torch.stack(energies, -1)
-        raise RuntimeError(f"found energies of {len(energies)} blocks, expected {len(self.blocks)}: call the model once, "
-                           "in training mode and with gradients on, then take them once")
-
-    def put(self,
-        energies:Tensor, # `[..., K]`: per block, leading axes free
-    ):
-        "Hand in energies that were measured elsewhere, as if by a forward pass."
-        self.energies = list(energies.unbind(-1))
+        root = _unwrap(model)
+        self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
+        branches = _branches(self.blocks, velocity)
+        self.on, self.passes, self.seen, self._open = True, 0, [], []
+        self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
+        for name, module in branches.items():
+            self.hooks.append(module.register_forward_hook(_Hook(self, EnergyMeter._branch, name)))
+        for name, module in self.blocks.items() if velocity == "displacement" else ():
+            self.hooks += [module.register_forward_pre_hook(_Hook(self, EnergyMeter._enter, name), with_kwargs=True),
+                           module.register_forward_hook(_Hook(self, EnergyMeter._leave, name))]
+        self._end = weakref.finalize(self, _take_off, self.hooks)
 
     def remove(self):
         "Take the hooks off; the model is as it was."
-        for hook in self.hooks: hook.remove()
-        self.hooks, self.energies = [], []
+        self._end()
+        self.on, self.passes, self.seen, self._open = False, 0, [], []
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
+
+# %% ../nbs/03_kinetic_bias.ipynb #206eb423
+def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
+    "The blocks to measure, by name; raises `ValueError` if there are none, or one is not in the model."
+    if blocks is None:
+        residual_blocks(root)   # raises if there is none
+        return find_blocks(root)
+    if not isinstance(blocks, Mapping) and (blocks := [blocks] if isinstance(blocks, str) else list(blocks)):
+        blocks = find_blocks(root, include=blocks)
+    if not blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
+    inside = set(root.modules())
+    if lost := [n for n, m in blocks.items() if m not in inside]:
+        raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is measured")
+    return blocks
+
+def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
+    "The module that gives the branch of each block; empty for the displacement."
+    if velocity == "displacement": return {}
+    if velocity == "branch":
+        if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock)]:
+            raise ValueError(f"block {lost[0]!r} is a {type(blocks[lost[0]]).__name__}, whose branch is not known: "
+                             f"name the module that gives it, velocity={{{lost[0]!r}: ...}} for each block")
+        return {name: m.velocity for name, m in blocks.items()}
+    if not isinstance(velocity, Mapping):
+        raise ValueError(f"velocity is {velocity!r}, expected 'displacement', 'branch' or a mapping of each block to the module of its branch")
+    if velocity.keys() != blocks.keys():
+        raise ValueError(f"velocity names {sorted(velocity)}, expected the blocks {sorted(blocks)}")
+    return {n: m if isinstance(m := velocity[n], nn.Module) else blocks[n].get_submodule(m) for n in blocks}
+
+# %% ../nbs/03_kinetic_bias.ipynb #717579ca
+@patch
+def _begin(self:EnergyMeter, name, module, args):
+    if not _recomputing(): self.passes, self.seen, self._open = min(self.passes + 1, 2), [], []
+
+@patch
+def _enter(self:EnergyMeter, name, block, args, kwargs):
+    x = _first((args, kwargs))
+    if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
+    if name in getattr(self.blocks, "inplace", ()): x = x.clone()
+    self._open.append((x, _version(x)))
+
+@patch
+def _leave(self:EnergyMeter, name, block, args, out):
+    (before, version), after = self._open.pop(), _first(out)
+    if after is None or after.shape != before.shape:
+        raise ValueError(f"block {name!r} gives {None if after is None else tuple(after.shape)} for an input of {tuple(before.shape)}, "
+                         "expected the same shape: leave it out, find_blocks(model, x) does")
+    if _version(before) != version:
+        raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+    self._note(name, after, _mean_square(after, before, self.copy), 1 / _step(block))
+
+@patch
+def _branch(self:EnergyMeter, name, module, args, out):
+    v = _first(out)
+    if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
+    self._note(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
+
+@patch
+def _note(self:EnergyMeter, name, like, energy, factor):
+    "Keep an energy, unless a checkpointed block is run again."
+    if not like.numel(): raise ValueError(f"the batch is empty: block {name!r} gives {tuple(like.shape)}; give at least one sample")
+    if self.reduction == "sum": factor = factor * like[0].numel()
+    if not _recomputing(): self.seen.append((name, energy if factor == 1 else energy * factor))
+
+def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
+
+# %% ../nbs/03_kinetic_bias.ipynb #16cee0db
+@patch
+def take(self:EnergyMeter
+)->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
+    "The energies of the last forward pass, once; raises `RuntimeError` if there is not exactly one."
+    passes, seen = self.passes, self.seen
+    self.passes, self.seen, self._open, sums = 0, [], [], {}
+    for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
+    if passes < 2 and len(sums) == len(self.blocks) and (passes or len(seen) == len(sums)):
+        return torch.stack([sums[name] for name in self.blocks], -1)
+    raise RuntimeError(f"found energies of {len(sums)} blocks, expected {len(self.blocks)}, in {'more than one pass' if passes > 1 else 'one pass'}: "
+                       f"call the model once, in training mode and with gradients on, then take them once{_advice(self, passes, sums)}")
+
+@patch
+def put(self:EnergyMeter,
+    energies:Tensor, # `[..., K]`: per block, leading axes free
+):
+    "Hand in energies that were measured elsewhere, as if by a forward pass."
+    self.passes, self.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
+
+# %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf
+def _advice(meter:EnergyMeter, passes:int, sums:dict)->str:
+    "What may have gone wrong."
+    if not meter.on: return "; this meter was removed from its model"
+    if passes > 1: return ""
+    missing = [name for name in meter.blocks if name not in sums]
+    if sums: return f"; {missing[0]!r} was not called" if missing else ""
+    return ("; a compiled model heeds a meter only if it was made before the first compiled call, and blocks in a gradient checkpoint "
+            "only with use_reentrant=False")
