@@ -53,10 +53,10 @@ class Controller(nn.Module):
         loss:Tensor, # task losses, of the shape of `lam`
     ):
         "Move the multiplier; where the loss is not finite it stays, and `held` counts it."
-        finite = loss.isfinite()
-        for name, value in self._next(loss.detach().to(self.lam.dtype)).items():
-            setattr(self, name, torch.where(finite, value, getattr(self, name)))
-        self.held += ~finite
+        loss = loss.detach().to(self.lam.dtype)
+        finite = loss - loss == 0   # neither NaN nor infinite
+        for name, value in self._next(loss).items(): self._buffers[name] = torch.where(finite, value, self._buffers[name])
+        self._buffers["held"] += ~finite
 
     def _next(self, loss:Tensor)->dict[str, Tensor]: return {}
     def extra_repr(self)->str: return f"lambda={self.lam.tolist()}, tau={self.tau:g}, target={self.target:g}, cap={self.cap:g}"
@@ -122,26 +122,28 @@ class _Sensor(nn.Module):
     "Turns the losses of batches into those that the controller sees, at the steps at which it sees them."
     def __init__(self, every, warmup, accumulate, average, like):
         super().__init__()
-        self.every, self.warmup, self.accumulate, self.average, self.calls, self.count = every, warmup, accumulate, average, 0, 0
+        self.every, self.warmup, self.accumulate, self.average = every, warmup, accumulate, average
+        self.count = {"calls": 0, "added": 0}
         for name in ("total", "level"): self.register_buffer(name, torch.zeros_like(like))
 
     @torch.no_grad()
-    def forward(self, loss:Tensor)->Tensor|None:
-        self.calls += 1
-        step, rest = divmod(self.calls, self.accumulate)
+    def see(self, loss:Tensor)->Tensor|None:
+        n = self.count
+        n["calls"] += 1
+        step, rest = divmod(n["calls"], self.accumulate)
         due = not rest and self.every is not None and step > self.warmup and step % self.every == 0
         if self.accumulate == 1 and self.average == "batch": return loss if due else None
-        self.total, self.count = self.total + loss, self.count + 1
+        self.total, n["added"] = self.total + loss, n["added"] + 1
         if rest: return None
-        value = self.total / self.count
+        value = self.total / n["added"]
         if isinstance(self.average, float):
             self.level = torch.where(value.isfinite(), self.average * self.level + (1 - self.average) * value, self.level)
             value = self.level / (1 - self.average ** step)   # unbiased from the first step on
-        if due or self.average != "mean": self.total, self.count = torch.zeros_like(self.total), 0
+        if due or self.average != "mean": self.total, n["added"] = torch.zeros_like(self.total), 0
         return value if due else None
 
-    def get_extra_state(self)->dict: return {"calls": self.calls, "count": self.count}
-    def set_extra_state(self, state:dict): self.calls, self.count = state["calls"], state["count"]
+    def get_extra_state(self)->dict: return dict(self.count)
+    def set_extra_state(self, state:dict): self.count = dict(state)
 
 # %% ../nbs/05_least_action.ipynb #a9772a35
 def _over_ranks(loss:Tensor)->Tensor:
@@ -157,21 +159,21 @@ class _History(nn.Module):
     "Loss, lambda and action at evenly spaced calls, never more than `size` of them, on the device."
     def __init__(self, like, size=256):
         super().__init__()
-        self.calls, self.used, self.stride = 0, 0, 1
+        self.count = {"calls": 0, "used": 0, "stride": 1}
         self.register_buffer("points", torch.zeros(size, 3, *like.shape, device=like.device))
 
-    @torch.no_grad()
-    def add(self, *values:Tensor):
-        self.calls += 1
-        if self.used == len(self.points):
-            self.used, self.stride = self.used // 2, self.stride * 2
-            self.points[:self.used] = self.points[1::2].clone()
-        if self.calls % self.stride: return
-        self.points[self.used] = torch.stack([v.to(self.points) for v in values])
-        self.used += 1
+    def add(self, *values:Tensor): # without gradients
+        n = self.count
+        n["calls"] += 1
+        if n["used"] == len(self.points):
+            n["used"], n["stride"] = n["used"] // 2, n["stride"] * 2
+            self.points[:n["used"]] = self.points[1::2].clone()
+        if n["calls"] % n["stride"]: return
+        self.points[n["used"]] = torch.stack([v.to(self.points) for v in values])
+        n["used"] += 1
 
-    def get_extra_state(self)->dict: return {"calls": self.calls, "used": self.used, "stride": self.stride}
-    def set_extra_state(self, state:dict): self.calls, self.used, self.stride = state["calls"], state["used"], state["stride"]
+    def get_extra_state(self)->dict: return dict(self.count)
+    def set_extra_state(self, state:dict): self.count = dict(state)
 
 # %% ../nbs/05_least_action.ipynb #1ea31c69
 class LeastAction(nn.Module):
@@ -254,16 +256,19 @@ def forward(self:LeastAction,
 )->Tensor:       # the objective to differentiate, of the same shape
     "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step raises lambda first."
     self._check_task(task)
-    energies = self.meter.take()
-    action = energies.sum(-1) if self.weights is None else (energies * self.weights).sum(-1)
+    energies, loss, one = self.meter.take(), task.detach(), self.sensor.accumulate == 1
+    action = self._weigh(energies)
     self._check_action(action)
-    self.energies, self.action = energies.detach(), action.detach()
-    loss = task.detach()
-    if self.sensor.accumulate == 1: self._observe(loss)
-    objective = task + action / self.lam
-    if self.sensor.accumulate > 1: self._observe(loss)
-    self.history.add(loss, self.lam, self.action)
+    self._buffers["action"], self.__dict__["energies"] = action.detach(), energies.detach()
+    if one: self._observe(loss)
+    lam = self.lam
+    objective = task + action / lam
+    if not one: self._observe(loss)
+    self.history.add(loss, lam, self.action)
     return objective
+
+@patch
+def _weigh(self:LeastAction, energies): return energies.sum(-1) if self.weights is None else (energies * self.weights).sum(-1)
 
 @patch
 def ascend(self:LeastAction,
@@ -274,8 +279,8 @@ def ascend(self:LeastAction,
 
 @patch
 def _observe(self:LeastAction, loss):
-    self.lowest = torch.fmin(self.lowest, loss)
-    seen = self.sensor(loss)
+    if loss.device.type != "cpu": self.lowest = torch.fmin(self.lowest, loss)
+    seen = self.sensor.see(loss)
     if seen is not None: self.ascend(seen)
 
 # %% ../nbs/05_least_action.ipynb #9dabf3c1
@@ -287,7 +292,7 @@ def _check_task(self:LeastAction, task):
         raise ValueError(f"task loss has shape {tuple(task.shape)}, expected {tuple(self.lam.shape)}: one number per network, "
                          "as from cross_entropy with its default reduction")
     if task.device != self.lam.device: self.to(task.device)
-    if task.device.type == "cpu" and (task < 0).any(): self._refuse(task.min().item())
+    if task.device.type == "cpu" and (lowest := task.min().item()) < 0: self._refuse(lowest)
     if asleep := [name for name, block in self.blocks.items() if not block.training]:
         raise RuntimeError(f"{len(asleep)} of {len(self.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
                            "call model.train() before the forward pass; to evaluate, use the task's loss by itself")
@@ -313,7 +318,7 @@ def check(self:LeastAction):
 @patch(as_prop=True)
 def calls(self:LeastAction)->int:
     "Batches seen so far."
-    return self.sensor.calls
+    return self.sensor.count["calls"]
 
 def _get_lam(self)->Tensor: return self.controller.lam
 def _set_lam(self, value:Tensor):
@@ -347,9 +352,9 @@ def __repr__(self:LeastAction):
 def curves(self:LeastAction
 )->dict[str, Tensor]: # `call`, `loss`, `lambda` and `action`, each `[T]` (or `[T, S]`), on the CPU
     "What was noted at evenly spaced calls: at most 256 points, however long the training."
-    points, h = self.history.points.cpu(), self.history
-    call = torch.arange(1, h.used + 1) * h.stride
-    return {"call": call, **{name: points[:h.used, i].clone() for i, name in enumerate(("loss", "lambda", "action"))}}
+    points, n = self.history.points.cpu(), self.history.count
+    call = torch.arange(1, n["used"] + 1) * n["stride"]
+    return {"call": call, **{name: points[:n["used"], i].clone() for i, name in enumerate(("loss", "lambda", "action"))}}
 
 # %% ../nbs/05_least_action.ipynb #611b7d8e
 ADVICE = {
@@ -439,7 +444,7 @@ def stationarity(self:LeastAction,
     loss = task()
     self._check_task(loss)
     energies, params = self.meter.take(), [p for p in self.model.parameters() if p.requires_grad]
-    action = energies.sum(-1) if self.weights is None else (energies * self.weights).sum(-1)
+    action = self._weigh(energies)
     flat = lambda y: torch.cat([g.flatten() for g in torch.autograd.grad(y, params, retain_graph=True, materialize_grads=True)]).double()
     dl, dc = flat(loss), flat(action)
     residual = (dl + dc / self.lam).norm() / (dl.norm() + dc.norm() / self.lam)
