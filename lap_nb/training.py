@@ -511,15 +511,15 @@ def check(self:Training):
             raise Diverged(f"the objective is {loss.tolist()}", self.step - len(trail) + 1 + first, self._first_block(energies), name)
     la = self.least_action
     if la is not None and self._none_finite(la.lam[None]): raise Diverged(f"lambda is {la.lam.tolist()}", self.step, None, name)
-    for parameter, p in self.model.named_parameters():
-        if self._none_finite(p[None] if self.row else p[None, None]):
-            raise Diverged("a gradient is not finite", self.step, parameter.rpartition(".")[0] or parameter, name)
+    names, parameters = zip(*self.model.named_parameters())
+    bad = torch.stack([self._none_finite(p[None])[0] for p in parameters])
+    if bad.any(): raise Diverged("a gradient was not finite", self.step, names[bad.int().argmax()].rpartition(".")[0], name)
 
 # %% ../nbs/06_training.ipynb #f8b1d9f0
 @patch
 def _none_finite(self:Training, values:Tensor)->Tensor: # `[T]` from `[T, S, ...]` or `[T, ...]`
     "At each step: has every network a number that is not finite?"
-    rows = values.isfinite().view(len(values), values.shape[1] if self.row else 1, -1)
+    rows = values.isfinite().reshape(len(values), values.shape[1] if self.row else 1, -1)
     return ~rows.all(-1).any(-1)
 
 @patch
@@ -721,6 +721,8 @@ def fit(
                         callbacks, checkpoint, resume, save_every, rollback, **asdict(recipe))
     note = provenance(device, data=data.name, n=data.train.shape[-1], seed=seed, **asdict(recipe))
     return Run(model, curves, note | {"seconds": time.perf_counter() - start})
+
+fit.__delwrap__ = Recipe # its comments are those of the settings
 
 # %% ../nbs/06_training.ipynb #bed9fece
 @patch

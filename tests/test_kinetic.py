@@ -12,7 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lap_nb.attach import find_blocks, trace
+from lap_nb.attach import find_blocks, trace_energies
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net
 from lap_nb.kinetic import EnergyMeter, block_energies
 
@@ -90,7 +90,7 @@ def test_activation_after_the_sum(copy):
     with EnergyMeter(net, blocks, copy=copy) as meter:
         net(x)
         got = meter.take()
-    want = trace(net.train(), x, blocks).energies().mean(1)
+    want = trace_energies(net.train(), x, blocks).energies().mean(1)
     assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(e.sum(), list(net.parameters())[:-2], allow_unused=True) for e in (got, want))): assert_close(a, b)
 
@@ -121,7 +121,7 @@ def test_tuples_and_keywords():
     blocks = find_blocks(net, x)
     with EnergyMeter(net, blocks, "sum") as meter:
         net(x)
-        assert_close(meter.take(), trace(net, x, blocks).energies("sum").mean(1))
+        assert_close(meter.take(), trace_energies(net, x, blocks).energies("sum").mean(1))
 
 
 def test_blocks_by_pattern():
@@ -141,7 +141,7 @@ def test_a_shared_block_counts_per_call():
     net, x = nn.Sequential(block, block), torch.randn(BATCH, 3)
     with EnergyMeter(net) as meter:
         net(x)
-        assert_close(meter.take(), trace(net, x).energies().mean(1).sum(0, keepdim=True))
+        assert_close(meter.take(), trace_energies(net, x).energies().mean(1).sum(0, keepdim=True))
 
 
 def test_blocks_that_write_to_their_input():
@@ -210,7 +210,7 @@ def test_checkpointed_blocks_count_once(whole):
     net, x = Stack(way=None if whole else False), images()
     blocks = find_blocks(net, x)
     net.way, way = None, net.way
-    want = trace(net.train(), x, blocks).energies().mean(1)
+    want = trace_energies(net.train(), x, blocks).energies().mean(1)
     grads = torch.autograd.grad(want.sum(), net.stem.weight)
     net.way = way
     with EnergyMeter(net, blocks) as meter:
@@ -266,7 +266,7 @@ def test_autocast_accumulates_in_float32(copy):
     with EnergyMeter(net, blocks, copy=copy) as meter, torch.autocast("cpu", torch.bfloat16):
         net(x)
         got = meter.take()
-        want = trace(net, x, blocks).energies().mean(1)
+        want = trace_energies(net, x, blocks).energies().mean(1)
     assert got.dtype == torch.float32
     assert_close(got, want, rtol=1e-5, atol=0.)
     a, b = (torch.autograd.grad(e.sum(), net.stem.weight)[0] for e in (got, want))
