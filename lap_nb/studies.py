@@ -6,7 +6,8 @@
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP', 'STEP',
            'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study',
            'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
-           'run_study', 'results', 'Records', 'records', 'overview', 'lap_study']
+           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'overview',
+           'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -28,7 +29,7 @@ from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
-from .dynamics import Flow, ResidualNet, dense_net, init_velocities_, residual_blocks
+from .dynamics import Flow, ResidualNet, colours, dense_net, init_velocities_, residual_blocks
 from .ensembles import Interval, fit_many, interval
 from .kinetic import block_energies
 from .least_action import LeastAction
@@ -389,8 +390,8 @@ def study(
     scale:str="cpu",  # `"cpu"` or `"gpu"`
 )->Study:
     "The study called `name`, at the scale of a machine."
-    if name not in STUDIES: raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     if scale not in ("cpu", "gpu"): raise ValueError(f"scale is {scale!r}, expected cpu or gpu")
+    if name not in STUDIES: raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     return STUDIES[name](scale)
 
 # %% ../nbs/08_replication.ipynb #a19ceb76
@@ -544,6 +545,235 @@ def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task
 def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple[dict, list[dict]]:
     return run_cell(cell, seeds, pick_device(device), root)
 
+# %% ../nbs/08_replication.ipynb #56178303
+@dataclass(frozen=True, repr=False)
+class Records:
+    "Rows of a study, one per network, and where they came from."
+    rows:list[dict]       # as in `COLUMNS`
+    runs:dict[str, dict]  # provenance of the rows, by their column `run`
+    def __len__(self)->int: return len(self.rows)
+    def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
+
+    @property
+    def device(self)->str: return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
+
+    def where(self,
+        **columns, # column = value, or a list of values
+    )->"Records":  # the rows that have them
+        wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
+        unknown = [k for k in wanted if self.rows and k not in self.rows[0]]
+        if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(self.rows[0])}")
+        return Records([row for row in self.rows if all(row[k] in v for k, v in wanted.items())], self.runs)
+
+    def by(self,
+        *columns:str, # to group by
+    )->dict:          # value of the column, or tuple of values -> `Records`
+        groups = {}
+        for row in self.rows: groups.setdefault(tuple(row[c] for c in columns), []).append(row)
+        return {key[0] if len(columns) == 1 else key: Records(rows, self.runs) for key, rows in groups.items()}
+
+# %% ../nbs/08_replication.ipynb #abac6b63
+def _device(run:dict)->str:
+    return f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else run["device_name"]
+
+@patch
+def values(self:Records,
+    column:str,  # of numbers
+)->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
+    return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
+
+@patch
+def interval(self:Records,
+    column:str="test_accuracy_last", # of numbers
+    scale:float=100.,                # factor on the numbers; 100 for accuracies in percent
+)->Interval:
+    "Mean over the rows with its 95 % interval; raises `ValueError` where a network diverged."
+    return interval(scale * self.values(column))
+
+@patch
+def advantage(self:Records,
+    over:"Records",                  # the rival, on the same data and seeds
+    column:str="test_accuracy_last", # of numbers
+    scale:float=100.,                # factor on the numbers
+)->Interval:
+    "Mean of the differences to a rival, paired by data, size and seed."
+    key = lambda row: (row["data"], row["n"], row["seed"])
+    rival = {key(row): row.get(column) for row in over.rows}
+    mine = {key(row): row.get(column) for row in self.rows}
+    both = [(mine[k], rival[k]) for k in mine if k in rival]
+    if len(both) != len(mine) or len(mine) != len(self): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed")
+    if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: networks diverged; leave their seeds out, and say so")
+    return interval(torch.tensor([scale * (a - b) for a, b in both], dtype=torch.float64))
+
+# %% ../nbs/08_replication.ipynb #27f4d2b3
+@patch
+def tuned(self:Records,
+    by:str="val_accuracy_last",           # what to choose by; the mean over seeds is compared
+    within:tuple=("data", "n", "net"),    # one choice for each of these
+)->Records:                               # rows of the chosen candidates; `method` is still the candidate's name
+    "For each family of methods, the candidate that is best on validation; the earliest of equals."
+    rows = []
+    for group in self.by(*within, "family").values():
+        mean = {name: r.values(by).nan_to_num(0.).mean().item() for name, r in group.by("method").items()}
+        rows += group.where(method=max(mean, key=mean.get)).rows
+    return Records(rows, self.runs)
+
+# %% ../nbs/08_replication.ipynb #d0b11a38
+def _joined(row:dict, run:dict)->dict:
+    "A row with what its run says about its method."
+    settings = run["settings"]
+    method = settings["method"]
+    return row | dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K), device=run["device_name"])
+
+def records(
+    name:str,                # of a study
+    out:str|Path|None=None,  # folder of the records, as in `results`
+    scale:str="",            # `"cpu"` or `"gpu"`; empty: gpu if there are any, else cpu
+    stale:bool=False,        # also rows whose cell is no longer described like that
+)->Records:
+    "What is recorded of a study; raises `FileNotFoundError` if nothing is."
+    path = results(out) / f"{name}.jsonl"
+    if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
+    lines = read_lines(path)
+    runs = {line["id"]: line for line in lines if line.get("kind") == "run"}
+    rows = [_joined(line, runs[line["run"]]) for line in lines if "seed" in line]
+    chosen = scale or ("gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
+    current = {cell.config for cell, _ in study(name, chosen).cells()}
+    return Records([row for row in rows if row["scale"] == chosen and (stale or row["config"] in current)], runs)
+
+# %% ../nbs/08_replication.ipynb #2c686b45
+def standings(
+    found:Records,               # of one or more data sets and sizes
+    reference:str="least-action", # family that the others are compared with
+)->list[dict]:                   # per data, size and family: chosen method, `last` and `best` accuracy, `gap` of the reference over it, `energy`, `diverged`
+    "Families side by side, each with the candidate chosen on validation; intervals are None where networks diverged."
+    table = []
+    for (data, n), group in sorted(found.tuned().by("data", "n").items()):
+        families = group.by("family")
+        if reference not in families: raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
+        for family, rows in families.items():
+            lost = int(rows.values("test_accuracy_last").isnan().sum())
+            pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
+            table.append(dict(data=data, n=n, family=family, method=rows.rows[0]["method"], seeds=len(rows), diverged=lost,
+                last=None if lost else rows.interval(), best=None if lost else rows.interval("test_accuracy_best"),
+                gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
+    return table
+
+def verdict(
+    gap:Interval, # of the reference over a rival
+)->str:           # `"better"`, `"worse"` or `"open"`
+    "What an interval decides: better or worse if zero is outside, else nothing."
+    return "better" if gap.low > 0 else "worse" if gap.high < 0 else "open"
+
+# %% ../nbs/08_replication.ipynb #e888d78c
+def standings_table(
+    table:list[dict], # from `standings`, of one data set
+)->str:               # Markdown
+    "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, and the difference to the reference with its interval."
+    sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
+    at = {(r["family"], r["n"]): r for r in table}
+    lines = ["| family | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
+    return "\n".join(lines + [f"| {f} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |" for f in families])
+
+def _standing(r:dict)->str:
+    "One place of the table; a difference that its interval decides is bold."
+    if r["last"] is None: return f"{r['diverged']} of {r['seeds']} diverged"
+    text = f"{r['last']} ({r['best'].mean:.1f})"
+    if r["gap"] is None: return text
+    mark = "" if verdict(r["gap"]) == "open" else "**"
+    return f"{text}, {mark}{r['gap'].mean:+.1f} [{r['gap'].low:+.1f}, {r['gap'].high:+.1f}]{mark}"
+
+# %% ../nbs/08_replication.ipynb #b6402ddf
+@patch(as_prop=True)
+def caption(self:Records
+)->str: # one line
+    "Data, seeds, scale and device, as recorded."
+    data, scales = sorted({row["data"] for row in self.rows}), sorted({row["scale"] for row in self.rows})
+    seeds = sorted({len(group) for group in self.by("data", "n", "net", "method").values()})
+    return f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' and '.join(scales)} scale; {self.device}"
+
+@patch
+def plot(self:Records,
+    x:str,                           # column on the horizontal axis; rows without it are left out
+    y:str="test_accuracy_last",      # column on the vertical axis
+    by:str="n",                      # one line for each value of this column
+    scale:float=1.,                  # factor on `y`
+    ax=None,                         # matplotlib axes; None: a new figure
+    label:str="{}",                  # of a line, with its value of `by`
+):                                   # the axes
+    "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."
+    import matplotlib.pyplot as plt
+    if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
+    for i, (value, group) in enumerate(self.by(by).items()):
+        values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
+        lost = sum(int(v.isnan().sum()) for v in values.values())
+        points = {at: interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
+        ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()], color=colours()[i % 10],
+                    marker="os^Dv"[i % 5], ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
+    ax.set(xlabel=x, ylabel=y.replace("_", " ")); ax.legend(frameon=False)
+    return ax
+
+# %% ../nbs/08_replication.ipynb #96238f79
+def overview(
+    out:str|Path|None=None, # folder of the records, as in `results`
+)->list[dict]:              # per study and scale: networks wanted, recorded, stale; devices, seconds
+    "What studies there are, what is recorded of them, on which device, and what is stale against the code."
+    table = []
+    for name, scale in ((n, s) for n in STUDIES for s in ("cpu", "gpu")):
+        path, wanted = results(out) / f"{name}.jsonl", {(c.config, s) for c, k in study(name, scale).cells() for s in range(k)}
+        lines = read_lines(path)
+        runs = {line["id"]: line for line in lines if line.get("kind") == "run" and line["scale"] == scale}
+        rows = {(line["config"], line["seed"]) for line in lines if "seed" in line and line["scale"] == scale}
+        configs = {c for c, _ in wanted}
+        table.append(dict(study=name, scale=scale, networks=len(wanted), recorded=len(rows & wanted), stale=sum(c not in configs for c, _ in rows),
+            seconds=round(sum(r["device_seconds"] for r in runs.values())), device="; ".join(sorted({_device(r) for r in runs.values()}))))
+    return table
+
+def _table(rows:list[dict])->str:
+    "Dictionaries as lines of fixed-width columns."
+    lines = [list(rows[0])] + [[str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+# %% ../nbs/08_replication.ipynb #2070ea34
+def _seeds(text:str)->list[int]|None:
+    "`20` for 0 to 19, `0,3,5` for these, `10:20` for a range; empty: those of the study."
+    if not text: return None
+    try:
+        if ":" in text: return list(range(*map(int, text.split(":"))))
+        return [int(s) for s in text.split(",")] if "," in text else list(range(int(text)))
+    except ValueError: raise ValueError(f"seeds is {text!r}, expected a number like 20, a list like 0,3,5 or a range like 10:20") from None
+
+@contextmanager
+def _one_line_errors(command:str):
+    "Turn an error that explains itself into one line and exit status 2."
+    try: yield
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+        print(f"{command}: error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+@call_parse
+def lap_study(
+    name:Param("study to run; none: list them", str, opt=False, nargs="?")="",
+    seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
+    device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
+    out:str=None,        # folder of the records (default: nbs/results, or results)
+    resume:bool=False,   # go on with a record that exists
+    scheduler:str="",    # local, or the address tcp://... of a Dask scheduler (default: this process)
+    only:str="",         # patterns of cell names, like 'digits/300/*', separated by commas
+    scale:str="auto",    # sizes for which machine: auto (as the device), cpu or gpu
+    threads:int=None,    # CPU threads of PyTorch (default: its own choice)
+    root:str=None,       # folder with the files of larger data sets (default: the variable LAP_NB_DATA)
+    list:bool=False,     # show what exists, what is recorded, on which device, what is stale
+):
+    "Run a study: train what its record lacks, one row per network."
+    with _one_line_errors("lap_study"):
+        if list or not name: print(_table(overview(out))); return
+        if threads: torch.set_num_threads(threads)
+        chosen = study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
+        written = run_study(chosen, out, _seeds(seeds), device, only, resume, root, scheduler, progress=True)
+        print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
+
 # %% ../nbs/08_replication.ipynb #3627d882
 GAINS = (.01, .05, .2, .5, 1., 1.4, 2.)
 
@@ -655,160 +885,3 @@ def _depth_no_norm(scale:str)->Study:
     schedule = replace(PUBLISHED, lr=.01, others=dict(PUBLISHED.others) | dict(clip=5., crop=4, flip=True)) if big else Schedule(300)
     return Study("depth-no-norm", "How deep can a network without normalisation be?", tuple(
         Grid((data,), (n,), methods, 5 if big else 20, Net(kind, K), schedule) for K in blocks), scale)
-
-# %% ../nbs/08_replication.ipynb #56178303
-@dataclass(frozen=True, repr=False)
-class Records:
-    "Rows of a study, one per network, and where they came from."
-    rows:list[dict]       # as in `COLUMNS`
-    runs:dict[str, dict]  # provenance of the rows, by their column `run`
-    def __len__(self)->int: return len(self.rows)
-    def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
-
-    @property
-    def device(self)->str: return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
-
-    def where(self,
-        **columns, # column = value, or a list of values
-    )->"Records":  # the rows that have them
-        wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
-        unknown = [k for k in wanted if self.rows and k not in self.rows[0]]
-        if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(self.rows[0])}")
-        return Records([row for row in self.rows if all(row[k] in v for k, v in wanted.items())], self.runs)
-
-    def by(self,
-        *columns:str, # to group by
-    )->dict:          # value of the column, or tuple of values -> `Records`
-        groups = {}
-        for row in self.rows: groups.setdefault(tuple(row[c] for c in columns), []).append(row)
-        return {key[0] if len(columns) == 1 else key: Records(rows, self.runs) for key, rows in groups.items()}
-
-# %% ../nbs/08_replication.ipynb #abac6b63
-def _device(run:dict)->str:
-    return f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else run["device_name"]
-
-@patch
-def values(self:Records,
-    column:str,  # of numbers
-)->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
-    return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
-
-@patch
-def interval(self:Records,
-    column:str="test_accuracy_last", # of numbers
-    scale:float=100.,                # factor on the numbers; 100 for accuracies in percent
-)->Interval:
-    "Mean over the rows with its 95 % interval; raises `ValueError` where a network diverged."
-    return interval(scale * self.values(column))
-
-@patch
-def advantage(self:Records,
-    over:"Records",                  # the rival, on the same data and seeds
-    column:str="test_accuracy_last", # of numbers
-    scale:float=100.,                # factor on the numbers
-)->Interval:
-    "Mean of the differences to a rival, paired by data, size and seed."
-    key = lambda row: (row["data"], row["n"], row["seed"])
-    rival = {key(row): row.get(column) for row in over.rows}
-    mine = {key(row): row.get(column) for row in self.rows}
-    both = [(mine[k], rival[k]) for k in mine if k in rival]
-    if len(both) != len(mine) or len(mine) != len(self): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed")
-    if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: networks diverged; leave their seeds out, and say so")
-    return interval(torch.tensor([scale * (a - b) for a, b in both], dtype=torch.float64))
-
-# %% ../nbs/08_replication.ipynb #27f4d2b3
-@patch
-def tuned(self:Records,
-    by:str="val_accuracy_last",           # what to choose by; the mean over seeds is compared
-    within:tuple=("data", "n", "net"),    # one choice for each of these
-)->Records:                               # rows of the chosen candidates; `method` is still the candidate's name
-    "For each family of methods, the candidate that is best on validation; the earliest of equals."
-    rows = []
-    for group in self.by(*within, "family").values():
-        mean = {name: r.values(by).nan_to_num(0.).mean().item() for name, r in group.by("method").items()}
-        rows += group.where(method=max(mean, key=mean.get)).rows
-    return Records(rows, self.runs)
-
-# %% ../nbs/08_replication.ipynb #d0b11a38
-def _joined(row:dict, run:dict)->dict:
-    "A row with what its run says about its method."
-    settings = run["settings"]
-    method = settings["method"]
-    return row | dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K), device=run["device_name"])
-
-def records(
-    name:str,                # of a study
-    out:str|Path|None=None,  # folder of the records, as in `results`
-    scale:str="",            # `"cpu"` or `"gpu"`; empty: gpu if there are any, else cpu
-    stale:bool=False,        # also rows whose cell is no longer described like that
-)->Records:
-    "What is recorded of a study; raises `FileNotFoundError` if nothing is."
-    path = results(out) / f"{name}.jsonl"
-    if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
-    lines = read_lines(path)
-    runs = {line["id"]: line for line in lines if line.get("kind") == "run"}
-    rows = [_joined(line, runs[line["run"]]) for line in lines if "seed" in line]
-    chosen = scale or ("gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
-    current = {cell.config for cell, _ in study(name, chosen).cells()}
-    return Records([row for row in rows if row["scale"] == chosen and (stale or row["config"] in current)], runs)
-
-# %% ../nbs/08_replication.ipynb #96238f79
-def overview(
-    out:str|Path|None=None, # folder of the records, as in `results`
-)->list[dict]:              # per study and scale: networks wanted, recorded, stale; devices, seconds
-    "What studies there are, what is recorded of them, on which device, and what is stale against the code."
-    table = []
-    for name, scale in ((n, s) for n in STUDIES for s in ("cpu", "gpu")):
-        path, wanted = results(out) / f"{name}.jsonl", {(c.config, s) for c, k in study(name, scale).cells() for s in range(k)}
-        lines = read_lines(path)
-        runs = {line["id"]: line for line in lines if line.get("kind") == "run" and line["scale"] == scale}
-        rows = {(line["config"], line["seed"]) for line in lines if "seed" in line and line["scale"] == scale}
-        configs = {c for c, _ in wanted}
-        table.append(dict(study=name, scale=scale, networks=len(wanted), recorded=len(rows & wanted), stale=sum(c not in configs for c, _ in rows),
-            seconds=round(sum(r["device_seconds"] for r in runs.values())), device="; ".join(sorted({_device(r) for r in runs.values()}))))
-    return table
-
-def _table(rows:list[dict])->str:
-    "Dictionaries as lines of fixed-width columns."
-    lines = [list(rows[0])] + [[str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
-
-# %% ../nbs/08_replication.ipynb #2070ea34
-def _seeds(text:str)->list[int]|None:
-    "`20` for 0 to 19, `0,3,5` for these, `10:20` for a range; empty: those of the study."
-    if not text: return None
-    try:
-        if ":" in text: return list(range(*map(int, text.split(":"))))
-        return [int(s) for s in text.split(",")] if "," in text else list(range(int(text)))
-    except ValueError: raise ValueError(f"seeds is {text!r}, expected a number like 20, a list like 0,3,5 or a range like 10:20") from None
-
-@contextmanager
-def _one_line_errors(command:str):
-    "Turn an error that explains itself into one line and exit status 2."
-    try: yield
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
-        print(f"{command}: error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-@call_parse
-def lap_study(
-    name:Param("study to run; none: list them", str, opt=False, nargs="?")="",
-    seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
-    device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
-    out:str=None,        # folder of the records (default: nbs/results, or results)
-    resume:bool=False,   # go on with a record that exists
-    scheduler:str="",    # local, or the address tcp://... of a Dask scheduler (default: this process)
-    only:str="",         # patterns of cell names, like 'digits/300/*', separated by commas
-    scale:str="auto",    # sizes for which machine: auto (as the device), cpu or gpu
-    threads:int=None,    # CPU threads of PyTorch (default: its own choice)
-    root:str=None,       # folder with the files of larger data sets (default: the variable LAP_NB_DATA)
-    list:bool=False,     # show what exists, what is recorded, on which device, what is stale
-):
-    "Run a study: train what its record lacks, one row per network."
-    with _one_line_errors("lap_study"):
-        if list or not name: print(_table(overview(out))); return
-        if threads: torch.set_num_threads(threads)
-        chosen = study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
-        written = run_study(chosen, out, _seeds(seeds), device, only, resume, root, scheduler, progress=True)
-        print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
