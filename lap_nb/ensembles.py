@@ -369,14 +369,14 @@ def _side_by_side(curves:list[dict[str, Tensor]])->dict[str, Tensor]: # `[E, S, 
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
     "Least action on the skeleton of the row, with multipliers and settings that differ as tensors `[S]`."
     if not makers: return None
-    device, S = ensemble.stacks[0].device, len(ensemble)
+    device = ensemble.stacks[0].device
     each = [make(ensemble.skeleton) for make in makers]
     for la in each[1:]: la.remove()
     for parts in zip(*(la.modules() for la in each)):
-        for name in parts[0]._buffers: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts]).to(device)
-        numbers = [name for name, v in vars(parts[0]).items() if isinstance(v, float)]
-        if all(getattr(p, n) == getattr(parts[0], n) for p in parts for n in numbers): continue
-        for n in numbers: setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
+        own = {name for name, b in parts[0]._buffers.items() if b is not None} - parts[0]._non_persistent_buffers_set
+        for name in own: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts], -1).to(device)
+        differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
+        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
     ensemble.watch(each[0].meter)
     return each[0]
 
