@@ -56,3 +56,46 @@ def test_row_of_batch_norm_networks_keeps_statistics_apart():
         for key, value in model.state_dict().items():
             torch.testing.assert_close(row.member(i).state_dict()[key], value, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(row.eval()(x), torch.stack([m.eval()(b) for m, b in zip(models, x)]), rtol=1e-4, atol=1e-5)
+
+
+def explosive():
+    "The network of seed 0 starts with weights that overflow; the others are ordinary."
+    return init_velocities_(make(), 1e30 if torch.initial_seed() == 0 else 1.)
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+@pytest.mark.parametrize("least_action", [None, LeastAction])
+def test_one_diverged_network_does_not_touch_the_others(mode, least_action):
+    settings = dict(least_action=least_action, epochs=4, eval_every=1, mode=mode)
+    with pytest.warns(UserWarning, match="1 of 2 networks diverged.*'seed': 0"):
+        runs = fit_many(explosive, digits().splits(60, [0, 1]), **settings)
+    healthy = fit_many(explosive, digits().splits(60, [1]), **settings)
+    assert runs.diverged == {0: 1}
+    assert not runs[0].curves["loss"].isfinite().any() and not runs[0].curves["test_accuracy"].isfinite().any()
+    for name in healthy.curves: torch.testing.assert_close(runs[1].curves[name], healthy[0].curves[name], rtol=1e-4, atol=1e-6)
+    assert all(p.isfinite().all() for p in runs[1].model.parameters())
+
+
+def test_a_diverged_network_is_left_as_it_was_when_last_seen_well():
+    models = [_made(make, s) for s in range(2)]
+    row, x = Ensemble(models), torch.rand(2, 8, 64)
+    row.train(); row(x).sum().backward(); row.eval()
+    with torch.no_grad():
+        for stack in row.stacks: stack[1] += .5
+    row.train().eval()                                     # seen well with the new weights
+    seen = {k: v.clone() for k, v in row.member(1).state_dict().items()}
+    row.train(); row(x)
+    with torch.no_grad(): row.stacks[3][1] = float("nan")
+    row(x); row.eval()
+    assert row.died.tolist() == [-1, 2 + 1]
+    for _ in range(2):
+        for k, v in row.member(1).state_dict().items(): assert torch.equal(v, seen[k])
+        row.train()
+        with torch.no_grad():
+            for stack in row.stacks: stack += 1.               # an optimiser goes on moving all it has
+        row(x); row.eval()
+
+
+def test_all_diverged_is_an_error():
+    with pytest.raises(FloatingPointError, match="all networks diverged"):
+        fit_many(partial(init_velocities_, make(), 1e30), digits().splits(60, [0, 1]), epochs=2)
