@@ -288,10 +288,13 @@ class Explorer:
         self.halt.on_click(lambda _: self.stop.set())
         self.reset()
 
-    @property
-    def setting(self)->Setting: return replace(self.base, **{name: c.value for name, c in self.controls.items()})
-
 # %% ../nbs/10_playground.ipynb #42c04ff6
+@patch(as_prop=True)
+def setting(self:Explorer
+)->Setting: # what the controls say
+    "The setting to train next."
+    return replace(self.base, **{name: c.value for name, c in self.controls.items()})
+
 @patch
 def reset(self:Explorer):
     "An untrained network of the present setting; its paths are shown at once. A training under way is stopped first."
