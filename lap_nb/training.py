@@ -525,7 +525,7 @@ def _none_finite(self:Training, values:Tensor)->Tensor: # `[T]` from `[T, S, ...
 @patch
 def _first_block(self:Training, energies:Tensor|None)->str|None:
     "The block of the first energy that is not finite, of the first network."
-    if energies is None: return None
+    if energies is None or self.least_action is None: return None
     bad = ~energies.view(-1, energies.shape[-1])[0].isfinite()
     return self.least_action.blocks[bad.int().argmax()] if bad.any() else None
 
