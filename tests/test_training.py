@@ -225,7 +225,7 @@ def test_a_row_with_options_is_what_its_networks_are_alone(settings):
     from lap_nb.training import train_loop
     row = digits().splits(60, [3, 4])
     ensemble = Ensemble([_made(make, s) for s in row.seeds])
-    curves = train_loop(ensemble, row, _attached(LeastAction, ensemble), [torch.Generator().manual_seed(s) for s in row.seeds],
+    curves = train_loop(ensemble, row, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in row.seeds],
                         epochs=4, batch_size=25, eval_every=2, **settings)
     loose = 5e-2 if "precision" in settings else 1e-3
     for i, seed in enumerate(row.seeds):
