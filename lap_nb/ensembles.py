@@ -191,7 +191,11 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
             out = functional_call(self.skeleton, state, (x,))
         if watched and self.training: self.draws = inside.drawn
         return out, [meter.take() for meter in meters]
-    return vmap(one, randomness="error")(self._state(), x)
+    try: return vmap(one, randomness="error")(self._state(), x)
+    except RuntimeError as e:
+        if "randomness" not in str(e): raise
+        raise RuntimeError("this network draws random numbers in evaluation, or by an operation whose numbers cannot be given to each member: "
+                           f"use dropout, rand, randn or bernoulli_ in training only, or mode='sequential' ({e})") from e
 
 # %% ../nbs/07_ensembles.ipynb #87a570ca
 @patch
@@ -365,14 +369,14 @@ def _side_by_side(curves:list[dict[str, Tensor]])->dict[str, Tensor]: # `[E, S, 
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
     "Least action on the skeleton of the row, with multipliers and settings that differ as tensors `[S]`."
     if not makers: return None
-    device, S = ensemble.stacks[0].device, len(ensemble)
+    device = ensemble.stacks[0].device
     each = [make(ensemble.skeleton) for make in makers]
     for la in each[1:]: la.remove()
     for parts in zip(*(la.modules() for la in each)):
-        for name in parts[0]._buffers: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts]).to(device)
-        numbers = [name for name, v in vars(parts[0]).items() if isinstance(v, float)]
-        if all(getattr(p, n) == getattr(parts[0], n) for p in parts for n in numbers): continue
-        for n in numbers: setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
+        own = {name for name, b in parts[0]._buffers.items() if b is not None} - parts[0]._non_persistent_buffers_set
+        for name in own: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts], -1).to(device)
+        differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
+        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
     ensemble.watch(each[0].meter)
     return each[0]
 
@@ -516,7 +520,7 @@ class Runs(Run):
 
 # %% ../nbs/07_ensembles.ipynb #4733a5be
 def fit_many(
-    make_model:Callable[..., nn.Module],  # called once per member, with the global generator set to its seed, and with its values of the grid
+    make_model:Callable[..., nn.Module],  # makes a network, as the global generator and its values of the grid decide; called with the member's seed
     data:Split,                           # with a row for each seed: training indices `[S, n]`
     seeds:Sequence[int]|None=None,        # of weights, batches and dropout, `S` of them; None: those of the split
     least_action:Callable[[nn.Module], LeastAction]|None=None, # e.g. `LeastAction`; None: the task's loss alone
@@ -543,7 +547,7 @@ def fit_many(
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
-    _check_many(data, seeds, grid, settings, mode, conv, workers)
+    _check_many(data, seeds, grid, settings, mode, conv, workers, chunk)
     folder = None if checkpoint is None else Path(checkpoint)
     note = _noted(folder, resume, save_every, members, settings)
     plan = _plan(make_model, data, least_action, members, settings, str(torch.device(device)), mode, conv, chunk, memory, workers, note)
@@ -557,7 +561,7 @@ def fit_many(
 # %% ../nbs/07_ensembles.ipynb #76060e33
 MODES = ("auto", "sequential", "batched", "graph", "processes")
 
-def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, workers):
+def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, workers, chunk):
     if data.train.ndim != 2 or len(data.train) != len(seeds):
         raise ValueError(f"training indices have shape {tuple(data.train.shape)}, expected [{len(seeds)}, n], one row per seed: "
                          "make the split with data.splits(n, seeds)")
@@ -566,7 +570,7 @@ def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, wor
     if settings["patience"] is not None:
         raise ValueError("patience would stop each network at another epoch: leave it out, and read best_test_accuracy")
     if settings["compile"] and mode != "sequential": raise ValueError("compile is for single networks: leave it out, or choose mode='sequential'")
-    if workers is not None: _check_training(workers=workers)
+    _check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk).items() if v is not None})
     for name in {"epochs", "eval_every", "patience", "compile"} & set(grid or {}):
         raise ValueError(f"{name} cannot be in a grid, the curves would have nothing in common: call fit_many for each value")
 
@@ -577,6 +581,7 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
     S, owners = len(data.train), _owners([k for k in members[0] if k != "seed"], make_model, least_action, settings)
     of = lambda m, who: {k: m[k] for k in owners if owners[k] == who}
     keys = [repr([(k, m[k]) for k in owners if k not in SIDE_BY_SIDE or owners[k] != "least action"]) for m in members]
+    chunk = chunk and min(chunk, len(members))
     room = int(.8 * free_memory(torch.device(device))) if memory is None else memory
     probe, x = partial(make_model, **of(members[0], "make_model")), data.x[:min(settings["batch_size"], data.train.shape[-1])]
     row = min(chunk or len(members), keys.count(keys[0]))
