@@ -58,9 +58,11 @@ class Controller(nn.Module):
         self._buffers["held"] += ~finite
 
     def _next(self, loss:Tensor)->dict[str, Tensor]: return {}
-    def extra_repr(self)->str: return f"lambda={self.lam.tolist()}, tau={self.tau:g}, target={self.target:g}, cap={self.cap:g}"
+    def extra_repr(self)->str: return ", ".join(f"{name}={_short(getattr(self, name))}" for name in ("lam", "tau", "target", "cap"))
 
 # %% ../nbs/05_least_action.ipynb #411ac356
+def _short(value)->str: return str(value.tolist()) if isinstance(value, Tensor) else f"{value:g}"
+
 def _check_settings(lambda0, tau, target, cap, low=None):
     lambda0 = torch.as_tensor(lambda0, dtype=torch.float32)
     if not (lambda0 > 0).all(): raise ValueError(f"lambda0 is {lambda0.tolist()}, expected positive: the action is divided by it")
@@ -347,7 +349,7 @@ def __exit__(self:LeastAction, *exc): self.remove()
 @patch
 def __repr__(self:LeastAction):
     c, s = self.controller, self.sensor
-    return (f"LeastAction({type(c).__name__}: lambda={self.lam.tolist()}, tau={c.tau:g}, every={s.every}, target={c.target:g}, "
+    return (f"LeastAction({type(c).__name__}: lambda={_short(self.lam)}, tau={_short(c.tau)}, every={s.every}, target={_short(c.target)}, "
             f"blocks={len(self.blocks)})")
 
 # %% ../nbs/05_least_action.ipynb #d24b42b2
