@@ -86,13 +86,14 @@ class ProportionalIntegral(Controller):
         *args,          # lambda0, tau, target, cap and low, as in `Controller`
         gain:float=1.,  # of the proportional part, $\kappa$, in units of lambda per nat
         smooth:float=0., # decay $\nu$ of the smoothed violation, in [0, 1)
+        relative:bool=False, # count the violation from the first one, not from zero
         **kwargs,       # the same by name
     ):
         super().__init__(*args, **kwargs)
         if not gain >= 0: raise ValueError(f"gain is {gain!r}, expected zero or more; 0 is plain dual ascent")
         if not 0 <= smooth < 1: raise ValueError(f"smooth is {smooth!r}, expected a decay in [0, 1); 0 smooths nothing")
         self.gain, self.smooth = gain, smooth
-        self.register_buffer("violation", torch.full_like(self.lam, math.nan))   # none seen yet
+        self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
 
     def _next(self, loss):
         error = loss - self.target
@@ -197,13 +198,13 @@ class LeastAction(nn.Module):
         floor:float=0.,                           # smallest weight $1/\lambda$ of the action; like `cap=1/floor`
     ):
         super().__init__()
-        _check_clock(every, average, warmup, accumulate, floor)
+        _check_clock(every, average, warmup, accumulate, floor, controller)
         model, self.blocks = _found(model, blocks, x)
         self.__dict__["model"] = model   # not a submodule: its parameters are not ours
-        self.meter = EnergyMeter(model, self.blocks, reduction, **({} if velocity is None else {"velocity": velocity}))
         self.kind = {"reduction": reduction, "velocity": velocity or "displacement"}
         self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(cap, 1 / floor if floor else cap))
         self._prepare(every, warmup, accumulate, average, weights)
+        self.meter = EnergyMeter(model, self.blocks, reduction, **({} if velocity is None else {"velocity": velocity}))
 
 # %% ../nbs/05_least_action.ipynb #c0d574b7
 @patch
@@ -240,7 +241,7 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
     return torch.tensor(list(values.values()))
 
 # %% ../nbs/05_least_action.ipynb #a076b916
-def _check_clock(every, average, warmup, accumulate, floor):
+def _check_clock(every, average, warmup, accumulate, floor, controller):
     whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
     if not (every is None or whole(every, 1)): raise ValueError(f"every is {every!r}, expected a positive whole number of steps, or None")
     if not whole(warmup, 0): raise ValueError(f"warmup is {warmup!r}, expected a whole number of steps, zero or more")
@@ -248,6 +249,9 @@ def _check_clock(every, average, warmup, accumulate, floor):
     if not (average in ("batch", "mean") or isinstance(average, float) and 0 < average < 1):
         raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
     if not (floor >= 0 and math.isfinite(floor)): raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
+    if isinstance(controller, Controller):
+        name = type(controller).__name__
+        raise TypeError(f"controller is a {name}, expected what makes one: the class {name}, or partial({name}, ...) with its own settings")
 
 # %% ../nbs/05_least_action.ipynb #524cce2a
 @patch

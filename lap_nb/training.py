@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -288,7 +288,18 @@ def _wrapped(model:nn.Module, r:Recipe)->nn.Module:
 def autocast(self:Training):
     "Half precision for the forward pass, where the recipe asks for it; a context."
     dtype = PRECISIONS[self.recipe.precision]
-    return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+@patch
+def _descend(self:Training, loss:Tensor):
+    "Backward pass, clipping, step of the optimiser."
+    scaled = self.scaler.is_enabled()
+    (self.scaler.scale(loss) if scaled else loss).backward()
+    if self.recipe.clip is not None:
+        if scaled: self.scaler.unscale_(self.opt)
+        clip_gradients(self.model.parameters(), self.recipe.clip, self.row)
+    if scaled: self.scaler.step(self.opt); self.scaler.update()
+    else: self.opt.step()
 
 @patch
 def train_step(self:Training,
@@ -302,14 +313,11 @@ def train_step(self:Training,
     meter = self._meter()
     with self.autocast(): task = task_loss(self.call(x), y, r.label_smoothing)
     weight = 1. if world == 1 else world * y.shape[-1] / self._batch()
-    task, energies = global_mean(task, weight), self._take(meter)
+    task = global_mean(task, weight)
     loss = task if la is None else la(task)
+    energies = self._taken(meter) if la is None else la.energies
     self.opt.zero_grad()
-    self.scaler.scale(loss.sum() * weight if world > 1 else loss.sum()).backward()
-    if r.clip is not None:
-        self.scaler.unscale_(self.opt)
-        clip_gradients(self.model.parameters(), r.clip, self.row)
-    self.scaler.step(self.opt); self.scaler.update()
+    self._descend(loss.sum() * weight if world > 1 else loss.sum())
     self.trail.append((loss.detach(), energies))
     self.last = {"loss": task.detach()}
     if self._closing() and energies is not None: self.last["energy"] = global_mean(energies, weight)
@@ -348,24 +356,21 @@ def global_mean(
 # %% ../nbs/06_training.ipynb #a68b49cc
 @patch
 def _meter(self:Training)->EnergyMeter|None:
-    "The meter of least action; without it, one for a single step, where energies are to be recorded."
-    if self.least_action is not None: return self.least_action.meter
-    if self.recipe.compile or not self._closing(): return None
+    "Without least action: a meter for a single step, where energies are to be recorded."
+    if self.least_action is not None or self.recipe.compile or not self._closing(): return None
     try: meter = EnergyMeter(getattr(self.model, "skeleton", self.model))
     except ValueError: return None # no residual block: no energies
     if self.row: self.model.watch(meter)
     return meter
 
 @patch
-def _take(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
-    "What the meter measured in the forward pass just made; the meter of least action gets it back, another one goes."
+def _taken(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
+    "What the meter measured in the forward pass just made; then it goes."
     if meter is None: return None
-    energies = meter.take()
-    if self.least_action is not None: meter.put(energies)
-    else:
-        meter.remove()
-        if self.row: self.model.meters.remove(meter)
-    return energies.detach()
+    energies = meter.take().detach()
+    meter.remove()
+    if self.row: self.model.meters.remove(meter)
+    return energies
 
 # %% ../nbs/06_training.ipynb #bb3a1e72
 @patch

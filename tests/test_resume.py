@@ -67,7 +67,7 @@ def test_every_part_of_the_state_is_needed(tmp_path, place):
 def row(resume=False, callbacks=(), path=None, seeds=(0, 1)):
     split = digits().splits(60, seeds)
     ensemble = Ensemble([_made(partial(dense_net, 64, 10, 2, 8), s + 10 * resume) for s in seeds])
-    return train_loop(ensemble, split, _attached(LeastAction, ensemble), [torch.Generator().manual_seed(s) for s in seeds], epochs=6,
+    return train_loop(ensemble, split, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in seeds], epochs=6,
                       batch_size=25, eval_every=2, checkpoint=path, resume=resume, callbacks=callbacks, clip=.5)
 
 
