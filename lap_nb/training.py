@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -288,7 +288,18 @@ def _wrapped(model:nn.Module, r:Recipe)->nn.Module:
 def autocast(self:Training):
     "Half precision for the forward pass, where the recipe asks for it; a context."
     dtype = PRECISIONS[self.recipe.precision]
-    return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+@patch
+def _descend(self:Training, loss:Tensor):
+    "Backward pass, clipping, step of the optimiser."
+    scaled = self.scaler.is_enabled()
+    (self.scaler.scale(loss) if scaled else loss).backward()
+    if self.recipe.clip is not None:
+        if scaled: self.scaler.unscale_(self.opt)
+        clip_gradients(self.model.parameters(), self.recipe.clip, self.row)
+    if scaled: self.scaler.step(self.opt); self.scaler.update()
+    else: self.opt.step()
 
 @patch
 def train_step(self:Training,
@@ -302,14 +313,11 @@ def train_step(self:Training,
     meter = self._meter()
     with self.autocast(): task = task_loss(self.call(x), y, r.label_smoothing)
     weight = 1. if world == 1 else world * y.shape[-1] / self._batch()
-    task, energies = global_mean(task, weight), self._take(meter)
+    task = global_mean(task, weight)
     loss = task if la is None else la(task)
+    energies = self._taken(meter) if la is None else la.energies
     self.opt.zero_grad()
-    self.scaler.scale(loss.sum() * weight if world > 1 else loss.sum()).backward()
-    if r.clip is not None:
-        self.scaler.unscale_(self.opt)
-        clip_gradients(self.model.parameters(), r.clip, self.row)
-    self.scaler.step(self.opt); self.scaler.update()
+    self._descend(loss.sum() * weight if world > 1 else loss.sum())
     self.trail.append((loss.detach(), energies))
     self.last = {"loss": task.detach()}
     if self._closing() and energies is not None: self.last["energy"] = global_mean(energies, weight)
@@ -348,24 +356,21 @@ def global_mean(
 # %% ../nbs/06_training.ipynb #a68b49cc
 @patch
 def _meter(self:Training)->EnergyMeter|None:
-    "The meter of least action; without it, one for a single step, where energies are to be recorded."
-    if self.least_action is not None: return self.least_action.meter
-    if self.recipe.compile or not self._closing(): return None
+    "Without least action: a meter for a single step, where energies are to be recorded."
+    if self.least_action is not None or self.recipe.compile or not self._closing(): return None
     try: meter = EnergyMeter(getattr(self.model, "skeleton", self.model))
     except ValueError: return None # no residual block: no energies
     if self.row: self.model.watch(meter)
     return meter
 
 @patch
-def _take(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
-    "What the meter measured in the forward pass just made; the meter of least action gets it back, another one goes."
+def _taken(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
+    "What the meter measured in the forward pass just made; then it goes."
     if meter is None: return None
-    energies = meter.take()
-    if self.least_action is not None: meter.put(energies)
-    else:
-        meter.remove()
-        if self.row: self.model.meters.remove(meter)
-    return energies.detach()
+    energies = meter.take().detach()
+    meter.remove()
+    if self.row: self.model.meters.remove(meter)
+    return energies
 
 # %% ../nbs/06_training.ipynb #bb3a1e72
 @patch
@@ -511,23 +516,23 @@ def check(self:Training):
             raise Diverged(f"the objective is {loss.tolist()}", self.step - len(trail) + 1 + first, self._first_block(energies), name)
     la = self.least_action
     if la is not None and self._none_finite(la.lam[None]): raise Diverged(f"lambda is {la.lam.tolist()}", self.step, None, name)
-    for parameter, p in self.model.named_parameters():
-        if self._none_finite(p[None] if self.row else p[None, None]):
-            raise Diverged("a gradient is not finite", self.step, parameter.rpartition(".")[0] or parameter, name)
+    names, parameters = zip(*self.model.named_parameters())
+    bad = torch.stack([self._none_finite(p[None])[0] for p in parameters])
+    if bad.any(): raise Diverged("a gradient was not finite", self.step, names[bad.int().argmax()].rpartition(".")[0], name)
 
 # %% ../nbs/06_training.ipynb #f8b1d9f0
 @patch
 def _none_finite(self:Training, values:Tensor)->Tensor: # `[T]` from `[T, S, ...]` or `[T, ...]`
     "At each step: has every network a number that is not finite?"
-    rows = values.isfinite().view(len(values), values.shape[1] if self.row else 1, -1)
+    rows = values.isfinite().reshape(len(values), values.shape[1] if self.row else 1, -1)
     return ~rows.all(-1).any(-1)
 
 @patch
 def _first_block(self:Training, energies:Tensor|None)->str|None:
     "The block of the first energy that is not finite, of the first network."
-    if energies is None: return None
+    if energies is None or self.least_action is None: return None
     bad = ~energies.view(-1, energies.shape[-1])[0].isfinite()
-    return self.least_action.blocks[bad.int().argmax()] if bad.any() else None
+    return list(self.least_action.blocks)[bad.int().argmax().item()] if bad.any() else None
 
 # %% ../nbs/06_training.ipynb #6f8729a4
 @patch
@@ -721,6 +726,8 @@ def fit(
                         callbacks, checkpoint, resume, save_every, rollback, **asdict(recipe))
     note = provenance(device, data=data.name, n=data.train.shape[-1], seed=seed, **asdict(recipe))
     return Run(model, curves, note | {"seconds": time.perf_counter() - start})
+
+fit.__delwrap__ = Recipe # its comments are those of the settings
 
 # %% ../nbs/06_training.ipynb #bed9fece
 @patch

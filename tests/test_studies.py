@@ -43,7 +43,7 @@ def test_fingerprint_sees_every_change_and_no_more():
               replace(cell, net=Net(K=8)), replace(cell, schedule=Schedule(steps=501)), replace(cell, method=Method('default', h=.5)),
               replace(cell, method=METHODS[2]), replace(cell, method=Method('least', least_action=dict(lambda0=1., tau=2.)))]
     assert len({c.config for c in [cell, *others]}) == 10
-    assert cell.config == Cell('circles', 20, Method('default', weight_decay=.01), Net(), Schedule()).config
+    assert cell.config == Cell('circles', 20, Method('default', h=1.), Net(), Schedule(steps=500)).config
     assert Method('m', least_action=dict(tau=1., lambda0=2.)) == Method('m', least_action=(('lambda0', 2.), ('tau', 1.)))
 
 

@@ -1,0 +1,349 @@
+"Optimal transport: values known in closed form or by brute force, what must hold for any clouds, and unusable input."
+import math
+from itertools import permutations
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from lap_nb.dynamics import Flow, Trajectory, dense_net, init_velocities_
+from lap_nb.kinetic import kinetic_energy
+from lap_nb.transport import (action_split, cost_matrix, exact_gap, gap_curve, optimal_coupling)
+
+seeds = st.integers(0, 10_000)
+quick = settings(max_examples=25, deadline=None)
+
+
+def cloud(n, d, seed, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def root(S):
+    "The symmetric square root of a positive definite matrix."
+    values, vectors = torch.linalg.eigh(S)
+    return vectors * values.sqrt() @ vectors.T
+
+
+def positive(d, seed):
+    A = cloud(d, d, seed)
+    return A @ A.T + .3 * torch.eye(d, dtype=A.dtype)
+
+
+def brute_force(x, y):
+    return min((x - y[list(p)]).square().sum(1).mean().item() for p in permutations(range(len(x))))
+
+
+def orbit(n, m, S, seed):
+    "`n * m` points of mean 0 and covariance `S` exactly, and the map that turns them into each other by 1/m of a full turn."
+    z = cloud(n, 2, seed)
+    c, s = math.cos(2 * math.pi / m), math.sin(2 * math.pi / m)
+    turn = torch.tensor([[c, -s], [s, c]], dtype=z.dtype)
+    points = torch.cat([z @ torch.linalg.matrix_power(turn, k).T for k in range(m)])
+    points = points / (points.square().sum() / (2 * len(points))).sqrt()   # covariance is the identity, by the symmetry
+    A = root(S)
+    return points @ A.T, A @ turn @ torch.linalg.inv(A)
+
+
+class Linear(nn.Module):
+    "The velocity that makes one block of step 1 the map `x -> A x + b`."
+    def __init__(self, A, b): super().__init__(); self.A, self.b = A, b
+    def forward(self, x): return x @ self.A.T + self.b - x
+
+
+# Values known in closed form
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_gaussians_reach_the_bures_wasserstein_distance(d):
+    S1, S2, b = positive(d, 1), positive(d, 2), cloud(1, d, 3)[0]
+    z = cloud(300, d, 4)
+    z = z - z.mean(0)
+    x = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / len(z))).T @ root(S1)   # covariance S1 exactly
+    R = root(S1)
+    A = torch.linalg.inv(R) @ root(R @ S2 @ R) @ torch.linalg.inv(R)                 # the optimal map of the two laws
+    traj = Flow([Linear(A, b)]).trajectory(x)
+    gap = exact_gap(traj.x[0], traj.x[-1], reduction="sum")
+    bures = b.square().sum() + S1.trace() + S2.trace() - 2 * root(R @ S2 @ R).trace()
+    assert_close(gap.w2, bures.item(), rtol=1e-9, atol=1e-9)
+    assert gap.gap == 0 and gap.self_share == 1 and gap.interval == (0, 0)
+    assert_close(action_split(traj, reduction="sum").total(), bures.item(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [3, 4, 6])
+def test_a_rotation_before_the_optimal_map_has_the_known_gap(m):
+    "The cloud is its own image under the turn, so the ends are the same points and only the assignment changes."
+    S1, S2 = positive(2, 5), positive(2, 6)
+    x, turn = orbit(60, m, S1, 7)
+    R = root(S1)
+    A = torch.linalg.inv(R) @ root(R @ S2 @ R) @ torch.linalg.inv(R)
+    gap = exact_gap(x, x @ turn.T @ A.T, reduction="sum")
+    cross = lambda B: (B @ S1).trace().item()                                         # mean of <B x, x>
+    assert_close(gap.w2, (S1.trace() + S2.trace() - 2 * cross(A)).item(), rtol=1e-9, atol=1e-9)
+    assert_close(gap.gap, 2 * cross(A) - 2 * cross(A @ turn), rtol=1e-9, atol=1e-9)
+    assert gap.gap > 0
+
+
+def test_translation_costs_its_square_and_leaves_no_gap():
+    x, b = cloud(200, 6, 0), cloud(1, 6, 1)
+    gap = exact_gap(x, x + 10 * b, reduction="sum")
+    assert_close(gap.w2, 100 * b.square().sum().item(), rtol=1e-9, atol=0)
+    assert gap.gap == 0
+
+
+def test_one_dimension_is_sorting():
+    x, y = cloud(501, 1, 0), cloud(501, 1, 1).exp()
+    by_order = (x.sort(0).values - y.sort(0).values).square().mean().item()
+    for solver in ("assignment", "simplex"): assert_close(optimal_coupling(x, y, solver=solver).cost, by_order, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", range(2, 8))
+@pytest.mark.parametrize("solver", ["assignment", "simplex"])
+def test_permuted_ends_have_the_gap_of_brute_force(n, solver):
+    x = cloud(n, 3, n)
+    y = (2 * x + .1 * cloud(n, 3, 99))[torch.randperm(n, generator=torch.Generator().manual_seed(n))]
+    gap = exact_gap(x, y, reduction="sum", solver=solver)
+    assert_close(gap.gap, (x - y).square().sum(1).mean().item() - brute_force(x, y), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n, d", [(50, 2), (300, 10)])
+def test_solvers_agree_with_pot(n, d):
+    x, y = cloud(n, d, 0), cloud(n, d, 1)
+    pot = ot.emd2([], [], ot.dist(x.numpy(), y.numpy()))
+    for solver in ("assignment", "simplex"): assert_close(optimal_coupling(x, y, solver=solver).cost, pot, rtol=1e-9, atol=0)
+
+
+def test_weights_agree_with_pot_and_with_copies():
+    "A point of weight k/n is k equal points."
+    x, y = cloud(5, 3, 0), cloud(5, 3, 1)
+    copies = torch.tensor([1, 2, 3, 1, 2])
+    weights = copies / copies.sum()
+    weighted = exact_gap(x, y, weights, reduction="sum")
+    repeated = exact_gap(x.repeat_interleave(copies, 0), y.repeat_interleave(copies, 0), reduction="sum")
+    assert (weighted.solver, repeated.solver) == ("simplex", "assignment")
+    assert_close(weighted.w2, repeated.w2, rtol=1e-6, atol=1e-9)
+    assert_close(weighted.displacement, repeated.displacement, rtol=1e-6, atol=1e-9)
+    assert_close(weighted.self_share, repeated.self_share, rtol=1e-6, atol=1e-6)
+
+
+def test_unequal_numbers_of_points_agree_with_pot():
+    x, y = cloud(40, 3, 0), cloud(70, 3, 1)
+    best = optimal_coupling(x, y)
+    assert_close(best.cost, ot.emd2([], [], ot.dist(x.numpy(), y.numpy())), rtol=1e-9, atol=0)
+    assert_close(best.plan.to_dense().sum(0), torch.full((70,), 1 / 70, dtype=torch.float64))
+
+
+def test_there_and_back_is_all_path_gap():
+    x = cloud(60, 4, 0)
+    traj = Trajectory(torch.stack([x, x + cloud(60, 4, 1), x]))
+    split = action_split(traj)
+    assert split.parts["all"][:2] == (0, 0)
+    assert_close(split.total(), 2 * kinetic_energy(traj).mean().item(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("h", [1., .25])
+def test_a_straight_walk_at_constant_speed_has_no_path_gap(h):
+    x, y = cloud(60, 4, 0), cloud(60, 4, 1)
+    t = torch.linspace(0, 1, 6, dtype=torch.float64).view(-1, 1, 1)
+    optimal, assignment, path = action_split(Trajectory((1 - t) * x + t * y, h)).parts["all"]
+    assert path < 1e-28 and optimal > 0 and assignment > 0
+
+
+# What must hold for any clouds
+
+@quick
+@given(seeds, st.integers(2, 40), st.integers(1, 5), st.sampled_from(["mean", "sum"]), st.sampled_from([.1, 1., 2.]))
+def test_the_parts_are_not_negative_and_add_up_to_the_action(seed, n, d, reduction, h):
+    traj = Trajectory(torch.stack([cloud(n, d, seed + k) for k in range(4)]), h)
+    split = action_split(traj, torch.arange(n) % 2, reduction)
+    assert all(part >= 0 for parts in split.parts.values() for part in parts)
+    assert_close(split.total(), traj.K * h * kinetic_energy(traj, reduction).mean().item(), rtol=1e-10, atol=1e-12)
+
+
+@quick
+@given(seeds, st.integers(4, 40), st.integers(1, 5))
+def test_class_gaps_are_at_most_the_gap_of_the_whole(seed, n, d):
+    traj = Trajectory(torch.stack([cloud(n, d, seed), cloud(n, d, seed + 1)]))
+    y = torch.arange(n) % 2
+    split = action_split(traj, y, "sum")
+    mean = sum((y == c).sum().item() / n * split.parts[f"class {c}"][1] for c in (0, 1))
+    assert mean <= split.parts["all"][1] + 1e-9
+
+
+@quick
+@given(seeds, st.integers(2, 40), st.integers(1, 5), st.floats(1e-4, 1e4))
+def test_scaling_positions_scales_everything_by_the_square(seed, n, d, c):
+    x, y = cloud(n, d, seed), cloud(n, d, seed + 1)
+    one, scaled = exact_gap(x, y), exact_gap(c * x, c * y)
+    for name in ("displacement", "w2", "gap"):
+        assert_close(getattr(scaled, name), c * c * getattr(one, name), rtol=1e-8, atol=1e-9 * c * c)
+    assert scaled.self_share == one.self_share and scaled.sensitivity == one.sensitivity
+
+
+@quick
+@given(seeds, st.integers(2, 40), st.integers(1, 5))
+def test_permutations_and_isometries_change_nothing(seed, n, d):
+    x, y = cloud(n, d, seed), cloud(n, d, seed + 1)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    Q, _ = torch.linalg.qr(cloud(d, d, seed + 2))
+    b = cloud(1, d, seed + 3)
+    one = exact_gap(x, y)
+    for moved in (exact_gap(x[order], y[order]), exact_gap(x @ Q + b, y @ Q + b)):
+        for name in ("displacement", "w2", "gap", "self_share"): assert_close(getattr(moved, name), getattr(one, name), rtol=1e-8, atol=1e-9)
+
+
+@quick
+@given(seeds, st.integers(2, 6), st.integers(1, 4))
+def test_potentials_prove_the_cost(seed, n, d):
+    x, y = cloud(n, d, seed), cloud(n, d, seed + 1)
+    for solver in ("assignment", "simplex"):
+        best = optimal_coupling(x, y, solver=solver)
+        assert (best.f[:, None] + best.g <= cost_matrix(x, y) + 1e-9).all()
+        assert_close((best.f.mean() + best.g.mean()).item(), best.cost, rtol=1e-9, atol=1e-9)
+
+
+@quick
+@given(seeds, st.integers(3, 6), st.integers(1, 3))
+def test_the_gap_of_subsets_is_smaller_on_average(seed, n, d):
+    x, y = cloud(n, d, seed), cloud(n, d, seed + 1)
+    left_out = [exact_gap(torch.cat([x[:i], x[i + 1:]]), torch.cat([y[:i], y[i + 1:]])).gap for i in range(n)]
+    assert sum(left_out) / n <= exact_gap(x, y).gap + 1e-9
+
+
+@quick
+@given(seeds, st.integers(2, 20))
+def test_the_slack_is_the_gap_sample_by_sample(seed, n):
+    gap = exact_gap(cloud(n, 3, seed), cloud(n, 3, seed + 1))
+    assert (gap.slack >= 0).all()
+    assert_close(gap.slack.mean().item(), gap.gap, rtol=1e-9, atol=1e-10)
+    assert gap.interval[0] <= gap.gap + 1e-12 and gap.gap <= gap.interval[1] + 1e-12
+
+
+# The interval and the placebo
+
+def test_the_interval_covers_the_mean_gap_of_fresh_samples():
+    "Of 100 intervals at 95 %, fewer than 85 cover by chance once in 20,000 times."
+    turn = torch.tensor([[.6, -.8], [.8, .6]], dtype=torch.float64)
+    gaps = [exact_gap(x := cloud(100, 2, seed), x @ turn.T, seed=seed) for seed in range(100)]
+    mean = sum(g.gap for g in gaps) / len(gaps)
+    assert sum(g.interval[0] <= mean <= g.interval[1] for g in gaps) >= 85
+
+
+def test_a_gap_of_noise_in_high_dimension_comes_with_a_warning():
+    x = cloud(300, 64, 0)
+    blind = exact_gap(x, x + .5 * cloud(300, 64, 1))
+    assert blind.gap == 0 and blind.self_share == 1 and "too few to tell in 64 dimensions" in blind.warning
+    assert blind.warning in repr(blind) and blind.warning in blind._repr_markdown_()
+
+
+def test_no_warning_where_exchanges_were_found_or_could_have_been():
+    x = cloud(300, 64, 0)
+    assert not exact_gap(x, cloud(300, 64, 1)).warning
+    assert not exact_gap(x[:, :2], 2 * x[:, :2]).warning
+
+
+def test_gap_curve_rises_and_ends_at_the_gap():
+    x = cloud(256, 2, 0)
+    y = x + cloud(256, 2, 1)
+    curve = gap_curve(x, y, repeats=8)
+    means = curve.gaps.mean(1)
+    assert curve.n.tolist() == [8, 16, 32, 64, 128, 256] and (means.diff() > 0).all()
+    assert_close(curve.gaps[-1], torch.full((8,), exact_gap(x, y).relative))
+
+
+# Tensors in, tensors out
+
+def test_half_precision_pictures_and_graphs():
+    x = torch.randn(30, 3, 4, 4, requires_grad=True)
+    gap = exact_gap(x, x * 2)
+    assert gap.dim == 48 and not gap.slack.requires_grad and gap.slack.dtype == torch.float64
+    assert_close(exact_gap(x.half(), x.half() * 2).w2, x.half().double().square().mean().item(), rtol=1e-9, atol=1e-9)
+
+
+def test_no_graph_is_kept():
+    flow = init_velocities_(dense_net(3, 2), .5).flow
+    traj = flow.trajectory(torch.randn(20, 3))
+    assert traj.x.requires_grad
+    split = action_split(traj)
+    assert not any(isinstance(v, torch.Tensor) and v.requires_grad for v in vars(split.gaps[0]).values())
+
+
+def test_far_from_the_origin_no_digits_are_lost():
+    x, y = cloud(50, 3, 0), cloud(50, 3, 1)
+    assert_close(exact_gap(x + 1e7, y + 1e7).gap, exact_gap(x, y).gap, rtol=1e-6, atol=1e-8)
+
+
+def test_stages_add_up():
+    class Staged:
+        stages = (Trajectory(torch.stack([cloud(20, 6, 0), cloud(20, 6, 1)])), Trajectory(torch.stack([cloud(20, 3, 2), cloud(20, 3, 3), cloud(20, 3, 4)])))
+    split = action_split(Staged, torch.arange(20) % 2)
+    alone = [action_split(stage, torch.arange(20) % 2) for stage in Staged.stages]
+    for row in ("all", "class 0", "class 1"):
+        assert_close(torch.tensor(split.parts[row]), sum(torch.tensor(a.parts[row]) for a in alone))
+    assert split.parts["stage 2, class 1"] == alone[1].parts["class 1"] and [g.dim for g in split.gaps] == [6, 3]
+
+
+# Unusable input
+
+x, y = cloud(6, 2, 0), cloud(6, 2, 1)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: exact_gap(x, y[:5]), "start has 6 points, end 5"),
+    (lambda: exact_gap(x, cloud(6, 3, 1)), "start has 2 features, end 3"),
+    (lambda: exact_gap(x[:0], y[:0]), "expected at least 2 points"),
+    (lambda: exact_gap(x[:1], y[:1]), "one point has only one matching"),
+    (lambda: exact_gap(x[:, :0], y[:, :0]), "one feature or more"),
+    (lambda: exact_gap(x[:, 0], y[:, 0]), "expected a real tensor"),
+    (lambda: exact_gap(x.numpy(), y), "start is ndarray"),
+    (lambda: exact_gap(x, torch.where(y == y[2], math.inf, y)), "end has 1 of 6 points that are not finite, first at 2"),
+    (lambda: exact_gap(x, y, torch.full((6,), .2)), "weights sums to 1.2, expected 1"),
+    (lambda: exact_gap(x, y, torch.tensor([2., -1, 0, 0, 0, 0])), "1 weights that are negative"),
+    (lambda: exact_gap(x, y, torch.full((6,), math.nan)), "6 weights that are negative or not a number"),
+    (lambda: exact_gap(x, y, torch.full((5,), .2)), r"weights has shape \(5,\), expected \(6,\)"),
+    (lambda: exact_gap(x, y, level=95), "level is 95"),
+    (lambda: exact_gap(x, y, resamples=0), "resamples is 0"),
+    (lambda: exact_gap(x, y, reduction="median"), "expected one of mean, sum"),
+    (lambda: exact_gap(x, y, solver="sinkhorn"), "expected one of auto, assignment, simplex"),
+    (lambda: optimal_coupling(x, y[:5], solver="assignment"), "use solver='simplex'"),
+    (lambda: action_split(Trajectory(torch.stack([x, y])), torch.zeros(5)), r"labels have shape \(5,\), expected \(6,\)"),
+    (lambda: gap_curve(x, y, sizes=[1, 4]), "expected from 2 to the 6"),
+])
+def test_unusable_input_is_explained(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+def test_too_large_a_cloud_is_refused_before_it_is_allocated():
+    many = torch.zeros(1, 1).expand(2_000_000, 1)
+    for call in (lambda: cost_matrix(many, many), lambda: exact_gap(many, many), lambda: optimal_coupling(many, many)):
+        with pytest.raises(MemoryError, match="2,000,000 by 2,000,000 points need 2.98e.04 GiB"): call()
+
+
+def test_a_solver_that_does_not_converge_is_an_error(recwarn):
+    with pytest.raises(RuntimeError, match="did not reach an optimum in 1 iterations"): optimal_coupling(x, y, solver="simplex", max_iter=1)
+    assert not recwarn.list
+
+
+def test_a_matching_that_is_not_optimal_is_an_error():
+    from lap_nb.transport import _potentials
+    cost = cost_matrix(x, x)
+    with pytest.raises(RuntimeError, match="not optimal"): _potentials(cost, torch.arange(6).roll(1))
+
+
+def test_twins_are_counted_and_match_themselves():
+    twins = torch.cat([x, x])
+    gap = exact_gap(twins, 2 * twins)
+    assert gap.gap == 0 and gap.twins == 6 and gap.self_share == 1 and "6 samples start where another starts" in gap.warning
+
+
+def test_nothing_moves():
+    gap = exact_gap(x, x)
+    assert (gap.displacement, gap.gap, gap.relative, gap.self_share) == (0, 0, 0, 1)
+    assert action_split(Trajectory(torch.stack([x, x]))).shares() == (0, 0, 0)
+
+
+def test_a_class_of_one_sample_is_noted():
+    split = action_split(Trajectory(torch.stack([x, y])), torch.tensor([0, 0, 0, 0, 0, 1]))
+    assert split.parts["class 1"][1] == 0 and "Classes [1] have one sample" in split.warning
