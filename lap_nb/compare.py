@@ -116,8 +116,8 @@ class Comparison:
 @patch
 def table(self:Comparison
 )->str: # of fixed-width lines
-    "Means over seeds; differences are least action minus the row's method, paired by seed."
-    head = ("method", "gain", "test acc. %", "best epoch %", "least action is better by", "energy/sample", "straightness", "lambda")
+    "Means over seeds with 95 % intervals; the paired difference is least action minus the row's method, in points."
+    head = ("method", "gain", "test acc. %", "best epoch %", "paired difference", "energy/sample", "straightness", "lambda")
     lines = [head]
     for method in METHODS:
         mean = lambda key: self.values(method, key).mean().item()

@@ -174,14 +174,15 @@ class Holder:
     def span(self)->float: return (self.r[-1] / self.r[0]).item()  # longest distance over shortest
     @property
     def warning(self)->str: # empty if there is nothing to warn of
-        narrow = f"the distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (self.span < 4)
-        wide = "the interval is wider than 0.5. " * (not self.interval[1] - self.interval[0] < .5)
-        return (narrow + wide).strip().capitalize()
+        narrow = f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (self.span < 4)
+        wide = "The interval is wider than 0.5. " * (not self.interval[1] - self.interval[0] < .5)
+        return (narrow + wide).strip()
     def __repr__(self)->str:
         text = (f"Holder exponent {self.exponent:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}] "
                 f"{f'{self.shift:g} radii off' if self.shift else 'on'} the support, distances {self.r[0]:.3g} to {self.r[-1]:.3g}, n = {self.n}")
         return text + f"\nWarning: {self.warning}" * bool(self.warning)
 
+# %% ../nbs/04a_regularity.ipynb #6860bc3a
 def holder_exponent(
     f:Callable[[Tensor], Tensor], # maps `[n, ...]` to `[n, ...]`
     x:Tensor,           # samples, `[n, ...]`, at least 50; all pairs are used: take a thousand, not a million

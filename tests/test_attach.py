@@ -9,8 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lap_nb.attach import Tracer, find_blocks, trace
-from lap_nb.dynamics import Flow, ResidualBlock, dense_net
+from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
+from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, dense_net
 
 BATCH = 4
 
@@ -126,6 +126,7 @@ class Inplace(nn.Module):
 
 
 def images(): return torch.randn(BATCH, 3, 8, 8)
+def energies(traj, reduction="mean"): return torch.cat([getattr(s.steps.square().flatten(2), reduction)(2) / s.h for s in traj.stages])
 def tokens(length=6): return torch.randint(11, (BATCH, length))
 def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -160,7 +161,7 @@ def test_tuples_and_keyword_inputs():
     model, ids = Decoder().eval(), tokens()
     blocks = find_blocks(model, ids)
     assert list(blocks) == ["layers.0", "layers.1", "layers.2"] and blocks.why["layers.0"] == "2 additions"
-    got = trace(model, {"ids": ids}, blocks).energies()
+    got = energies(trace(model, {"ids": ids}, blocks))
     hand, _ = by_hand(model, ids, blocks, lambda b, x: (a := b.mix(b.norm1(x)).cumsum(1)) + b.mlp(b.norm2(x + a)))
     assert_close(got, hand)
 
@@ -271,7 +272,7 @@ def test_own_network_agrees_with_its_trajectory():
     want = net.trajectory(x)
     assert stage.h == want.h == .5
     assert_close(stage.x, want.x)
-    assert_close(trace(net, x, energies_only=True).energies("sum"), want.steps.square().sum(2) / .5)
+    assert_close(trace_energies(net, x).energies("sum"), want.steps.square().sum(2) / .5)
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
@@ -283,23 +284,22 @@ def test_resnet_energies_by_hand(block, mode):
     blocks = find_blocks(model, x)
     hand, out = by_hand(model, x, blocks, lambda b, before: (before + b.branch(before)).relu() - before)
     with torch.no_grad(): got = trace(model, x, blocks)
-    assert_close(got.energies(), hand)
+    assert_close(energies(got), hand)
     assert_close(got.output, out)
-    assert [s.K for s in got.stages] == ([2, 1] if block is BasicBlock else [1, 1]) and got.names == list(blocks)
-    assert_close(torch.cat([s.steps.square().flatten(2).mean(2) for s in got.stages]), hand)
+    assert [s.K for s in got.stages] == ([2, 1] if block is BasicBlock else [1, 1]) and got.names == tuple(blocks)
 
 
 def test_stages_end_where_something_happens_between_blocks():
     net = nn.Sequential(*(ResidualBlock(nn.Linear(3, 3)) for _ in range(2)), nn.Linear(3, 3), ResidualBlock(nn.Linear(3, 3)),
                         ResidualBlock(nn.Linear(3, 3), h=.5))
     found = trace(net, torch.randn(BATCH, 3))
-    assert [(s.K, s.h) for s in found.stages] == [(2, 1.), (1, 1.), (1, .5)] and found.stage_of == [0, 0, 1, 2]
+    assert [(s.K, s.h) for s in found.stages] == [(2, 1.), (1, 1.), (1, .5)] and found.K == 4
 
 
 def test_gradients_reach_the_blocks():
     net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
     weight = net.flow.blocks[0].velocity[0].weight
-    for energy in (trace(net, x, energies_only=True).energies().sum(), sum(s.steps.square().mean(2).sum() for s in trace(net, x).stages)):
+    for energy in (trace_energies(net, x).energies().sum(), sum(s.steps.square().mean(2).sum() for s in trace(net, x).stages)):
         got, = torch.autograd.grad(energy, weight)
         assert_close(got, torch.autograd.grad(net.trajectory(x).steps.square().mean(2).sum(), weight)[0])
 
@@ -309,18 +309,18 @@ def test_stochastic_depth_is_traced_as_it_fell():
     torch.manual_seed(3); want = model(x)
     torch.manual_seed(3); found = trace(model, x)
     assert_close(found.output, want)
-    dropped = found.energies() == 0
+    dropped = energies(found) == 0
     assert 30 < dropped.sum() < 90
     stage, = found.stages
     assert_close(stage.steps[0][~dropped[0]], 2 * model[0].f(x)[~dropped[0]], rtol=1e-4, atol=1e-5)
-    assert (trace(model.eval(), x).energies() > 0).all()
+    assert (energies(trace(model.eval(), x)) > 0).all()
 
 
 def test_shared_blocks_count_per_call():
     block = ResidualBlock(nn.Linear(3, 3))
     model, x = nn.Sequential(block, block, block), torch.randn(BATCH, 3)
     found = trace(model, x)
-    assert found.names == ["0", "0 (call 2)", "0 (call 3)"] and "called 3 times" in find_blocks(model, x).why["0"]
+    assert found.names == ("0", "0 (call 2)", "0 (call 3)") and "called 3 times" in find_blocks(model, x).why["0"]
     assert_close(found.stages[0].x, Flow([block.velocity] * 3).trajectory(x).x)
 
 
@@ -332,9 +332,9 @@ def test_blocks_that_write_to_their_input():
     first = model[1].f(start)
     want = torch.stack([first, model[2].f(start + first)])
     with torch.no_grad():
-        assert_close(trace(model, x, blocks, energies_only=True).energies(), want.square().mean(2))
+        assert_close(trace_energies(model, x, blocks).energies(), want.square().mean(2))
         assert_close(trace(model, x, dict(blocks)).stages[0].steps, want)
-        with pytest.raises(RuntimeError, match="writes to its input"): trace(model, x, dict(blocks), energies_only=True)
+        with pytest.raises(RuntimeError, match="writes to its input"): trace_energies(model, x, dict(blocks))
 
 
 def test_positions_survive_what_comes_after():
@@ -345,18 +345,17 @@ def test_positions_survive_what_comes_after():
 
 def test_autocast_sums_in_float32():
     net, x = dense_net(4, 2, K=3), torch.randn(BATCH, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16): found = trace(net, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16): found = trace_energies(net, x)
     assert found.energies().dtype == torch.float32 and len(find_blocks(net, x)) == len(found.names) == 3
-    assert_close(found.energies(), trace(net, x).energies(), rtol=.05, atol=1e-3)
+    assert_close(found.energies(), energies(trace(net, x)), rtol=.05, atol=1e-3)
 
 
 def test_half_precision_does_not_overflow():
     model, x = nn.Sequential(ResidualBlock(nn.Linear(4, 4))).half(), torch.zeros(BATCH, 4).half()
     with torch.no_grad(): model[0].velocity.bias.fill_(300.)
     assert model[0].velocity.bias.square().isinf().all()
-    for only in (True, False):
-        energies = trace(model, x, energies_only=only).energies("sum")
-        assert energies.dtype == torch.float32 and (energies == 4 * 300 ** 2).all()
+    for squares in (trace_energies(model, x).energies("sum"), energies(trace(model, x), "sum")):
+        assert squares.dtype == torch.float32 and (squares == 4 * 300 ** 2).all()
     assert trace(model, x).stages[0].x.dtype == torch.float32
     with torch.no_grad(): model[0].velocity.weight.fill_(60000.)
     with pytest.raises(ValueError, match=r"block 0 \(0\).*not finite"): trace(model, x + 1)
@@ -367,16 +366,16 @@ def test_inference_mode():
     with torch.inference_mode():
         x = torch.randn(BATCH, 3)
         found = trace(net, x)
-        assert found.energies().is_inference()
-    assert_close(found.energies().clone(), trace(net, x.clone()).energies().detach())
+        assert found.x.is_inference() and trace_energies(net, x).energies().is_inference()
+    assert_close(energies(found).clone(), energies(trace(net, x.clone())).detach())
 
 
 def test_channels_last():
     model, x = ResNet().eval(), images()
-    want = trace(model, x).energies()
+    want = energies(trace(model, x))
     model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    assert_close(trace(model, x).energies(), want, rtol=1e-4, atol=1e-6)
-    assert_close(trace(model, x, energies_only=True).energies(), want, rtol=1e-4, atol=1e-6)
+    assert_close(energies(trace(model, x)), want, rtol=1e-4, atol=1e-6)
+    assert_close(trace_energies(model, x).energies(), want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -384,7 +383,7 @@ def test_channels_last():
 def test_checkpointed_blocks_count_once(reentrant, only):
     model, ids = Decoder(), tokens()
     blocks = find_blocks(model, ids)
-    plain = trace(model, ids, blocks, energies_only=True).energies()
+    plain = trace_energies(model, ids, blocks).energies()
     want = torch.autograd.grad(plain.sum(), model.layers[0].mix.weight)[0]
     model.checkpointing = reentrant
     assert list(find_blocks(model, ids)) == list(blocks)
@@ -445,7 +444,7 @@ def test_tracing_inside_tracing():
         net(x)
         inner = trace(net, x[:2])
         find_blocks(net, x[:3])
-        assert inner.energies().shape == (4, 2) and outer.take().energies().shape == (4, BATCH)
+        assert (inner.K, inner.B) == (4, 2) and outer.take().energies().shape == (4, BATCH)
         net(x)
         assert len(outer.take().names) == 4
 
@@ -458,10 +457,12 @@ def test_hooks_go_after_an_error():
 
 def test_nothing_stays_referenced():
     net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
-    found = trace(net, x)
-    refs = [weakref.ref(t) for s in found.steps for t in (s.after, s.before, s.squares)] + [weakref.ref(found.output)]
+    with Tracer(net) as tracer: net(x)
+    noted, found, light = tracer.take(), trace(net, x), trace_energies(net, x)
+    refs = [weakref.ref(t) for s in noted.steps + light.steps for t in (s.after, s.before, s.squares) if t is not None]
+    refs += [weakref.ref(t) for t in (found.x, found.output, light.output)]
     model = weakref.ref(net)
-    del found
+    del noted, found, light
     assert all(r() is None for r in refs)
     del net; gc.collect()
     assert model() is None
@@ -476,9 +477,9 @@ def test_energies_keep_at_most_one_block(only):
         outputs.append(weakref.ref(out))
 
     for block in net.flow.blocks: block.register_forward_hook(watch)
-    with torch.no_grad(): found = trace(net, x, find_blocks(net), energies_only=only)
+    with torch.no_grad(), Tracer(net, energies_only=only) as tracer: net(x)
     assert max(alive) <= 1
-    kept = [s for s in found.steps if s.before is not None or s.after is not None]
+    kept = [s for s in tracer.take().steps if s.before is not None or s.after is not None]
     assert len(kept) == (0 if only else 6)
 
 
@@ -493,21 +494,21 @@ class Wrapped(nn.parallel.DistributedDataParallel):
 
 def test_names_see_through_wrappers():
     net, x = dense_net(3, 2, K=2), torch.randn(BATCH, 3)
-    names, want = ["flow.blocks.0", "flow.blocks.1"], trace(net, x).energies()
+    names, want = ["flow.blocks.0", "flow.blocks.1"], energies(trace(net, x))
     for wrapped in (Wrapped(net), nn.DataParallel(net), torch.compile(net, backend="eager"), torch.compile(Wrapped(net), backend="eager")):
         assert list(find_blocks(wrapped, x)) == names
-        assert_close(trace(wrapped, x).energies(), want)
+        assert_close(energies(trace(wrapped, x)), want)
     net.flow.blocks[1] = torch.compile(net.flow.blocks[1], backend="eager")
     net(x)
     assert list(find_blocks(net, x)) == names
-    assert_close(trace(net, x).energies(), want)
+    assert_close(energies(trace(net, x)), want)
 
 
 @pytest.mark.parametrize("only", [True, False])
 def test_compiled_without_a_graph_break(only):
     torch._dynamo.reset()
     net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
-    want = trace(net, x).energies()
+    want = energies(trace(net, x))
     with Tracer(net, energies_only=only) as tracer:
         compiled = torch.compile(net, backend="eager", fullgraph=True)
         for _ in range(2):
@@ -532,14 +533,14 @@ def test_attached_too_late_says_so():
 def test_trace_runs_compiled_parts_as_written(way):
     torch._dynamo.reset()
     net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
-    want = trace(net, x).energies()
+    want = energies(trace(net, x))
     if way == "method":
         net.compile(backend="eager")
         model = net
     else: model = nn.Sequential(torch.compile(net, backend="eager"))
     model(x)
     blocks = {name if way == "method" else f"0.{name}": net.get_submodule(name) for name in find_blocks(net, x)}
-    assert_close(trace(model, x, blocks, energies_only=True).energies(), want)
+    assert_close(trace_energies(model, x, blocks).energies(), want)
     assert list(find_blocks(model, x)) == list(blocks)
 
 
@@ -561,21 +562,21 @@ def test_wrong_blocks():
     assert hook_count(model) == 0
 
 
-@pytest.mark.parametrize("only", [True, False])
-def test_nan_in_block_7_is_named(only):
+@pytest.mark.parametrize("call", [trace, trace_energies])
+def test_nan_in_block_7_is_named(call):
     net = dense_net(3, 2, K=9)
     with torch.no_grad(): net.flow.blocks[7].velocity[2].bias[1] = float("nan")
-    with pytest.raises(ValueError, match=r"block 7 \(flow\.blocks\.7\) is the first"): trace(net, torch.randn(2, 3), energies_only=only)
+    with pytest.raises(ValueError, match=r"block 7 \(flow\.blocks\.7\) is the first"): call(net, torch.randn(2, 3))
 
 
 def test_empty_batch():
     for x in (torch.zeros(0, 3), (torch.zeros(0, 3),), {"x": torch.zeros(0, 3)}):
-        for call in (find_blocks, trace):
+        for call in (find_blocks, trace, trace_energies):
             with pytest.raises(ValueError, match="batch is empty"): call(dense_net(3, 2), x)
 
 
 def test_integer_inputs():
-    assert trace(Decoder(), tokens()).energies().shape == (3, BATCH)
+    assert trace_energies(Decoder(), tokens()).energies().shape == (3, BATCH)
 
     class One(nn.Module):
         def forward(self, x): return torch.ones_like(x)
@@ -583,7 +584,7 @@ def test_integer_inputs():
     flow, x = Flow([One(), One()]), torch.arange(6).reshape(2, 3)
     assert find_blocks(flow, x).skipped["blocks.0"] == "no floating-point tensor goes in"   # the second sees the floats of the first
     with pytest.raises(ValueError, match="block 'blocks.0': convert"): trace(flow, x, find_blocks(flow))
-    with pytest.raises(ValueError, match="expected one of mean, sum"): trace(flow, x.float()).energies("max")
+    with pytest.raises(ValueError, match="expected one of mean, sum"): trace_energies(flow, x.float()).energies("max")
 
 
 # Real architectures, built from configuration
@@ -642,11 +643,11 @@ def test_real_architectures(transformers, name):
     with torch.no_grad(): out = model(x)
     for hook in hooks: hook.remove()
     with torch.no_grad(): found = trace(model, x, blocks)
-    assert found.names == list(blocks)
-    assert_close(found.energies(), torch.stack([s.square().flatten(1).mean(1) for s in steps]), rtol=1e-4, atol=1e-7)
+    assert found.names == tuple(blocks)
+    assert_close(energies(found), torch.stack([s.square().flatten(1).mean(1) for s in steps]), rtol=1e-4, atol=1e-7)
     assert_close(found.output[0], out[0])
     assert len(found.stages) == (2 if name in ("resnet", "convnext") else 1)
-    if name == "convnext": assert (trace(model.train(), x, blocks).energies() == 0).any()
+    if name == "convnext": assert (energies(trace(model.train(), x, blocks)) == 0).any()
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
@@ -656,7 +657,7 @@ def test_real_gradient_checkpointing(transformers, name):
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
     blocks = find_blocks(model, x)
-    want = trace(model, x, blocks, energies_only=True).energies()
+    want = trace_energies(model, x, blocks).energies()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with Tracer(model, blocks, energies_only=True) as tracer:
         out = model(x)
@@ -664,3 +665,132 @@ def test_real_gradient_checkpointing(transformers, name):
         (out[0].square().mean() + found.energies().sum()).backward()
         with pytest.raises(RuntimeError, match="no step"): tracer.take()
     assert_close(found.energies(), want, rtol=1e-4, atol=1e-6)
+
+
+ZOO = {   # class, configuration, its arguments, blocks to be found
+    "opt": ("OPTModel", "OPTConfig", dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=32,
+                                          word_embed_proj_dim=16, max_position_embeddings=32), 3),
+    "mistral": ("MistralModel", "MistralConfig", "llama", 3), "qwen2": ("Qwen2Model", "Qwen2Config", "llama", 3),
+    "gemma2": ("Gemma2Model", "Gemma2Config", "llama", 3), "phi": ("PhiModel", "PhiConfig", "llama", 3),
+    "gpt-neox": ("GPTNeoXModel", "GPTNeoXConfig", "text", 3),   # attention and MLP side by side: one addition of two branches
+    "bloom": ("BloomModel", "BloomConfig", dict(vocab_size=50, hidden_size=16, n_layer=3, n_head=2), 3),
+    "t5": ("T5EncoderModel", "T5Config", dict(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2), 6),   # attention, MLP: a block each
+    "mamba": ("MambaModel", "MambaConfig", dict(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=3), 3),
+    "swin": ("SwinModel", "SwinConfig", dict(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4), 4),
+    "beit": ("BeitModel", "BeitConfig", "image", 3), "clip": ("CLIPVisionModel", "CLIPVisionConfig", "image", 3),
+    "dinov2": ("Dinov2Model", "Dinov2Config", "image", 3),
+    "convnext-v2": ("ConvNextV2Model", "ConvNextV2Config", dict(hidden_sizes=[8, 16], depths=[2, 2], num_stages=2), 4),
+    "resnet-bottleneck": ("ResNetModel", "ResNetConfig", dict(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2]), 2),
+    "regnet": ("RegNetModel", "RegNetConfig", dict(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], groups_width=4), 2),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_more_architectures(transformers, name):
+    "Blocks by number; steps equal to output minus input, as plain hooks of this test see them."
+    model, config, args, count = ZOO[name]
+    small = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    kinds = {"text": dict(vocab_size=50), "llama": dict(vocab_size=50, num_key_value_heads=1, pad_token_id=0),
+             "image": dict(image_size=16, patch_size=8)}
+    config = getattr(transformers, config)(**(args if isinstance(args, dict) else small | kinds[args]))
+    model = getattr(transformers, model)(config).eval()
+    x = torch.randint(50, (BATCH, 5)) if getattr(config, "vocab_size", 0) == 50 else torch.randn(BATCH, 3, 16, 16)
+    blocks, seen, hooks = find_blocks(model, x), [], []
+    assert len(blocks) == count
+
+    def note(block, args, kwargs, out):
+        before = next(v for v in (*args, *kwargs.values()) if torch.is_tensor(v))
+        seen.append(((out[0] if isinstance(out, tuple) else out) - before).square().flatten(1).mean(1))
+
+    for block in blocks.values(): hooks.append(block.register_forward_hook(note, with_kwargs=True))
+    with torch.no_grad(): model(x)
+    for hook in hooks: hook.remove()
+    with torch.no_grad(): assert_close(energies(trace(model, x, blocks)), torch.stack(seen))
+
+
+def test_sums_that_are_normalised_need_a_pattern(transformers):
+    small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    model, x = transformers.BertModel(transformers.BertConfig(**small)).eval(), torch.randint(50, (BATCH, 5))
+    with pytest.raises(ValueError, match="NativeLayerNorm in the way"): find_blocks(model, x)
+    assert trace(model, x, find_blocks(model, x, include="encoder.layer.?")).K == 3
+
+
+@pytest.mark.parametrize("name", ["resnet", "gpt2"])
+def test_real_networks_compile_without_a_graph_break(transformers, name):
+    torch._dynamo.reset()
+    model, x, _ = architecture(transformers, name)
+    blocks = find_blocks(model.eval(), x)
+    want = trace_energies(model, x, blocks).energies()
+    with Tracer(model, blocks, energies_only=True) as tracer:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert_close(tracer.take().energies(), want)
+
+
+def residual(block, x):
+    "What a block of torchvision's or timm's ResNets adds, from its layers."
+    one, two = (block.relu, block.relu) if hasattr(block, "relu") else (block.act1, block.act2)
+    out = block.bn2(block.conv2(one(block.bn1(block.conv1(x)))))
+    if hasattr(block, "conv3"): out = block.bn3(block.conv3(two(out)))
+    return (x + out).relu() - x
+
+
+@pytest.mark.parametrize("name, count", [("resnet18", 5), ("resnet50", 12)])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_resnets_of_other_libraries(library, name, count):
+    module = pytest.importorskip(f"{library}.models", reason=f"{library} is not installed: pip install {library}, then run this again")
+    make = {"torchvision": lambda: getattr(module, name)(weights=None), "timm": lambda: module.create_model(name, pretrained=False)}
+    model, x = make[library]().eval(), torch.randn(2, 3, 32, 32)
+    blocks = find_blocks(model, x)
+    assert len(blocks) == count
+    hand, _ = by_hand(model, x, blocks, residual)
+    with torch.no_grad(): assert_close(energies(trace(model, x, blocks)), hand, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name, size, count", [("vit_tiny_patch16_224", 224, 12), ("convnext_atto", 32, 12)])
+def test_other_models_of_timm(name, size, count):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm, then run this again")
+    model, x = timm.create_model(name, pretrained=False).eval(), torch.randn(2, 3, size, size)
+    blocks = find_blocks(model, x)
+    assert len(blocks) == count
+    if name.startswith("vit"):
+        def mlp_and_attention(b, x): return (a := b.ls1(b.attn(b.norm1(x)))) + b.ls2(b.mlp(b.norm2(x + a)))
+        hand, _ = by_hand(model, x, blocks, mlp_and_attention)
+        with torch.no_grad(): assert_close(energies(trace(model, x, blocks)), hand, rtol=1e-4, atol=1e-7)
+
+
+def test_real_distributed_wrapper():
+    net, x = dense_net(3, 2, K=2), torch.randn(BATCH, 3)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        assert list(find_blocks(wrapped, x)) == ["flow.blocks.0", "flow.blocks.1"]
+        with Tracer(wrapped, energies_only=True) as tracer:
+            loss = wrapped(x).square().mean()
+            noted = tracer.take()
+            (loss + noted.energies().sum()).backward()
+        assert_close(noted.energies(), trace_energies(net, x).energies())
+        assert noted.names == ["flow.blocks.0", "flow.blocks.1"] and net.flow.blocks[0].velocity[0].weight.grad.abs().sum() > 0
+    finally: torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a machine with one")
+def test_no_wait_for_the_device():
+    net, x = ResNet().cuda().eval(), images().cuda()
+    want = trace_energies(net, x).energies()
+    with Tracer(net, find_blocks(net, x), energies_only=True) as tracer:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            (net(x).square().mean() + tracer.take().energies().mean()).backward()
+            net(x)
+            got = tracer.take().energies()
+        finally: torch.cuda.set_sync_debug_mode("default")
+    assert_close(got, want)
+
+
+def test_the_trajectory_can_be_kept(tmp_path):
+    found = trace(ResNet().eval(), images())
+    found.save(tmp_path / "walk.npz")
+    again = Trajectory.load(tmp_path / "walk.npz")
+    assert again.names == found.names == ("layer1.0", "layer1.1", "layer2.1") and again.output is None
+    assert_close(energies(again), energies(found))
+    assert {n for t in (found[1:], found.samples(0), found.to(torch.float64)) for n in t.names} <= set(found.names)

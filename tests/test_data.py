@@ -749,3 +749,27 @@ def test_real_pictures(name, mean, first):
     assert best < 5, f'{best:.1f} s to load'
     split = dataset.splits(100, range(3))
     assert dataset.y[split.train].sort().values[0].bincount().min() >= 8
+
+
+# A part of CIFAR-10
+
+def test_cifar_part_altered_or_absent(tmp_path):
+    folder = tmp_path / 'cifar10-lossless-subset'
+    with pytest.raises(FileNotFoundError, match='train.webp, test.webp, index.npz not found'): data.cifar10_part(tmp_path)
+    folder.mkdir()
+    for name in data.CIFAR10_PART: (folder / name).write_bytes(b'not this')
+    with pytest.raises(ValueError, match='train.webp is truncated or altered: md5 4cc42e'): data.load('cifar10_part', tmp_path)
+    (folder / 'index.npz').unlink()
+    with pytest.raises(FileNotFoundError, match=r': index.npz not found'): data.cifar10_part(tmp_path)
+
+
+@pytest.mark.skipif(REAL is None or not (REAL / 'cifar10-lossless-subset').is_dir(), reason='no part of CIFAR-10 here')
+def test_real_cifar_part():
+    "Pixels in official order, row by row: their checksums are those of the arrays [N, 32, 32, 3] the files were made from."
+    import hashlib
+    dataset = data.load('cifar10_part', REAL)
+    bytes_ = dataset.x.mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    assert hashlib.md5(bytes_[:8068].tobytes()).hexdigest() == '85efaae1afe00015301186f49f38753f'
+    assert hashlib.md5(bytes_[8068:].tobytes()).hexdigest() == '0c4c38dfa836385de34b32047bf21481'
+    assert dataset.y[:5].tolist() == [6, 9, 9, 4, 1] and dataset.test.tolist() == list(range(8068, 9085))
+    assert dataset.classes == 10 and dataset.split(8000, n_val=68).val.shape == (68,)

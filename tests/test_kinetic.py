@@ -1,0 +1,392 @@
+"Energies: the meter in training passes of every kind, the ledger's arithmetic, and the properties the definitions promise."
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from lap_nb.attach import find_blocks, trace_energies
+from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net
+from lap_nb.kinetic import EnergyMeter, block_energies
+
+BATCH = 4
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+
+def small(h=1., K=3): return dense_net(3, 2, K=K, hidden=5, h=h), torch.randn(BATCH, 3)
+
+
+def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def by_hand(net, x, reduction="mean"): return block_energies(net.trajectory(x), reduction).mean(1)
+
+
+class PostBlock(nn.Module):
+    "As torchvision writes it: the sum in place on the branch, an activation in place after it."
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        out += x
+        return self.relu(out)
+
+
+class Layer(nn.Module):
+    "A transformer's layer with keyword input and a tuple as output."
+    def __init__(self, dim=6):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, 8), nn.GELU(), nn.Linear(8, dim))
+
+    def forward(self, mask=None, hidden=None): return hidden + self.mlp(self.norm(hidden)), {"mask": mask}
+
+
+class Stack(nn.Module):
+    def __init__(self, block=PostBlock, K=2, way=None):
+        super().__init__()
+        self.stem, self.layers, self.way = nn.Conv2d(3, 4, 3, padding=1), nn.ModuleList(block() for _ in range(K)), way
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers: x = layer(x) if self.way is None else checkpoint(layer, x, use_reentrant=self.way)
+        return x.mean((2, 3))
+
+
+def images(): return torch.randn(BATCH, 3, 6, 6)
+
+
+# Values and gradients
+
+@pytest.mark.parametrize("velocity", ["displacement", "branch"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("h", [1., .25])
+def test_energies_and_gradients_are_those_of_the_trajectory(h, reduction, velocity):
+    net, x = small(h)
+    weights, want = list(net.flow.parameters()), by_hand(net, x, reduction)
+    with EnergyMeter(net, reduction=reduction, velocity=velocity) as meter:
+        net(x)
+        got = meter.take()
+    assert_close(got, want)
+    factors = torch.rand(3)
+    for a, b in zip(torch.autograd.grad(got @ factors, weights), torch.autograd.grad(want @ factors, weights)): assert_close(a, b)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_activation_after_the_sum(copy):
+    net, x = Stack(), images()
+    blocks = find_blocks(net, x)
+    with EnergyMeter(net, blocks, copy=copy) as meter:
+        net(x)
+        got = meter.take()
+    want = trace_energies(net.train(), x, blocks).energies().mean(1)
+    assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(e.sum(), list(net.parameters())[:-2], allow_unused=True) for e in (got, want))): assert_close(a, b)
+
+
+def test_branch_of_foreign_blocks_is_named():
+    net, x, seen = Stack(), images(), []
+    blocks = find_blocks(net, x)
+    net.train()
+    with pytest.raises(ValueError, match="'layers.0' is a PostBlock, whose branch is not known"): EnergyMeter(net, blocks, velocity="branch")
+    with pytest.raises(ValueError, match="expected the blocks"): EnergyMeter(net, blocks, velocity={"layers.0": "bn"})
+    with pytest.raises(ValueError, match="velocity is 'speed'"): EnergyMeter(net, blocks, velocity="speed")
+    hooks = [layer.bn.register_forward_hook(lambda m, args, out: seen.append(out.detach().square().mean())) for layer in net.layers]
+    with EnergyMeter(net, blocks, velocity={"layers.0": "bn", "layers.1": net.layers[1].bn}) as meter:
+        net(x).sum().backward()   # the block adds to its branch in place
+        assert_close(meter.take(), torch.stack(seen))
+    for hook in hooks: hook.remove()
+    assert hook_count(net) == 0
+
+
+def test_tuples_and_keywords():
+    class Decoder(nn.Module):
+        def __init__(self): super().__init__(); self.layers = nn.ModuleList(Layer() for _ in range(2))
+        def forward(self, x):
+            for layer in self.layers: x = layer(None, hidden=x)[0]
+            return x
+
+    net, x = Decoder(), torch.randn(BATCH, 5, 6)
+    blocks = find_blocks(net, x)
+    with EnergyMeter(net, blocks, "sum") as meter:
+        net(x)
+        assert_close(meter.take(), trace_energies(net, x, blocks).energies("sum").mean(1))
+
+
+def test_blocks_by_pattern():
+    net, x = small()
+    with EnergyMeter(net, "flow.blocks.[02]") as meter:
+        assert list(meter.blocks) == ["flow.blocks.0", "flow.blocks.2"]
+        net(x)
+        assert_close(meter.take(), by_hand(net, x)[[0, 2]])
+    with pytest.raises(ValueError, match="matches no module; the nearest names are flow.blocks"): EnergyMeter(net, ["flow.block.0"])
+    with pytest.raises(ValueError, match="'flow.blocks.0' is not in this"): EnergyMeter(net, find_blocks(small()[0]))
+    for nothing in ({}, []):
+        with pytest.raises(ValueError, match="blocks is empty"): EnergyMeter(net, nothing)
+
+
+def test_a_shared_block_counts_per_call():
+    block = ResidualBlock(nn.Linear(3, 3))
+    net, x = nn.Sequential(block, block), torch.randn(BATCH, 3)
+    with EnergyMeter(net) as meter:
+        net(x)
+        assert_close(meter.take(), trace_energies(net, x).energies().mean(1).sum(0, keepdim=True))
+
+
+def test_blocks_that_write_to_their_input():
+    class Inplace(nn.Module):
+        def __init__(self): super().__init__(); self.f = nn.Linear(3, 3)
+        def forward(self, x): return x.add_(self.f(x.clone()))
+
+    net, x = nn.Sequential(nn.Linear(3, 3), Inplace()), torch.randn(BATCH, 3)
+    with EnergyMeter(net, {"1": net[1]}), pytest.raises(RuntimeError, match="'1' writes to its input"): net(x)
+    with EnergyMeter(net, find_blocks(net, x), copy=True) as meter:
+        net(x)
+        assert_close(meter.take(), net[1].f(net[0](x)).square().mean().unsqueeze(0))
+
+
+def test_networks_that_write_to_a_blocks_output():
+    class Later(nn.Module):
+        def __init__(self): super().__init__(); self.block, self.head = ResidualBlock(nn.Linear(3, 3)), nn.Linear(3, 1)
+        def forward(self, x): return self.head(F.relu(self.block(x), inplace=True))
+
+    net, x = Later(), torch.randn(BATCH, 3)
+    with EnergyMeter(net) as meter:
+        net(x)
+        with pytest.raises(RuntimeError, match="inplace"): meter.take().sum().backward()
+    with EnergyMeter(net, copy=True) as meter:
+        net(x)
+        meter.take().sum().backward()
+    want = net.block.velocity(x).square().mean()
+    assert_close(net.block.velocity.weight.grad, torch.autograd.grad(want, net.block.velocity.weight)[0])
+
+
+# Passes
+
+def test_only_training_passes_count():
+    net, x = small()
+    with EnergyMeter(net) as meter:
+        with torch.no_grad(): net(x)
+        net.eval()(x)
+        with torch.inference_mode(): net(x)
+        net.train()(x)
+        assert meter.take().shape == (3,)
+        with pytest.raises(RuntimeError, match=r"energies of 0 blocks, expected 3.*use_reentrant=False"): meter.take()
+        net(x); net(x)
+        with pytest.raises(RuntimeError, match="in more than one pass"): meter.take()
+        net(x)
+        meter.take()
+
+
+def test_passes_that_nobody_takes_do_not_pile_up():
+    net, x = small()
+    with EnergyMeter(net) as meter:
+        for _ in range(5): net(x)
+        assert len(meter.seen) == 3
+
+
+def test_a_block_that_is_skipped_is_named():
+    net, x = small()
+    with EnergyMeter(net) as meter:
+        net.flow.blocks[1].forward = lambda x: x
+        net.flow.forward = lambda x: net.flow.blocks[2](net.flow.blocks[0](x))
+        net(x)
+        with pytest.raises(RuntimeError, match="energies of 2 blocks, expected 3.*'flow.blocks.1' was not called"): meter.take()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_checkpointed_blocks_count_once(whole):
+    net, x = Stack(way=None if whole else False), images()
+    blocks = find_blocks(net, x)
+    net.way, way = None, net.way
+    want = trace_energies(net.train(), x, blocks).energies().mean(1)
+    grads = torch.autograd.grad(want.sum(), net.stem.weight)
+    net.way = way
+    with EnergyMeter(net, blocks) as meter:
+        for _ in range(2):
+            out = checkpoint(net, x, use_reentrant=False) if whole else net(x)
+            got = meter.take()
+            assert_close(got, want)
+            (out.sum() * 0 + got.sum()).backward()
+            assert_close(net.stem.weight.grad, grads[0])
+            net.zero_grad()
+        assert meter.seen == []
+
+
+def test_reentrant_checkpoints_are_refused():
+    net, x = Stack(way=True), images()
+    with EnergyMeter(net, find_blocks(net, x)) as meter:
+        net.train()(x).sum().backward()
+        with pytest.raises(RuntimeError, match="use_reentrant=False"): meter.take()
+
+
+def test_under_vmap_each_network_has_its_own():
+    nets, x = [small()[0] for _ in range(3)], torch.randn(3, BATCH, 3)
+    params, buffers = stack_module_state(nets)
+    with EnergyMeter(nets[0]) as meter:
+        one = lambda params, x: (functional_call(nets[0], params, (x,)), meter.take())[1]
+        got = vmap(one)(params, x)
+        assert_close(got, torch.stack([by_hand(net, x) for net, x in zip(nets, x)]))
+        meter.put(got)
+        assert_close(meter.take(), got)
+        half = vmap(one)({k: p.bfloat16() for k, p in params.items()}, x.bfloat16())
+    assert half.dtype == torch.float32
+    assert_close(half, got, rtol=.05, atol=1e-3)
+
+
+# Precision
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_half_precision_does_not_overflow(reduction):
+    net = nn.Sequential(ResidualBlock(nn.Linear(8, 8)))
+    nn.init.zeros_(net[0].velocity.weight); nn.init.constant_(net[0].velocity.bias, 30000.)
+    with EnergyMeter(net.half(), reduction=reduction) as meter:
+        net(torch.zeros(BATCH, 8, dtype=torch.float16))
+        energy = meter.take()
+    bias = net[0].velocity.bias.detach().float()
+    assert_close(energy, (bias.square().mean() if reduction == "mean" else bias.square().sum()).unsqueeze(0))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_autocast_accumulates_in_float32(copy):
+    net, x = Stack(), images()
+    blocks = find_blocks(net, x)
+    net.train()
+    with EnergyMeter(net, blocks, copy=copy) as meter, torch.autocast("cpu", torch.bfloat16):
+        net(x)
+        got = meter.take()
+        want = trace_energies(net, x, blocks).energies().mean(1)
+    assert got.dtype == torch.float32
+    assert_close(got, want, rtol=1e-5, atol=0.)
+    a, b = (torch.autograd.grad(e.sum(), net.stem.weight)[0] for e in (got, want))
+    assert_close(a, b, rtol=.02, atol=.02 * b.abs().max().item())
+
+
+def test_gradients_against_finite_differences():
+    net, x = small(h=.5)
+    net, x = net.double(), x.double().requires_grad_()
+    with EnergyMeter(net) as meter:
+        def energies(x): net(x); return meter.take()
+        torch.autograd.gradcheck(energies, x)
+        torch.autograd.gradgradcheck(energies, x)
+
+
+# Memory
+
+def test_no_activation_is_kept_that_was_not_kept_anyway():
+    def saved(meter):
+        storages = {}
+        def pack(t):
+            storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = net(x)
+            if meter: out = out.sum() + meter.take().sum()
+            return sum(storages.values())
+
+    net, x = Stack(K=4), images()
+    blocks = find_blocks(net, x)
+    net.train()
+    plain = saved(None)
+    with EnergyMeter(net, blocks) as meter: assert saved(meter) == plain
+    with EnergyMeter(net, blocks, copy=True) as meter: assert saved(meter) == plain + 4 * BATCH * 4 * 6 * 6 * 4
+
+
+def test_nothing_stays_referenced():
+    net, x = small()
+    kept = []
+    hook = net.flow.blocks[1].register_forward_hook(lambda m, args, out: kept.append(weakref.ref(out)))
+    meter = EnergyMeter(net)
+    energy = [net(x), meter.take()]
+    assert kept[0]() is not None
+    energy.clear(); gc.collect()
+    assert kept[0]() is None
+    hook.remove()
+
+
+def test_a_forgotten_meter_takes_its_hooks_along():
+    net, x = small()
+    for _ in range(3): meter = EnergyMeter(net)
+    gc.collect()
+    assert hook_count(net) == 7
+    del meter; gc.collect()
+    assert hook_count(net) == 0
+    meter = EnergyMeter(net)
+    meter.remove(); meter.remove()
+    assert hook_count(net) == 0
+    net(x)
+    with pytest.raises(RuntimeError, match="was removed from its model"): meter.take()
+
+
+def test_models_with_a_meter_can_be_copied():
+    net, x = small()
+    with EnergyMeter(net) as meter:
+        net(x)
+        twin = copy.deepcopy(net)
+        twin(x)
+        assert_close(meter.take(), by_hand(net, x))
+
+
+# Compiled
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("velocity", ["displacement", "branch"])
+def test_compiled_without_a_graph_break(fresh_compiler, velocity):
+    net, x = small()
+    want = by_hand(net, x)
+    with EnergyMeter(net, velocity=velocity) as meter:
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        for _ in range(3):
+            compiled(x)
+            got = meter.take()
+            assert_close(got, want)
+        net.eval(); compiled(x); net.train()
+        compiled(x)
+        weight = net.flow.blocks[0].velocity[0].weight
+        assert_close(torch.autograd.grad(meter.take().sum(), weight)[0], torch.autograd.grad(want.sum(), weight)[0])
+        for _ in range(12): compiled(x)   # passes nobody takes do not exhaust the compiler
+        with pytest.raises(RuntimeError, match="in more than one pass"): meter.take()
+    compiled(x)
+    assert meter.seen == []
+
+
+def test_attached_too_late_says_so(fresh_compiler):
+    net, x = small()
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    with EnergyMeter(compiled) as meter:
+        compiled(x)
+        with pytest.raises(RuntimeError, match="only if it was made before the first compiled call"): meter.take()
+
+
+# Bad input
+
+def test_bad_input():
+    net, x = small()
+    with pytest.raises(ValueError, match="reduction is 'max'"): EnergyMeter(net, reduction="max")
+    with pytest.raises(ValueError, match="no residual block found in Linear"): EnergyMeter(nn.Linear(2, 2))
+    with EnergyMeter(net):
+        with pytest.raises(ValueError, match="the batch is empty: block 'flow.blocks.0'"): net(x[:0])
+    stack = Stack()
+    with EnergyMeter(stack, {"stem": stack.stem}):
+        with pytest.raises(ValueError, match=r"'stem' gives \(4, 4, 6, 6\) for an input of \(4, 3, 6, 6\)"): stack(images())
+    embedding = nn.Embedding(5, 3)
+    with EnergyMeter(embedding, {"all": embedding}):
+        with pytest.raises(ValueError, match="no floating-point tensor goes into block 'all'"): embedding(torch.tensor([1, 2]))

@@ -1,0 +1,320 @@
+"Records that survive kills, doubles and damage; studies in several processes and on Dask; the promises about bad input."
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lap_nb import studies
+from lap_nb.data import digits
+from lap_nb.studies import (Cell, Grid, Method, Net, Records, Schedule, Study, append_rows, dataset, done, make_net, overview, read_lines, records,
+                            run_cell, run_study, study)
+
+SMALL = dict(net=Net(K=2, width=8), schedule=Schedule(steps=6, points=2))
+METHODS = (Method('default'), Method('small', init='orthogonal', gain=.1), Method('least', least_action=dict(lambda0=1., tau=1.)))
+TINY = Study('tiny', 'Is no row lost?', (Grid(('circles',), (20, 30), METHODS, seeds=3, **SMALL),))
+WANTED = {(cell.config, seed) for cell, seeds in TINY.cells() for seed in range(seeds)}
+
+
+def written(path):
+    "The networks of a record, each once, or the test fails."
+    rows = [(line['config'], line['seed']) for line in read_lines(path) if 'seed' in line]
+    assert len(rows) == len(set(rows))
+    return set(rows)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale))
+
+
+# Descriptions.
+
+def test_fingerprint_sees_every_change_and_no_more():
+    cell = Cell('circles', 20, METHODS[0])
+    others = [replace(cell, n=21), replace(cell, data='moons'), replace(cell, version=2), replace(cell, measures=('transport',)),
+              replace(cell, net=Net(K=8)), replace(cell, schedule=Schedule(steps=501)), replace(cell, method=Method('default', h=.5)),
+              replace(cell, method=METHODS[2]), replace(cell, method=Method('least', least_action=dict(lambda0=1., tau=2.)))]
+    assert len({c.config for c in [cell, *others]}) == 10
+    assert cell.config == Cell('circles', 20, Method('default', h=1.), Net(), Schedule(steps=500)).config
+    assert Method('m', least_action=dict(tau=1., lambda0=2.)) == Method('m', least_action=(('lambda0', 2.), ('tau', 1.)))
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: Grid(('circles',), (20,), ()), 'methods of a grid is empty'),
+    (lambda: Grid((), (20,), METHODS), 'data of a grid is empty'),
+    (lambda: Grid(('circles',), (20,), METHODS, seeds=1), 'at least two'),
+    (lambda: Study('s', '?', ()), 'no grid'),
+    (lambda: Study('s', '?', (Grid(('circles',), (20, 20), METHODS),)), 'cells twice: circles/20'),
+    (lambda: Study('s', '?', (Grid(('circles',), (20,), METHODS), Grid(('circles',), (20,), METHODS[:1]))), 'cells twice'),
+    (lambda: Method('m', init='he'), "init of m is 'he'"),
+    (lambda: study('kinetics'), "no study 'kinetics'; there are kinetic-bias"),
+    (lambda: study('kinetic-bias', 'tpu'), 'expected cpu or gpu'),
+    (lambda: TINY.cells('digits/*'), "no cell of tiny matches 'digits/*'; the first of its 6 cells is circles/20/"),
+    (lambda: dataset('circles:nose=1'), 'asks for nose'),
+    (lambda: dataset('ellipses'), "no data set 'ellipses'"),
+])
+def test_bad_descriptions(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)): make()
+
+
+@pytest.mark.parametrize('name', studies.STUDIES)
+@pytest.mark.parametrize('scale', ['cpu', 'gpu'])
+def test_every_study_is_sound(name, scale):
+    "Names are unique (checked as it is made), every cell names measures and networks that exist."
+    for cell, seeds in study(name, scale).cells():
+        assert seeds >= 2 and set(cell.measures) <= set(studies.MEASURES) and cell.net.kind in studies.NETS
+        assert cell.data.partition(':')[0] in 'circles moons digits mnist fashion_mnist cifar10 cifar10_jpeg'.split()
+
+
+def test_flipped_labels_leave_the_test_part_alone():
+    noisy, clean = dataset('digits:flip=0.4'), digits()
+    changed = noisy.y != clean.y
+    assert changed.sum() == round(.4 * len(clean.pool)) and not changed[clean.test].any()
+
+
+def test_methods_start_where_they_say():
+    "A zero-initialised branch and gain 0 do not move; the normal initialisation has the stated deviation; dropping is for training only."
+    x = torch.randn(50, 16)
+    for method in (Method('skip', skip_init=True), Method('zero', init='orthogonal', gain=0.)):
+        assert (make_net(Net(K=3), method, (16,), 2).trajectory(x).x == x).all()
+    net = make_net(Net(width=400), Method('normal', init='normal', gain=.5), (100,), 2)
+    torch.testing.assert_close(net.flow.blocks[0].velocity[0].weight.std().item(), .05, rtol=.02, atol=0)
+    dropped = make_net(Net(K=2), Method('drop', drop=.5), (16,), 2)
+    assert (dropped.train()(x) != dropped(x)).any() and (dropped.eval()(x) == dropped(x)).all()
+
+
+# One cell.
+
+def test_a_seed_does_not_depend_on_its_company():
+    "A resumed study may train a seed with other seeds than before, or alone."
+    cell, _ = TINY.cells('circles/30/*/least')[0]
+    _, together = run_cell(cell, [0, 1, 2])
+    _, (alone,) = run_cell(cell, [1])
+    for key in ('test_accuracy_last', 'energy_per_sample', 'straightness', 'lambda', 'task_loss'):
+        torch.testing.assert_close(together[1][key], alone[key], rtol=1e-4, atol=1e-6)
+
+
+def test_divergence_is_a_result(tmp_path):
+    "Loss beyond all bounds gives rows that say so, and statistics that refuse them."
+    grid = Grid(('circles',), (20,), (Method('wild', lr=1e30),), seeds=2, **SMALL)
+    run_study(Study('wild', '?', (grid,)), tmp_path, device='cpu')
+    rows = [line for line in read_lines(tmp_path / 'wild.jsonl') if 'seed' in line]
+    assert [row['diverged'] for row in rows] == [True, True]
+    with pytest.raises(ValueError, match='finite'): Records(rows, {}).interval()
+
+
+# Records.
+
+NOTE = dict(config='c', cell='c', lap_nb='0', device='cpu', device_name='x', threads=1)
+COLUMNS = dict(study='tiny', scale='cpu')
+
+
+def test_columns_that_readers_rely_on(tmp_path, registered):
+    run_study(TINY, tmp_path, device='cpu')
+    row = records('tiny', tmp_path).where(method='least', n=30).rows[0]
+    for key in ('study data n method init gain seed test_accuracy_last test_accuracy_best val_accuracy_last energy_per_sample '
+                'energy_per_block straightness lambda task_loss diverged').split(): assert key in row
+    assert len(row['energy_per_block']) == 2 and row['lambda'] > 1 and row['K'] == 2
+    torch.testing.assert_close(sum(row['energy_per_block']), row['energy_per_sample'], rtol=1e-4, atol=0)
+    run = records('tiny', tmp_path).runs[row['run']]
+    for key in 'device device_name torch commit config wall_seconds device_seconds format settings'.split(): assert key in run
+    assert written(tmp_path / 'tiny.jsonl') == WANTED
+    assert run_study(TINY, tmp_path, device='cpu') == 0
+
+
+def test_half_a_line_is_repaired(tmp_path):
+    path = tmp_path / 'r.jsonl'
+    append_rows(path, NOTE, [dict(seed=s) for s in range(3)], COLUMNS)
+    whole = path.read_bytes()
+    end = len(whole) - len(whole.splitlines()[-1]) - 1
+    for cut in (end + 1, end + 10, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert {s for _, s in done(path)} == {0, 1}
+        assert append_rows(path, NOTE, [dict(seed=s) for s in range(3)], COLUMNS) == 1
+        assert written(path) == {('c', s) for s in range(3)}
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / 'r.jsonl'
+    append_rows(path, NOTE, [dict(seed=s, test_accuracy_last=.5) for s in range(3)], COLUMNS)
+    whole = path.read_text()
+    path.write_text(whole.replace('0.5', '0.9', 1))
+    with pytest.raises(ValueError, match='line 2 of r.jsonl was altered'): read_lines(path)
+    path.write_text(whole.replace('{"study"', '"study"', 1))
+    with pytest.raises(ValueError, match='line 2 of r.jsonl is not JSON'): read_lines(path)
+    value = json.loads(whole.splitlines()[0]) | dict(format=99)
+    value.pop('sha')
+    path.write_text(studies._line(value))
+    with pytest.raises(ValueError, match='format 99, expected 1'): read_lines(path)
+    with pytest.raises(ValueError, match='format 99'): append_rows(path, NOTE, [dict(seed=5)], COLUMNS)
+
+
+def test_stale_rows_are_kept_but_not_read(tmp_path, registered, monkeypatch):
+    run_study(TINY, tmp_path, device='cpu', only='*/default')
+    monkeypatch.setitem(studies.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale, version=2))
+    assert len(records('tiny', tmp_path)) == 0 and len(records('tiny', tmp_path, stale=True)) == 6
+    row = next(r for r in overview(tmp_path) if (r['study'], r['scale']) == ('tiny', 'cpu'))
+    assert (row['networks'], row['recorded'], row['stale']) == (18, 0, 6)
+
+
+def test_reading(tmp_path, registered):
+    with pytest.raises(FileNotFoundError, match='lap_study tiny'): records('tiny', tmp_path)
+    run_study(TINY, tmp_path, device='cpu')
+    found = records('tiny', tmp_path)
+    a, b = found.where(method='least'), found.where(method='default')
+    gap = a.advantage(b)
+    both = {(r['n'], r['seed']): r['test_accuracy_last'] for r in b.rows}
+    mean = sum(100 * (r['test_accuracy_last'] - both[r['n'], r['seed']]) for r in a.rows) / 6
+    torch.testing.assert_close(gap.mean, mean)
+    with pytest.raises(ValueError, match='do not pair'): a.advantage(b.where(n=20))
+    with pytest.raises(ValueError, match='no column nn'): found.where(nn=1)
+    tuned = found.tuned()
+    assert len(tuned) == 18 # every family has one candidate
+    merged = Records([row | dict(family='one') for row in found.rows], found.runs).tuned()
+    for n in (20, 30):
+        best = max(found.where(n=n).by('method').values(), key=lambda r: r.values('val_accuracy_last').mean())
+        assert merged.where(n=n).rows[0]['method'] == best.rows[0]['method'] and len(merged.where(n=n)) == 3
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(seeds=[0, 1, 0]), r'seeds \[0\] are given twice'), (dict(seeds=[]), 'seeds is empty'),
+    (dict(device='cuda:7'), 'no device'), (dict(only='moons/*'), 'no cell'), (dict(scheduler='tcp://127.0.0.1:9'), 'no Dask scheduler'),
+    (dict(scheduler='nonsense'), 'no Dask scheduler')])
+def test_bad_runs_write_nothing(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(studies, 'PATIENCE', '1s')
+    with pytest.raises((ValueError, OSError), match=message): run_study(TINY, tmp_path, **options)
+    assert not (tmp_path / 'tiny.jsonl').exists()
+
+
+def test_missing_data_is_said_before_any_work(tmp_path):
+    both = Study('both', '?', (Grid(('circles', 'mnist'), (20,), METHODS[:1], seeds=2, **SMALL),))
+    with pytest.raises(FileNotFoundError, match='LAP_NB_DATA'): run_study(both, tmp_path, device='cpu', root=str(tmp_path))
+    assert not (tmp_path / 'both.jsonl').exists()
+    assert run_study(both, tmp_path, device='cpu', root=str(tmp_path), only='circles/*') == 2
+
+
+def test_no_cell_is_finished_on_another_device(tmp_path, monkeypatch):
+    run_study(TINY, tmp_path, device='cpu', seeds=[0], only='*/20/*/default')
+    monkeypatch.setattr(studies, 'provenance', lambda device, **note: dict(note, device='cuda', device_name='GPU'))
+    with pytest.raises(ValueError, match='was begun on .*, this is GPU'): run_study(TINY, tmp_path, device='cpu')
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path):
+    mixed = Study('mixed', '?', (Grid(('circles',), (20, 5000), METHODS[:1], seeds=2, **SMALL),))
+    with pytest.raises(RuntimeError, match='1 cells failed, the others are recorded; the first, circles/5000'): run_study(mixed, tmp_path, device='cpu')
+    assert len(written(tmp_path / 'mixed.jsonl')) == 2
+
+
+# Processes.
+
+SCRIPT = '''
+import sys, torch
+torch.set_num_threads(1)
+from test_studies import TINY
+from lap_nb import studies
+studies.STUDIES["tiny"] = lambda scale: TINY
+print("ready", flush=True)
+studies.run_study(TINY, sys.argv[1], device="cpu")
+'''
+
+
+def process(folder):
+    "A process that runs the study, past its imports."
+    here = os.path.dirname(__file__)
+    p = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder)], cwd=here, stdout=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert p.stdout.readline() == b'ready\n'
+    return p
+
+
+def test_killed_again_and_again_two_at_once(tmp_path):
+    "Two processes on one record, the first killed with SIGKILL while both write: complete, no row lost or doubled."
+    path, rng = tmp_path / 'tiny.jsonl', random.Random(0)
+    first, second = process(tmp_path), process(tmp_path)
+    time.sleep(rng.random() * .2)
+    first.send_signal(signal.SIGKILL); first.wait(timeout=60)
+    before = written(path)
+    assert second.wait(timeout=60) == 0
+    with open(path, 'ab') as file: file.write(b'{"study":"tiny","half')
+    assert before <= written(path)
+    run_study(TINY, tmp_path, device='cpu')
+    assert written(path) == WANTED
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch):
+    "A real scheduler and two worker processes, one killed in mid-study."
+    from dask.distributed import Client, LocalCluster
+    path = tmp_path / 'tiny.jsonl'
+    slow = replace(TINY, grids=(replace(TINY.grids[0], schedule=Schedule(steps=150, points=2)),))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        killed, append = [], studies.append_rows
+        def append_and_kill(*args):
+            if not killed:
+                killed.append(next(iter(cluster.workers.values())).process.pid)
+                os.kill(killed[0], signal.SIGKILL)
+            return append(*args)
+        monkeypatch.setattr(studies, 'append_rows', append_and_kill)
+        assert run_study(slow, tmp_path, scheduler=cluster.scheduler_address, device='cpu') == 18
+        assert killed and written(path) == {(c.config, s) for c, k in slow.cells() for s in range(k)}
+        lacking = Study('lacking', '?', (Grid(('mnist',), (20,), METHODS[:1], seeds=2, **SMALL),))
+        with pytest.raises(ValueError, match='worker .* cannot run this study: .*mnist'):
+            run_study(lacking, tmp_path, scheduler=cluster.scheduler_address, device='cpu', root=str(tmp_path))
+
+
+def test_workers_of_different_kinds_are_refused():
+    class Client:
+        def wait_for_workers(self, *args, **kwargs): pass
+        def run(self, *args): return {'tcp://a': ('GPU A', ''), 'tcp://b': ('GPU B', '')}
+    with pytest.raises(ValueError, match="workers' devices differ: GPU A, GPU B"): studies._common_device(Client(), 'cuda', None, [])
+
+
+# The command.
+
+COMMAND = '''
+import contextlib, io, json, sys
+from dataclasses import replace
+from test_studies import TINY
+from lap_nb import studies
+studies.STUDIES["tiny"] = lambda scale: replace(TINY, scale=scale)
+answers = []
+for args in json.loads(sys.argv[1]):
+    out, err, code, sys.argv = io.StringIO(), io.StringIO(), 0, ["lap_study", *args]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: studies.lap_study()
+        except SystemExit as e: code = e.code or 0
+    answers.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(answers))
+'''
+
+
+def test_command(tmp_path):
+    script, rest = tmp_path / 'command.py', ['--out', str(tmp_path), '--device', 'cpu']
+    script.write_text(COMMAND)
+    calls = [['tiny', *rest, '--seeds', '2', '--only', 'circles/20/*'], ['tiny', *rest], ['tiny', *rest, '--resume'], ['--list', *rest],
+             ['tini', *rest], ['tiny', *rest, '--resume', '--seeds', '1,1']]
+    run = subprocess.run([sys.executable, script, json.dumps(calls)], capture_output=True, text=True,
+                         env=os.environ | dict(PYTHONPATH=os.path.dirname(__file__), OMP_NUM_THREADS='1'))
+    assert run.returncode == 0, run.stderr
+    answers = json.loads(run.stdout)
+    assert [code for code, _, _ in answers] == [0, 2, 0, 0, 2, 2]
+    assert '6 rows written' in answers[0][1] and 'left' in answers[0][2]
+    assert 'go on with it by --resume' in answers[1][2] and '12 rows written' in answers[2][1]
+    assert re.search(r'^tiny +cpu +18 +18 +0 ', answers[3][1], re.M)
+    assert "no study 'tini'" in answers[4][2] and 'given twice' in answers[5][2]
+    assert all(err.count('\n') == 1 for _, _, err in (answers[1], *answers[4:]))
+
+
+@pytest.mark.parametrize('text, seeds', [('', None), ('3', [0, 1, 2]), ('0,3,5', [0, 3, 5]), ('10:12', [10, 11])])
+def test_seeds_of_the_command(text, seeds): assert studies._seeds(text) == seeds
+
+
+def test_seeds_of_the_command_that_are_none():
+    with pytest.raises(ValueError, match='expected a number like 20'): studies._seeds('many')
