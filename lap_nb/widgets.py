@@ -351,6 +351,7 @@ def _work(self:Explorer):
     self.start.disabled, self.halt.disabled = False, True
     self.show()
 
+# %% ../nbs/10_playground.ipynb #70fd4953
 @patch
 def finish(self:Explorer,
     timeout:float=10., # seconds to wait
