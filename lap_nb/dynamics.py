@@ -259,6 +259,8 @@ def to(self:Trajectory,
     "The same positions elsewhere or in another precision."
     return self._map(lambda x: x.to(*args, **kwargs))
 
+_KIND = "lap_nb trajectory 1"
+
 @patch
 def save(self:Trajectory,
     path:str|Path, # file to write, replaced at once when all is written
@@ -276,8 +278,7 @@ def save(self:Trajectory,
         os.unlink(part)
         raise
 
-_KIND = "lap_nb trajectory 1"
-
+# %% ../nbs/01_dynamics.ipynb #25d9281c
 @patch(cls_method=True)
 def load(cls:Trajectory,
     path:str|Path, # written by `save`
