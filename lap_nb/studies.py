@@ -476,7 +476,7 @@ def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task]
             known = done(path)
             seeds = [s for s in task.seeds if (cell.config, s) not in known]
             try: yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
-            except (ValueError, RuntimeError) as e: yield task, e
+            except Exception as e: yield task, e # the next cell may be sound
             if mine: lock.unlink(missing_ok=True)
         share.finish()
 

@@ -740,19 +740,25 @@ def plot(self:Run,
     axes = _panels(self.curves) if axes is None else axes
     mean = {name: c.float().flatten(1, c.ndim - 1 - (name == "energy")).mean(1) if c.ndim > 1 + (name == "energy") else c.float()
             for name, c in self.curves.items()}
-    line, = axes["loss"].semilogy(mean["epoch"], mean["loss"], label=label)
+    line, = axes["loss"].plot(mean["epoch"], mean["loss"], label=label)
     style = dict(color=line.get_color(), label=label)
     axes["accuracy"].plot(mean["epoch"], mean["test_accuracy"], color=line.get_color(), label=f"{label} test".strip())
     axes["accuracy"].plot(mean["epoch"], mean["val_accuracy"], "--", color=line.get_color(), label=f"{label} validation".strip())
     axes["accuracy"].legend(frameon=False)
     if "lambda" in mean and "lambda" in axes:
-        axes["lambda"].semilogy(mean["epoch"], mean["lambda"], **style)
-        axes["action"].semilogy(mean["epoch"], mean["action"] / mean["lambda"], **style)
+        axes["lambda"].plot(mean["epoch"], mean["lambda"], **style)
+        axes["action"].plot(mean["epoch"], mean["action"] / mean["lambda"], **style)
     if "energy" in mean and "energy" in axes:
         drawn = len(axes["energy"].lines) > 0
         shades = plt.get_cmap("viridis")(torch.linspace(0, .9, mean["energy"].shape[1]).numpy())
-        for energy, shade in zip(mean["energy"].T, shades): axes["energy"].semilogy(mean["epoch"], energy, "--" if drawn else "-", color=shade)
+        for energy, shade in zip(mean["energy"].T, shades): axes["energy"].plot(mean["epoch"], energy, "--" if drawn else "-", color=shade)
+    for ax in [ax for name, ax in axes.items() if name != "accuracy"]: _logarithmic(ax)
     return axes
+
+def _logarithmic(ax):
+    "A logarithmic axis where positive values span more than a factor of thirty."
+    values = torch.cat([torch.as_tensor(line.get_ydata()) for line in ax.lines]) if ax.lines else torch.ones(1)
+    if values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
 
 def _panels(curves)->dict:
     "An empty panel for each thing there is to show."
