@@ -501,7 +501,12 @@ def load_checkpoint(
 # %% ../nbs/06_training.ipynb #3823d58b
 class Diverged(FloatingPointError):
     "A loss, an action, a gradient or lambda is not finite."
-    def __init__(self, what:str, step:int, block:str|None, checkpoint:str|None):
+    def __init__(self,
+        what:str,            # which number, and its value
+        step:int,            # the first at which it was seen
+        block:str|None,      # the first block it was seen in, where that is known
+        checkpoint:str|None, # the last good one, if there is one
+    ):
         self.step, self.block, self.checkpoint = step, block, checkpoint
         where = f"{what} at step {step}" + (f", first in {block}" if block else "")
         super().__init__(f"{where}: the training diverged; lower lr, or start from a smaller initial gain" +
@@ -762,6 +767,7 @@ def plot(self:Run,
     for ax in [ax for name, ax in axes.items() if name != "accuracy"]: _logarithmic(ax)
     return axes
 
+# %% ../nbs/06_training.ipynb #e15d4049
 def _logarithmic(ax):
     "A logarithmic axis where positive values span more than a factor of thirty."
     values = torch.cat([torch.as_tensor(line.get_ydata()) for line in ax.lines]) if ax.lines else torch.ones(1)
