@@ -6,8 +6,8 @@
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP', 'STEP',
            'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study',
            'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
-           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'overview',
-           'lap_study']
+           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'rank_correlation',
+           'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -29,7 +29,7 @@ from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
-from .dynamics import Flow, ResidualNet, colours, dense_net, init_velocities_, residual_blocks
+from .dynamics import Flow, ResidualNet, StagedFlow, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
 from .kinetic import block_energies
 from .least_action import LeastAction
@@ -189,34 +189,29 @@ def _flipped(data:Dataset, share:float)->Dataset:
     return replace(data, y=y)
 
 # %% ../nbs/08_replication.ipynb #f46dcde9
-class _Branch(nn.Module):
-    "A velocity with a learned factor that starts at zero, or one that is dropped at random while training."
-    def __init__(self, velocity:nn.Module, skip_init:bool=False, drop:float=0.):
+class _PostActivation(nn.Module):
+    "The displacement of a block that applies a ReLU after its sum: three convolutions, the middle one in groups."
+    def __init__(self, width:int, groups:int=8):
         super().__init__()
-        self.velocity, self.drop = velocity, drop
-        self.factor = nn.Parameter(torch.zeros(())) if skip_init else None
+        layer = lambda k, g: [nn.Conv2d(width, width, k, padding=k // 2, groups=g, bias=False), nn.BatchNorm2d(width)]
+        self.branch = nn.Sequential(*layer(1, 1), nn.ReLU(), *layer(3, groups), nn.ReLU(), *layer(1, 1))
+    def forward(self, x:Tensor)->Tensor: return torch.relu(x + self.branch(x)) - x
 
-    def forward(self, x:Tensor)->Tensor:
-        v = self.velocity(x)
-        if self.factor is not None: v = v * self.factor
-        if not (self.training and self.drop): return v
-        keep = (torch.rand(len(x), device=x.device) >= self.drop).to(v.dtype) / (1 - self.drop)
-        return v * keep.view(-1, *[1] * (v.ndim - 1))
+def _resnext(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1.)->nn.Module:
+    "Three stages of post-activation blocks, with twice the width and half the resolution from stage to stage."
+    widths = [width, 2 * width, 4 * width]
+    flows = [Flow([_PostActivation(w) for _ in range(K // 3)], h) for w in widths]
+    change = [nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU()) for w in widths[:2]]
+    encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    return ResidualNet(StagedFlow(flows, change), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)), encoder)
 
-def _dense(net:Net, shape:tuple[int, ...], classes:int, h:float)->nn.Module:
-    return dense_net(math.prod(shape), classes, net.K, net.width, h, encoder=nn.Flatten() if len(shape) > 1 else None)
+def _dense(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
+    return dense_net(math.prod(shape), classes, K, width, encoder=nn.Flatten() if len(shape) > 1 else None, **options)
 
-def _conv(net:Net, shape:tuple[int, ...], classes:int, h:float, norm:bool=False)->nn.Module:
-    "As published for MNIST and CIFAR-10: convolutions down to half the resolution, pre-activation blocks, a head of two layers."
-    w, (channels, *sides) = net.width, shape
-    layer = lambda: [*([nn.BatchNorm2d(w)] if norm else []), nn.ReLU(), nn.Conv2d(w, w, 3, padding=1, bias=not norm)]
-    encoder = nn.Sequential(nn.Conv2d(channels, w, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(w)] if norm else []), nn.ReLU(),
-                            nn.Conv2d(w, w, 5, stride=2, padding=2))
-    features, hidden = w * math.prod((side + 1) // 2 for side in sides), 10 * classes
-    head = nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.ReLU(), nn.Linear(hidden, classes))
-    return ResidualNet(Flow([nn.Sequential(*layer(), *layer()) for _ in range(net.K)], h), head, encoder)
+def _resnet(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
+    return staged_net(shape, classes, (K // 3,) * 3, width, **options)
 
-NETS = {"dense": _dense, "conv": partial(_conv, norm=False), "conv-bn": partial(_conv, norm=True)}
+NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": _resnext}
 
 # %% ../nbs/08_replication.ipynb #a3be4cf7
 def make_net(
@@ -226,22 +221,9 @@ def make_net(
     classes:int,            # logits
 )->nn.Module:
     "A network of a study, drawn from the global generator."
-    model = NETS[net.kind](net, shape, classes, method.h)
-    if method.init == "orthogonal": init_velocities_(model, method.gain)
-    if method.init == "normal": _normal_(model, method.gain)
-    if method.skip_init or method.drop:
-        blocks = list(residual_blocks(model).values())
-        for k, block in enumerate(blocks, 1):
-            block.velocity = _Branch(block.velocity, method.skip_init, method.drop * k / len(blocks))
-    return model
-
-def _normal_(model:nn.Module, gain:float):
-    "Normal weights of deviation `gain` over the root of the fan-in, zero biases, in all velocities."
-    for block in residual_blocks(model).values():
-        for layer in block.velocity.modules():
-            if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)): continue
-            nn.init.normal_(layer.weight, 0., gain / layer.weight[0].numel() ** .5)
-            if layer.bias is not None: nn.init.zeros_(layer.bias)
+    options = {k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items() if v not in (False, 0.) and (k, v) != ("h", 1.)}
+    model = NETS[net.kind](shape, classes, K=net.K, width=net.width, **options)
+    return model if method.init == "default" else init_velocities_(model, method.gain, method.init)
 
 # %% ../nbs/08_replication.ipynb #9a0a0451
 TEST_CAP = 1000 # test samples on which motion is measured
@@ -494,7 +476,7 @@ def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task]
             known = done(path)
             seeds = [s for s in task.seeds if (cell.config, s) not in known]
             try: yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
-            except (ValueError, RuntimeError) as e: yield task, e
+            except Exception as e: yield task, e # the next cell may be sound
             if mine: lock.unlink(missing_ok=True)
         share.finish()
 
@@ -713,6 +695,34 @@ def plot(self:Records,
     ax.set(xlabel=x, ylabel=y.replace("_", " ")); ax.legend(frameon=False)
     return ax
 
+# %% ../nbs/08_replication.ipynb #7fdf5d31
+def rank_correlation(
+    found:Records,                   # at least three networks in each group
+    x:str="energy_per_sample",       # column of numbers
+    y:str="test_accuracy_last",      # column of numbers
+    within:tuple=(),                 # columns: correlate inside each group of them, and average over groups
+    resamples:int=400,               # of the bootstrap over seeds
+    seed:int=0,                      # of the bootstrap
+)->Interval:                         # in [-1, 1]
+    "Spearman's rank correlation with a 95 % bootstrap interval; networks that diverged are left out."
+    import numpy as np
+    from scipy.stats import rankdata
+    pairs = {}
+    for row in found.rows:
+        if row.get(x) is not None and row.get(y) is not None: pairs.setdefault(tuple(row[c] for c in within), {}).setdefault(row["seed"], []).append((row[x], row[y]))
+    seeds = sorted({s for group in pairs.values() for s in group})
+    def mean(drawn):
+        values = []
+        for group in pairs.values():
+            points = np.array([p for s in drawn for p in group.get(s, ())])
+            if len(points) < 3: raise ValueError(f"found {len(points)} networks in a group, expected at least three to correlate {x} with {y}")
+            ranks = rankdata(points, axis=0)
+            if (ranks.std(0) > 0).all(): values.append(np.corrcoef(ranks.T)[0, 1])
+        return float(np.mean(values)) if values else math.nan
+    rng = np.random.default_rng(seed)
+    low, high = np.nanquantile([mean(rng.choice(seeds, len(seeds))) for _ in range(resamples)], [.025, .975])
+    return Interval(mean(seeds), float(low), float(high), len(seeds))
+
 # %% ../nbs/08_replication.ipynb #96238f79
 def overview(
     out:str|Path|None=None, # folder of the records, as in `results`
@@ -876,6 +886,17 @@ def _cifar_low_data(scale:str)->Study:
     return _low_data("cifar-low-data", "cifar10_part", (100, 500, 2000, 7000), (100, 500), 20, scale, 4, crop=4, flip=True)
 
 # %% ../nbs/08_replication.ipynb #03eecf33
+@_register
+def _cifar_large(scale:str)->Study:
+    big = scale == "gpu"
+    methods = (Method("default"), SMALL, STEP, Method("weight-decay-0.005", weight_decay=5e-3), Method("smoothing-0.1", label_smoothing=.1),
+               _least("least-0.1-0.02", .1, .02, gain=.05), _least("published", gain=.05))
+    if scale == "cpu": methods = (methods[0], methods[1], methods[-1])
+    schedule = replace(PUBLISHED, epochs=200 if big else 3, others=dict(PUBLISHED.others) | dict(crop=4, flip=True, clip=5.))
+    return Study("cifar-large", "Does least action help on the largest exact part of CIFAR-10, in networks of both kinds?", tuple(
+        Grid(("cifar10_part" if big else "cifar10_part:pool=2",), (7000,), methods, 5 if big else 2, Net(kind, 27 if big else 6, 32 if big else 8), schedule)
+        for kind in ("resnet", "resnext")), scale)
+
 @_register
 def _depth_no_norm(scale:str)->Study:
     big = scale == "gpu"
