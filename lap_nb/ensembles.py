@@ -559,7 +559,7 @@ def forward_flops(
     return count.get_total_flops()
 
 # %% ../nbs/07_ensembles.ipynb #f1463632
-SMALL = 500_000_000 # operations in a forward pass of one network and batch, up to which a row wins on a CPU
+SMALL = 100_000_000 # operations in a forward pass of one network and batch, up to which a row wins on a CPU
 
 def choose_mode(
     make_model:Callable[[], nn.Module], # one network
