@@ -228,7 +228,7 @@ def train(self:Ensemble, mode:bool=True):
 @torch.no_grad()
 def _settle(self:Ensemble):
     "Keep a copy of each network that is finite; the others are from now on as they were at the last evaluation."
-    finite = torch.stack([p.flatten(1).isfinite().all(1) for p in self.stacks]).all(0)
+    finite = torch.stack([p.reshape(len(p), -1).isfinite().all(1) for p in self.stacks]).all(0)
     self.died = torch.where((self.died < 0) & ~finite, self.steps, self.died)
     self.frozen = bool((self.died >= 0).any())
     if self.frozen: self._hold()
