@@ -565,7 +565,7 @@ class Records:
 
 # %% ../nbs/08_replication.ipynb #abac6b63
 def _device(run:dict)->str:
-    return f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else run["device_name"]
+    return f"{run['device_name']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["device"] == "cpu" else run["device_name"]
 
 @patch
 def values(self:Records,
