@@ -688,14 +688,16 @@ def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
 def early_exit(self:Elastic,
     x:Tensor,           # inputs, `[B, ...]`
     slack:float=.5,     # allowed change of velocity on the rest of the way, as a share of the speed observed last
+    after:Iterable[int]|None=None, # numbers of blocks after which samples may leave; None: each, which costs a head per block
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
-    net, times = self._exits(slack), [g.block.h for g in self.gates]
+    net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with _evaluating(net):
         z, alive = net.encoder(x), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):
             start, z = z, gate(z)
+            if k + 1 not in doors: continue
             rest = (z - start) * (sum(times[k+1:]) / times[k])   # what is left at this velocity
             out = net.head(z + rest)
             if logits is None: logits = torch.empty_like(out)
@@ -714,6 +716,13 @@ def _exits(self:Elastic, slack:float)->ResidualNet:
     if isinstance(self.model, ResidualNet) and len(self.sizes) == 1: return self.model
     raise ValueError(f"found {type(self.model).__name__} with {len(self.sizes)} stages, expected a ResidualNet with one: "
                      "an early exit needs to know where the flow ends and the head begins")
+
+@patch
+def _doors(self:Elastic, after)->set[int]:
+    "Numbers of blocks after which samples may leave; the end is always one."
+    doors = set(range(1, self.K) if after is None else after)
+    if bad := sorted(doors - set(range(1, self.K + 1))): raise ValueError(f"after holds {bad}, expected numbers of blocks from 1 to {self.K}")
+    return doors | {self.K}
 
 @patch
 def _margins(self:Elastic, z:Tensor)->Tensor:
