@@ -31,7 +31,8 @@ class ResidualBlock(nn.Module):
         h:float=1.,         # step length in time; must be positive
     ):
         super().__init__()
-        if not 0 < h < math.inf: raise ValueError(f"step h is {h!r}, expected a positive number; use h=1 for an ordinary residual block")
+        if not 0 < h < math.inf:
+            raise ValueError(f"step h is {h!r}, expected a positive number; use h=1 for an ordinary residual block")
         self.velocity, self.h = velocity, float(h)
 
     def forward(self,
@@ -39,8 +40,8 @@ class ResidualBlock(nn.Module):
     )->Tensor:    # positions one step later, `[B, ...]`
         v = self.velocity(x)
         if v.shape != x.shape:
-            raise ValueError(f"velocity has shape {tuple(v.shape)}, its input {tuple(x.shape)}; a flow keeps the shape: "
-                             "change width in the encoder or in the head")
+            raise ValueError(f"velocity has shape {tuple(v.shape)}, its input {tuple(x.shape)}; "
+                             "a flow keeps the shape: change width in the encoder or in the head")
         return x + self.h * v
 
     def extra_repr(self)->str: return f"h={self.h:g}"
@@ -258,6 +259,8 @@ def to(self:Trajectory,
     "The same positions elsewhere or in another precision."
     return self._map(lambda x: x.to(*args, **kwargs))
 
+_KIND = "lap_nb trajectory 1"
+
 @patch
 def save(self:Trajectory,
     path:str|Path, # file to write, replaced at once when all is written
@@ -275,8 +278,7 @@ def save(self:Trajectory,
         os.unlink(part)
         raise
 
-_KIND = "lap_nb trajectory 1"
-
+# %% ../nbs/01_dynamics.ipynb #25d9281c
 @patch(cls_method=True)
 def load(cls:Trajectory,
     path:str|Path, # written by `save`
@@ -496,13 +498,13 @@ def plot(self:Trajectory,
 ):                       # the axes
     "Draw the first two coordinates: paths, and positions at layer `until` coloured by class."
     import matplotlib.pyplot as plt
-    x, until = self.x.detach().cpu().float().flatten(2)[..., :2], self.K if until is None else until
+    x = self.x.detach().cpu().float().flatten(2)[..., :2].numpy()
+    until = self.K if until is None else until
     if ax is None: _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    groups = [slice(None)] if y is None else [(y == c).cpu() for c in y.unique()]
+    groups = [slice(None)] if y is None else [(y == c).cpu().numpy() for c in y.unique()]
     for c, at in enumerate(groups):
         colour, way = colours()[c % 10], x[:until+1, at]
-        line = torch.cat([way, torch.full_like(way[:1], torch.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn fast
-        if paths: ax.plot(*line.T, color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
+        if paths: ax.plot(way[..., 0], way[..., 1], color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
         ax.scatter(*x[until, at].T, s=9, color=colour, marker="os^Dv"[c % 5], zorder=2)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {self.K}")
     return ax
@@ -542,17 +544,17 @@ def _png(fig)->bytes:
     from PIL import Image
     drawn, file = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=90); plt.close(fig)
-    Image.open(drawn).convert("RGB").quantize(16).save(file, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(64).save(file, format="png", optimize=True)
     return file.getvalue()
 
 @patch
 def slider(self:Trajectory,
     y:Tensor|None=None,    # labels, `[B]`; colours the samples
     flow:Flow|None=None,   # draw its velocity field, too
-):                         # an ipywidgets box: play button and slider above the picture
+):                         # an ipywidgets box: a slider above the picture
     "Move through the layers with a slider; works in Jupyter and on a static page."
     import base64
-    from ipywidgets import HTML, HBox, IntSlider, Play, Stack, VBox, jslink
+    from ipywidgets import HTML, IntSlider, Stack, VBox, jslink
     low, high = _box(self.x)
     frames = []
     for k in range(self.K + 1):
@@ -561,6 +563,5 @@ def slider(self:Trajectory,
         picture = base64.b64encode(_png(ax.figure)).decode()
         frames.append(HTML(f'<img alt="samples at layer {k} of {self.K}" src="data:image/png;base64,{picture}">'))
     slider, stack = IntSlider(self.K, 0, self.K, description="layer"), Stack(frames, selected_index=self.K)
-    play = Play(value=self.K, min=0, max=self.K, interval=700, show_repeat=False)
-    jslink((play, "value"), (slider, "value")); jslink((slider, "value"), (stack, "selected_index"))
-    return VBox([HBox([play, slider]), stack])
+    jslink((slider, "value"), (stack, "selected_index"))
+    return VBox([slider, stack])

@@ -8,15 +8,14 @@ __all__ = ['ADVICE', 'dual_ascent', 'Controller', 'FixedWeight', 'DualAscent', '
 
 # %% ../nbs/05_least_action.ipynb #88b92315
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import Blocks, _matching, find_blocks
-from .dynamics import colours
+from .attach import _matching, find_blocks
 from .kinetic import EnergyMeter
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
@@ -59,9 +58,11 @@ class Controller(nn.Module):
         self._buffers["held"] += ~finite
 
     def _next(self, loss:Tensor)->dict[str, Tensor]: return {}
-    def extra_repr(self)->str: return f"lambda={self.lam.tolist()}, tau={self.tau:g}, target={self.target:g}, cap={self.cap:g}"
+    def extra_repr(self)->str: return ", ".join(f"{name}={_short(getattr(self, name))}" for name in ("lam", "tau", "target", "cap"))
 
 # %% ../nbs/05_least_action.ipynb #411ac356
+def _short(value)->str: return str(value.tolist()) if isinstance(value, Tensor) else f"{value:g}"
+
 def _check_settings(lambda0, tau, target, cap, low=None):
     lambda0 = torch.as_tensor(lambda0, dtype=torch.float32)
     if not (lambda0 > 0).all(): raise ValueError(f"lambda0 is {lambda0.tolist()}, expected positive: the action is divided by it")
@@ -187,10 +188,10 @@ class LeastAction(nn.Module):
         target:float=0.,                          # task loss that is good enough; above 0 lambda may fall
         cap:float=math.inf,                       # largest multiplier
         reduction:str="mean",                     # energy over features: `"mean"` (published scale) or `"sum"`
-        blocks:Mapping[str, nn.Module]|None=None, # name to module, as from `find_blocks`; None: found
+        blocks:Mapping[str, nn.Module]|Iterable[str]|None=None, # as from `find_blocks`, or names and patterns; None: found
         x=None,                                   # example input that finds the blocks of any network; None: `ResidualBlock`s
         controller:Callable[..., Controller]=DualAscent, # makes the rule from `lambda0`, `tau`, `target`, `cap`
-        velocity:str|None=None,                   # what counts as motion, as in `EnergyMeter`; None: its default
+        velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
         average:str|float="batch",                # loss that lambda sees: `"batch"`, `"mean"` since the last update, or a decay
         warmup:int=0,                             # first steps in which lambda rests
         accumulate:int=1,                         # batches per step of the optimiser
@@ -201,10 +202,10 @@ class LeastAction(nn.Module):
         _check_clock(every, average, warmup, accumulate, floor, controller)
         model, self.blocks = _found(model, blocks, x)
         self.__dict__["model"] = model   # not a submodule: its parameters are not ours
-        self.kind = {"reduction": reduction, "velocity": velocity or "displacement"}
+        self.kind = {"reduction": reduction, "velocity": velocity if isinstance(velocity, str) else "named modules"}
         self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(cap, 1 / floor if floor else cap))
         self._prepare(every, warmup, accumulate, average, weights)
-        self.meter = EnergyMeter(model, self.blocks, reduction, **({} if velocity is None else {"velocity": velocity}))
+        self.meter = EnergyMeter(model, self.blocks, reduction, velocity)
 
 # %% ../nbs/05_least_action.ipynb #c0d574b7
 @patch
@@ -220,7 +221,7 @@ def _prepare(self:LeastAction, every, warmup, accumulate, average, weights):
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     "The model and its blocks; raises `ValueError` if they cannot be driven."
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
-    if blocks is None: blocks = find_blocks(model, x)
+    if not isinstance(blocks, Mapping): blocks = find_blocks(model, x, include=blocks)
     names = {}
     for name, block in blocks.items():
         if block in names: raise ValueError(f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")
@@ -348,7 +349,7 @@ def __exit__(self:LeastAction, *exc): self.remove()
 @patch
 def __repr__(self:LeastAction):
     c, s = self.controller, self.sensor
-    return (f"LeastAction({type(c).__name__}: lambda={self.lam.tolist()}, tau={c.tau:g}, every={s.every}, target={c.target:g}, "
+    return (f"LeastAction({type(c).__name__}: lambda={_short(self.lam)}, tau={_short(c.tau)}, every={s.every}, target={_short(c.target)}, "
             f"blocks={len(self.blocks)})")
 
 # %% ../nbs/05_least_action.ipynb #d24b42b2

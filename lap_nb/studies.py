@@ -34,6 +34,7 @@ from .ensembles import Interval, fit_many, interval
 from .kinetic import block_energies
 from .least_action import LeastAction
 from .training import provenance
+from .transport import measure_transport
 
 # %% ../nbs/08_replication.ipynb #ff0e7b80
 def _frozen(value):
@@ -238,7 +239,15 @@ def measure_motion(
     energies = block_energies(traj).mean(1)
     return dict(energy_per_sample=energies.sum().item(), energy_per_block=energies.tolist(), straightness=traj.straightness().mean().item())
 
-MEASURES = {} # name -> function of a model and its split that returns columns
+@torch.no_grad()
+def _measured_transport(model:nn.Module, split:Split)->dict:
+    "The split of the action and the checks of optimality, of the first stage."
+    found = measure_transport(model.trajectory(split.x[split.test[:TEST_CAP]]))
+    columns = dict(optimal="all: optimal", assignment_gap="all: assignment", path_gap="all: path")
+    return {k: found[v] for k, v in columns.items()} | {k: found[v][0] for k, v in dict(self_share="gap: self_share", sensitivity="gap: sensitivity",
+        monotonicity="monotonicity", cyclical_3="cyclical_3", mccann_detour="mccann_detour").items()}
+
+MEASURES = {"transport": _measured_transport} # name -> function of a model and its split that returns columns
 
 # %% ../nbs/08_replication.ipynb #716e5557
 def _plain(value):
@@ -476,7 +485,7 @@ def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task]
             known = done(path)
             seeds = [s for s in task.seeds if (cell.config, s) not in known]
             try: yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
-            except (ValueError, RuntimeError) as e: yield task, e
+            except Exception as e: yield task, e # the next cell may be sound
             if mine: lock.unlink(missing_ok=True)
         share.finish()
 
@@ -821,7 +830,7 @@ STRENGTHS = tuple(_least(f"least-{s:g}", s, s) for s in (1., .1, .01))
 def _transport(scale:str)->Study:
     big = scale == "gpu"
     methods = (Method("default"), SMALL, DECAY, SKIP, *STRENGTHS)
-    measures, picture = ("transport", "regularity"), Net()
+    measures, picture = ("transport",), Net()
     return Study("transport", "Are trained networks near-optimal transport maps, and is what they learn regular?", (
         Grid(("circles", "moons"), (300,), methods, net=Net(width=32), schedule=Schedule(2000 if big else 500), measures=measures),
         Grid(("digits",), (300,), methods, schedule=Schedule(2000 if big else 300), measures=measures),

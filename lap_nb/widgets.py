@@ -164,7 +164,7 @@ def draw_energies(
 ):
     "Energy of each block on the sample."
     energy = block_energies(trial.trajectory()).mean(1)
-    ax.bar(range(1, len(energy) + 1), energy, color=colours()[0])
+    ax.bar(range(1, len(energy) + 1), energy.tolist(), color=colours()[0])
     ax.set(xlabel="block", ylabel="energy per sample\n(mean over features)", title=f"in all {energy.sum():.3g}")
 
 def draw_price(
@@ -199,8 +199,9 @@ def draw_depth(
     ax,          # matplotlib axes
 ):
     "Test accuracy when only some of the blocks are kept, with the step lengthened to make up for the rest."
+    curve = depth_curve(trial.model, trial.split, ways=("skip", "lengthened"))
     for way, marker in (("skip", "o"), ("lengthened", "s")):
-        rows = depth_curve(trial.model, trial.split, ways=[way]).of(way)
+        rows = curve.of(way)
         ax.plot([r["blocks"] for r in rows], [100 * r["accuracy"] for r in rows], marker=marker, label=way, color=colours()[way == "skip"])
     ax.set(xlabel="blocks kept", ylabel="test accuracy (%)", ylim=(0, 103), title="other depths")
     ax.legend(frameon=False, fontsize=8)
@@ -350,6 +351,7 @@ def _work(self:Explorer):
     self.start.disabled, self.halt.disabled = False, True
     self.show()
 
+# %% ../nbs/10_playground.ipynb #70fd4953
 @patch
 def finish(self:Explorer,
     timeout:float=10., # seconds to wait

@@ -71,7 +71,7 @@ def test_every_study_is_sound(name, scale):
     "Names are unique (checked as it is made), every cell names measures and networks that exist."
     for cell, seeds in study(name, scale).cells():
         assert seeds >= 2 and set(cell.measures) <= set(studies.MEASURES) and cell.net.kind in studies.NETS
-        assert cell.data.partition(':')[0] in 'circles moons digits mnist fashion_mnist cifar10 cifar10_jpeg'.split()
+        assert cell.data.partition(':')[0] in 'circles moons digits mnist fashion_mnist cifar10_part'.split()
 
 
 def test_flipped_labels_leave_the_test_part_alone():
