@@ -10,10 +10,10 @@ export GOMP_SPINCOUNT := 1000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test site install book clean browser assets
+.PHONY: help demo test site playground install book clean browser assets
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## compare plain and least-action training on handwritten digits
 	@echo "Running lap_compare: about two minutes on two cores"
@@ -25,6 +25,9 @@ test: $(VENV)/.installed-dev browser assets ## run every notebook and every test
 site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	$(BIN)/python $(SITE)/render.py
 	@echo "The site is at $(CURDIR)/_docs/index.html"
+
+playground: $(VENV)/.installed-dev ## serve the playground as an app in the browser
+	$(BIN)/voila nbs/_app/playground.ipynb
 
 install: $(VENV)/.installed-dev ## install everything that development needs into .venv
 

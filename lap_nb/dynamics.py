@@ -12,10 +12,10 @@ import json
 import math
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from itertools import accumulate
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ class ResidualBlock(nn.Module):
         h:float=1.,         # step length in time; must be positive
     ):
         super().__init__()
-        if not 0 < h < math.inf: raise ValueError(f"step h is {h!r}, expected a positive number; use h=1 for an ordinary residual block")
+        if not 0 < h < math.inf:
+            raise ValueError(f"step h is {h!r}, expected a positive number; use h=1 for an ordinary residual block")
         self.velocity, self.h = velocity, float(h)
 
     def forward(self,
@@ -39,8 +40,8 @@ class ResidualBlock(nn.Module):
     )->Tensor:    # positions one step later, `[B, ...]`
         v = self.velocity(x)
         if v.shape != x.shape:
-            raise ValueError(f"velocity has shape {tuple(v.shape)}, its input {tuple(x.shape)}; a flow keeps the shape: "
-                             "change width in the encoder or in the head")
+            raise ValueError(f"velocity has shape {tuple(v.shape)}, its input {tuple(x.shape)}; "
+                             "a flow keeps the shape: change width in the encoder or in the head")
         return x + self.h * v
 
     def extra_repr(self)->str: return f"h={self.h:g}"
@@ -59,7 +60,8 @@ class Trajectory:
         _check_stages(xs, hs)
         self._stages, self.output = tuple(zip(xs, map(float, hs))), output
         self.names = tuple(map(str, range(self.K) if names is None else names))
-        if len(self.names) != self.K: raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
+        if len(self.names) != self.K:
+            raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
 
     @property
     def K(self)->int: return sum(len(x) - 1 for x, _ in self._stages)
@@ -81,11 +83,13 @@ class Trajectory:
 # %% ../nbs/01_dynamics.ipynb #fc752d43
 def _check_stages(xs:Sequence[Tensor], hs:Sequence[float]):
     "Raises `ValueError` if these are not positions and steps of the stages of a trajectory."
-    if not xs or len(xs) != len(hs): raise ValueError(f"found {len(xs)} stages and {len(hs)} steps h, expected one h for each of one or more stages")
+    if not xs or len(xs) != len(hs):
+        raise ValueError(f"found {len(xs)} stages and {len(hs)} steps h, expected one or more stages, and one h for each")
     for x, h in zip(xs, hs):
         if x.ndim < 3 or len(x) < 2 or x.shape[1] == 0:
             raise ValueError(f"positions have shape {tuple(x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
-        if not x.is_floating_point(): raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers: convert with .float()")
+        if not x.is_floating_point():
+            raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers: convert with .float()")
         if not 0 < h < math.inf: raise ValueError(f"step h is {h!r}, expected a positive number")
     if len({x.shape[1] for x in xs}) > 1:
         raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
@@ -213,9 +217,11 @@ def __getitem__(self:Trajectory,
     blocks:int|slice, # numbers of blocks, through all stages; a slice without a step
 )->Trajectory:        # of those blocks only
     "Some of the blocks, with the positions before and after them."
-    first, last, stride = (slice(blocks, blocks + 1 or None) if isinstance(blocks, int) else blocks).indices(self.K)
-    if stride != 1: raise ValueError(f"blocks are taken in steps of {stride}, expected neighbours: steps left out are no path")
-    if not first < last or isinstance(blocks, int) and not -self.K <= blocks < self.K:
+    one = not isinstance(blocks, slice)
+    k = index(blocks) if one else 0
+    first, last, stride = (slice(k, k + 1 or None) if one else blocks).indices(self.K)
+    if stride != 1: raise ValueError(f"blocks are taken in steps of {stride}, expected neighbours: without the steps between it is no path")
+    if not first < last or one and not -self.K <= k < self.K:
         raise IndexError(f"no block in {blocks}: there are {self.K}, from 0 to {self.K - 1}")
     parts, start = [], 0
     for x, h in self._stages:
@@ -253,6 +259,8 @@ def to(self:Trajectory,
     "The same positions elsewhere or in another precision."
     return self._map(lambda x: x.to(*args, **kwargs))
 
+_KIND = "lap_nb trajectory 1"
+
 @patch
 def save(self:Trajectory,
     path:str|Path, # file to write, replaced at once when all is written
@@ -270,20 +278,20 @@ def save(self:Trajectory,
         os.unlink(part)
         raise
 
-_KIND = "lap_nb trajectory 1"
-
+# %% ../nbs/01_dynamics.ipynb #25d9281c
 @patch(cls_method=True)
 def load(cls:Trajectory,
     path:str|Path, # written by `save`
 )->Trajectory:     # on the CPU
     "Read a trajectory; raises `ValueError` for a file that is damaged or something else."
+    data = io.BytesIO(Path(path).read_bytes())   # a file that is not there says so itself
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(data, allow_pickle=False) as file:
             note = json.loads(str(file["note"]))
             if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
             xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
         return cls(xs, note["h"], note["names"])
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:   # damage shows in many ways: checksums, headers, sizes
         raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
 
 # %% ../nbs/01_dynamics.ipynb #7d4cd69f
@@ -339,7 +347,7 @@ class SkipInit(nn.Module):
     def forward(self, x:Tensor)->Tensor: return self.alpha * self.velocity(x)
 
 class StochasticDepth(nn.Module):
-    "A velocity that is zero for some samples, drawn anew in each training step; the others are scaled up so that the mean stays."
+    "A velocity that is zero for some samples, drawn anew in each training step; the others are scaled up, so that the mean stays."
     def __init__(self,
         velocity:nn.Module, # maps `[B, ...]` to the same shape
         drop:float,         # probability of zero, in [0, 1)
@@ -362,6 +370,10 @@ def _varied(velocities:list[nn.Module], skip_init:bool, drop:float)->list[nn.Mod
     return [StochasticDepth(v, drop * k / len(velocities)) for k, v in enumerate(velocities, 1)] if drop else velocities
 
 # %% ../nbs/01_dynamics.ipynb #8f102504
+def _check_image(shape):
+    if len(shape) != 3: raise ValueError(f"shape is {tuple(shape)}, expected (channels, height, width) of an image, without the batch")
+    _check_sizes(**dict(zip(("channels", "height", "width"), shape)))
+
 def _conv_velocity(width:int, norm:bool)->nn.Sequential:
     "Pre-activation, twice: (batch norm,) ReLU, convolution of 3 x 3 pixels."
     half = lambda: [*[nn.BatchNorm2d(width)] * norm, nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=not norm)]
@@ -378,12 +390,13 @@ def conv_net(
     drop:float=0.,              # share of samples that skip the last block in training (`StochasticDepth`)
 )->ResidualNet:
     "A `ResidualNet` for images at one resolution, half that of the input, as in the paper's experiments on MNIST and CIFAR-10."
-    channels, *sides = shape
-    _check_sizes(channels=channels, height=sides[0], width_of_image=sides[1], classes=classes, K=K, width=width)
-    features, hidden = width * math.prod((side + 1) // 2 for side in sides), 10 * classes
-    encoder = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=not norm), *[nn.BatchNorm2d(width)] * norm, nn.ReLU(),
-                            nn.Conv2d(width, width, 5, stride=2, padding=2))
-    head = nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), *[nn.BatchNorm1d(hidden)] * norm, nn.ReLU(), nn.Linear(hidden, classes))
+    _check_image(shape)
+    _check_sizes(classes=classes, K=K, width=width)
+    features, hidden = width * math.prod((side + 1) // 2 for side in shape[1:]), 10 * classes
+    encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=not norm), *[nn.BatchNorm2d(width)] * norm,
+                            nn.ReLU(), nn.Conv2d(width, width, 5, stride=2, padding=2))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), *[nn.BatchNorm1d(hidden)] * norm,
+                         nn.ReLU(), nn.Linear(hidden, classes))
     velocities = _varied([_conv_velocity(width, norm) for _ in range(K)], skip_init, drop)
     return ResidualNet(Flow(velocities, h), head, encoder)
 
@@ -424,12 +437,14 @@ def staged_net(
     drop:float=0.,              # share of samples that skip the last block in training (`StochasticDepth`)
 )->ResidualNet:
     "A `ResidualNet` for images whose resolution is halved between stages: a small pre-activation ResNet."
-    _check_sizes(channels=shape[0], classes=classes, width=width, stages=len(Ks), **{f"Ks[{i}]": K for i, K in enumerate(Ks)})
+    _check_image(shape)
+    _check_sizes(classes=classes, width=width, stages=len(Ks), **{f"Ks[{i}]": K for i, K in enumerate(Ks)})
     widths = [width * 2 ** i for i in range(len(Ks))]
     velocities = iter(_varied([_conv_velocity(w, norm) for w, K in zip(widths, Ks) for _ in range(K)], skip_init, drop))
     flows = [Flow([next(velocities) for _ in range(K)], h) for K in Ks]
     transitions = [nn.Conv2d(w, 2 * w, 1, stride=2, bias=False) for w in widths[:-1]]
-    head = nn.Sequential(*[nn.BatchNorm2d(widths[-1])] * norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+    head = nn.Sequential(*[nn.BatchNorm2d(widths[-1])] * norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(widths[-1], classes))
     return ResidualNet(StagedFlow(flows, transitions), head, nn.Conv2d(shape[0], width, 3, padding=1, bias=not norm))
 
 # %% ../nbs/01_dynamics.ipynb #23c96b25
@@ -483,10 +498,10 @@ def plot(self:Trajectory,
 ):                       # the axes
     "Draw the first two coordinates: paths, and positions at layer `until` coloured by class."
     import matplotlib.pyplot as plt
-    x = self.x.detach().cpu().flatten(2)[..., :2]
+    x = self.x.detach().cpu().float().flatten(2)[..., :2].numpy()
     until = self.K if until is None else until
     if ax is None: _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    groups = [torch.ones(x.shape[1], dtype=bool)] if y is None else [y.cpu() == c for c in y.unique().cpu()]
+    groups = [slice(None)] if y is None else [(y == c).cpu().numpy() for c in y.unique()]
     for c, at in enumerate(groups):
         colour, way = colours()[c % 10], x[:until+1, at]
         if paths: ax.plot(way[..., 0], way[..., 1], color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
@@ -501,7 +516,7 @@ def portrait(self:Flow,
     y:Tensor|None=None, # labels, `[B]`; colours paths and points
     k:int=0,            # block whose velocity is drawn, 0 to `K`; at `K`, the end, there are no arrows
     ax=None,            # matplotlib axes; None: a new figure
-    arrows:int=16,      # in each direction
+    arrows:int=12,      # in each direction
     whole:bool=False,   # leave room for all of the paths, not only for what was walked up to the next layer
 ):                      # the axes
     "Phase portrait: the velocity field of block `k`, the paths up to it, and the points as the block finds them."
@@ -509,18 +524,18 @@ def portrait(self:Flow,
     low, high = _box(traj.x if whole else traj.x[:k + 2])
     ax = traj.plot(y, until=k, ax=ax, coloured=True)
     if k < len(self.blocks):
-        grid = torch.cartesian_prod(*(torch.linspace(a, b, arrows) for a, b in zip(low.tolist(), high.tolist()))).to(traj.x)
+        grid = torch.cartesian_prod(*(torch.linspace(a, b, arrows) for a, b in zip(low, high))).to(traj.x)
         with torch.no_grad(): v = self.blocks[k].velocity(grid)
-        ax.quiver(*grid.cpu().T, *v.cpu().T, color="0.45", width=.004, zorder=3)
+        ax.quiver(*grid.cpu().numpy().T, *v.cpu().numpy().T, color="0.45", width=.004, zorder=3)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     return ax
 
-def _box(x:Tensor)->tuple[Tensor, Tensor]:
+def _box(x:Tensor)->tuple[list[float], list[float]]:
     "Lower and upper corner of a square around all positions, in the plane of the first two coordinates."
     x = x.detach().flatten(2)[..., :2].flatten(0, 1).cpu().float()
     low, high = x.min(0).values, x.max(0).values
     half = .55 * (high - low).max().clamp_min(1e-6)
-    return (low + high) / 2 - half, (low + high) / 2 + half
+    return ((low + high) / 2 - half).tolist(), ((low + high) / 2 + half).tolist()
 
 # %% ../nbs/01_dynamics.ipynb #13363bc3
 def _png(fig)->bytes:
@@ -529,17 +544,17 @@ def _png(fig)->bytes:
     from PIL import Image
     drawn, file = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=90); plt.close(fig)
-    Image.open(drawn).convert("RGB").quantize(16).save(file, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(64).save(file, format="png", optimize=True)
     return file.getvalue()
 
 @patch
 def slider(self:Trajectory,
     y:Tensor|None=None,    # labels, `[B]`; colours the samples
     flow:Flow|None=None,   # draw its velocity field, too
-):                         # an ipywidgets box: play button and slider above the picture
+):                         # an ipywidgets box: a slider above the picture
     "Move through the layers with a slider; works in Jupyter and on a static page."
     import base64
-    from ipywidgets import HTML, HBox, IntSlider, Play, Stack, VBox, jslink
+    from ipywidgets import HTML, IntSlider, Stack, VBox, jslink
     low, high = _box(self.x)
     frames = []
     for k in range(self.K + 1):
@@ -548,6 +563,5 @@ def slider(self:Trajectory,
         picture = base64.b64encode(_png(ax.figure)).decode()
         frames.append(HTML(f'<img alt="samples at layer {k} of {self.K}" src="data:image/png;base64,{picture}">'))
     slider, stack = IntSlider(self.K, 0, self.K, description="layer"), Stack(frames, selected_index=self.K)
-    play = Play(value=self.K, min=0, max=self.K, interval=700, show_repeat=False)
-    jslink((play, "value"), (slider, "value")); jslink((slider, "value"), (stack, "selected_index"))
-    return VBox([HBox([play, slider]), stack])
+    jslink((slider, "value"), (stack, "selected_index"))
+    return VBox([slider, stack])

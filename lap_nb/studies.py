@@ -6,7 +6,8 @@
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP', 'STEP',
            'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study',
            'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
-           'run_study', 'results', 'Records', 'records', 'overview', 'lap_study']
+           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'rank_correlation',
+           'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -28,11 +29,12 @@ from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
-from .dynamics import Flow, ResidualNet, dense_net, init_velocities_, residual_blocks
+from .dynamics import Flow, ResidualNet, StagedFlow, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
 from .kinetic import block_energies
 from .least_action import LeastAction
 from .training import provenance
+from .transport import measure_transport
 
 # %% ../nbs/08_replication.ipynb #ff0e7b80
 def _frozen(value):
@@ -188,34 +190,29 @@ def _flipped(data:Dataset, share:float)->Dataset:
     return replace(data, y=y)
 
 # %% ../nbs/08_replication.ipynb #f46dcde9
-class _Branch(nn.Module):
-    "A velocity with a learned factor that starts at zero, or one that is dropped at random while training."
-    def __init__(self, velocity:nn.Module, skip_init:bool=False, drop:float=0.):
+class _PostActivation(nn.Module):
+    "The displacement of a block that applies a ReLU after its sum: three convolutions, the middle one in groups."
+    def __init__(self, width:int, groups:int=8):
         super().__init__()
-        self.velocity, self.drop = velocity, drop
-        self.factor = nn.Parameter(torch.zeros(())) if skip_init else None
+        layer = lambda k, g: [nn.Conv2d(width, width, k, padding=k // 2, groups=g, bias=False), nn.BatchNorm2d(width)]
+        self.branch = nn.Sequential(*layer(1, 1), nn.ReLU(), *layer(3, groups), nn.ReLU(), *layer(1, 1))
+    def forward(self, x:Tensor)->Tensor: return torch.relu(x + self.branch(x)) - x
 
-    def forward(self, x:Tensor)->Tensor:
-        v = self.velocity(x)
-        if self.factor is not None: v = v * self.factor
-        if not (self.training and self.drop): return v
-        keep = (torch.rand(len(x), device=x.device) >= self.drop).to(v.dtype) / (1 - self.drop)
-        return v * keep.view(-1, *[1] * (v.ndim - 1))
+def _resnext(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1.)->nn.Module:
+    "Three stages of post-activation blocks, with twice the width and half the resolution from stage to stage."
+    widths = [width, 2 * width, 4 * width]
+    flows = [Flow([_PostActivation(w) for _ in range(K // 3)], h) for w in widths]
+    change = [nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU()) for w in widths[:2]]
+    encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    return ResidualNet(StagedFlow(flows, change), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)), encoder)
 
-def _dense(net:Net, shape:tuple[int, ...], classes:int, h:float)->nn.Module:
-    return dense_net(math.prod(shape), classes, net.K, net.width, h, encoder=nn.Flatten() if len(shape) > 1 else None)
+def _dense(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
+    return dense_net(math.prod(shape), classes, K, width, encoder=nn.Flatten() if len(shape) > 1 else None, **options)
 
-def _conv(net:Net, shape:tuple[int, ...], classes:int, h:float, norm:bool=False)->nn.Module:
-    "As published for MNIST and CIFAR-10: convolutions down to half the resolution, pre-activation blocks, a head of two layers."
-    w, (channels, *sides) = net.width, shape
-    layer = lambda: [*([nn.BatchNorm2d(w)] if norm else []), nn.ReLU(), nn.Conv2d(w, w, 3, padding=1, bias=not norm)]
-    encoder = nn.Sequential(nn.Conv2d(channels, w, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(w)] if norm else []), nn.ReLU(),
-                            nn.Conv2d(w, w, 5, stride=2, padding=2))
-    features, hidden = w * math.prod((side + 1) // 2 for side in sides), 10 * classes
-    head = nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.ReLU(), nn.Linear(hidden, classes))
-    return ResidualNet(Flow([nn.Sequential(*layer(), *layer()) for _ in range(net.K)], h), head, encoder)
+def _resnet(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
+    return staged_net(shape, classes, (K // 3,) * 3, width, **options)
 
-NETS = {"dense": _dense, "conv": partial(_conv, norm=False), "conv-bn": partial(_conv, norm=True)}
+NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": _resnext}
 
 # %% ../nbs/08_replication.ipynb #a3be4cf7
 def make_net(
@@ -225,22 +222,9 @@ def make_net(
     classes:int,            # logits
 )->nn.Module:
     "A network of a study, drawn from the global generator."
-    model = NETS[net.kind](net, shape, classes, method.h)
-    if method.init == "orthogonal": init_velocities_(model, method.gain)
-    if method.init == "normal": _normal_(model, method.gain)
-    if method.skip_init or method.drop:
-        blocks = list(residual_blocks(model).values())
-        for k, block in enumerate(blocks, 1):
-            block.velocity = _Branch(block.velocity, method.skip_init, method.drop * k / len(blocks))
-    return model
-
-def _normal_(model:nn.Module, gain:float):
-    "Normal weights of deviation `gain` over the root of the fan-in, zero biases, in all velocities."
-    for block in residual_blocks(model).values():
-        for layer in block.velocity.modules():
-            if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)): continue
-            nn.init.normal_(layer.weight, 0., gain / layer.weight[0].numel() ** .5)
-            if layer.bias is not None: nn.init.zeros_(layer.bias)
+    options = {k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items() if v not in (False, 0.) and (k, v) != ("h", 1.)}
+    model = NETS[net.kind](shape, classes, K=net.K, width=net.width, **options)
+    return model if method.init == "default" else init_velocities_(model, method.gain, method.init)
 
 # %% ../nbs/08_replication.ipynb #9a0a0451
 TEST_CAP = 1000 # test samples on which motion is measured
@@ -255,7 +239,15 @@ def measure_motion(
     energies = block_energies(traj).mean(1)
     return dict(energy_per_sample=energies.sum().item(), energy_per_block=energies.tolist(), straightness=traj.straightness().mean().item())
 
-MEASURES = {} # name -> function of a model and its split that returns columns
+@torch.no_grad()
+def _measured_transport(model:nn.Module, split:Split)->dict:
+    "The split of the action and the checks of optimality, of the first stage."
+    found = measure_transport(model.trajectory(split.x[split.test[:TEST_CAP]]))
+    columns = dict(optimal="all: optimal", assignment_gap="all: assignment", path_gap="all: path")
+    return {k: found[v] for k, v in columns.items()} | {k: found[v][0] for k, v in dict(self_share="gap: self_share", sensitivity="gap: sensitivity",
+        monotonicity="monotonicity", cyclical_3="cyclical_3", mccann_detour="mccann_detour").items()}
+
+MEASURES = {"transport": _measured_transport} # name -> function of a model and its split that returns columns
 
 # %% ../nbs/08_replication.ipynb #716e5557
 def _plain(value):
@@ -389,8 +381,8 @@ def study(
     scale:str="cpu",  # `"cpu"` or `"gpu"`
 )->Study:
     "The study called `name`, at the scale of a machine."
-    if name not in STUDIES: raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     if scale not in ("cpu", "gpu"): raise ValueError(f"scale is {scale!r}, expected cpu or gpu")
+    if name not in STUDIES: raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     return STUDIES[name](scale)
 
 # %% ../nbs/08_replication.ipynb #a19ceb76
@@ -493,7 +485,7 @@ def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task]
             known = done(path)
             seeds = [s for s in task.seeds if (cell.config, s) not in known]
             try: yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
-            except (ValueError, RuntimeError) as e: yield task, e
+            except Exception as e: yield task, e # the next cell may be sound
             if mine: lock.unlink(missing_ok=True)
         share.finish()
 
@@ -544,118 +536,6 @@ def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task
 def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple[dict, list[dict]]:
     return run_cell(cell, seeds, pick_device(device), root)
 
-# %% ../nbs/08_replication.ipynb #3627d882
-GAINS = (.01, .05, .2, .5, 1., 1.4, 2.)
-
-def _gains(orthogonal=GAINS, normal=())->tuple[Method, ...]:
-    "PyTorch's default, and the gains of each kind."
-    return (Method("default"), *(Method(f"{init}-{g:g}", init=init, gain=g) for init, gains in (("orthogonal", orthogonal), ("normal", normal)) for g in gains))
-
-@_register
-def _kinetic_bias(scale:str)->Study:
-    big = scale == "gpu"
-    plane, dense = Net(width=32), Net()
-    short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
-    gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
-    variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some = _gains((.1, 1.))
-    return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
-        Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
-        Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
-        Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
-        Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
-        *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
-        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20))), scale)
-
-# %% ../nbs/08_replication.ipynb #0ec1f470
-def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings)->Method:
-    "Least action, from the default initialisation or from a gain."
-    start = {} if gain is None else dict(init="orthogonal", gain=gain)
-    return Method(name, family, least_action=dict(lambda0=lambda0, tau=tau, every=every, **settings), **start)
-
-SMALL = Method("small-gain", init="orthogonal", gain=.05)
-SKIP, STEP, DECAY = Method("skip-init", skip_init=True), Method("h-0.1", h=.1), Method("weight-decay-0.1", weight_decay=.1)
-STRENGTHS = tuple(_least(f"least-{s:g}", s, s) for s in (1., .1, .01))
-
-@_register
-def _transport(scale:str)->Study:
-    big = scale == "gpu"
-    methods = (Method("default"), SMALL, DECAY, SKIP, *STRENGTHS)
-    measures, picture = ("transport", "regularity"), Net()
-    return Study("transport", "Are trained networks near-optimal transport maps, and is what they learn regular?", (
-        Grid(("circles", "moons"), (300,), methods, net=Net(width=32), schedule=Schedule(2000 if big else 500), measures=measures),
-        Grid(("digits",), (300,), methods, schedule=Schedule(2000 if big else 300), measures=measures),
-        Grid(("mnist",) if big else ("mnist:pool=4",), (300,), methods, net=Net("conv", width=32) if big else picture,
-             schedule=Schedule(2000 if big else 300), measures=measures, thin=1 if big else 5)), scale)
-
-# %% ../nbs/08_replication.ipynb #d5fd0200
-DECADES = (.01, .1, 1., 10., 100.)
-
-def _settings()->tuple[Method, ...]:
-    "Least action with one setting at a time moved over four decades."
-    return (*(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1), *(_least(f"tau-{v:g}", tau=v) for v in DECADES if v != 1),
-            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (.001, .01, .1, 1.)))
-
-@_register
-def _adaptive(scale:str)->Study:
-    big = scale == "gpu"
-    plane, long, short = Net(width=32), Schedule(2000 if big else 500), Schedule(2000 if big else 300)
-    plain, least = Method("default"), _least("least")
-    both, fixed = (plain, least), tuple(_least(f"fixed-{v:g}", lambda0=v, tau=0.) for v in (.1, 1., 10.))
-    gains = tuple(_least(f"least-gain-{g:g}", gain=g) for g in (.01, .1, .5, 1., 2.))
-    return Study("adaptive", "What does the multiplier adapt to, and does it need tuning?", (
-        Grid(("digits",), (100,), (*both, *_settings(), SMALL, SKIP, STEP, DECAY, *fixed), schedule=short, curve=True),
-        Grid(("digits:flip=0.1", "digits:flip=0.2", "digits:flip=0.4"), (300,), both, schedule=short, curve=True),
-        Grid(("digits",), (50, 300, 1000), both, schedule=short, curve=True),
-        Grid(("circles:noise=0.05", "circles:noise=0.1", "circles:noise=0.2", "circles:noise=0.3"), (300,), both, net=plane, schedule=long, curve=True),
-        Grid(("moons",), (50, 300), both, net=plane, schedule=long, curve=True),
-        Grid(("digits",), (300,), gains, schedule=short, curve=True),
-        *(Grid(("digits",), (300,), both, net=Net(K=K), schedule=short, curve=True) for K in (3, 20, 50)),
-        Grid(("circles",), (300,), (*_settings(), SMALL, SKIP, STEP, DECAY, *fixed), net=plane, schedule=long, curve=True)), scale)
-
-# %% ../nbs/08_replication.ipynb #493d0dfc
-PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimiser="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
-
-def _rivals(sgd:bool)->tuple[Method, ...]:
-    "Families of at most three candidates each, least action among them; the published setting beside them."
-    decays = (1e-3, 5e-3, 2e-2) if sgd else (.1, .3, 1.)
-    return (Method("default"), *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.01, .1, .3)), SKIP, STEP,
-            *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d) for d in decays),
-            *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (.1, .3, .5)),
-            *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in (.05, .1, .2)),
-            _least("least-0.1-0.02", .1, .02, family="least-action", gain=.01), _least("least-1-0.1", 1., .1, family="least-action"),
-            _least("least-5-1-5", 5., 1., 5, family="least-action", gain=.01), _least("published", gain=.01))
-
-def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[int, ...], seeds:int, scale:str, pool:int, **pictures)->Study:
-    question = f"Does least action help where labelled samples are few ({data})?"
-    if scale == "gpu":
-        schedule = replace(PUBLISHED, others=dict(PUBLISHED.others) | pictures)
-        return Study(name, question, (Grid((data,), big_sizes, _rivals(True), seeds, Net("conv-bn"), schedule),), scale)
-    return Study(name, question, (Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=5 if data != "cifar10_part" else 1),), scale)
-
-@_register
-def _mnist_low_data(scale:str)->Study:
-    return _low_data("mnist-low-data", "mnist", (100, 200, 300, 400, 500), (100, 300, 500), 50, scale, 4)
-
-@_register
-def _fashion_low_data(scale:str)->Study:
-    return _low_data("fashion-low-data", "fashion_mnist", (100, 200, 300, 400, 500), (100, 500), 20, scale, 4)
-
-@_register
-def _cifar_low_data(scale:str)->Study:
-    return _low_data("cifar-low-data", "cifar10_part", (100, 500, 2000, 7000), (100, 500), 20, scale, 4, crop=4, flip=True)
-
-# %% ../nbs/08_replication.ipynb #03eecf33
-@_register
-def _depth_no_norm(scale:str)->Study:
-    big = scale == "gpu"
-    methods = (Method("default"), STEP, SKIP, _least("least"), _least("least-small-gain", gain=.05))
-    blocks = (9, 20, 30, 40, 50) if big else (9, 20, 50)
-    data, n, kind = ("cifar10_part", 7000, "conv") if big else ("digits", 300, "dense")
-    schedule = replace(PUBLISHED, lr=.01, others=dict(PUBLISHED.others) | dict(clip=5., crop=4, flip=True)) if big else Schedule(300)
-    return Study("depth-no-norm", "How deep can a network without normalisation be?", tuple(
-        Grid((data,), (n,), methods, 5 if big else 20, Net(kind, K), schedule) for K in blocks), scale)
-
 # %% ../nbs/08_replication.ipynb #56178303
 @dataclass(frozen=True, repr=False)
 class Records:
@@ -685,7 +565,7 @@ class Records:
 
 # %% ../nbs/08_replication.ipynb #abac6b63
 def _device(run:dict)->str:
-    return f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else run["device_name"]
+    return f"{run['device_name']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["device"] == "cpu" else run["device_name"]
 
 @patch
 def values(self:Records,
@@ -752,6 +632,106 @@ def records(
     current = {cell.config for cell, _ in study(name, chosen).cells()}
     return Records([row for row in rows if row["scale"] == chosen and (stale or row["config"] in current)], runs)
 
+# %% ../nbs/08_replication.ipynb #2c686b45
+def standings(
+    found:Records,               # of one or more data sets and sizes
+    reference:str="least-action", # family that the others are compared with
+)->list[dict]:                   # per data, size and family: chosen method, `last` and `best` accuracy, `gap` of the reference over it, `energy`, `diverged`
+    "Families side by side, each with the candidate chosen on validation; intervals are None where networks diverged."
+    table = []
+    for (data, n), group in sorted(found.tuned().by("data", "n").items()):
+        families = group.by("family")
+        if reference not in families: raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
+        for family, rows in families.items():
+            lost = int(rows.values("test_accuracy_last").isnan().sum())
+            pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
+            table.append(dict(data=data, n=n, family=family, method=rows.rows[0]["method"], seeds=len(rows), diverged=lost,
+                last=None if lost else rows.interval(), best=None if lost else rows.interval("test_accuracy_best"),
+                gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
+    return table
+
+def verdict(
+    gap:Interval, # of the reference over a rival
+)->str:           # `"better"`, `"worse"` or `"open"`
+    "What an interval decides: better or worse if zero is outside, else nothing."
+    return "better" if gap.low > 0 else "worse" if gap.high < 0 else "open"
+
+# %% ../nbs/08_replication.ipynb #e888d78c
+def standings_table(
+    table:list[dict], # from `standings`, of one data set
+)->str:               # Markdown
+    "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, and the difference to the reference with its interval."
+    sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
+    at = {(r["family"], r["n"]): r for r in table}
+    lines = ["| family | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
+    return "\n".join(lines + [f"| {f} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |" for f in families])
+
+def _standing(r:dict)->str:
+    "One place of the table; a difference that its interval decides is bold."
+    if r["last"] is None: return f"{r['diverged']} of {r['seeds']} diverged"
+    text = f"{r['last']} ({r['best'].mean:.1f})"
+    if r["gap"] is None: return text
+    mark = "" if verdict(r["gap"]) == "open" else "**"
+    return f"{text}, {mark}{r['gap'].mean:+.1f} [{r['gap'].low:+.1f}, {r['gap'].high:+.1f}]{mark}"
+
+# %% ../nbs/08_replication.ipynb #b6402ddf
+@patch(as_prop=True)
+def caption(self:Records
+)->str: # one line
+    "Data, seeds, scale and device, as recorded."
+    data, scales = sorted({row["data"] for row in self.rows}), sorted({row["scale"] for row in self.rows})
+    seeds = sorted({len(group) for group in self.by("data", "n", "net", "method").values()})
+    return f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' and '.join(scales)} scale; {self.device}"
+
+@patch
+def plot(self:Records,
+    x:str,                           # column on the horizontal axis; rows without it are left out
+    y:str="test_accuracy_last",      # column on the vertical axis
+    by:str="n",                      # one line for each value of this column
+    scale:float=1.,                  # factor on `y`
+    ax=None,                         # matplotlib axes; None: a new figure
+    label:str="{}",                  # of a line, with its value of `by`
+):                                   # the axes
+    "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."
+    import matplotlib.pyplot as plt
+    if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
+    for i, (value, group) in enumerate(self.by(by).items()):
+        values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
+        lost = sum(int(v.isnan().sum()) for v in values.values())
+        points = {at: interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
+        ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()], color=colours()[i % 10],
+                    marker="os^Dv"[i % 5], ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
+    ax.set(xlabel=x, ylabel=y.replace("_", " ")); ax.legend(frameon=False)
+    return ax
+
+# %% ../nbs/08_replication.ipynb #7fdf5d31
+def rank_correlation(
+    found:Records,                   # at least three networks in each group
+    x:str="energy_per_sample",       # column of numbers
+    y:str="test_accuracy_last",      # column of numbers
+    within:tuple=(),                 # columns: correlate inside each group of them, and average over groups
+    resamples:int=400,               # of the bootstrap over seeds
+    seed:int=0,                      # of the bootstrap
+)->Interval:                         # in [-1, 1]
+    "Spearman's rank correlation with a 95 % bootstrap interval; networks that diverged are left out."
+    import numpy as np
+    from scipy.stats import rankdata
+    pairs = {}
+    for row in found.rows:
+        if row.get(x) is not None and row.get(y) is not None: pairs.setdefault(tuple(row[c] for c in within), {}).setdefault(row["seed"], []).append((row[x], row[y]))
+    seeds = sorted({s for group in pairs.values() for s in group})
+    def mean(drawn):
+        values = []
+        for group in pairs.values():
+            points = np.array([p for s in drawn for p in group.get(s, ())])
+            if len(points) < 3: raise ValueError(f"found {len(points)} networks in a group, expected at least three to correlate {x} with {y}")
+            ranks = rankdata(points, axis=0)
+            if (ranks.std(0) > 0).all(): values.append(np.corrcoef(ranks.T)[0, 1])
+        return float(np.mean(values)) if values else math.nan
+    rng = np.random.default_rng(seed)
+    low, high = np.nanquantile([mean(rng.choice(seeds, len(seeds))) for _ in range(resamples)], [.025, .975])
+    return Interval(mean(seeds), float(low), float(high), len(seeds))
+
 # %% ../nbs/08_replication.ipynb #96238f79
 def overview(
     out:str|Path|None=None, # folder of the records, as in `results`
@@ -812,3 +792,126 @@ def lap_study(
         chosen = study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
         written = run_study(chosen, out, _seeds(seeds), device, only, resume, root, scheduler, progress=True)
         print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
+
+# %% ../nbs/08_replication.ipynb #3627d882
+GAINS = (.01, .05, .2, .5, 1., 1.4, 2.)
+
+def _gains(orthogonal=GAINS, normal=())->tuple[Method, ...]:
+    "PyTorch's default, and the gains of each kind."
+    return (Method("default"), *(Method(f"{init}-{g:g}", init=init, gain=g) for init, gains in (("orthogonal", orthogonal), ("normal", normal)) for g in gains))
+
+@_register
+def _kinetic_bias(scale:str)->Study:
+    big = scale == "gpu"
+    plane, dense = Net(width=32), Net()
+    short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
+    gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
+    variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
+    some = _gains((.1, 1.))
+    return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
+        Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
+        Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
+        Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
+        Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
+        *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
+        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20))), scale)
+
+# %% ../nbs/08_replication.ipynb #0ec1f470
+def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings)->Method:
+    "Least action, from the default initialisation or from a gain."
+    start = {} if gain is None else dict(init="orthogonal", gain=gain)
+    return Method(name, family, least_action=dict(lambda0=lambda0, tau=tau, every=every, **settings), **start)
+
+SMALL = Method("small-gain", init="orthogonal", gain=.05)
+SKIP, STEP, DECAY = Method("skip-init", skip_init=True), Method("h-0.1", h=.1), Method("weight-decay-0.1", weight_decay=.1)
+STRENGTHS = tuple(_least(f"least-{s:g}", s, s) for s in (1., .1, .01))
+
+@_register
+def _transport(scale:str)->Study:
+    big = scale == "gpu"
+    methods = (Method("default"), SMALL, DECAY, SKIP, *STRENGTHS)
+    measures, picture = ("transport",), Net()
+    return Study("transport", "Are trained networks near-optimal transport maps, and is what they learn regular?", (
+        Grid(("circles", "moons"), (300,), methods, net=Net(width=32), schedule=Schedule(2000 if big else 500), measures=measures),
+        Grid(("digits",), (300,), methods, schedule=Schedule(2000 if big else 300), measures=measures),
+        Grid(("mnist",) if big else ("mnist:pool=4",), (300,), methods, net=Net("conv", width=32) if big else picture,
+             schedule=Schedule(2000 if big else 300), measures=measures, thin=1 if big else 5)), scale)
+
+# %% ../nbs/08_replication.ipynb #d5fd0200
+DECADES = (.01, .1, 1., 10., 100.)
+
+def _settings()->tuple[Method, ...]:
+    "Least action with one setting at a time moved over four decades."
+    return (*(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1), *(_least(f"tau-{v:g}", tau=v) for v in DECADES if v != 1),
+            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (.001, .01, .1, 1.)))
+
+@_register
+def _adaptive(scale:str)->Study:
+    big = scale == "gpu"
+    plane, long, short = Net(width=32), Schedule(2000 if big else 500), Schedule(2000 if big else 300)
+    plain, least = Method("default"), _least("least")
+    both, fixed = (plain, least), tuple(_least(f"fixed-{v:g}", lambda0=v, tau=0.) for v in (.1, 1., 10.))
+    gains = tuple(_least(f"least-gain-{g:g}", gain=g) for g in (.01, .1, .5, 1., 2.))
+    return Study("adaptive", "What does the multiplier adapt to, and does it need tuning?", (
+        Grid(("digits",), (100,), (*both, *_settings(), SMALL, SKIP, STEP, DECAY, *fixed), schedule=short, curve=True),
+        Grid(("digits:flip=0.1", "digits:flip=0.2", "digits:flip=0.4"), (300,), both, schedule=short, curve=True),
+        Grid(("digits",), (50, 300, 1000), both, schedule=short, curve=True),
+        Grid(("circles:noise=0.05", "circles:noise=0.1", "circles:noise=0.2", "circles:noise=0.3"), (300,), both, net=plane, schedule=long, curve=True),
+        Grid(("moons",), (50, 300), both, net=plane, schedule=long, curve=True),
+        Grid(("digits",), (300,), gains, schedule=short, curve=True),
+        *(Grid(("digits",), (300,), both, net=Net(K=K), schedule=short, curve=True) for K in (3, 20, 50)),
+        Grid(("circles",), (300,), (*_settings(), SMALL, SKIP, STEP, DECAY, *fixed), net=plane, schedule=long, curve=True)), scale)
+
+# %% ../nbs/08_replication.ipynb #493d0dfc
+PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimiser="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
+
+def _rivals(sgd:bool)->tuple[Method, ...]:
+    "Families of at most three candidates each, least action among them; the published setting beside them."
+    decays = (1e-3, 5e-3, 2e-2) if sgd else (.1, .3, 1.)
+    return (Method("default"), *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.01, .1, .3)), SKIP, STEP,
+            *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d) for d in decays),
+            *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (.1, .3, .5)),
+            *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in (.05, .1, .2)),
+            _least("least-0.1-0.02", .1, .02, family="least-action", gain=.01), _least("least-1-0.1", 1., .1, family="least-action"),
+            _least("least-5-1-5", 5., 1., 5, family="least-action", gain=.01), _least("published", gain=.01))
+
+def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[int, ...], seeds:int, scale:str, pool:int, **pictures)->Study:
+    question = f"Does least action help where labelled samples are few ({data})?"
+    if scale == "gpu":
+        schedule = replace(PUBLISHED, others=dict(PUBLISHED.others) | pictures)
+        return Study(name, question, (Grid((data,), big_sizes, _rivals(True), seeds, Net("conv-bn"), schedule),), scale)
+    return Study(name, question, (Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=5 if data != "cifar10_part" else 1),), scale)
+
+@_register
+def _mnist_low_data(scale:str)->Study:
+    return _low_data("mnist-low-data", "mnist", (100, 200, 300, 400, 500), (100, 300, 500), 50, scale, 4)
+
+@_register
+def _fashion_low_data(scale:str)->Study:
+    return _low_data("fashion-low-data", "fashion_mnist", (100, 200, 300, 400, 500), (100, 500), 20, scale, 4)
+
+@_register
+def _cifar_low_data(scale:str)->Study:
+    return _low_data("cifar-low-data", "cifar10_part", (100, 500, 2000, 7000), (100, 500), 20, scale, 4, crop=4, flip=True)
+
+# %% ../nbs/08_replication.ipynb #03eecf33
+@_register
+def _cifar_large(scale:str)->Study:
+    big = scale == "gpu"
+    methods = (Method("default"), SMALL, STEP, Method("weight-decay-0.005", weight_decay=5e-3), Method("smoothing-0.1", label_smoothing=.1),
+               _least("least-0.1-0.02", .1, .02, gain=.05), _least("published", gain=.05))
+    if scale == "cpu": methods = (methods[0], methods[1], methods[-1])
+    schedule = replace(PUBLISHED, epochs=200 if big else 3, others=dict(PUBLISHED.others) | dict(crop=4, flip=True, clip=5.))
+    return Study("cifar-large", "Does least action help on the largest exact part of CIFAR-10, in networks of both kinds?", tuple(
+        Grid(("cifar10_part" if big else "cifar10_part:pool=2",), (7000,), methods, 5 if big else 2, Net(kind, 27 if big else 6, 32 if big else 8), schedule)
+        for kind in ("resnet", "resnext")), scale)
+
+@_register
+def _depth_no_norm(scale:str)->Study:
+    big = scale == "gpu"
+    methods = (Method("default"), STEP, SKIP, _least("least"), _least("least-small-gain", gain=.05))
+    blocks = (9, 20, 30, 40, 50) if big else (9, 20, 50)
+    data, n, kind = ("cifar10_part", 7000, "conv") if big else ("digits", 300, "dense")
+    schedule = replace(PUBLISHED, lr=.01, others=dict(PUBLISHED.others) | dict(clip=5., crop=4, flip=True)) if big else Schedule(300)
+    return Study("depth-no-norm", "How deep can a network without normalisation be?", tuple(
+        Grid((data,), (n,), methods, 5 if big else 20, Net(kind, K), schedule) for K in blocks), scale)

@@ -16,12 +16,15 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,7 +75,8 @@ def batches(
     order = torch.stack([torch.randperm(n, generator=g) for g in generators])
     order = train.gather(-1, order.view_as(train).to(train.device))
     moves = None
-    if crop or flip: moves = torch.stack([_moves(n, crop, flip, g) for g in generators]).view(*train.shape, 3).to(train.device)
+    if crop or flip:
+        moves = torch.stack([_moves(n, crop, flip, g) for g in generators]).view(*train.shape, 3).to(train.device)
     for start in range(skip * batch_size, n, batch_size):
         mine = slice(start + share[0], start + batch_size, share[1])
         at = order[..., mine]
@@ -288,7 +292,18 @@ def _wrapped(model:nn.Module, r:Recipe)->nn.Module:
 def autocast(self:Training):
     "Half precision for the forward pass, where the recipe asks for it; a context."
     dtype = PRECISIONS[self.recipe.precision]
-    return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+@patch
+def _descend(self:Training, loss:Tensor):
+    "Backward pass, clipping, step of the optimiser."
+    scaled = self.scaler.is_enabled()
+    (self.scaler.scale(loss) if scaled else loss).backward()
+    if self.recipe.clip is not None:
+        if scaled: self.scaler.unscale_(self.opt)
+        clip_gradients(self.model.parameters(), self.recipe.clip, self.row)
+    if scaled: self.scaler.step(self.opt); self.scaler.update()
+    else: self.opt.step()
 
 @patch
 def train_step(self:Training,
@@ -302,14 +317,11 @@ def train_step(self:Training,
     meter = self._meter()
     with self.autocast(): task = task_loss(self.call(x), y, r.label_smoothing)
     weight = 1. if world == 1 else world * y.shape[-1] / self._batch()
-    task, energies = global_mean(task, weight), self._take(meter)
+    task = global_mean(task, weight)
     loss = task if la is None else la(task)
+    energies = self._taken(meter) if la is None else la.energies
     self.opt.zero_grad()
-    self.scaler.scale(loss.sum() * weight if world > 1 else loss.sum()).backward()
-    if r.clip is not None:
-        self.scaler.unscale_(self.opt)
-        clip_gradients(self.model.parameters(), r.clip, self.row)
-    self.scaler.step(self.opt); self.scaler.update()
+    self._descend(loss.sum() * weight if world > 1 else loss.sum())
     self.trail.append((loss.detach(), energies))
     self.last = {"loss": task.detach()}
     if self._closing() and energies is not None: self.last["energy"] = global_mean(energies, weight)
@@ -348,33 +360,31 @@ def global_mean(
 # %% ../nbs/06_training.ipynb #a68b49cc
 @patch
 def _meter(self:Training)->EnergyMeter|None:
-    "The meter of least action; without it, one for a single step, where energies are to be recorded."
-    if self.least_action is not None: return self.least_action.meter
-    if self.recipe.compile or not self._closing(): return None
+    "Without least action: a meter for a single step, where energies are to be recorded."
+    if self.least_action is not None or self.recipe.compile or not self._closing(): return None
     try: meter = EnergyMeter(getattr(self.model, "skeleton", self.model))
     except ValueError: return None # no residual block: no energies
     if self.row: self.model.watch(meter)
     return meter
 
 @patch
-def _take(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
-    "What the meter measured in the forward pass just made; the meter of least action gets it back, another one goes."
+def _taken(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
+    "What the meter measured in the forward pass just made; then it goes."
     if meter is None: return None
-    energies = meter.take()
-    if self.least_action is not None: meter.put(energies)
-    else:
-        meter.remove()
-        if self.row: self.model.meters.remove(meter)
-    return energies.detach()
+    energies = meter.take().detach()
+    meter.remove()
+    if self.row: self.model.meters.remove(meter)
+    return energies
 
 # %% ../nbs/06_training.ipynb #bb3a1e72
 @patch
 def state_dict(self:Training)->dict: # of tensors and plain values, on the CPU or the model's device
     "All that changes on the way, and what must not change: samples, batch size, seeds, number of processes."
     la = self.least_action
-    return dict(fixed=self._fixed(), recipe=asdict(self.recipe), model=self.model.state_dict(), opt=self.opt.state_dict(),
-                least_action=None if la is None else la.state_dict(), scaler=self.scaler.state_dict(), generators=self.epoch_start,
-                rng=self._gather_rng(), step=self.step, epoch=self.epoch, at=self.at, lr_scale=self.lr_scale, points=self.points, last=self.last)
+    return dict(model=self.model.state_dict(), opt=self.opt.state_dict(), scaler=self.scaler.state_dict(),
+                least_action=None if la is None else la.state_dict(), generators=self.epoch_start, rng=self._gather_rng(),
+                step=self.step, epoch=self.epoch, at=self.at, lr_scale=self.lr_scale, points=self.points, last=self.last,
+                fixed=self._fixed(), recipe=asdict(self.recipe))
 
 @patch
 def _fixed(self:Training)->dict:
@@ -485,14 +495,21 @@ def load_checkpoint(
     if not isinstance(found, dict) or found.get("kind") != CHECKPOINT:
         raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
     if found["format"] != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} has format {found['format']!r}, expected {CHECKPOINT_FORMAT}: read it with the version of lap_nb that wrote it")
-    if digest(found["state"]) != found["sha256"]: raise CheckpointError(f"{path} is damaged, its checksum does not fit: {advice}")
+        raise CheckpointError(f"{path} has format {found['format']!r}, expected {CHECKPOINT_FORMAT}: "
+                              "read it with the version of lap_nb that wrote it")
+    if digest(found["state"]) != found["sha256"]:
+        raise CheckpointError(f"{path} is damaged, its checksum does not fit: {advice}")
     return found["state"]
 
 # %% ../nbs/06_training.ipynb #3823d58b
 class Diverged(FloatingPointError):
     "A loss, an action, a gradient or lambda is not finite."
-    def __init__(self, what:str, step:int, block:str|None, checkpoint:str|None):
+    def __init__(self,
+        what:str,            # which number, and its value
+        step:int,            # the first at which it was seen
+        block:str|None,      # the first block it was seen in, where that is known
+        checkpoint:str|None, # the last good one, if there is one
+    ):
         self.step, self.block, self.checkpoint = step, block, checkpoint
         where = f"{what} at step {step}" + (f", first in {block}" if block else "")
         super().__init__(f"{where}: the training diverged; lower lr, or start from a smaller initial gain" +
@@ -508,12 +525,15 @@ def check(self:Training):
         if bad.any():
             first = bad.int().argmax().item()
             loss, energies = trail[first]
-            raise Diverged(f"the objective is {loss.tolist()}", self.step - len(trail) + 1 + first, self._first_block(energies), name)
+            step, block = self.step - len(trail) + 1 + first, self._first_block(energies)
+            raise Diverged(f"the objective is {loss.tolist()}", step, block, name)
     la = self.least_action
-    if la is not None and self._none_finite(la.lam[None]): raise Diverged(f"lambda is {la.lam.tolist()}", self.step, None, name)
+    if la is not None and self._none_finite(la.lam[None]):
+        raise Diverged(f"lambda is {la.lam.tolist()}", self.step, None, name)
     names, parameters = zip(*self.model.named_parameters())
     bad = torch.stack([self._none_finite(p[None])[0] for p in parameters])
-    if bad.any(): raise Diverged("a gradient was not finite", self.step, names[bad.int().argmax()].rpartition(".")[0], name)
+    if bad.any():
+        raise Diverged("a gradient was not finite", self.step, names[bad.int().argmax()].rpartition(".")[0], name)
 
 # %% ../nbs/06_training.ipynb #f8b1d9f0
 @patch
@@ -525,9 +545,9 @@ def _none_finite(self:Training, values:Tensor)->Tensor: # `[T]` from `[T, S, ...
 @patch
 def _first_block(self:Training, energies:Tensor|None)->str|None:
     "The block of the first energy that is not finite, of the first network."
-    if energies is None: return None
+    if energies is None or self.least_action is None: return None
     bad = ~energies.view(-1, energies.shape[-1])[0].isfinite()
-    return self.least_action.blocks[bad.int().argmax()] if bad.any() else None
+    return list(self.least_action.blocks)[bad.int().argmax().item()] if bad.any() else None
 
 # %% ../nbs/06_training.ipynb #6f8729a4
 @patch
@@ -667,15 +687,25 @@ def roll_back(self:Training,
     self.lr_scale = scale
     warnings.warn(f"{error}. Going on from there with {scale:g} of the learning rate")
 
+# %% ../nbs/06_training.ipynb #ed54a976
 @contextmanager
 def _lost_processes(training:Training):
-    "Say in plain words that another process is gone."
+    "Say in plain words, and at once, that another process is gone, or that this one was told to stop for that reason."
+    if training.share[1] == 1: yield; return
+    def said(what):
+        last = "no checkpoint was kept" if training.saved is None else \
+            f"the last checkpoint is {training.path} (step {training.saved}): start again with resume=True"
+        return f"process {training.share[0]} of {training.share[1]} {what} at step {training.step}; {last}"
+    def stop(*_): raise SystemExit(said("was told to stop"))
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try: yield
     except RuntimeError as e:
-        lost = re.search("connection (closed|reset|refused)|broken pipe|timed? ?out|nccl|peer", str(e), re.I)
-        if training.share[1] == 1 or not lost: raise
-        last = "no checkpoint was kept" if training.saved is None else f"the last checkpoint is {training.path} (step {training.saved}): start again with resume=True"
-        raise RuntimeError(f"process {training.share[0]} of {training.share[1]} lost contact with the others at step {training.step}; {last}") from e
+        if not re.search("connection (closed|reset|refused)|broken pipe|timed? ?out|nccl|gloo|peer", str(e), re.I): raise
+        print(said("lost contact with the others"), file=sys.stderr, flush=True)
+        raise RuntimeError(said("lost contact with the others")) from e
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/06_training.ipynb #10caebe8
 def _progress(progress, epochs:int):
@@ -735,19 +765,26 @@ def plot(self:Run,
     axes = _panels(self.curves) if axes is None else axes
     mean = {name: c.float().flatten(1, c.ndim - 1 - (name == "energy")).mean(1) if c.ndim > 1 + (name == "energy") else c.float()
             for name, c in self.curves.items()}
-    line, = axes["loss"].semilogy(mean["epoch"], mean["loss"], label=label)
+    line, = axes["loss"].plot(mean["epoch"], mean["loss"], label=label)
     style = dict(color=line.get_color(), label=label)
     axes["accuracy"].plot(mean["epoch"], mean["test_accuracy"], color=line.get_color(), label=f"{label} test".strip())
     axes["accuracy"].plot(mean["epoch"], mean["val_accuracy"], "--", color=line.get_color(), label=f"{label} validation".strip())
     axes["accuracy"].legend(frameon=False)
     if "lambda" in mean and "lambda" in axes:
-        axes["lambda"].semilogy(mean["epoch"], mean["lambda"], **style)
-        axes["action"].semilogy(mean["epoch"], mean["action"] / mean["lambda"], **style)
+        axes["lambda"].plot(mean["epoch"], mean["lambda"], **style)
+        axes["action"].plot(mean["epoch"], mean["action"] / mean["lambda"], **style)
     if "energy" in mean and "energy" in axes:
         drawn = len(axes["energy"].lines) > 0
         shades = plt.get_cmap("viridis")(torch.linspace(0, .9, mean["energy"].shape[1]).numpy())
-        for energy, shade in zip(mean["energy"].T, shades): axes["energy"].semilogy(mean["epoch"], energy, "--" if drawn else "-", color=shade)
+        for energy, shade in zip(mean["energy"].T, shades): axes["energy"].plot(mean["epoch"], energy, "--" if drawn else "-", color=shade)
+    for ax in [ax for name, ax in axes.items() if name != "accuracy"]: _logarithmic(ax)
     return axes
+
+# %% ../nbs/06_training.ipynb #e15d4049
+def _logarithmic(ax):
+    "A logarithmic axis where positive values span more than a factor of thirty."
+    values = torch.cat([torch.as_tensor(line.get_ydata()) for line in ax.lines]) if ax.lines else torch.ones(1)
+    if values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
 
 def _panels(curves)->dict:
     "An empty panel for each thing there is to show."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'BLIND', 'PARTS', 'cost_matrix', 'Coupling', 'optimal_coupling', 'Gap', 'exact_gap', 'GapCurve',
-           'gap_curve', 'ActionSplit', 'action_split']
+           'gap_curve', 'ActionSplit', 'action_split', 'plot_splits', 'Violations', 'monotonicity',
+           'cyclical_monotonicity', 'McCann', 'mccann', 'Bound', 'sliced_w2', 'entropic_w2', 'measure_transport']
 
 # %% ../nbs/04_transport.ipynb #e80bab88
 import math
@@ -36,6 +37,7 @@ def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None):
         raise MemoryError(f"{n:,} by {m:,} points need {_gib(need)} for {matrices:g} matrices of costs, {_gib(free)} are free: "
                           "take a subset of the samples, or bound the value with sliced_w2, which needs no matrix")
 
+# %% ../nbs/04_transport.ipynb #b10a0544
 def _cloud(name:str, x:Tensor, least:int=1)->Tensor:
     "The points as a float64 matrix on the CPU, without graph, after checks."
     if not isinstance(x, Tensor) or x.ndim < 2 or x.is_complex():
@@ -92,6 +94,7 @@ def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
         at = cheaper[target].nonzero()[:, 0]   # only the prices of these rows have changed
     raise RuntimeError(f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
 
+# %% ../nbs/04_transport.ipynb #db37ad1c
 def _assignment(cost:Tensor):
     from scipy.optimize import linear_sum_assignment
     target = torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
@@ -109,6 +112,7 @@ def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
         raise RuntimeError("POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; rescale the points")
     return None, torch.as_tensor(plan).to_sparse(), f, g
 
+# %% ../nbs/04_transport.ipynb #cd24ab9f
 def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
     "Weights as float64 that sum to one; equal ones if there are none."
     if w is None: return torch.full((n,), 1 / n, dtype=torch.float64)
@@ -118,7 +122,7 @@ def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
     if abs(w.sum() - 1) > 1e-5: raise ValueError(f"{name} sums to {w.sum():.6g}, expected 1; divide by the sum")
     return w / w.sum()
 
-# %% ../nbs/04_transport.ipynb #db37ad1c
+# %% ../nbs/04_transport.ipynb #70c18cbe
 @dataclass(frozen=True)
 class Coupling:
     "The cheapest way to carry one cloud onto another, with the prices that prove it."
@@ -130,6 +134,7 @@ class Coupling:
     solver:str          # which solver ran: `"assignment"` (SciPy) or `"simplex"` (POT)
     def __repr__(self)->str: return f"Coupling of {len(self.f)} and {len(self.g)} points: W2^2 = {self.cost:.6g}, solved by {self.solver}"
 
+# %% ../nbs/04_transport.ipynb #2ecc3ed3
 SOLVERS = ("auto", "assignment", "simplex")
 
 def optimal_coupling(
@@ -381,3 +386,245 @@ def _repr_markdown_(self:ActionSplit):
     head = ["| " + self.reduction + " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |", "|:--|--:|--:|--:|--:|--:|"]
     line = lambda row: f"| {row} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row)[0]:.1%} |"
     return "\n".join(head + list(map(line, self.parts))) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
+
+# %% ../nbs/04_transport.ipynb #7a88bf07
+def plot_splits(
+    splits:dict[str, ActionSplit], # by name, one bar or one group of bars each
+    row:str="all",                 # which row of each split
+    shares:bool=True,              # True: each bar adds up to 1, its total written beside it
+    ax=None,                       # matplotlib axes; None: a new figure
+):                                 # the axes
+    "Bars of the three parts; the nearer to all optimal, the nearer to least action."
+    import matplotlib.pyplot as plt
+    if ax is None: _, ax = plt.subplots(figsize=(6.4, .5 + .45 * len(splits)), layout="constrained")
+    names = [f"{name}\n({s.total(row):.3g})" if shares else name for name, s in splits.items()]
+    left = [0.] * len(splits)
+    for p, (part, hatch) in enumerate(zip(("optimal, $W_2^2$", "assignment gap", "path gap"), ("", "//", ".."))):
+        width = [(s.shares(row) if shares else s.parts[row])[p] for s in splits.values()]
+        ax.barh(names, width, left=left, label=part, color=colours()[p], hatch=hatch, edgecolor="white", lw=0)
+        left = [a + b for a, b in zip(left, width)]
+    ax.invert_yaxis()
+    ax.set(xlabel=r"share of $K\sum_k|\delta_k|^2$" if shares else r"$K\sum_k|\delta_k|^2$, squared feature units")
+    ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
+    return ax
+
+# %% ../nbs/04_transport.ipynb #e18fd8f6
+def _wilson(rate:float, trials:int, level:float)->tuple[float, float]:
+    "Wilson's interval of a rate seen in so many independent trials."
+    z = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
+    centre, spread = (rate + z * z / (2 * trials)) / (1 + z * z / trials), z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials ** 2))
+    return max(0., centre - spread) if rate else 0., min(1., centre + spread) if rate < 1 else 1.
+
+def _displaced(start:Tensor, end:Tensor, least:int)->tuple[Tensor, Tensor]:
+    x, y = _pair(start, end, ("start", "end"), least=2)
+    if len(x) != len(y): raise ValueError(f"start has {len(x)} points, end {len(y)}; each sample needs its start and its end")
+    if len(x) < least: raise ValueError(f"there are {len(x)} samples, expected at least the {least} of one cycle")
+    return x, y
+
+# %% ../nbs/04_transport.ipynb #ea84297e
+@dataclass(frozen=True)
+class Violations:
+    "How often exchanging ends along a cycle of samples would pay."
+    rate:float                    # share of the cycles that pay
+    interval:tuple[float, float]  # of the rate, Wilson's for as many trials as cycles can be disjoint
+    cycles:int                    # cycles looked at
+    length:int                    # samples in a cycle; 2: monotonicity
+    n:int                         # samples
+    def __repr__(self)->str:
+        low, high = self.interval
+        return f"{self.rate:.2%} [{low:.2%}, {high:.2%}] of {self.cycles:,} cycles of {self.length} among {self.n} samples are violated"
+
+def monotonicity(
+    start:Tensor,     # where the samples start, `[n, ...]`
+    end:Tensor,       # where they end, same shape
+    level:float=.95,  # of the interval
+)->Violations:
+    r"Share of *all* pairs with $\langle y_i - y_j, x_i - x_j\rangle < 0$ (Brenier, 1991); errors as in `exact_gap`."
+    x, y = _displaced(start, end, 2)
+    own, rounding, bad = (x * y).sum(1), _rounding(x, y), 0
+    for r in _rows(len(x)): bad += ((own[r, None] + own - y[r] @ x.T).sub_(x[r] @ y.T) < -rounding).sum().item()
+    pairs = len(x) * (len(x) - 1) // 2
+    return Violations(rate := bad / 2 / pairs, _wilson(rate, len(x) // 2, level), pairs, 2, len(x))
+
+# %% ../nbs/04_transport.ipynb #84efc260
+def cyclical_monotonicity(
+    start:Tensor,          # where the samples start, `[n, ...]`
+    end:Tensor,            # where they end, same shape
+    length:int=3,          # samples in a cycle
+    cycles:int=20_000,     # cycles drawn
+    near:int|None=None,    # draw the others among so many nearest neighbours of the first; None: anywhere
+    level:float=.95,       # of the interval
+    seed:int=0,            # of the draw
+)->Violations:
+    r"Share of random cycles with $\sum_l \langle y_l, x_l - x_{l+1}\rangle < 0$ (Rockafellar, 1966); errors as in `exact_gap`."
+    if not (isinstance(length, int) and length >= 2): raise ValueError(f"length is {length!r}, expected a whole number of at least 2 samples")
+    x, y = _displaced(start, end, length)
+    at, bad = _draw_cycles(x, length, cycles, near, seed), 0
+    for i in at.split(4096): bad += ((y[i] * (x[i] - x[i.roll(-1, 1)])).sum((1, 2)) < -_rounding(x, y)).sum().item()
+    return Violations(rate := bad / len(at), _wilson(rate, min(len(at), len(x) // length), level), len(at), length, len(x))
+
+# %% ../nbs/04_transport.ipynb #8628fe9e
+def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Tensor:
+    "Indices `[cycles, length]`, distinct in each row."
+    if not (isinstance(cycles, int) and cycles > 0): raise ValueError(f"cycles is {cycles!r}, expected a positive whole number")
+    g = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(x), (cycles,), generator=g)
+    pool = len(x) - 1 if near is None else near
+    if not length - 1 <= pool < len(x): raise ValueError(f"near is {near!r}, expected from {length - 1} to {len(x) - 1}: the others of a cycle are drawn from it")
+    others = []
+    for j in range(length - 1):
+        r = torch.randint(pool - j, (cycles,), generator=g)
+        for taken in torch.stack(others).sort(0).values if others else (): r += r >= taken
+        others.append(r)
+    others = torch.stack(others, 1) + 1
+    if near is None: return torch.cat([first[:, None], (first[:, None] + others) % len(x)], 1)
+    return torch.cat([first[:, None], _neighbours(x, near)[first].gather(1, others)], 1)
+
+def _neighbours(x:Tensor, near:int)->Tensor:
+    "Each point and its `near` nearest, itself first, `[n, near+1]`."
+    found = []
+    for r in _rows(len(x)):
+        cost = cost_matrix(x[r], x)
+        cost[torch.arange(len(cost)), torch.arange(r.start, r.stop)] = -1
+        found.append(cost.topk(near + 1, largest=False).indices)
+    return torch.cat(found)
+
+# %% ../nbs/04_transport.ipynb #1ea465d0
+@dataclass(frozen=True)
+class McCann:
+    "How near the clouds at the layers of a stage are to the displacement interpolation of its end clouds; lengths, in feature units."
+    distance:Tensor    # from the cloud of layer k to the interpolation at time k/K, `[K+1]`
+    from_start:Tensor  # from the first cloud to that of layer k, `[K+1]`
+    to_end:Tensor      # from that of layer k to the last, `[K+1]`
+    n:int              # samples
+    @property
+    def length(self)->float: return self.from_start[-1].item()  # from the first cloud to the last, $W_2(\mu_0, \mu_K)$
+    @property
+    def detour(self)->Tensor: return (self.from_start + self.to_end - self.length).clamp_min(0)  # through layer k, `[K+1]`
+    def __repr__(self)->str:
+        return (f"McCann: {len(self.distance) - 1} layers of {self.n} samples, W2 of the ends {self.length:.4g}, farthest from the interpolation "
+                f"{self.distance.max():.4g}, longest detour {self.detour.max():.4g}")
+
+def mccann(
+    traj:Trajectory,       # positions of held-out samples in one or more stages
+    reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
+)->tuple[McCann, ...]:     # one for each stage
+    "Distances of the clouds at the layers from the displacement interpolation (McCann, 1997), all exact."
+    if reduction not in REDUCTIONS: raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    return tuple(_mccann_stage(_cloud_path(stage), reduction) for stage in traj.stages)
+
+# %% ../nbs/04_transport.ipynb #2474ac23
+def _cloud_path(stage:Trajectory)->Tensor: return stage.x.detach().flatten(2).to("cpu", torch.float64)
+
+def _mccann_stage(x:Tensor, reduction:str)->McCann:
+    K, scale = len(x) - 1, x.shape[2] if reduction == "mean" else 1
+    length = lambda a, b: math.sqrt(optimal_coupling(a, b).cost / scale)
+    goal = x[-1][optimal_coupling(x[0], x[-1]).target]
+    between = [(1 - k / K) * x[0] + k / K * goal for k in range(K + 1)]
+    lengths = [(length(at, ideal), length(x[0], at), length(at, x[-1])) for at, ideal in zip(x, between)]
+    return McCann(*torch.tensor(lengths, dtype=torch.float64).T, x.shape[1])
+
+@patch
+def plot(self:McCann,
+    ax=None,  # matplotlib axes; None: a new figure
+):            # the axes
+    "Distance, detour and clock by layer, over the distance of the ends."
+    import matplotlib.pyplot as plt
+    if ax is None: _, ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+    k, unit = torch.arange(len(self.distance)), self.length or 1.
+    for values, name, marker, c in ((self.from_start, "clock", "o", 0), (self.distance, "from McCann", "s", 1), (self.detour, "detour", "^", 3)):
+        ax.plot(k, values / unit, marker=marker, color=colours()[c], label=name)
+    ax.plot(k, k / k[-1], color="0.6", ls=":", label="even clock")
+    ax.set(xlabel="layer", ylabel=r"length / $W_2$ of the ends" if self.length else "length, feature units")
+    ax.legend(frameon=False)
+    return ax
+
+# %% ../nbs/04_transport.ipynb #b75a3c41
+@dataclass(frozen=True)
+class Bound:
+    "An estimate of $W_2^2$ whose bias has a known sign."
+    value:float                   # in squared feature units
+    side:str                      # `"upper"`: at least $W_2^2$; `"lower"`: at most
+    method:str                    # how it was found
+    interval:tuple[float, float]  # 95 % for the chance in it; a point where there is none
+    reduction:str                 # squared distances over features: `"mean"` or `"sum"`
+    def __repr__(self)->str:
+        low, high = self.interval
+        chance = f" [{low:.4g}, {high:.4g}]" * (low < high)
+        return f"W2^2 is at {'most' if self.side == 'upper' else 'least'} {self.value:.4g}{chance} ({self.method}, {self.reduction} over features; biased)"
+
+def sliced_w2(
+    x:Tensor,              # start points, `[n, ...]`
+    y:Tensor,              # end points, `[m, ...]`, with as many features
+    directions:int=500,    # projections drawn
+    seed:int=0,            # of the draw
+    reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
+)->Bound:
+    r"Lower bound $d\cdot SW_2^2 \le W_2^2$ through `ot.sliced_wasserstein_distance`; needs no matrix. `ValueError` on unusable points."
+    import ot
+    if not (isinstance(directions, int) and directions > 1): raise ValueError(f"directions is {directions!r}, expected at least 2")
+    x, y = _pair(x, y)
+    d, scale = x.shape[1], x.shape[1] if reduction == "mean" else 1
+    _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed, log=True)
+    each = torch.as_tensor(log["projected_emds"], dtype=torch.float64) * d / scale
+    error = 1.96 * each.std().item() / math.sqrt(directions)
+    return Bound(value := each.mean().item(), "lower", f"sliced, {directions} directions", (max(0., value - error), value + error), reduction)
+
+# %% ../nbs/04_transport.ipynb #212e506b
+def entropic_w2(
+    x:Tensor,                  # start points, `[n, ...]`
+    y:Tensor,                  # end points, `[m, ...]`, with as many features
+    epsilon:float=.05,         # weight of the entropy, in units of the mean cost
+    max_iter:int=10_000,       # of Sinkhorn's scalings
+    tolerance:float=1e-3,      # largest mass by which the sums of the plan may be off, of 1
+    reduction:str="mean",      # squared distances over features: `"mean"` or `"sum"`
+    max_bytes:float|None=None, # largest memory allowed; None: what is free
+)->Bound:
+    r"""Upper bound: the cost of Sinkhorn's plan (`ot.sinkhorn`, in logarithms), rounded to a feasible one (Altschuler and others, 2017).
+    `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
+    import ot
+    if not epsilon > 0: raise ValueError(f"epsilon is {epsilon!r}, expected a positive number; the exact value is optimal_coupling's")
+    x, y = _pair(x, y)
+    _check_memory(len(x), len(y), 5, max_bytes)
+    cost = cost_matrix(x, y, math.inf)
+    a, b = _check_weights("a", None, len(x)), _check_weights("b", None, len(y))
+    unit = epsilon * cost.mean().item() or 1.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # judged below by the sums of the plan
+        plan = ot.sinkhorn(a, b, cost, unit, method="sinkhorn_log", numItermax=max_iter, stopThr=tolerance / math.sqrt(len(y)))
+    off = (plan.sum(0) - b).abs().sum().item() + (plan.sum(1) - a).abs().sum().item()
+    if not off <= tolerance: raise RuntimeError(f"Sinkhorn's scalings are off by {off:.2g} after {max_iter:,} iterations; raise max_iter or epsilon")
+    value = (_feasible(plan, a, b) * cost).sum().item() / (x.shape[1] if reduction == "mean" else 1)
+    return Bound(value, "upper", f"entropic, epsilon {epsilon:g} of the mean cost", (value, value), reduction)
+
+# %% ../nbs/04_transport.ipynb #2392f9f6
+def _feasible(plan:Tensor, a:Tensor, b:Tensor)->Tensor:
+    "The plan with its sums put right: shrink what is too much, spread what is missing."
+    plan = plan * (a / plan.sum(1)).clamp(max=1)[:, None]
+    plan = plan * (b / plan.sum(0)).clamp(max=1)
+    rows, columns = a - plan.sum(1), b - plan.sum(0)
+    return plan + rows[:, None] * columns / rows.sum().clamp_min(1e-300)
+
+# %% ../nbs/04_transport.ipynb #eb2dcf3c
+def measure_transport(
+    traj:Trajectory,       # positions of held-out samples in one or more stages
+    y:Tensor|None=None,    # labels, `[B]`: adds the split of each class
+    reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
+    seed:int=0,            # of the bootstrap, the placebo and the cycles
+)->dict:                   # plain JSON values; lists have an entry per stage
+    "The instruments of this chapter on one trajectory: split, gap, straightness, violations, McCann. Errors as in `exact_gap`."
+    split, stages = action_split(traj, y, reduction, seed=seed), traj.stages
+    cycles = lambda s: cyclical_monotonicity(s.x[0], s.x[-1], length=3, seed=seed)
+    straightness = torch.stack([s.straightness().double().mean() for s in stages])
+    walks, pairs, rings = mccann(traj, reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
+    record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed, warning=split.warning)
+    record |= {f"{row}: {part}": v for row in split.parts for part, v in zip((*PARTS, "total"), (*split.parts[row], split.total(row)))}
+    for name in ("displacement", "w2", "gap", "relative", "interval", "self_share", "sensitivity", "twins"): record[f"gap: {name}"] = [getattr(g, name) for g in split.gaps]
+    return _plain(record | dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs], cyclical_3=[v.rate for v in rings],
+        mccann_distance=[(m.distance.max() / m.length).item() if m.length else None for m in walks],
+        mccann_detour=[(m.detour.max() / m.length).item() if m.length else None for m in walks]))
+
+def _plain(value):
+    "Tuples as lists, for JSON."
+    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

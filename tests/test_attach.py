@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
-from lap_nb.dynamics import Flow, ResidualBlock, dense_net
+from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, dense_net
 
 BATCH = 4
 
@@ -650,6 +650,7 @@ def test_real_architectures(transformers, name):
     if name == "convnext": assert (energies(trace(model.train(), x, blocks)) == 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")   # its successor is not in older versions
 @pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
 def test_real_gradient_checkpointing(transformers, name):
     model, x, _ = architecture(transformers, name)
@@ -665,3 +666,132 @@ def test_real_gradient_checkpointing(transformers, name):
         (out[0].square().mean() + found.energies().sum()).backward()
         with pytest.raises(RuntimeError, match="no step"): tracer.take()
     assert_close(found.energies(), want, rtol=1e-4, atol=1e-6)
+
+
+ZOO = {   # class, configuration, its arguments, blocks to be found
+    "opt": ("OPTModel", "OPTConfig", dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=32,
+                                          word_embed_proj_dim=16, max_position_embeddings=32), 3),
+    "mistral": ("MistralModel", "MistralConfig", "llama", 3), "qwen2": ("Qwen2Model", "Qwen2Config", "llama", 3),
+    "gemma2": ("Gemma2Model", "Gemma2Config", "llama", 3), "phi": ("PhiModel", "PhiConfig", "llama", 3),
+    "gpt-neox": ("GPTNeoXModel", "GPTNeoXConfig", "text", 3),   # attention and MLP side by side: one addition of two branches
+    "bloom": ("BloomModel", "BloomConfig", dict(vocab_size=50, hidden_size=16, n_layer=3, n_head=2), 3),
+    "t5": ("T5EncoderModel", "T5Config", dict(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2), 6),   # attention, MLP: a block each
+    "mamba": ("MambaModel", "MambaConfig", dict(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=3), 3),
+    "swin": ("SwinModel", "SwinConfig", dict(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4), 4),
+    "beit": ("BeitModel", "BeitConfig", "image", 3), "clip": ("CLIPVisionModel", "CLIPVisionConfig", "image", 3),
+    "dinov2": ("Dinov2Model", "Dinov2Config", "image", 3),
+    "convnext-v2": ("ConvNextV2Model", "ConvNextV2Config", dict(hidden_sizes=[8, 16], depths=[2, 2], num_stages=2), 4),
+    "resnet-bottleneck": ("ResNetModel", "ResNetConfig", dict(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2]), 2),
+    "regnet": ("RegNetModel", "RegNetConfig", dict(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], groups_width=4), 2),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_more_architectures(transformers, name):
+    "Blocks by number; steps equal to output minus input, as plain hooks of this test see them."
+    model, config, args, count = ZOO[name]
+    small = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    kinds = {"text": dict(vocab_size=50), "llama": dict(vocab_size=50, num_key_value_heads=1, pad_token_id=0),
+             "image": dict(image_size=16, patch_size=8)}
+    config = getattr(transformers, config)(**(args if isinstance(args, dict) else small | kinds[args]))
+    model = getattr(transformers, model)(config).eval()
+    x = torch.randint(50, (BATCH, 5)) if getattr(config, "vocab_size", 0) == 50 else torch.randn(BATCH, 3, 16, 16)
+    blocks, seen, hooks = find_blocks(model, x), [], []
+    assert len(blocks) == count
+
+    def note(block, args, kwargs, out):
+        before = next(v for v in (*args, *kwargs.values()) if torch.is_tensor(v))
+        seen.append(((out[0] if isinstance(out, tuple) else out) - before).square().flatten(1).mean(1))
+
+    for block in blocks.values(): hooks.append(block.register_forward_hook(note, with_kwargs=True))
+    with torch.no_grad(): model(x)
+    for hook in hooks: hook.remove()
+    with torch.no_grad(): assert_close(energies(trace(model, x, blocks)), torch.stack(seen))
+
+
+def test_sums_that_are_normalised_need_a_pattern(transformers):
+    small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    model, x = transformers.BertModel(transformers.BertConfig(**small)).eval(), torch.randint(50, (BATCH, 5))
+    with pytest.raises(ValueError, match="NativeLayerNorm in the way"): find_blocks(model, x)
+    assert trace(model, x, find_blocks(model, x, include="encoder.layer.?")).K == 3
+
+
+@pytest.mark.parametrize("name", ["resnet", "gpt2"])
+def test_real_networks_compile_without_a_graph_break(transformers, name):
+    torch._dynamo.reset()
+    model, x, _ = architecture(transformers, name)
+    blocks = find_blocks(model.eval(), x)
+    want = trace_energies(model, x, blocks).energies()
+    with Tracer(model, blocks, energies_only=True) as tracer:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert_close(tracer.take().energies(), want)
+
+
+def residual(block, x):
+    "What a block of torchvision's or timm's ResNets adds, from its layers."
+    one, two = (block.relu, block.relu) if hasattr(block, "relu") else (block.act1, block.act2)
+    out = block.bn2(block.conv2(one(block.bn1(block.conv1(x)))))
+    if hasattr(block, "conv3"): out = block.bn3(block.conv3(two(out)))
+    return (x + out).relu() - x
+
+
+@pytest.mark.parametrize("name, count", [("resnet18", 5), ("resnet50", 12)])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_resnets_of_other_libraries(library, name, count):
+    module = pytest.importorskip(f"{library}.models", reason=f"{library} is not installed: pip install {library}, then run this again")
+    make = {"torchvision": lambda: getattr(module, name)(weights=None), "timm": lambda: module.create_model(name, pretrained=False)}
+    model, x = make[library]().eval(), torch.randn(2, 3, 32, 32)
+    blocks = find_blocks(model, x)
+    assert len(blocks) == count
+    hand, _ = by_hand(model, x, blocks, residual)
+    with torch.no_grad(): assert_close(energies(trace(model, x, blocks)), hand, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name, size, count", [("vit_tiny_patch16_224", 224, 12), ("convnext_atto", 32, 12)])
+def test_other_models_of_timm(name, size, count):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm, then run this again")
+    model, x = timm.create_model(name, pretrained=False).eval(), torch.randn(2, 3, size, size)
+    blocks = find_blocks(model, x)
+    assert len(blocks) == count
+    if name.startswith("vit"):
+        def mlp_and_attention(b, x): return (a := b.ls1(b.attn(b.norm1(x)))) + b.ls2(b.mlp(b.norm2(x + a)))
+        hand, _ = by_hand(model, x, blocks, mlp_and_attention)
+        with torch.no_grad(): assert_close(energies(trace(model, x, blocks)), hand, rtol=1e-4, atol=1e-7)
+
+
+def test_real_distributed_wrapper():
+    net, x = dense_net(3, 2, K=2), torch.randn(BATCH, 3)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        assert list(find_blocks(wrapped, x)) == ["flow.blocks.0", "flow.blocks.1"]
+        with Tracer(wrapped, energies_only=True) as tracer:
+            loss = wrapped(x).square().mean()
+            noted = tracer.take()
+            (loss + noted.energies().sum()).backward()
+        assert_close(noted.energies(), trace_energies(net, x).energies())
+        assert noted.names == ["flow.blocks.0", "flow.blocks.1"] and net.flow.blocks[0].velocity[0].weight.grad.abs().sum() > 0
+    finally: torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a machine with one")
+def test_no_wait_for_the_device():
+    net, x = ResNet().cuda().eval(), images().cuda()
+    want = trace_energies(net, x).energies()
+    with Tracer(net, find_blocks(net, x), energies_only=True) as tracer:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            (net(x).square().mean() + tracer.take().energies().mean()).backward()
+            net(x)
+            got = tracer.take().energies()
+        finally: torch.cuda.set_sync_debug_mode("default")
+    assert_close(got, want)
+
+
+def test_the_trajectory_can_be_kept(tmp_path):
+    found = trace(ResNet().eval(), images())
+    found.save(tmp_path / "walk.npz")
+    again = Trajectory.load(tmp_path / "walk.npz")
+    assert again.names == found.names == ("layer1.0", "layer1.1", "layer2.1") and again.output is None
+    assert_close(energies(again), energies(found))
+    assert {n for t in (found[1:], found.samples(0), found.to(torch.float64)) for n in t.names} <= set(found.names)

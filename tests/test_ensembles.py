@@ -1,13 +1,19 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, fit_many, interval, seeded
+from lap_nb.ensembles import Ensemble, _made, fit_many, member_memory, seeded
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit
@@ -56,3 +62,269 @@ def test_row_of_batch_norm_networks_keeps_statistics_apart():
         for key, value in model.state_dict().items():
             torch.testing.assert_close(row.member(i).state_dict()[key], value, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(row.eval()(x), torch.stack([m.eval()(b) for m, b in zip(models, x)]), rtol=1e-4, atol=1e-5)
+
+
+def explosive():
+    "The network of seed 0 starts with weights that overflow; the others are ordinary."
+    return init_velocities_(make(), 1e30 if torch.initial_seed() == 0 else 1.)
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+@pytest.mark.parametrize("least_action", [None, LeastAction])
+def test_one_diverged_network_does_not_touch_the_others(mode, least_action):
+    settings = dict(least_action=least_action, epochs=4, eval_every=1, mode=mode)
+    with pytest.warns(UserWarning, match="1 of 2 networks diverged.*'seed': 0"):
+        runs = fit_many(explosive, digits().splits(60, [0, 1]), **settings)
+    healthy = fit_many(explosive, digits().splits(60, [1]), **settings)
+    assert runs.diverged == {0: 1}
+    assert not runs[0].curves["loss"].isfinite().any() and not runs[0].curves["test_accuracy"].isfinite().any()
+    for name in healthy.curves: torch.testing.assert_close(runs[1].curves[name], healthy[0].curves[name], rtol=1e-4, atol=1e-6)
+    assert all(p.isfinite().all() for p in runs[1].model.parameters())
+
+
+def test_a_diverged_network_is_left_as_it_was_when_last_seen_well():
+    models = [_made(make, s) for s in range(2)]
+    row, x = Ensemble(models), torch.rand(2, 8, 64)
+    row.train(); row(x).sum().backward(); row.eval()
+    with torch.no_grad():
+        for stack in row.stacks: stack[1] += .5
+    row.train().eval()                                     # seen well with the new weights
+    seen = {k: v.clone() for k, v in row.member(1).state_dict().items()}
+    row.train(); row(x)
+    with torch.no_grad(): row.stacks[3][1] = float("nan")
+    row(x); row.eval()
+    assert row.died.tolist() == [-1, 2 + 1]
+    for _ in range(2):
+        for k, v in row.member(1).state_dict().items(): assert torch.equal(v, seen[k])
+        row.train()
+        with torch.no_grad():
+            for stack in row.stacks: stack += 1.               # an optimiser goes on moving all it has
+        row(x); row.eval()
+
+
+def test_all_diverged_is_an_error():
+    with pytest.raises(FloatingPointError, match="all networks diverged"):
+        fit_many(partial(init_velocities_, make(), 1e30), digits().splits(60, [0, 1]), epochs=2)
+
+
+# --- random numbers in training -------------------------------------------------------------------------------------
+
+def stochastic_depth(x, p=.3):
+    "As it is usually written: a block is dropped for a whole sample."
+    noise = x.new_empty([len(x)] + [1] * (x.ndim - 1))
+    noise.bernoulli_(1 - p)
+    return x * noise.div_(1 - p)
+
+
+class Noisy(nn.Module):
+    "A velocity with everything that draws: dropout, stochastic depth, noise."
+    def __init__(self, dim=64):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(.2), nn.ReLU(), nn.Linear(dim, dim))
+    def forward(self, x):
+        v = self.layers(x)
+        if not self.training: return v
+        v = stochastic_depth(v) + .01 * torch.randn_like(v) + .01 * torch.rand(v.shape[-1])
+        return v * torch.empty(len(v), 1).bernoulli_(.9)
+
+
+def noisy_net(): return ResidualNet(Flow([Noisy() for _ in range(2)]), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_what_a_network_draws_is_its_own(mode):
+    "Dropout, stochastic depth, noise: alone, with one neighbour and with two, the same numbers."
+    settings = dict(least_action=LeastAction, epochs=3, batch_size=25, eval_every=1)
+    runs = fit_many(noisy_net, digits().splits(60, [5, 7, 6]), mode=mode, **settings)
+    model, split = _made(noisy_net, 6), digits().splits(60, [5, 7, 6]).member(2)
+    la = settings.pop("least_action")(model)
+    with seeded(6): alone = fit(model, split, la, seed=6, **settings)
+    assert_as_alone(runs[2], alone)
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Dropout(.4), (6, 5)), (nn.Dropout2d(.4), (6, 5, 3, 3)), (nn.Dropout1d(.4), (6, 5, 7)),
+                                          (nn.Dropout(0.), (6, 5)), (nn.Dropout(1.), (6, 5))])
+def test_dropout_layers_draw_what_they_draw_alone(layer, shape):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.gain, self.layer = nn.Parameter(torch.ones(1)), layer
+        def forward(self, x): return self.layer(self.gain * x)
+    models, x = [Net() for _ in range(3)], torch.randn(3, *shape)
+    row = Ensemble(models, seeds=[4, 2, 9])
+    out = row(x)
+    for i, seed in enumerate((4, 2, 9)):
+        with seeded(seed): assert torch.equal(out[i], models[i](x[i]))
+
+
+def test_draws_that_cannot_be_separated_are_refused():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.layer = nn.Linear(3, 3)
+        def forward(self, x): return F.alpha_dropout(self.layer(x), .5, self.training)
+    with pytest.raises(RuntimeError, match="random"): Ensemble([Net(), Net()])(torch.rand(2, 4, 3))
+
+
+# --- forms of convolution -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("conv", ["unfolded", "matmul"])
+@pytest.mark.parametrize("how", [dict(), dict(stride=2, padding=1), dict(padding=(1, 0), dilation=(1, 2)), dict(padding="same"), dict(groups=2),
+                                 dict(bias=False)])
+def test_forms_of_convolution_agree(conv, how):
+    models, x = [nn.Sequential(nn.Conv2d(4, 6, 3, **how)) for _ in range(3)], torch.randn(3, 5, 4, 9, 8)
+    plain, form = Ensemble(models), Ensemble(models, conv=conv)
+    a, b = plain(x), form(x)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    a.square().sum().backward(); b.square().sum().backward()
+    for p, q in zip(plain.stacks, form.stacks): torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+
+
+# --- grids ----------------------------------------------------------------------------------------------------------
+
+def gained(gain=1.): return init_velocities_(make(), gain)
+
+
+def test_a_grid_is_as_many_trainings():
+    "Settings of least action, of the training and of the maker, each combination as if alone."
+    row = digits().splits(60, [3, 4])
+    grid = dict(lambda0=[.1, 2.], target=[0., .5], lr=[1e-3, 1e-2], gain=[.1, .5])
+    runs = fit_many(gained, row, least_action=partial(LeastAction, tau=.5), epochs=3, eval_every=1, grid=grid)
+    assert len(runs) == 32 and len({tuple(m.items()) for m in runs.members}) == 32
+    for i in (0, 13, 30):
+        m = runs.members[i]
+        model = _made(partial(gained, m["gain"]), m["seed"])
+        la = LeastAction(model, lambda0=m["lambda0"], tau=.5, target=m["target"])
+        assert_as_alone(runs[i], fit(model, row.member(row.seeds.index(m["seed"])), la, seed=m["seed"], epochs=3, eval_every=1, lr=m["lr"]))
+    part = runs.where(lr=1e-2, lambda0=2.)
+    assert len(part) == 8 and all(m["lr"] == 1e-2 for m in part.members) and part.provenance["seeds"] == [3, 4] * 4
+    torch.testing.assert_close(part[1].curves["loss"], runs[runs.members.index(part.members[1])].curves["loss"])
+    with pytest.raises(ValueError, match="no network has"): runs.where(lr=7.)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(grid={}), "grid is empty"), (dict(grid=dict(lr=[])), "is empty"), (dict(grid=dict(lr=[.1, .1])), "has 0.1 twice"),
+    (dict(grid=dict(lr=.1)), "expected a list"), (dict(grid=dict(lambda0=[1.])), "nobody takes"), (dict(grid=dict(speed=[1.])), "nobody takes"),
+    (dict(grid=dict(epochs=[1, 2])), "epochs cannot be in a grid"), (dict(grid=dict(lr=[1e-3, -1.])), "lr is -1"),
+    (dict(seeds=[1, 1]), "seeds has 1 twice"), (dict(mode="fast"), "mode is 'fast'"), (dict(conv="fft"), "conv is 'fft'"),
+    (dict(patience=2), "patience would stop"), (dict(compile=True), "compile is for single"), (dict(workers=0), "workers is 0"), (dict(chunk=0), "chunk is 0"),
+    (dict(resume=True), "resume and save_every need a folder")])
+def test_what_cannot_be_trained_is_refused_before_the_start(settings, message, monkeypatch):
+    monkeypatch.setattr("lap_nb.ensembles._run_all", lambda *a: pytest.fail("training has begun"))
+    with pytest.raises(ValueError, match=message): fit_many(make, digits().splits(60, [0, 1]), epochs=1, **settings)
+
+
+def test_networks_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="lie on cpu and meta"): Ensemble([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
+
+
+# --- memory and rows ------------------------------------------------------------------------------------------------
+
+def test_rows_are_cut_to_fit_and_change_nothing():
+    row, settings = digits().splits(60, range(5)), dict(least_action=LeastAction, epochs=2, eval_every=1, mode="batched")
+    need = member_memory(make, row.x[:60])
+    whole, cut, small = fit_many(make, row, **settings), fit_many(make, row, chunk=2, **settings), fit_many(make, row, memory=int(2.5 * need), **settings)
+    for name in whole.curves:
+        for other in (cut, small): torch.testing.assert_close(whole.curves[name], other.curves[name], rtol=1e-4, atol=1e-6)
+
+
+def test_more_than_memory_allows_is_refused():
+    row = digits().splits(60, range(5))
+    need = member_memory(make, row.x[:60])
+    with pytest.raises(MemoryError, match="5 networks at once need about .* choose chunk=3 or less"):
+        fit_many(make, row, epochs=1, mode="batched", chunk=5, memory=int(3.5 * need))
+    with pytest.raises(MemoryError, match="one network needs about"): fit_many(make, row, epochs=1, memory=need // 2)
+
+
+# --- several processes, checkpoints ---------------------------------------------------------------------------------
+
+def test_processes_give_the_same_numbers():
+    row, settings = pictures().splits(60, range(3)), dict(least_action=LeastAction, epochs=2, batch_size=30, eval_every=1)
+    alone, spread = fit_many(conv_net, row, mode="sequential", **settings), fit_many(conv_net, row, mode="processes", workers=2, **settings)
+    for name in alone.curves: torch.testing.assert_close(alone.curves[name], spread.curves[name], rtol=1e-3, atol=1e-4)
+    for p, q in zip(alone.model.stacks, spread.model.stacks): torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+def test_processes_need_a_maker_they_can_import():
+    with pytest.raises(ValueError, match="functions of a module"):
+        fit_many(lambda: make(), digits().splits(60, range(2)), epochs=1, mode="processes")
+
+
+def test_a_worker_that_ends_is_reported():
+    with pytest.raises(RuntimeError, match="worker process ended abruptly"):
+        fit_many(partial(vanishing, os.getpid()), digits().splits(60, range(2)), epochs=1, mode="processes", workers=1)
+
+
+def vanishing(parent):
+    "Ends the process that calls it, unless it is the first."
+    if os.getpid() != parent: os._exit(1)
+    return make()
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_killed_and_resumed_to_the_same_bits(mode, tmp_path):
+    "SIGKILL in the middle of the second of two rows; the rest of the training ends where the undisturbed one does."
+    script = f"""
+import sys, os, signal
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_ensembles import *
+class Bar:
+    epochs = 0
+    def update(self, n):
+        self.epochs += n
+        if self.epochs >= 5: os.kill(os.getpid(), signal.SIGKILL)
+train({mode!r}, {str(tmp_path / "kept")!r}, progress=Bar())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "kept" / "members.json").exists()
+    whole, resumed = train(mode, tmp_path / "whole"), train(mode, tmp_path / "kept", resume=True)
+    for name in whole.curves: assert torch.equal(whole.curves[name], resumed.curves[name]), name
+    for p, q in zip(whole.model.stacks, resumed.model.stacks): assert torch.equal(p, q)
+    again = train(mode, tmp_path / "kept", resume=True)                       # of a finished training: nothing is trained
+    assert torch.equal(again.curves["loss"], whole.curves["loss"])
+
+
+def train(mode, folder, **settings):
+    return fit_many(noisy_net, digits().splits(60, range(4)), least_action=LeastAction, epochs=8, batch_size=20, eval_every=4, mode=mode, chunk=2,
+                    checkpoint=folder, save_every=2, **settings)
+
+
+def test_checkpoints_of_another_ensemble_are_refused(tmp_path):
+    row, settings = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path / "c")
+    fit_many(make, row, **settings)
+    with pytest.raises(FileExistsError, match="holds checkpoints: go on"): fit_many(make, row, **settings)
+    with pytest.raises(ValueError, match="differ in settings"): fit_many(make, row, lr=.1, resume=True, **settings)
+    with pytest.raises(ValueError, match="differ in members"): fit_many(make, row, seeds=[0, 5], resume=True, **settings)
+    with pytest.raises(ValueError, match="of batched trainings, now they are sequential"): fit_many(make, row, resume=True, **settings | dict(mode="sequential"))
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+def test_graphs_need_a_gpu():
+    if torch.cuda.is_available(): pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match="CUDA graphs need a CUDA device"): fit_many(make, digits().splits(60, [0, 1]), epochs=1, mode="graph")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("maker, data", [(make, digits), (conv_net, pictures)])
+def test_replayed_graphs_give_the_same_numbers(maker, data):
+    "The last batch of an epoch is smaller, so there are two graphs; running statistics are those of the batched row."
+    row, settings = data().splits(100, range(3)), dict(least_action=LeastAction, epochs=4, batch_size=40, eval_every=1, device="cuda")
+    batched, graph = fit_many(maker, row, mode="batched", **settings), fit_many(maker, row, mode="graph", **settings)
+    for name in batched.curves:
+        tolerance = dict(rtol=0, atol=.02) if "accuracy" in name else dict(rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(batched.curves[name], graph.curves[name], **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_refuse_random_numbers():
+    with pytest.raises(RuntimeError, match="a CUDA graph would repeat them"):
+        fit_many(noisy_net, digits().splits(60, [0, 1]), epochs=1, mode="graph", device="cuda")
+
+
+def test_parameters_without_axes_train_and_freeze():
+    "The factor of SkipInit is a single number."
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.gain, self.layer = nn.Parameter(torch.tensor(.5)), nn.Linear(64, 10)
+        def forward(self, x): return self.gain * self.layer(x)
+    runs = fit_many(Scaled, digits().splits(60, range(2)), epochs=2, mode="batched")
+    assert runs.diverged == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5

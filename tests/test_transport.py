@@ -1,4 +1,5 @@
 "Optimal transport: values known in closed form or by brute force, what must hold for any clouds, and unusable input."
+import json
 import math
 from itertools import permutations
 
@@ -12,7 +13,8 @@ from torch.testing import assert_close
 
 from lap_nb.dynamics import Flow, Trajectory, dense_net, init_velocities_
 from lap_nb.kinetic import kinetic_energy
-from lap_nb.transport import (action_split, cost_matrix, exact_gap, gap_curve, optimal_coupling)
+from lap_nb.transport import (action_split, cost_matrix, cyclical_monotonicity, entropic_w2, exact_gap, gap_curve, mccann, measure_transport,
+                              monotonicity, optimal_coupling, plot_splits, sliced_w2)
 
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=25, deadline=None)
@@ -276,13 +278,94 @@ def test_far_from_the_origin_no_digits_are_lost():
 
 
 def test_stages_add_up():
-    class Staged:
-        stages = (Trajectory(torch.stack([cloud(20, 6, 0), cloud(20, 6, 1)])), Trajectory(torch.stack([cloud(20, 3, 2), cloud(20, 3, 3), cloud(20, 3, 4)])))
-    split = action_split(Staged, torch.arange(20) % 2)
-    alone = [action_split(stage, torch.arange(20) % 2) for stage in Staged.stages]
+    staged = Trajectory([torch.stack([cloud(20, 6, k) for k in range(2)]), torch.stack([cloud(20, 3, k) for k in range(3)])])
+    split = action_split(staged, torch.arange(20) % 2)
+    alone = [action_split(stage, torch.arange(20) % 2) for stage in staged.stages]
     for row in ("all", "class 0", "class 1"):
         assert_close(torch.tensor(split.parts[row]), sum(torch.tensor(a.parts[row]) for a in alone))
     assert split.parts["stage 2, class 1"] == alone[1].parts["class 1"] and [g.dim for g in split.gaps] == [6, 3]
+
+
+def test_a_record_of_stages_is_plain_json():
+    staged = Trajectory([torch.stack([cloud(20, 6, k) for k in range(2)]), torch.stack([cloud(20, 3, k) for k in range(3)])])
+    record = measure_transport(staged, torch.arange(20) % 2)
+    assert json.loads(json.dumps(record)) == record and record["dim"] == [6, 3]
+    assert_close(record["stage 1: total"] + record["stage 2: total"], record["all: total"])
+
+
+# Brenier, McCann, bounds
+
+@quick
+@given(seeds, st.integers(10, 40), st.integers(2, 5), st.integers(2, 5))
+def test_gradients_of_convex_functions_violate_nothing(seed, n, d, length):
+    x = cloud(n, d, seed)
+    for y in (x @ positive(d, seed), x.abs().pow(3) * x.sign(), x - 4):
+        assert monotonicity(x, y).rate == 0 and cyclical_monotonicity(x, y, length, 200).rate == 0
+
+
+@quick
+@given(seeds, st.integers(6, 20))
+def test_pairs_are_counted_one_by_one(seed, n):
+    x, y = cloud(n, 3, seed), cloud(n, 3, seed + 1)
+    bad = [((y[i] - y[j]) @ (x[i] - x[j]) < 0).item() for i in range(n) for j in range(i)]
+    assert_close(monotonicity(x, y).rate, sum(bad) / len(bad))
+    drawn = cyclical_monotonicity(x, y, 2, 20_000)
+    assert abs(drawn.rate - sum(bad) / len(bad)) < .02   # five standard errors and more
+
+
+def test_no_gap_means_no_violation():
+    x = cloud(30, 2, 0)
+    y = cloud(30, 2, 1)
+    y = y[optimal_coupling(x, y).target]
+    assert exact_gap(x, y).gap == 0 and monotonicity(x, y).rate == 0 and cyclical_monotonicity(x, y, 4).rate == 0
+
+
+def test_cycles_of_neighbours_are_distinct_neighbours():
+    from lap_nb.transport import _draw_cycles
+    x = cloud(50, 2, 0)
+    for near in (None, 5):
+        at = _draw_cycles(x, 4, 500, near, 0)
+        assert all(len(set(row)) == 4 for row in at.tolist())
+    nearest = torch.cdist(x, x).topk(6, largest=False).indices
+    assert all(set(row) <= set(nearest[row[0]].tolist()) for row in at.tolist())
+
+
+def test_displacement_interpolation_is_recognised_and_an_uneven_clock_is_seen():
+    x = cloud(60, 3, 0)
+    y = x @ positive(3, 1)
+    at = lambda *times: Trajectory(torch.stack([(1 - t) * x + t * y for t in times]))
+    even, = mccann(at(0, .25, .5, .75, 1))
+    late, = mccann(at(0, .1, .2, .3, 1))
+    assert even.distance.max() < 1e-6 and even.detour.max() < 1e-9
+    assert late.detour.max() < 1e-9 and late.distance.max() > .4 * late.length
+
+
+@quick
+@given(seeds, st.integers(5, 30), st.integers(1, 4))
+def test_the_bounds_are_on_their_sides(seed, n, d):
+    x, y = cloud(n, d, seed), cloud(n, d, seed + 1)
+    exact = optimal_coupling(x, y).cost
+    above, below = entropic_w2(x, y, .2, tolerance=1e-2, reduction="sum"), sliced_w2(x, y, 200, reduction="sum")
+    assert above.value >= exact * (1 - 1e-9)
+    assert below.interval[0] - (below.value - below.interval[0]) * 2 <= exact * (1 + 1e-9)   # six standard errors below the mean
+
+
+def test_entropic_value_converges_to_the_exact_one_and_sliced_is_exact_for_translations():
+    x, y = cloud(40, 2, 0), cloud(40, 2, 1)
+    exact = optimal_coupling(x, y).cost
+    off = [entropic_w2(x, y, e, reduction="sum").value - exact for e in (.5, .1, .02)]
+    assert off[0] > off[1] > off[2] >= 0 and off[2] < .02 * exact + .02 * math.log(40) * cost_matrix(x, y).mean()
+    moved = sliced_w2(x, x + torch.tensor([3., 4.]), 2000, reduction="sum")
+    assert moved.interval[0] <= 25 <= moved.interval[1]
+
+
+def test_bars_add_up():
+    import matplotlib
+    matplotlib.use("Agg")
+    split = action_split(Trajectory(torch.stack([cloud(20, 2, k) for k in range(3)])))
+    for shares, total in ((True, 1.), (False, split.total())):
+        ax = plot_splits({"one": split}, shares=shares)
+        assert_close(sum(bar.get_width() for bar in ax.patches), total)
 
 
 # Unusable input
@@ -310,6 +393,16 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: optimal_coupling(x, y[:5], solver="assignment"), "use solver='simplex'"),
     (lambda: action_split(Trajectory(torch.stack([x, y])), torch.zeros(5)), r"labels have shape \(5,\), expected \(6,\)"),
     (lambda: gap_curve(x, y, sizes=[1, 4]), "expected from 2 to the 6"),
+    (lambda: gap_curve(x, y[:5]), "start has 6 points, end 5"),
+    (lambda: monotonicity(x, y[:5]), "start has 6 points, end 5"),
+    (lambda: cyclical_monotonicity(x, y, 7), "there are 6 samples, expected at least the 7"),
+    (lambda: cyclical_monotonicity(x, y, 1), "at least 2 samples"),
+    (lambda: cyclical_monotonicity(x, y, cycles=0), "cycles is 0"),
+    (lambda: cyclical_monotonicity(x, y, near=6), "expected from 2 to 5"),
+    (lambda: mccann(Trajectory(torch.stack([x, y])), "max"), "expected one of mean, sum"),
+    (lambda: sliced_w2(x, cloud(6, 3, 0)), "x has 2 features, y 3"),
+    (lambda: sliced_w2(x, y, 1), "expected at least 2"),
+    (lambda: entropic_w2(x, y, -1), "epsilon is -1"),
 ])
 def test_unusable_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message): call()
@@ -323,6 +416,11 @@ def test_too_large_a_cloud_is_refused_before_it_is_allocated():
 
 def test_a_solver_that_does_not_converge_is_an_error(recwarn):
     with pytest.raises(RuntimeError, match="did not reach an optimum in 1 iterations"): optimal_coupling(x, y, solver="simplex", max_iter=1)
+    assert not recwarn.list
+
+
+def test_sinkhorn_that_does_not_converge_is_an_error(recwarn):
+    with pytest.raises(RuntimeError, match="raise max_iter or epsilon"): entropic_w2(x, y, .001, max_iter=2)
     assert not recwarn.list
 
 

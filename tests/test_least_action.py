@@ -1,0 +1,616 @@
+"Least action beyond the lesson: known multipliers, other libraries, states, devices without values, and everything that is refused."
+import io
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lap_nb.attach import find_blocks
+from lap_nb.data import digits
+from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net
+from lap_nb.ensembles import fit_many
+from lap_nb.kinetic import block_energies
+from lap_nb.least_action import (ADVICE, AugmentedLagrangian, DualAscent, FixedWeight, LeastAction,
+                                 ProportionalIntegral, _History, kkt)
+from lap_nb.training import fit
+
+MOVING = [DualAscent, partial(AugmentedLagrangian, penalty=2.), partial(ProportionalIntegral, gain=2.),
+          partial(ProportionalIntegral, gain=2., smooth=.5, relative=True)]
+make = partial(dense_net, 8, 3, 3, 8)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(24, 8, generator=generator), torch.randint(3, (24,), generator=generator)
+
+
+def gradient(model): return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+# A convex problem whose multiplier is known
+
+class Ridge:
+    "The shortest vector whose misfit is at most `level`; the multiplier by bisection, of which each step is a linear system."
+    def __init__(self, seed, n=30, d=6, level=.2):
+        g = torch.Generator().manual_seed(seed)
+        self.A, self.level = torch.randn(n, d, generator=g, dtype=torch.float64), level
+        self.b = self.A @ torch.randn(d, generator=g, dtype=torch.float64) + .1 * torch.randn(n, generator=g, dtype=torch.float64)
+        low, high = 0., 1e6
+        for _ in range(100):
+            self.lam = (low + high) / 2
+            low, high = (self.lam, high) if self.loss(self.minimum(self.lam)) > level else (low, self.lam)
+
+    def loss(self, t): return (self.A @ t - self.b).square().mean()
+    def minimum(self, lam):
+        n, d = self.A.shape
+        return torch.linalg.solve(torch.eye(d, dtype=torch.float64) + lam / n * self.A.T @ self.A, lam / n * self.A.T @ self.b)
+
+
+@pytest.mark.parametrize("rule", MOVING)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_rule_finds_the_known_multiplier(rule, seed):
+    task = Ridge(seed)
+    law, t = rule(lambda0=2., tau=4., target=task.level).double(), torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    for _ in range(700):
+        law.update(task.loss(t))
+        g, = torch.autograd.grad(task.loss(t) + t.square().sum() / law.lam, t)
+        with torch.no_grad(): t -= .15 * g
+    assert law.lam.item() == pytest.approx(task.lam, rel=1e-5)
+    torch.testing.assert_close(t.detach(), task.minimum(task.lam), rtol=1e-5, atol=1e-7)
+
+
+def test_fixed_weight_is_the_penalty_and_misses_the_multiplier():
+    task = Ridge(0)
+    law = FixedWeight(2., 5., task.level)
+    for loss in (3., 0., 9.): law.update(torch.tensor(loss))
+    assert law.lam.item() == 2. and abs(task.lam - 2) > 1
+
+
+@pytest.mark.parametrize("name", ["dual ascent", "augmented", "proportional-integral"])
+def test_same_iterates_as_cooper(name):
+    "With the learning rate eta lambda on L + C/lambda and eta on C + lambda L the two codes do the same thing, step by step."
+    cooper = pytest.importorskip("cooper")
+    from cooper.optim import AlternatingDualPrimalOptimizer, nuPI, nuPIInitType
+    task = Ridge(0)
+
+    class Problem(cooper.ConstrainedMinimizationProblem):
+        def __init__(self):
+            super().__init__()
+            augmented = name == "augmented"
+            formulation = cooper.formulations.AugmentedLagrangian if augmented else cooper.formulations.Lagrangian
+            multiplier = cooper.multipliers.DenseMultiplier(init=torch.ones(1, dtype=torch.float64))
+            penalty = cooper.penalty_coefficients.DensePenaltyCoefficient(torch.tensor([3.], dtype=torch.float64)) if augmented else None
+            self.bound = cooper.Constraint(cooper.ConstraintType.INEQUALITY, formulation, multiplier, penalty)
+
+        def compute_cmp_state(self, t):
+            state = cooper.ConstraintState(violation=(task.loss(t) - task.level).reshape(1))
+            return cooper.CMPState(loss=t.square().sum(), observed_constraints={self.bound: state})
+
+    problem, theirs = Problem(), torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    pi = dict(Ki=torch.tensor(.5), Kp=torch.tensor(3.), ema_nu=.25, init_type=nuPIInitType.ZEROS)
+    dual = nuPI(problem.dual_parameters(), lr=1., maximize=True, **pi) if name == "proportional-integral" else torch.optim.SGD(
+        problem.dual_parameters(), lr=.5, maximize=True)
+    pair = AlternatingDualPrimalOptimizer(problem, torch.optim.SGD([theirs], lr=.004), dual)
+    common = dict(lambda0=1., tau=.5, target=task.level)
+    law = {"dual ascent": DualAscent(**common), "augmented": AugmentedLagrangian(**common, penalty=3.),
+           "proportional-integral": ProportionalIntegral(**common, gain=3., smooth=.25)}[name].double()
+    ours = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    for _ in range(100):
+        pair.roll(compute_cmp_state_kwargs=dict(t=theirs))
+        law.update(task.loss(ours))
+        g, = torch.autograd.grad(task.loss(ours) + ours.square().sum() / law.lam, ours)
+        with torch.no_grad(): ours -= .004 * law.lam * g
+        multiplier = law.mu if name == "augmented" else law.lam
+        assert multiplier.item() == pytest.approx(problem.bound.multiplier.weight.item(), rel=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert task.loss(ours) < task.loss(torch.zeros(6, dtype=torch.float64)) / 5
+
+
+# Rules as sequences
+
+@given(st.lists(st.floats(0, 50, width=32), min_size=1, max_size=20), st.floats(.01, 5), st.floats(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_dual_ascent_against_plain_floats(losses, tau, target):
+    law, lam = DualAscent(1., tau, target, cap=30.).double(), 1.
+    for loss in losses:
+        law.update(torch.tensor(loss, dtype=torch.float64))
+        lam = min(max(lam + tau * (loss - target), 1e-3), 30.)
+        assert law.lam.item() == pytest.approx(lam, rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 50, width=32), min_size=1, max_size=20))
+@settings(max_examples=25, deadline=None)
+def test_without_their_extra_part_the_rules_are_dual_ascent(losses):
+    laws = [DualAscent(1., .5, 1.), ProportionalIntegral(1., .5, 1., gain=0.), AugmentedLagrangian(1., .5, 1., penalty=0.)]
+    for loss in losses:
+        for law in laws: law.update(torch.tensor(loss))
+        assert laws[0].lam.item() == laws[1].lam.item()
+        assert laws[2].lam.item() == pytest.approx(max(laws[2].mu.item(), 1e-3))
+
+
+def test_published_lambda_never_falls():
+    law, last = DualAscent(), 1.
+    for loss in torch.rand(50):
+        law.update(loss)
+        assert law.lam.item() > last
+        last = law.lam.item()
+
+
+@pytest.mark.parametrize("rule", [*MOVING, FixedWeight])
+def test_a_row_of_networks_is_each_by_itself(rule):
+    losses, first = torch.rand(6, 3) * 4, torch.tensor([.5, 1., 4.])
+    row, alone = rule(first, .7, 1., 6.), [rule(lam, .7, 1., 6.) for lam in first]
+    for loss in losses:
+        row.update(loss)
+        for law, one in zip(alone, loss): law.update(one)
+    low = row.low   # bounds are shared by a row
+    expected = torch.stack([law.lam for law in alone])
+    torch.testing.assert_close(row.lam, expected.clamp(min=low))
+
+
+@pytest.mark.parametrize("rule", [*MOVING, FixedWeight])
+def test_a_loss_that_is_not_finite_moves_nothing(rule):
+    law = rule(torch.tensor([1., 1.]), 1., .1)
+    law.update(torch.tensor([.5, .6]))
+    before = {k: v.clone() for k, v in law.state_dict().items()}
+    law.update(torch.tensor([float("nan"), float("inf")]))
+    assert law.held.tolist() == [1, 1]
+    torch.testing.assert_close({k: v for k, v in law.state_dict().items() if k != "held"}, {k: v for k, v in before.items() if k != "held"}, equal_nan=True)
+    law.update(torch.tensor([float("inf"), .6]))
+    assert law.held.tolist() == [2, 1]
+
+
+# The objective
+
+def test_objective_and_gradient_are_those_of_the_trajectory(net, batch):
+    x, y = batch
+    with LeastAction(net, lambda0=3., tau=.5, every=1) as la:
+        loss = la(F.cross_entropy(net(x), y))
+        loss.backward()
+    measured = gradient(net)
+    task = F.cross_entropy(net(x), y)
+    lam = 3. + .5 * task.item()
+    net.zero_grad()
+    (task + block_energies(net.trajectory(x)).mean(1).sum() / lam).backward()
+    torch.testing.assert_close(measured, gradient(net), rtol=1e-4, atol=1e-6)
+
+
+def test_both_forms_give_the_same_training_when_the_learning_rates_match(batch):
+    "Plain SGD with rate eta on L + C/lambda, and with rate eta/lambda on lambda L + C."
+    x, y = batch
+    ends = []
+    for divided in (True, False):
+        torch.manual_seed(0)
+        net = make().double()
+        la, opt = LeastAction(net, lambda0=2., tau=.3).double(), torch.optim.SGD(net.parameters(), lr=.05)
+        for _ in range(30):
+            loss = la(F.cross_entropy(net(x.double()), y))
+            opt.zero_grad(); (loss if divided else la.lam * loss).backward()
+            opt.param_groups[0]["lr"] = .05 if divided else .05 / la.lam.item()
+            opt.step()
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_first_argument_may_be_the_blocks(net, batch, reduction):
+    x, y = batch
+    with LeastAction(find_blocks(net), reduction=reduction) as a, LeastAction(net, reduction=reduction) as b:
+        task = F.cross_entropy(net(x), y)
+        assert a(task).item() == b(task).item() and list(a.blocks) == list(b.blocks)
+
+
+def test_weights_by_pattern(net, batch):
+    x, y = batch
+    with LeastAction(net, weights={"flow.blocks.*": 2., "flow.blocks.1": 0.}) as la:
+        la(F.cross_entropy(net(x), y))
+        energies = block_energies(net.trajectory(x)).mean(1)
+        torch.testing.assert_close(la.action, 2 * energies[0].detach() + 2 * energies[2].detach())
+        torch.testing.assert_close(la.energies, energies.detach())
+
+
+def test_weights_of_one_change_nothing(net, batch):
+    x, y = batch
+    with LeastAction(net, weights={"*": 1.}) as a, LeastAction(net) as b:
+        task = F.cross_entropy(net(x), y)
+        torch.testing.assert_close(a(task), b(task))
+
+
+def test_shared_parameters_count_in_each_block(batch):
+    x, y = batch
+    velocity = nn.Linear(8, 8)
+    net = ResidualNet(Flow([velocity, velocity], .5), nn.Linear(8, 3))
+    with LeastAction(net, tau=0.) as la:
+        la(F.cross_entropy(net(x), y)).backward()
+        energies = block_energies(net.trajectory(x)).mean(1)
+        torch.testing.assert_close(la.action, energies.sum().detach())
+    measured = gradient(net)
+    net.zero_grad()
+    (F.cross_entropy(net(x), y) + block_energies(net.trajectory(x)).mean(1).sum()).backward()
+    torch.testing.assert_close(measured, gradient(net), rtol=1e-4, atol=1e-6)
+
+
+class Push(nn.Module):
+    def __init__(self): super().__init__(); self.v = nn.Parameter(torch.zeros(2))
+    def forward(self, x): return self.v.expand_as(x)
+
+
+@pytest.mark.parametrize("K, h, lam", [(1, 1., 1.), (3, 1 / 3, 1.), (3, 1., 1 / 3)])
+def test_solution_does_not_depend_on_the_splitting_of_blocks_in_time_one(K, h, lam):
+    "min |d|^2/T with |d - 1|^2 <= 1/4 has d = 1/2 and the multiplier 1/T, T = Kh."
+    flow = Flow([Push() for _ in range(K)], h)
+    la, opt = LeastAction(flow, tau=.3, target=.25), torch.optim.SGD(flow.parameters(), lr=.1)
+    for _ in range(300):
+        loss = la((flow(torch.zeros(1, 2)) - 1).square().mean())
+        opt.zero_grad(); loss.backward(); opt.step()
+    assert la.lam.item() == pytest.approx(lam, rel=.01)
+    torch.testing.assert_close(flow(torch.zeros(1, 2)), torch.full((1, 2), .5), rtol=0, atol=.005)
+
+
+# The clock
+
+def test_accumulated_batches_give_the_gradient_of_the_whole(net, batch):
+    x, y = batch
+    net.zero_grad()
+    with LeastAction(net, lambda0=2., tau=0.) as la: la(F.cross_entropy(net(x), y)).backward()
+    whole = gradient(net)
+    net.zero_grad()
+    with LeastAction(net, lambda0=2., tau=1., accumulate=4) as la:
+        for xb, yb in zip(x.chunk(4), y.chunk(4)): (la(F.cross_entropy(net(xb), yb)) / 4).backward()
+        assert la.lam.item() == pytest.approx(2. + F.cross_entropy(net(x), y).item(), rel=1e-5)
+    torch.testing.assert_close(gradient(net), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_in_accumulated_batches_is_one_in_whole_batches(batch):
+    "With lambda raised after the step in both; the published order raises it before."
+    x, y = batch
+    traces = []
+    for chunks in (1, 3):
+        torch.manual_seed(0)
+        net = make()
+        la = LeastAction(net, accumulate=chunks) if chunks > 1 else LeastAction(net, every=None)
+        opt, trace = torch.optim.SGD(net.parameters(), lr=.05), []
+        for _ in range(10):
+            opt.zero_grad()
+            for xb, yb in zip(x.chunk(chunks), y.chunk(chunks)):
+                task = F.cross_entropy(net(xb), yb)
+                (la(task) / chunks).backward()
+            if chunks == 1: la.ascend(task)
+            opt.step(); trace.append(la.lam.item())
+        traces.append(trace)
+    assert traces[0] == pytest.approx(traces[1], rel=1e-4)
+
+
+def lams(net, losses, **settings):
+    "The multiplier after each loss."
+    with LeastAction(net, **settings) as la:
+        found = []
+        for loss in losses:
+            net(torch.ones(1, 8)); la(torch.tensor(loss)); found.append(la.lam.item())
+    return found
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(), [4., 6., 7., 11.]), (dict(every=2), [1., 3., 3., 7.]), (dict(every=2, average="mean"), [1., 3.5, 3.5, 6.]),
+    (dict(warmup=2), [1., 1., 2., 6.]), (dict(every=None), [1.] * 4), (dict(accumulate=2), [1., 3.5, 3.5, 6.]),
+    (dict(accumulate=2, every=2, average="mean"), [1., 1., 1., 3.5]), (dict(target=2.), [2., 2., 1., 3.]),
+    (dict(average=.5), [4., 4. + 7 / 3, 4. + 7 / 3 + 11 / 7, 4. + 7 / 3 + 11 / 7 + 43 / 15]), (dict(floor=.2), [4., 5., 5., 5.]),
+    (dict(warmup=1, every=2, tau=.5), [1., 2., 2., 4.])])
+def test_sequences_by_hand(net, settings, expected):
+    assert lams(net, [3., 2., 1., 4.], **settings) == pytest.approx(expected, rel=1e-6)
+
+
+def test_several_optimisers_and_a_scaler(net, batch):
+    x, y = batch
+    reference = lams_after = None
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = make()
+        la, scaler = LeastAction(model), torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2. ** 8)
+        opts = [torch.optim.SGD(model.flow.parameters(), lr=.1), torch.optim.SGD(model.head.parameters(), lr=.01)]
+        for _ in range(5):
+            for opt in opts: opt.zero_grad()
+            scaler.scale(la(F.cross_entropy(model(x), y))).backward()
+            for opt in opts: scaler.step(opt)
+            scaler.update()
+        if reference is None: reference, lams_after = [p.clone() for p in model.parameters()], la.lam
+    torch.testing.assert_close(list(model.parameters()), reference, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(la.lam, lams_after)
+
+
+def test_a_step_that_the_scaler_skips_leaves_lambda_alone(net, batch):
+    x, y = batch
+    la, scaler, opt = LeastAction(net), torch.amp.GradScaler("cpu"), torch.optim.SGD(net.parameters(), lr=.1)
+    before = [p.clone() for p in net.parameters()]
+    scaler.scale(la(F.cross_entropy(net(x) * float("inf"), y))).backward()
+    scaler.step(opt); scaler.update()
+    torch.testing.assert_close(list(net.parameters()), before)
+    assert la.lam.item() == 1. and la.controller.held.item() == 1
+
+
+def test_compiled_model(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    net = make()
+    with LeastAction(net) as la: eager = la(F.cross_entropy(net(x), y)).item()
+    with LeastAction(net) as la:
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        assert la(F.cross_entropy(compiled(x), y)).item() == pytest.approx(eager, rel=1e-6)
+        compiled(x)
+    la = LeastAction(compiled)   # blocks are found inside the wrapper
+    assert list(la.blocks) == list(find_blocks(net))
+
+
+# Devices
+
+class Reads(TorchDispatchMode):
+    "Counts reads of single values, each of which would make a processor wait for a GPU."
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default): self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(average=.9), dict(average="mean", every=2), dict(accumulate=2), dict(weights={"*": 2.}),
+                                      *[dict(controller=rule, target=.5) for rule in MOVING]])
+def test_a_step_reads_no_value_from_the_device(settings):
+    "On the meta device tensors have no values, so any read would raise."
+    net = make().to("meta")
+    la = LeastAction(net, **settings)
+    la.history = _History(la.lam, size=4)   # folded twice within ten calls
+    for _ in range(10):
+        loss = la(F.cross_entropy(net(torch.empty(4, 8, device="meta")), torch.zeros(4, dtype=torch.long, device="meta")))
+        loss.backward()
+    assert la.lam.device.type == "meta" and la.history.count["stride"] == 4
+
+
+def test_on_the_cpu_the_only_read_is_the_sign_of_the_loss(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    task = F.cross_entropy(net(x), y)
+    with Reads() as reads: la(task)
+    assert reads.count == 1
+
+
+def test_multiplier_follows_a_model_that_was_moved_after_attaching(net):
+    la = LeastAction(net, weights={"*": 2.})
+    net.to("meta")
+    loss = la(F.cross_entropy(net(torch.empty(4, 8, device="meta")), torch.zeros(4, dtype=torch.long, device="meta")))
+    assert loss.device.type == "meta" and {b.device.type for b in la.buffers()} == {"meta"}
+
+
+def test_a_negative_loss_elsewhere_is_found_later(net, batch, monkeypatch):
+    "Off the CPU nothing is read in a step; the smallest loss is kept, and `check` and the report look."
+    x, y = batch
+    la = LeastAction(net)
+    la(F.cross_entropy(net(x), y))
+    la.check()
+    la.lowest = torch.tensor(-.25)   # what a step on a GPU would have noted
+    for look in (la.check, la.report):
+        with pytest.raises(ValueError, match="the task loss was -0.25, expected zero or more"): look()
+
+
+def test_all_processes_share_the_mean_loss(net, monkeypatch):
+    import torch.distributed as dist
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.add_(5.))   # the other process saw a loss of 5
+    task = torch.tensor(3.)
+    net(torch.ones(1, 8))
+    la = LeastAction(net)
+    net(torch.ones(1, 8))
+    la(task)
+    assert la.lam.item() == 5. and task.item() == 3.
+
+
+# State
+
+@pytest.mark.parametrize("settings", [dict(), dict(average=.9), dict(average="mean", every=3), dict(accumulate=2),
+                                      *[dict(controller=rule, target=.5) for rule in MOVING]])
+def test_state_goes_through_a_file_and_the_training_goes_on_the_same(batch, settings):
+    x, y = batch
+    def steps(net, la, n):
+        opt = torch.optim.SGD(net.parameters(), lr=.05)
+        for _ in range(n):
+            loss = la(F.cross_entropy(net(x), y))
+            opt.zero_grad(); loss.backward(); opt.step()
+    torch.manual_seed(0)
+    net = make()
+    la = LeastAction(net, **settings)
+    steps(net, la, 7)
+    file = io.BytesIO(); torch.save(dict(net=net.state_dict(), la=la.state_dict()), file); file.seek(0)
+    steps(net, la, 6)
+    state, again = torch.load(file, weights_only=True), make()
+    again.load_state_dict(state["net"])
+    other = LeastAction(again, **settings)
+    other.load_state_dict(state["la"])
+    steps(again, other, 6)
+    for (name, a), b in zip(la.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b) or (a.isnan() & b.isnan()).all() if isinstance(a, torch.Tensor) else a == b, name
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+
+
+def test_history_stays_small_and_evenly_spaced(net):
+    la = LeastAction(net)
+    net(torch.ones(1, 8)); energies = la.meter.take()
+    for i in range(1500):
+        la.meter.put(energies)
+        la(torch.tensor(float(i)))
+    curves = la.curves()
+    assert 128 <= len(curves["call"]) <= 256 and curves["call"].diff().unique().tolist() == [8]
+    assert torch.equal(curves["loss"], curves["call"].float() - 1)
+
+
+@pytest.mark.parametrize("other, message", [
+    (lambda: LeastAction(dense_net(8, 3, 5, 8)), "3 blocks, this one 5; only in the state: none; only here: flow.blocks.3, flow.blocks.4"),
+    (lambda: LeastAction(make(), reduction="sum"), "reduction 'mean', here it is 'sum'"),
+    (lambda: LeastAction(make(), controller=ProportionalIntegral), "controller 'DualAscent', here it is 'ProportionalIntegral'"),
+    (lambda: LeastAction(make(), lambda0=torch.ones(4)), r"shape \(\), here \(4,\)")])
+def test_state_of_another_model_is_refused_whole(net, batch, other, message):
+    x, y = batch
+    la = LeastAction(net)
+    la(F.cross_entropy(net(x), y))
+    into = other()
+    before = {k: v.clone() for k, v in into.state_dict().items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(ValueError, match=message): into.load_state_dict(la.state_dict())
+    torch.testing.assert_close({k: into.state_dict()[k] for k in before}, before, equal_nan=True)
+
+
+def test_state_of_something_else_is_refused(net):
+    with pytest.raises(ValueError, match="found no state of a LeastAction"): LeastAction(net).load_state_dict(net.state_dict())
+
+
+# Rows of networks
+
+@pytest.mark.parametrize("rule", [*MOVING, FixedWeight])
+def test_rows_take_any_rule_and_a_multiplier_each(rule):
+    first = [.1, 1., 10.]
+    runs = fit_many(partial(dense_net, 64, 10, 2, 8), digits().splits(60, [0]), grid=dict(lambda0=first), epochs=3,
+                    least_action=partial(LeastAction, controller=rule, average=.5, target=1.))
+    assert runs.curves["lambda"].shape[1:] == (3,) and runs.curves["lambda"].isfinite().all()
+    if rule is FixedWeight: assert runs.curves["lambda"][-1].tolist() == pytest.approx(first)
+    assert kkt(runs[1].curves, target=1.).verdict in ADVICE
+
+
+@pytest.mark.parametrize("rule", MOVING)
+def test_row_from_one_first_multiplier(rule):
+    split = digits().splits(60, [0, 1])
+    runs = fit_many(partial(dense_net, 64, 10, 2, 8), split, least_action=partial(LeastAction, controller=rule, average="mean"), epochs=2)
+    assert runs.curves["lambda"].shape[1:] == (2,) and runs.curves["lambda"].isfinite().all()
+
+
+def test_setting_a_row_makes_room_everywhere(net):
+    la = LeastAction(net, controller=ProportionalIntegral, average=.5)
+    la.lam = torch.tensor([1., 2., 3.])
+    assert {b.shape[-1] for name, b in la.named_buffers()} == {3}
+    with pytest.raises(ValueError, match=r"lambda has shape \(3,\)"): la.lam = torch.ones(4)
+
+
+# Reports
+
+def test_report_of_a_run(net):
+    net = dense_net(64, 10, 2, 8)
+    run = fit(net, digits().split(100), LeastAction(net), epochs=12, eval_every=1)
+    report = kkt(run.curves)
+    assert report.verdict == "diverges" and "target" in report.advice and report.gap > 0
+    assert "lambda" in str(report) and "| lambda |" in report._repr_markdown_()
+
+
+def test_stationarity_at_a_known_solution():
+    "At d = 1/2 the gradients cancel, and they balance at the price 1; away from it they do not."
+    flow = Flow([Push(), Push()], .5)
+    la = LeastAction(flow, lambda0=1., tau=0., target=.25)
+    task = lambda: (flow(torch.zeros(1, 2)) - 1).square().mean()
+    for v, balance in ((.5, 1.), (.25, 1 / 3)):
+        with torch.no_grad(): [p.fill_(v) for p in flow.parameters()]
+        residual, found = la.stationarity(task)
+        assert found == pytest.approx(balance, rel=1e-5)
+        assert residual == pytest.approx(0, abs=1e-6) if v == .5 else residual > .3
+    assert la.calls == 0 and all(p.grad is None for p in flow.parameters())
+
+
+def test_report_counts_losses_that_were_not_finite(net):
+    with LeastAction(net) as la:
+        for loss in (1., float("nan")):
+            net(torch.ones(1, 8)); la(torch.tensor(loss))
+        assert "1 losses were not finite" in str(la.report())
+
+
+def curve(**kw): return {"loss": kw["loss"], "lambda": kw["lam"], "action": torch.ones_like(kw["lam"])}
+
+
+@pytest.mark.parametrize("n", [24, 100, 256])
+@pytest.mark.parametrize("noise", [0., .02])
+@pytest.mark.parametrize("verdict, make_curve", [
+    ("satisfied", lambda t: dict(loss=.2 + torch.exp(-20 * t), lam=3 + torch.exp(-10 * t))),
+    ("oscillates", lambda t: dict(loss=.2 + .1 * torch.sin(40 * t), lam=5 + 2 * torch.cos(40 * t))),
+    ("infeasible", lambda t: dict(loss=.5 + 0 * t, lam=50 + 100 * t)),
+    ("unfinished", lambda t: dict(loss=1.2 - .8 * t, lam=1 + 100 * t)),
+    ("diverges", lambda t: dict(loss=.3 + .3 * t, lam=50 + 100 * t)),
+    ("never binds", lambda t: dict(loss=.1 + 0 * t, lam=(1 - 2 * t).clamp(1e-3)))])
+def test_verdicts(n, noise, verdict, make_curve):
+    t = torch.linspace(0, 1, n)
+    c, g = make_curve(t), torch.Generator().manual_seed(0)
+    c["loss"] = (c["loss"] + noise * torch.randn(n, generator=g)).clamp(min=0)
+    assert kkt(curve(**c), target=.2).verdict == verdict
+
+
+def test_verdicts_of_bare_cases():
+    t = torch.linspace(0, 1, 20)
+    assert kkt(curve(loss=1 - t, lam=3 + 0 * t)).verdict == "fixed"
+    assert kkt(curve(loss=.5 + 0 * t, lam=3 + 0 * t), target=.1, cap=3.).verdict == "infeasible"
+    assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
+    assert kkt(curve(loss=t[:5], lam=t[:5])).verdict == "too short"
+    with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
+    with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
+
+
+# Refused
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(lambda0=float("nan")), "lambda0 is nan"), (dict(lambda0=torch.tensor([1., 0.])), r"lambda0 is \[1.0, 0.0\]"), (dict(tau=float("nan")), "tau is nan"),
+    (dict(every=True), "every is True"), (dict(every=1.5), "every is 1.5"), (dict(target=float("nan")), "target is nan"), (dict(warmup=-1), "warmup is -1"),
+    (dict(accumulate=0), "accumulate is 0"), (dict(average=1.), "average is 1.0"), (dict(average="ema"), "average is 'ema'"), (dict(floor=-1.), "floor is -1"),
+    (dict(floor=2.), "cap is 0.5, expected at least lambda0"), (dict(weights={"flow.*": -1.}), "weight of 'flow.*' is -1"),
+    (dict(weights={"nothing.*": 1.}), "'nothing.*' matches no module"), (dict(controller=partial(ProportionalIntegral, gain=-1.)), "gain is -1"),
+    (dict(controller=partial(AugmentedLagrangian, penalty=-1.)), "penalty is -1"), (dict(controller=partial(DualAscent, low=2.)), "low is 2")])
+def test_settings_that_cannot_work(net, settings, message):
+    with pytest.raises(ValueError, match=message): LeastAction(net, **settings)
+    assert not any(m._forward_hooks for m in net.modules()), "a refused attachment leaves hooks"
+
+
+def test_controller_must_be_a_maker(net):
+    with pytest.raises(TypeError, match="controller is a DualAscent"): LeastAction(net, controller=DualAscent())
+
+
+def test_frozen_blocks(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="the action has no gradient"): la(F.cross_entropy(net(x), y))
+    with pytest.raises(ValueError, match="parameters of the 3 blocks are frozen"): LeastAction(net)
+    net.flow.blocks[1].requires_grad_(True)
+    with LeastAction(net) as some: assert some(F.cross_entropy(net(x), y)).requires_grad
+
+
+def test_one_module_as_two_blocks(net):
+    block = net.flow.blocks[0]
+    with pytest.raises(ValueError, match="'a' and 'b' are one module"): LeastAction(net, blocks={"a": block, "b": block})
+
+
+def test_calls_that_do_not_follow_one_forward_pass(net, batch):
+    x, y = batch
+    with LeastAction(net) as la:
+        with pytest.raises(RuntimeError, match="energies of 0 blocks"): la(torch.tensor(1.))
+        la(F.cross_entropy(net(x), y))
+        with pytest.raises(RuntimeError, match="energies of 0 blocks"): la(torch.tensor(1.))
+        net(x); net(x)
+        with pytest.raises(RuntimeError, match="more than one pass"): la(torch.tensor(1.))
+        net.eval()
+        with pytest.raises(RuntimeError, match="evaluation mode .*model.train"): la(F.cross_entropy(net(x), y))
+        net.train()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are off"): la(F.cross_entropy(net(x), y))
+        assert la.calls == 1, "refused calls count for nothing"
+        lam = la.lam.clone()
+        net(x)
+        with pytest.raises(ValueError, match="the task loss was -0.5"): la(torch.tensor(-.5))
+        with pytest.raises(ValueError, match=r"shape \(24,\), expected \(\)"): la(torch.ones(24))
+        with pytest.raises(TypeError, match="task loss is a float"): la(1.)
+        assert la.lam == lam and la.calls == 1
+
+
+def test_removed_hooks_leave_the_model_as_it_was(net):
+    with LeastAction(net): assert any(m._forward_hooks for m in net.modules())
+    assert not any(m._forward_hooks for m in net.modules())

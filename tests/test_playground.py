@@ -1,0 +1,181 @@
+"The playground: its logic without a browser, and the app in a real one."
+import functools
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from lap_nb.widgets import PICTURES, Explorer, Setting, Trial, playground
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def panel():
+    panel = Explorer()
+    yield panel
+    panel.close()
+
+
+# Logic
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(data='squares'), 'circles, moons, digits'), (dict(blocks=0), 'whole number'), (dict(blocks=2.5), 'whole number'),
+    (dict(steps=0), 'whole number'), (dict(gain=-1.), 'zero or more'), (dict(gain=float('nan')), 'zero or more'),
+    (dict(lambda0=0.), 'positive'), (dict(tau=-.1), 'zero or more'), (dict(target=-1.), 'zero or more')])
+def test_bad_settings(wrong, says):
+    with pytest.raises(ValueError, match=says): Setting(**wrong)
+
+
+def test_same_setting_same_network():
+    first, second = (Trial(Setting(steps=30)) for _ in range(2))
+    assert first.train() and second.train()
+    for a, b in zip(first.model.parameters(), second.model.parameters()): torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_plain_training_has_no_multiplier():
+    trial = Trial(Setting(least_action=False, steps=9))
+    trial.train()
+    assert 'lambda' not in trial.curves and len(trial.curves['loss']) == 3
+
+
+@pytest.mark.parametrize('data', ['moons', 'digits'])
+def test_every_picture_of_every_data_set(data):
+    trial = Trial(Setting(data, blocks=2, steps=300))
+    untrained = {name: trial.picture(name) for name in PICTURES}
+    trial.train()
+    assert not [name for name in PICTURES if trial.picture(name) == untrained[name]]
+
+
+def test_moving_a_slider_shows_the_untrained_network_of_the_new_setting(panel):
+    before = panel.places['paths'].value
+    panel.controls['gain'].value = .1
+    assert panel.trial.setting.gain == pytest.approx(.1) and not panel.trial.curves
+    assert panel.places['paths'].value != before and 'untrained' in panel.status.value
+
+
+def test_fewer_blocks_bring_the_layer_slider_along(panel):
+    panel.controls['blocks'].value = 3
+    assert panel.layer.max == panel.layer.value == 3
+
+
+def test_stop_is_heard_and_keeps_what_was_reached(panel):
+    panel.base = Setting(steps=30_000)
+    panel.reset()
+    panel.train()
+    while not panel.trial.curves: time.sleep(.01)
+    panel.train()   # a second press changes nothing
+    start = time.perf_counter()
+    panel.stop.set()
+    while panel.start.disabled and time.perf_counter() < start + 10: time.sleep(.005)
+    seconds = time.perf_counter() - start
+    panel.worker.join(30)
+    assert seconds < .5, f'stopped after {seconds:.2f} s'
+    assert 'stopped after epoch' in panel.status.value and 0 < len(panel.trial.curves['epoch']) < panel.trial.epochs
+
+
+def test_an_error_in_training_is_shown_and_the_panel_lives_on(panel, monkeypatch):
+    def fail(self, *args): raise FloatingPointError('the loss is <nan>')
+    monkeypatch.setattr(Trial, 'train', fail)
+    panel.train()
+    panel.worker.join(30)
+    assert 'the loss is &lt;nan&gt;' in panel.status.value and not panel.start.disabled
+
+
+def test_speed(panel):
+    "A slider answers within 100 ms, 300 steps on circles take less than 5 s: computing time, other work on the machine left out."
+    torch.set_num_threads(1)
+
+    def seconds(change):
+        start = time.thread_time()
+        change()
+        return time.thread_time() - start
+
+    layers = statistics.median(seconds(lambda: setattr(panel.layer, 'value', k)) for k in (1, 2, 3, 4, 5, 6, 7))
+    gains = statistics.median(seconds(lambda: setattr(panel.controls['gain'], 'value', 10 ** g)) for g in (-1.9, -1.5, -1., -.5, -.2))
+    training = seconds(Trial(Setting(steps=300)).train)
+    assert layers < .1 and gains < .1 and training < 5, (layers, gains, training)
+
+
+def test_two_panels_side_by_side():
+    box = playground()
+    assert len(box.children) == 2
+    with pytest.raises(ValueError, match='picture'): Trial(Setting()).picture('weather')
+
+
+# In a browser
+
+@pytest.fixture(scope='module')
+def app():
+    "The address of the app."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    command = [sys.executable, '-m', 'voila', 'nbs/_app/playground.ipynb', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1']
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as voila:
+        address, log = f'http://127.0.0.1:{port}/', []
+        threading.Thread(target=lambda: log.extend(voila.stdout), daemon=True).start()
+        try:
+            for _ in range(300):
+                try: urllib.request.urlopen(address + 'voila/static/', timeout=1)
+                except urllib.error.HTTPError: break
+                except OSError: time.sleep(.1)
+                if voila.poll() is not None: pytest.fail('voila did not start\n' + ''.join(log))
+            yield address
+        finally: voila.terminate()
+
+
+@pytest.mark.browser
+def test_app(app):
+    if CHROMIUM is None: pytest.skip('Chromium is missing: run `make test` as root, which installs it, or apt-get install chromium')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page, faults = chromium.new_page(viewport={'width': 1500, 'height': 1100}), []
+        page.on('console', lambda m: m.type == 'error' and faults.append(m.text))
+        page.on('pageerror', lambda e: faults.append(str(e)))
+        page.set_default_timeout(60_000)
+        page.goto(app)
+        paths = page.locator('img[alt^="sample points"]').first
+        paths.wait_for()
+        changed = functools.partial(page.wait_for_function, '([alt, old]) => document.querySelector(`img[alt^="${alt}"]`)?.src != old')
+        status = lambda text: page.get_by_text(text).first.wait_for()
+
+        status('untrained')
+        before = paths.get_attribute('src')
+        page.get_by_role('slider').nth(1).focus()   # the initial gain
+        for _ in range(5): page.keyboard.press('ArrowLeft')
+        changed(arg=['sample points', before])
+        page.get_by_role('button', name='Train').first.click()
+        status('trained; test accuracy')
+        page.wait_for_function('n => document.querySelectorAll("img").length > n', arg=len(PICTURES))
+        trained = paths.get_attribute('src')
+        page.get_by_role('slider').nth(5).focus()   # the layer
+        page.keyboard.press('ArrowLeft')
+        changed(arg=['sample points', trained])
+        page.get_by_role('button', name='Train').first.click()
+        page.get_by_role('button', name='Stop').first.click()
+        status('stopped after epoch')
+        chromium.close()
+    assert not faults, faults

@@ -1,0 +1,119 @@
+"Regularity: spectral norms and exponents known in closed form, any network, and unusable input."
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from lap_nb.dynamics import dense_net, init_velocities_
+from lap_nb.regularity import holder_exponent, lipschitz_profile, local_lipschitz, measure_regularity
+
+quick = settings(max_examples=10, deadline=None)
+
+
+def numbers(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@quick
+@given(st.integers(0, 1000), st.integers(1, 8), st.integers(1, 8))
+def test_a_linear_map_has_its_spectral_norm(seed, d, out):
+    A = numbers(out, d, seed=seed)
+    found = local_lipschitz(lambda x: x @ A.T, numbers(3, d, seed=seed + 1), iterations=500, tolerance=1e-9)
+    assert_close(found.values, torch.linalg.matrix_norm(A, 2).expand(3), rtol=1e-3, atol=0)
+    assert (found.values <= torch.linalg.matrix_norm(A, 2) * (1 + 1e-12)).all()
+
+
+@quick
+@given(st.integers(0, 1000), st.floats(.01, 100))
+def test_scaling_a_map_scales_its_constant_and_rotations_change_nothing(seed, c):
+    net = dense_net(4, 2, K=2).double().flow
+    x, (Q, _) = numbers(5, 4, seed=seed), torch.linalg.qr(numbers(4, 4, seed=seed + 1))
+    one = local_lipschitz(net, x, 10, 0.).values
+    assert_close(local_lipschitz(lambda z: c * net(z) @ Q, x, 10, 0.).values, c * one, rtol=1e-8, atol=0)
+
+
+def test_pictures_agree_with_the_dense_jacobian():
+    torch.manual_seed(0)
+    f = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 2, 3)).double().eval()
+    x = numbers(4, 2, 5, 5)
+    dense = torch.stack([torch.linalg.matrix_norm(torch.func.jacrev(lambda z: f(z[None])[0].flatten())(xi).flatten(1), 2) for xi in x])
+    assert_close(local_lipschitz(f, x, 1000, 1e-8).values, dense, rtol=1e-4, atol=0)
+
+
+def test_a_constant_map_has_constant_zero():
+    assert local_lipschitz(lambda x: x * 0, numbers(3, 2)).values.tolist() == [0, 0, 0]
+
+
+def test_linear_blocks_of_a_flow():
+    torch.manual_seed(0)
+    net = dense_net(5, 2, K=3).double().eval()
+    mats = [numbers(5, 5, seed=k) / 5 for k in range(3)]
+    for block, A in zip(net.flow.blocks, mats):
+        block.velocity = nn.Linear(5, 5, bias=False, dtype=torch.float64); block.velocity.weight.data = A
+    profile = lipschitz_profile(net, numbers(6, 5), iterations=2000, tolerance=1e-9)
+    steps = [torch.eye(5, dtype=torch.float64) + A for A in mats]
+    for row, S in zip(profile.blocks, steps): assert_close(row, torch.linalg.matrix_norm(S, 2).expand(6), rtol=1e-4, atol=0)
+    assert_close(profile.whole, torch.linalg.matrix_norm(steps[2] @ steps[1] @ steps[0], 2).expand(6), rtol=1e-4, atol=0)
+    assert (profile.whole <= profile.product * (1 + 1e-6)).all() and profile.names == ("flow.blocks.0", "flow.blocks.1", "flow.blocks.2")
+    assert "**whole**" in profile._repr_markdown_()
+
+
+def test_a_network_nobody_prepared():
+    class Block(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        def forward(self, x): return x + torch.tanh(self.conv(x))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Block(), Block(), nn.Flatten(), nn.Linear(32, 3)).eval()
+    profile = lipschitz_profile(model, torch.randn(4, 1, 4, 4))
+    assert profile.names == ("1", "2") and profile.whole.shape == (4,)
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 0
+
+
+def test_what_has_not_settled_is_said():
+    net = dense_net(5, 2, K=2).eval()
+    profile = lipschitz_profile(net, torch.randn(6, 5), iterations=1)
+    assert profile.converged == 0 and "raise iterations" in profile.warning and profile.warning in repr(profile)
+
+
+@pytest.mark.parametrize("a", [.3, .5, .8, 1.])
+@pytest.mark.parametrize("n, seed", [(300, 1), (600, 2), (1000, 3)])
+def test_the_exponent_of_a_power_lies_in_its_interval(a, n, seed):
+    x = 2 * torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    found = holder_exponent(lambda z: z.sign() * z.abs() ** a, x)
+    assert found.interval[0] - 1e-9 <= a <= found.interval[1] + 1e-9
+    assert found.interval[1] - found.interval[0] < .3   # an interval that holds everything would be no test
+
+
+def test_the_exponent_ignores_scale_and_off_the_support_sees_another_map():
+    x = 2 * torch.rand(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    f = lambda z: z.sign() * z.abs() ** .5
+    assert_close(holder_exponent(lambda z: 7 * f(z), x).exponent, holder_exponent(f, x).exponent)
+    assert_close(holder_exponent(lambda z: f(z / 100), 100 * x).exponent, holder_exponent(f, x).exponent)
+    assert holder_exponent(f, x, shift=20.).exponent > .95   # smooth there
+
+
+def test_a_short_range_of_distances_is_said():
+    assert "says little" in holder_exponent(lambda z: z, numbers(100, 64)).warning
+
+
+def test_a_record_is_plain_json():
+    torch.manual_seed(0)
+    record = measure_regularity(init_velocities_(dense_net(2, 2, K=3), .5).eval(), torch.randn(100, 2))
+    assert json.loads(json.dumps(record)) == record and len(record["lipschitz block 0.5"]) == 3
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: local_lipschitz(torch.tanh, torch.zeros(3)), "expected real points"),
+    (lambda: local_lipschitz(torch.tanh, torch.zeros(0, 3)), "at least one sample"),
+    (lambda: local_lipschitz(torch.tanh, torch.zeros(3, 2).long()), "expected real points"),
+    (lambda: local_lipschitz(torch.tanh, torch.full((3, 2), math.nan)), "not finite"),
+    (lambda: local_lipschitz(torch.tanh, torch.zeros(3, 2), 0), "iterations is 0"),
+    (lambda: local_lipschitz(nn.Dropout(.5), torch.zeros(3, 2)), "training mode"),
+    (lambda: holder_exponent(torch.tanh, torch.zeros(10, 2)), "expected at least 50"),
+    (lambda: holder_exponent(torch.tanh, torch.zeros(60, 2)), "remove the duplicates"),
+])
+def test_unusable_input_is_explained(call, message):
+    with pytest.raises(ValueError, match=message): call()
