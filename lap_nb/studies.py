@@ -144,7 +144,7 @@ class Study:
 # %% ../nbs/08_replication.ipynb #33794b9f
 @patch
 def data(self:Study,
-    only:str="", # patterns of cell names, as in `Study.cells`
+    only:str="", # patterns of cell names, separated by commas; empty: all
 )->list[str]:    # as in `dataset`
     "The data sets of a study, each once."
     return list(dict.fromkeys(cell.data for cell, _ in self.cells(only)))
