@@ -455,6 +455,7 @@ def run_study(
     if failed: raise RuntimeError(f"{len(failed)} cells failed, the others are recorded; the first, {next(iter(failed))}: {next(iter(failed.values()))}")
     return written
 
+# %% ../nbs/08_replication.ipynb #8e829464
 BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
 def results(
@@ -773,7 +774,7 @@ def _one_line_errors(command:str):
 
 @call_parse
 def lap_study(
-    name:Param("study to run; none: list them", str, opt=False, nargs="?")="",
+    name:Param("study to run; none: list them", str, opt=False, nargs="?")="", # study to run; none: list them
     seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
     device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
     out:str=None,        # folder of the records (default: nbs/results, or results)
