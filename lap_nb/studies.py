@@ -514,6 +514,7 @@ def _inspect(device:str, root:str|None, specs:list[str])->tuple[str, str]:
         return provenance(pick_device(device))["device_name"], ""
     except (OSError, ValueError) as e: return "", str(e)
 
+# %% ../nbs/08_replication.ipynb #7c55d33b
 def _common_device(client, device:str, root:str|None, specs:list[str])->str:
     "The device name of all workers; raises before any work if one lacks data or they differ."
     client.wait_for_workers(1, timeout=30)
