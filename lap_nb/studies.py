@@ -145,7 +145,7 @@ class Study:
 # %% ../nbs/08_replication.ipynb #33794b9f
 @patch
 def data(self:Study,
-    only:str="", # patterns of cell names, as in `Study.cells`
+    only:str="", # patterns of cell names, separated by commas; empty: all
 )->list[str]:    # as in `dataset`
     "The data sets of a study, each once."
     return list(dict.fromkeys(cell.data for cell, _ in self.cells(only)))
@@ -462,6 +462,7 @@ def run_study(
     if failed: raise RuntimeError(f"{len(failed)} cells failed, the others are recorded; the first, {next(iter(failed))}: {next(iter(failed.values()))}")
     return written
 
+# %% ../nbs/08_replication.ipynb #8e829464
 BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
 def results(
@@ -520,6 +521,7 @@ def _inspect(device:str, root:str|None, specs:list[str])->tuple[str, str]:
         return provenance(pick_device(device))["device_name"], ""
     except (OSError, ValueError) as e: return "", str(e)
 
+# %% ../nbs/08_replication.ipynb #7c55d33b
 def _common_device(client, device:str, root:str|None, specs:list[str])->str:
     "The device name of all workers; raises before any work if one lacks data or they differ."
     client.wait_for_workers(1, timeout=30)
@@ -780,7 +782,7 @@ def _one_line_errors(command:str):
 
 @call_parse
 def lap_study(
-    name:Param("study to run; none: list them", str, opt=False, nargs="?")="",
+    name:Param("study to run; none: list them", str, opt=False, nargs="?")="", # study to run; none: list them
     seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
     device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
     out:str=None,        # folder of the records (default: nbs/results, or results)
