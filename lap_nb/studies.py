@@ -29,6 +29,7 @@ from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
+from .depth import Penalty, measure_depth
 from .dynamics import Flow, ResidualNet, StagedFlow, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
 from .kinetic import block_energies
@@ -55,9 +56,11 @@ class Method:
     weight_decay:float|None=None # decoupled in AdamW, part of the gradient in SGD; None: the schedule's
     label_smoothing:float=0.   # share of the target spread over all classes
     least_action:tuple=()      # settings of `LeastAction`, a mapping or pairs; empty: the task's loss alone
+    penalty:tuple=()           # settings of `Penalty` in place of least action, a mapping or pairs
     lr:float|None=None         # learning rate; None: the schedule's
     def __post_init__(self):
-        object.__setattr__(self, "least_action", _frozen(self.least_action))
+        for name in ("least_action", "penalty"): object.__setattr__(self, name, _frozen(getattr(self, name)))
+        if self.least_action and self.penalty: raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
         if self.init not in INITS: raise ValueError(f"init of {self.name} is {self.init!r}, expected one of {', '.join(INITS)}")
 
 INITS = ("default", "orthogonal", "normal")
@@ -253,8 +256,13 @@ def _measured_regularity(model:nn.Module, split:Split)->dict:
     found = measure_regularity(model, split.x[split.test[:EXACT_CAP]])
     return dict(lipschitz_per_block=found["lipschitz block 0.95"], lipschitz=found["lipschitz whole 0.95"][0], holder=found["holder on"])
 
+def _measured_depth(model:nn.Module, split:Split)->dict:
+    "Accuracy at every depth, by skipping blocks and with lengthened steps."
+    found = measure_depth(model, split, ways=("skip", "lengthened"))
+    return {k: found[k] for k in ("counts", "skip", "lengthened", "area_skip", "area_lengthened", "path_gap", "largest_share")}
+
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
-MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity} # name -> function of a model and its split that returns columns
+MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth} # name -> function of a model and its split that returns columns
 
 # %% ../nbs/08_replication.ipynb #716e5557
 def _plain(value):
@@ -262,6 +270,11 @@ def _plain(value):
     if isinstance(value, float): return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping): return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+def _objective(m:Method):
+    "What is added to the task's loss, as `fit_many` takes it."
+    if m.penalty: return partial(Penalty, **dict(m.penalty))
+    return partial(LeastAction, **dict(m.least_action)) if m.least_action else None
 
 def _row(cell:Cell, run, split:Split)->dict:
     "What one network did."
@@ -296,8 +309,7 @@ def run_cell(
                     weight_decay=s.weight_decay if m.weight_decay is None else m.weight_decay, eval_every=max(1, epochs // s.points), **dict(s.others))
     make = partial(make_net, cell.net, m, tuple(data.x.shape[1:]), data.classes)
     try:
-        least_action = partial(LeastAction, **dict(m.least_action)) if m.least_action else None
-        runs = fit_many(make, split, seeds, least_action, device, **settings, progress=bar)
+        runs = fit_many(make, split, seeds, _objective(m), device, **settings, progress=bar)
         rows = [_row(cell, runs[i], split) for i in range(len(seeds))]
     except FloatingPointError: rows = [dict(seed=seed, diverged=True) for seed in seeds]
     if device.type == "cuda": torch.cuda.synchronize(device)
@@ -845,6 +857,21 @@ def _transport(scale:str)->Study:
         Grid(("digits",), (300,), methods, schedule=Schedule(2000 if big else 300), measures=measures),
         Grid(("mnist",) if big else ("mnist:pool=4",), (300,), methods, net=Net("conv", width=32) if big else picture,
              schedule=Schedule(2000 if big else 300), measures=measures, thin=1 if big else 5)), scale)
+
+# %% ../nbs/08_replication.ipynb #e7d1c0de
+@_register
+def _depth(scale:str)->Study:
+    constant = lambda name, lam, **kw: Method(name, init="orthogonal", gain=.1, least_action=dict(lambda0=lam, tau=0.), **kw)
+    methods = (Method("default"), SMALL, DECAY, SKIP, Method("drop-0.5", drop=.5),
+        *STRENGTHS, constant("constant-0.1", .1), constant("constant-0.1-drop-0.5", .1, drop=.5),
+        *(Method(f"{name}-{w:g}", name, init="orthogonal", gain=.1, penalty=dict(weight=w, kind=kind))
+          for name, kind in (("path-gap", "path_gap"), ("wasserstein", "wasserstein")) for w in (1., 10.)))
+    large = scale == "gpu"
+    return Study("depth", "How many of its blocks does a trained network need?", (
+        Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
+        Grid(("mnist",) if large else ("mnist:pool=4",), (1000,), methods, seeds=20 if large else 5, net=Net("conv", width=32) if large else Net(),
+             schedule=Schedule(2000 if large else 1000), measures=("depth",), thin=1 if large else 5)), scale)
+
 
 # %% ../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)
