@@ -2,8 +2,13 @@
 from configparser import ConfigParser
 from pathlib import Path
 import shlex
+import sys
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from stubs import write_stubs
 
 ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
@@ -11,12 +16,21 @@ cfg = ini['DEFAULT']
 words = lambda key: shlex.split(cfg.get(key) or '')
 licences = dict(apache2='Apache-2.0', mit='MIT', bsd3='BSD-3-Clause')
 
+
+class Build(build_py):
+    "Puts the signatures for type checkers into the wheel; an editable install has the sources only."
+    def run(self):
+        super().run()
+        if not self.editable_mode: write_stubs(cfg['lib_path'], Path(self.build_lib) / cfg['lib_path'])
+
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     license=licences.get(cfg['license'], cfg['license']), license_files=['LICENSE'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
+    package_data={cfg['lib_path']: ['py.typed']}, cmdclass={'build_py': Build},
     install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
     python_requires='>=' + cfg['min_python'],
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',

@@ -217,7 +217,7 @@ class _Judge:
 class Blocks(dict):
     "Residual blocks by name, in order of registration, with the reasons; a table in a notebook."
     def __init__(self,
-        blocks:Mapping=(), # name to module
+        blocks:Mapping|tuple=(), # name to module
     ):
         super().__init__(blocks)
         self.why, self.skipped, self.moved, self.inplace = {}, {}, {}, set()

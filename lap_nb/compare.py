@@ -7,6 +7,7 @@ __all__ = ['METHODS', 'GAINS', 'FORMAT', 'MARKERS', 'make_net', 'Comparison', 'c
 
 # %% ../nbs/12_compare.ipynb #69992826
 import json
+import math
 import os
 import sys
 import tempfile
@@ -107,10 +108,27 @@ class Comparison:
         "Read a record; raises `ValueError` if it is not one."
         again = "write it anew with lap_compare --force"
         try: found = json.loads(Path(path).read_bytes())
-        except ValueError as e: raise ValueError(f"{path} is not a JSON file ({e}); {again}") from e
+        except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not a JSON file ({e}); {again}") from e
         version = found.get("format") if isinstance(found, dict) else None
         if version != FORMAT: raise ValueError(f"{path} has format {version!r}, expected {FORMAT}; {again}")
+        try: _check_record(found)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as e: raise ValueError(f"{path} is not a whole record ({type(e).__name__}: {e}); {again}") from e
         return cls(found["provenance"], found["rows"], found["example"])
+
+def _check_record(found:dict):
+    "Raise unless a record holds all that its table and its picture show."
+    numbers = ("test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness")
+    seeds, numeric = {}, lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    for row in found["rows"]:
+        least = row["method"] == "least-action"
+        wrong = [k for k in (*numbers, *["lambda"] * least, *["gain"] * (row["gain"] is not None)) if not numeric(row[k])]
+        if wrong or not all(map(numeric, row["energy_per_block"])): raise ValueError(f"{(wrong or ['energy_per_block'])[0]} is not a number")
+        seeds.setdefault(row["method"], []).append((row["seed"], len(row["energy_per_block"])))
+    if set(seeds) != set(METHODS) or len(set(map(tuple, seeds.values()))) > 1 or len(seeds["plain"]) < 2:
+        raise ValueError(f"expected the same two or more seeds of each of {', '.join(METHODS)}")
+    if not {"data", "n"} <= found["provenance"].keys(): raise ValueError("the provenance names no data")
+    labels, paths, name = len(found["example"]["labels"]), found["example"]["paths"], found["example"]["data"]
+    if not isinstance(name, str) or any(torch.tensor(paths[m]).shape[1:] != (labels, 2) for m in ("plain", "least-action")): raise ValueError("the paths do not fit the labels")
 
 # %% ../nbs/12_compare.ipynb #0212c30a
 @patch

@@ -6,10 +6,11 @@
 __all__ = ['MNIST', 'FASHION_MNIST', 'CIFAR10_PART', 'describe', 'check_samples', 'check_index', 'check_parts', 'whole',
            'apportion', 'draw', 'shuffled', 'Split', 'Dataset', 'with_test', 'circles', 'moons', 'digits', 'parse_idx',
            'file_md5', 'read_idx', 'IdxSource', 'data_root', 'read_source', 'fetch_part', 'download_file', 'locked',
-           'fetch_source', 'mnist', 'fashion_mnist', 'cut_grid', 'cifar10_part', 'load', 'pick_device']
+           'fetch_source', 'mnist', 'fashion_mnist', 'read_array', 'read_npz', 'cut_grid', 'cifar10_part', 'load',
+           'pick_device']
 
 # %% ../nbs/00_data.ipynb #3d01b088
-import gzip, hashlib, math, operator, os, struct
+import gzip, hashlib, io, math, operator, os, struct, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -329,7 +330,15 @@ def read_idx(
     if found != md5:
         raise ValueError(f"{path} is truncated or altered: md5 {md5} expected, {found} found; "
                          "delete the file and call again with download=True")
-    with gzip.open(path) as f: return parse_idx(f.read(), ndim, str(path))
+    head, most = 4 + 4 * ndim, 1100 * os.path.getsize(path) # deflate packs no more than 1032 bytes into one
+    try:
+        with gzip.open(path) as f:
+            start = f.read(head)
+            wanted = math.prod(struct.unpack_from(f">{ndim}I", start, 4)) if len(start) == head else 0
+            content = start + f.read(min(wanted, most) + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
+    return parse_idx(content, ndim, str(path))
 
 # %% ../nbs/00_data.ipynb #b3f53ff5
 @dataclass(frozen=True)
@@ -479,6 +488,34 @@ def fashion_mnist(
     if download: fetch_source(FASHION_MNIST, root)
     return read_source(FASHION_MNIST, root)
 
+# %% ../nbs/00_data.ipynb #5d1a4247
+def read_array(
+    content: bytes, # an `.npy` file
+) -> np.ndarray:
+    "The array in `content`; raises `ValueError` before any memory is set aside if it is not whole"
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read_header is None: raise ValueError(f"an array has format {version}, expected (1, 0) or (2, 0)")
+    shape, fortran, dtype = read_header(file)
+    count, follow = math.prod(shape), len(content) - file.tell()
+    if dtype.hasobject or any(n < 0 for n in shape) or count * dtype.itemsize != follow:
+        raise ValueError(f"an array announces {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes, but {follow:,} follow")
+    return np.frombuffer(content, dtype, count, file.tell()).reshape(shape, order="F" if fortran else "C").copy()
+
+def read_npz(
+    path, # an `.npz` file
+) -> dict[str, np.ndarray]: # by name
+    "The arrays in an `.npz` file; raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it is missing"
+    with open(path, "rb") as file: content = io.BytesIO(file.read())
+    try:
+        with zipfile.ZipFile(content) as archive:
+            other = [i.filename for i in archive.infolist() if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+            if other: raise ValueError(f"{other[0]} is packed in an unknown way")
+            return {name.removesuffix(".npy"): read_array(archive.read(name)) for name in archive.namelist()}
+    except Exception as error: # damage shows in many ways: checksums, headers, sizes
+        raise ValueError(f"{path} is not a whole .npz file ({error})") from error
+
 # %% ../nbs/00_data.ipynb #39376614
 def cut_grid(
     grid: np.ndarray, # uint8 [rows * side, columns * side, channels]
@@ -509,10 +546,14 @@ def cifar10_part(
                                 "to the folder that holds cifar10-lossless-subset/; there is no download")
     for name, md5 in CIFAR10_PART.items():
         if (found := file_md5(folder / name)) != md5: raise ValueError(f"{folder / name} is truncated or altered: md5 {md5} expected, {found} found")
-    with np.load(folder / "index.npz", allow_pickle=False) as index: labels = [torch.from_numpy(index[f"{part}_labels"]) for part in ("train", "test")]
-    parts = [cut_grid(np.asarray(Image.open(folder / f"{part}.webp").convert("RGB")), len(y)) for part, y in zip(("train", "test"), labels)]
+    index, parts = read_npz(folder / "index.npz"), ("train", "test")
+    try:
+        labels = [torch.from_numpy(index[f"{part}_labels"]).long() for part in parts]
+        grids = [np.asarray(Image.open(folder / f"{part}.webp", formats=["WEBP"]).convert("RGB")) for part in parts]
+        pictures = [cut_grid(grid, len(y)) for grid, y in zip(grids, labels)]
+    except Exception as error: raise ValueError(f"{folder} holds no whole pictures with their labels ({error})") from error
     test = torch.arange(len(labels[0]), len(labels[0]) + len(labels[1]))
-    return Dataset(torch.cat(parts).float().div_(255), torch.cat(labels).long(), test, "cifar10_part", 10)
+    return Dataset(torch.cat(pictures).float().div_(255), torch.cat(labels), test, "cifar10_part", 10)
 
 # %% ../nbs/00_data.ipynb #75a8d6eb
 def load(

@@ -23,6 +23,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .data import read_npz
+
 # %% ../nbs/01_dynamics.ipynb #7c47b38a
 class ResidualBlock(nn.Module):
     r"One Euler step $x + h\,v(x)$; the velocity must keep the shape of its input."
@@ -284,13 +286,13 @@ def load(cls:Trajectory,
     path:str|Path, # written by `save`
 )->Trajectory:     # on the CPU
     "Read a trajectory; raises `ValueError` for a file that is damaged or something else."
-    data = io.BytesIO(Path(path).read_bytes())   # a file that is not there says so itself
     try:
-        with np.load(data, allow_pickle=False) as file:
-            note = json.loads(str(file["note"]))
-            if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
-            xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
+        file = read_npz(path)
+        note = json.loads(str(file["note"]))
+        if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
+        xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
         return cls(xs, note["h"], note["names"])
+    except FileNotFoundError: raise
     except Exception as error:   # damage shows in many ways: checksums, headers, sizes
         raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
 

@@ -737,10 +737,19 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
     note, this = folder / "members.json", json.loads(json.dumps(dict(format=1, members=members, settings=settings)))
     if not note.exists(): return this
     if not resume: raise FileExistsError(f"{folder} holds checkpoints: go on from them with resume=True, or choose another folder")
-    then = json.loads(note.read_bytes())
+    then = _read_note(note)
     differ = [name for name in this if this[name] != then.get(name)]
     if differ: raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
+
+def _read_note(note:Path)->dict:
+    "The note in a folder of checkpoints."
+    try:
+        found = json.loads(note.read_bytes())
+        whole = isinstance(found, dict) and all(isinstance(w, list) and w for w in found.get("ways", [[None]]) or [0])
+    except (ValueError, TypeError, RecursionError): whole = False
+    if not whole: raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
+    return found
 
 def _kept(plan, folder:Path, note:dict, resume:bool, save_every:int|None):
     "The plan with a checkpoint for each row, and a note in the folder of what the rows are."

@@ -326,14 +326,30 @@ def _line(value:dict)->str:
     value = _plain(value)
     return json.dumps(value | {"sha": _digest(value)}, separators=(",", ":"), allow_nan=False) + "\n"
 
-def _parsed(line:str, where:str)->dict:
+_NOTE = dict(id=str, config=str, scale=str, device=str, device_name=str, threads=int, device_seconds=(int, float), settings=dict)
+_ROW = dict(run=str, config=str, seed=int, study=str, scale=str, data=str, n=int, net=str, method=str)
+
+def _check_line(value, where:str):
+    "Raise unless a line that is as it was written holds what every line of its kind does."
+    wanted = _NOTE if value.get("kind") == "run" else _ROW
+    lacking = [name for name, kind in wanted.items() if not isinstance(value.get(name), kind) or value[name] is True]
+    if wanted is _NOTE and not lacking:
+        method = value["settings"].get("method")
+        if not isinstance(method, dict) or not isinstance(method.get("name"), str): lacking = ["settings.method.name"]
+        if not isinstance(value["settings"].get("net", {}), dict): lacking = ["settings.net"]
+    if lacking: raise ValueError(f"{where} is no line of a record, it lacks {', '.join(lacking)} of the expected type: restore the file from its history")
+
+def _parsed(line:bytes, where:str)->dict:
     "The values of a line; raises `ValueError` if it is not one, or not as it was written."
-    try: value = json.loads(line)
-    except ValueError as e: raise ValueError(f"{where} is not JSON ({e}): restore the file from its history, or move it away") from e
+    try:
+        value = json.loads(line)
+        if not isinstance(value, dict): raise ValueError(f"found {type(value).__name__}, expected an object")
+    except (ValueError, RecursionError) as e: raise ValueError(f"{where} is not JSON ({e}): restore the file from its history, or move it away") from e
     sha = value.pop("sha", None)
     if sha != _digest(value): raise ValueError(f"{where} was altered: its checksum is {sha}, its values give {_digest(value)}; restore it from its history")
     if value.get("kind") == "run" and value.get("format") != FORMAT:
         raise ValueError(f"{where} has format {value.get('format')!r}, expected {FORMAT}: read it with the version of lap_nb that wrote it ({value.get('lap_nb')})")
+    _check_line(value, where)
     return value
 
 def read_lines(
@@ -341,9 +357,12 @@ def read_lines(
 )->list[dict]:     # of provenance (`kind` is `"run"`) and rows, in the order they were written
     "The lines of a record; a last line without its end, from a process that was killed, is passed over."
     path = Path(path)
-    text = path.read_text(encoding="utf8") if path.exists() else ""
-    whole, _, _ = text.rpartition("\n")
-    return [_parsed(line, f"line {i} of {path.name}") for i, line in enumerate(whole.split("\n"), 1) if line]
+    whole, _, _ = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+    lines = [_parsed(line, f"line {i} of {path.name}") for i, line in enumerate(whole.split(b"\n"), 1) if line]
+    runs = {line["id"] for line in lines if "id" in line}
+    lost = next((line["run"] for line in lines if "seed" in line and line["run"] not in runs), None)
+    if lost is not None: raise ValueError(f"{path.name} has rows of the run {lost}, but not its provenance: restore the file from its history")
+    return lines
 
 # %% ../nbs/08_replication.ipynb #2416475b
 @contextmanager

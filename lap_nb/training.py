@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -484,20 +485,30 @@ def save_checkpoint(
     torch.save(dict(kind=CHECKPOINT, format=CHECKPOINT_FORMAT, sha256=digest(state), state=state), content)
     write_atomically(path, content.getbuffer())
 
+def _check_archive(path):
+    "Raise unless each part of the file has the size and the checksum that the file announces for it."
+    with zipfile.ZipFile(path) as archive:
+        packed = [part.filename for part in archive.infolist() if part.compress_type or part.file_size != part.compress_size]
+        damaged = packed[0] if packed else archive.testzip()
+    if damaged: raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+
 def load_checkpoint(
     path:str|Path, # written by `save_checkpoint`
 )->dict:           # the state, on the CPU
     "Read a checkpoint; raises `CheckpointError` if it is damaged or something else, `FileNotFoundError` if it is missing."
     advice = "put a copy of the whole file in its place, or delete it and start anew"
-    try: found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        _check_archive(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version = (found.get("kind"), found.get("format")) if isinstance(found, dict) else (None, None)
+        whole = kind == CHECKPOINT and isinstance(found.get("state"), dict) and digest(found["state"]) == found.get("sha256")
     except FileNotFoundError: raise
     except Exception as e: raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
-    if not isinstance(found, dict) or found.get("kind") != CHECKPOINT:
-        raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
-    if found["format"] != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} has format {found['format']!r}, expected {CHECKPOINT_FORMAT}: "
+    if kind != CHECKPOINT: raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
+    if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}, expected {CHECKPOINT_FORMAT}: "
                               "read it with the version of lap_nb that wrote it")
-    if digest(found["state"]) != found["sha256"]:
+    if not whole:
         raise CheckpointError(f"{path} is damaged, its checksum does not fit: {advice}")
     return found["state"]
 

@@ -88,12 +88,14 @@ def test_wheel_contents(dists):
     assert {f'lap_nb/{name}' for name in MODULES} <= names
     assert f'{info}/licenses/LICENSE' in names
     assert {name.split('/')[0] for name in names} == {'lap_nb', info}
-    assert {Path(name).suffix for name in names if name.startswith('lap_nb/')} == {'.py'}
+    assert 'lap_nb/py.typed' in names
+    assert {f'lap_nb/{name}i' for name in MODULES if name != '_modidx.py'} <= names, 'signatures for type checkers'
+    assert {Path(name).suffix for name in names if name.startswith('lap_nb/')} == {'.py', '.pyi', '.typed'}
 
 
 def test_sdist_contents(dists):
     with tarfile.open(dists[1]) as archive: names = {name.partition('/')[2] for name in archive.getnames()}
-    assert {f'lap_nb/{name}' for name in MODULES} | {'LICENSE', 'README.md', 'settings.ini', 'setup.py'} <= names
+    assert {f'lap_nb/{name}' for name in MODULES} | {'LICENSE', 'README.md', 'settings.ini', 'setup.py', 'stubs.py'} <= names
 
 
 def test_sdist_builds_the_same_wheel(dists):

@@ -113,8 +113,8 @@ def test_divergence_is_a_result(tmp_path):
 
 # Records.
 
-NOTE = dict(config='c', cell='c', lap_nb='0', device='cpu', device_name='x', threads=1)
-COLUMNS = dict(study='tiny', scale='cpu')
+NOTE = dict(config='c', cell='c', lap_nb='0', device='cpu', device_name='x', threads=1, device_seconds=1., settings=dict(method=dict(name='m')))
+COLUMNS = dict(study='tiny', scale='cpu', data='circles', n=20, net='dense', method='m')
 
 
 def test_columns_that_readers_rely_on(tmp_path, registered):

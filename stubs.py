@@ -1,0 +1,102 @@
+"""Signatures of the package for type checkers: `.pyi` files, written when a wheel is built.
+
+Methods added to a class with `@patch`, as chapters do, are invisible to a type checker. Here they stand in their class. What a
+checker then takes for granted: that the module that adds a method is imported where the method is used.
+"""
+import ast
+from pathlib import Path
+
+KEPT = {'dataclass', 'property', 'cached_property', 'classmethod', 'staticmethod', 'contextmanager', 'setter', 'abstractmethod', 'overload'}
+
+
+def name_of(node):
+    "The last name of a decorator: `dataclass` of `@dataclasses.dataclass(frozen=True)`."
+    node = node.func if isinstance(node, ast.Call) else node
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, 'id', '')
+
+
+def bodiless(function, extra=()):
+    "A function without its body; of its decorators only those that change how it is called."
+    kept = [d for d in function.decorator_list if name_of(d) in KEPT]
+    if 'call_parse' in map(name_of, function.decorator_list):   # annotations are those of the command line
+        for argument in (*function.args.args, *function.args.kwonlyargs): argument.annotation = None
+    new = ast.parse('def f(): ...').body[0]
+    new.name, new.args, new.returns, new.decorator_list = function.name, function.args, function.returns, [*extra, *kept]
+    if function.name in ('__init__', '__post_init__') and new.returns is None: new.returns = ast.Constant(None)
+    return new
+
+
+def attributes(cls):
+    "Declarations of what the methods of a class set on `self`: of the parameter's type where it is a parameter, else of any."
+    known = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)} | {getattr(n, 'name', '') for n in cls.body}
+    for method in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'):
+        types = {a.arg: a.annotation for a in (*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs)}
+        for node in (n for n in ast.walk(method) if isinstance(n, (ast.Assign, ast.AnnAssign))):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            pairs = [(t, node.value) for target in targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
+            if isinstance(node.value, ast.Tuple) and isinstance(targets[0], ast.Tuple): pairs = list(zip(targets[0].elts, node.value.elts))
+            for target, value in pairs:
+                if not (isinstance(target, ast.Attribute) and getattr(target.value, 'id', '') == 'self') or target.attr in known: continue
+                known.add(target.attr)
+                kind = types.get(value.id) if isinstance(value, ast.Name) else None
+                yield ast.AnnAssign(ast.Name(target.attr), kind or ast.Name('_Any'), None, 1)
+
+
+def declared(cls, added):
+    "A class without the bodies of its methods, with the methods added to it elsewhere."
+    body = []
+    for node in cls.body:
+        if isinstance(node, ast.FunctionDef): body.append(bodiless(node))
+        elif isinstance(node, ast.AnnAssign) and node.value is not None: body.append(ast.AnnAssign(node.target, node.annotation, ast.Constant(...), 1))
+        elif isinstance(node, (ast.AnnAssign, ast.Assign)): body.append(node)
+    new = ast.ClassDef(cls.name, cls.bases, cls.keywords, [*attributes(cls), *body, *added], [d for d in cls.decorator_list if name_of(d) in KEPT])
+    new.body = new.body or [ast.Expr(ast.Constant(...))]
+    return new
+
+
+def patched(node):
+    "Class and declaration of a function that `@patch` adds to a class, or None."
+    for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+        if name_of(mark) not in ('patch', 'patch_to'): continue
+        flags = {k.arg for k in mark.keywords} if isinstance(mark, ast.Call) else set()
+        how = [ast.Name('property')] if 'as_prop' in flags else [ast.Name('classmethod')] if 'cls_method' in flags else []
+        first = node.args.args[0]
+        owner = first.annotation
+        first.annotation = None
+        return ast.unparse(owner).strip('\'"'), bodiless(node, how)
+
+
+def stub(source):
+    "The text of the stub of a module with the text `source`."
+    tree = ast.parse(source)
+    added = {}
+    for found in filter(None, map(patched, tree.body)): added.setdefault(found[0], []).append(found[1])
+    own = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+    returns = {n.name: n.returns for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for node in tree.body:   # `Class.name = property(getter, setter)`
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute) and ast.unparse(node.targets[0].value) in own:
+            getter = node.value.args[0] if isinstance(node.value, ast.Call) and name_of(node.value) == 'property' else None
+            added.setdefault(ast.unparse(node.targets[0].value), []).append(
+                ast.AnnAssign(ast.Name(node.targets[0].attr), returns.get(getattr(getter, 'id', '')) or ast.Name('_Any'), None, 1))
+    lines = ['from typing import Any as _Any']
+    defined = {n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    if added.keys() - own: raise ValueError(f'methods are added to classes of other modules: {sorted(added.keys() - own)}')
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)): lines.append(ast.unparse(node))
+        elif isinstance(node, ast.ClassDef): lines.append(ast.unparse(ast.fix_missing_locations(declared(node, added.get(node.name, [])))))
+        elif isinstance(node, ast.FunctionDef) and not any(name_of(d) in ('patch', 'patch_to') for d in node.decorator_list):
+            lines.append(ast.unparse(ast.fix_missing_locations(bodiless(node))))
+        elif isinstance(node, ast.AnnAssign): lines.append(ast.unparse(ast.AnnAssign(node.target, node.annotation, None, 1)))
+        elif isinstance(node, ast.Assign):
+            plain = isinstance(node.value, ast.Constant)
+            kind = type(node.value.value).__name__ if plain and node.value.value is not None else '_Any'
+            for target in (t for t in node.targets if not isinstance(t, ast.Attribute)):
+                if ast.unparse(target) == '__all__': lines.append(ast.unparse(node))
+                else: lines += [f'{n.id}: {kind}' for n in ast.walk(target) if isinstance(n, ast.Name) and n.id not in defined]
+    return '\n'.join(lines) + '\n'
+
+
+def write_stubs(package, to):
+    "Write a stub beside each module of the folder `package`, in the folder `to`."
+    for path in sorted(Path(package).glob('*.py')):
+        if path.name != '_modidx.py': (Path(to) / path.with_suffix('.pyi').name).write_text(stub(path.read_text(encoding='utf-8')), encoding='utf-8')
