@@ -568,8 +568,8 @@ def latency(
     models:Mapping[str, nn.Module], # by name
     x,                              # what one pass gets: a tensor, a tuple of arguments or a mapping of named ones
     repeats:int=20,                 # timed passes of each, in turn, after three that are not timed
-)->dict[str, float]:                # median milliseconds of a pass, in evaluation mode without gradients
-    "How long a forward pass takes, side by side."
+)->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
+    "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
     times = {name: [] for name in models}
     sync = torch.cuda.synchronize if any(p.is_cuda for net in models.values() for p in net.parameters()) else lambda: None
     with _evaluating(*models.values()):
@@ -578,7 +578,7 @@ def latency(
                 sync(); start = time.perf_counter()
                 _run(net, x); sync()
                 if i >= 3: times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: min(t) for name, t in times.items()}
 
 # %% ../nbs/09_depth.ipynb #aa36946b
 def shorten(
@@ -624,6 +624,7 @@ def _check_goal(blocks, accuracy_drop, budget_ms):
 def _by_accuracy(rows:list[dict], drop:float)->dict:
     "The shortest row within `drop` of the full network; raises `ValueError` with the best there is."
     full, shorter = rows[-1]["accuracy"], rows[:-1]
+    if not shorter: raise ValueError(f"the network has only one depth, {rows[-1]['blocks']} blocks: at least one of each stage stays, there is nothing to leave out")
     fit = [r for r in shorter if r["accuracy"] >= full - drop - 1e-9]
     if fit: return fit[0]
     best = max(shorter, key=lambda r: r["accuracy"])
@@ -687,14 +688,16 @@ def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
 def early_exit(self:Elastic,
     x:Tensor,           # inputs, `[B, ...]`
     slack:float=.5,     # allowed change of velocity on the rest of the way, as a share of the speed observed last
+    after:Iterable[int]|None=None, # numbers of blocks after which samples may leave; None: each, which costs a head per block
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
-    net, times = self._exits(slack), [g.block.h for g in self.gates]
+    net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with _evaluating(net):
         z, alive = net.encoder(x), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):
             start, z = z, gate(z)
+            if k + 1 not in doors: continue
             rest = (z - start) * (sum(times[k+1:]) / times[k])   # what is left at this velocity
             out = net.head(z + rest)
             if logits is None: logits = torch.empty_like(out)
@@ -713,6 +716,13 @@ def _exits(self:Elastic, slack:float)->ResidualNet:
     if isinstance(self.model, ResidualNet) and len(self.sizes) == 1: return self.model
     raise ValueError(f"found {type(self.model).__name__} with {len(self.sizes)} stages, expected a ResidualNet with one: "
                      "an early exit needs to know where the flow ends and the head begins")
+
+@patch
+def _doors(self:Elastic, after)->set[int]:
+    "Numbers of blocks after which samples may leave; the end is always one."
+    doors = set(range(1, self.K) if after is None else after)
+    if bad := sorted(doors - set(range(1, self.K + 1))): raise ValueError(f"after holds {bad}, expected numbers of blocks from 1 to {self.K}")
+    return doors | {self.K}
 
 @patch
 def _margins(self:Elastic, z:Tensor)->Tensor:
@@ -769,36 +779,35 @@ def sliced_wasserstein(
 # %% ../nbs/09_depth.ipynb #6b2d1a11
 class _Steps:
     "A meter of a penalty: what each block contributes, from the forward pass that trains it."
-    def __init__(self, model, blocks, measure):
-        self.blocks, self.measure, self.calls, self.given = dict(find_blocks(model) if blocks is None else blocks), measure, [], None
+    def __init__(self, model, blocks, each, together):
+        self.blocks, self.each, self.together = dict(find_blocks(model) if blocks is None else blocks), each, together
+        self.seen, self.given = [], None
         self.hooks = [b.register_forward_hook(self._note) for b in self.blocks.values()]
 
     def _note(self, block, args, out):
-        if block.training and torch.is_grad_enabled(): self.calls.append((_first(args), _first(out)))
+        if block.training and torch.is_grad_enabled(): self.seen.append(self.each(_first(args), _first(out)))
 
-    def take(self)->Tensor: # `[K]`
-        calls, given, self.calls, self.given = self.calls, self.given, [], None
+    def take(self)->Tensor: # `[K]`, or what was put
+        seen, given, self.seen, self.given = self.seen, self.given, [], None
         if given is not None: return given
-        if len(calls) == len(self.blocks): return self.measure(calls)
-        raise RuntimeError(f"found the steps of {len(calls)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
+        if len(seen) == len(self.blocks): return self.together(seen)
+        raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
 
     def put(self, values:Tensor): self.given = values
     def remove(self):
         for hook in self.hooks: hook.remove()
-        self.hooks, self.calls = [], []
+        self.hooks, self.seen = [], []
 
-def _gap(calls)->Tensor:
+def _gap(steps:list[Tensor])->Tensor:
     "Path gap of each stage, shared out over its steps: $K|s_k|^2 - s_k\\cdot\\sum_j s_j$, mean over features and samples."
     stages = []
-    for x, y in calls:
-        if stages and stages[-1][0].shape == x.shape: stages[-1].append(y - x)
-        else: stages.append([y - x])
-    return torch.stack([(s * (len(steps) * s - sum(steps))).mean() for steps in stages for s in steps])
-
-def _cost(calls)->Tensor: return torch.stack([sliced_wasserstein(x, y, largest=True) for x, y in calls])
+    for s in steps:
+        if stages and stages[-1][0].shape == s.shape: stages[-1].append(s)
+        else: stages.append([s])
+    return torch.stack([(s * (len(stage) * s - sum(stage))).mean() for stage in stages for s in stage])
 
 # %% ../nbs/09_depth.ipynb #59532e26
-PENALTIES = dict(path_gap=_gap, wasserstein=_cost)
+PENALTIES = dict(path_gap=(lambda x, y: y - x, _gap), wasserstein=(partial(sliced_wasserstein, largest=True), torch.stack))
 
 class Penalty(nn.Module):
     "The task's loss plus a constant weight times a penalty on the paths, from one forward pass; used like `LeastAction`."
@@ -811,16 +820,18 @@ class Penalty(nn.Module):
         super().__init__()
         if not weight > 0: raise ValueError(f"weight is {weight!r}, expected positive; without a penalty, leave it out")
         if kind not in PENALTIES: raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PENALTIES)}")
-        self.weight, self.kind, self.meter = weight, kind, _Steps(model, blocks, PENALTIES[kind])
+        self.weight, self.kind, self.meter = weight, kind, _Steps(model, blocks, *PENALTIES[kind])
         device = next((p.device for p in model.parameters()), None)
         self.register_buffer("lam", torch.tensor(1 / weight, device=device))
         self.register_buffer("action", torch.full_like(self.lam, float("nan")))
+        self.energies = None   # what each block contributed to the last pass, `[..., K]`
 
     def forward(self,
         task:Tensor, # loss on this batch, `[]` or `[S]`
     )->Tensor:       # with the penalty added, of the same shape
-        penalty = self.meter.take().sum(-1)
-        self.action = penalty.detach()
+        parts = self.meter.take()
+        penalty = parts.sum(-1)
+        self.energies, self.action = parts.detach(), penalty.detach()
         return task + self.weight * penalty
 
     @property

@@ -64,33 +64,33 @@ class _Inside(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in DROPOUTS: return self.dropout(DROPOUTS[func], *args, **kwargs)
+        if func in DROPOUTS: return self._dropout(DROPOUTS[func], *args, **kwargs)
         if func in DRAWS:
             like = torch.empty_like(*args, **kwargs) if func.__name__.endswith("like") else torch.empty(*args, **kwargs)
-            return self.draw(like, DRAWS[func])
-        if func is Tensor.bernoulli_: return args[0].copy_(self.draw(args[0], "bernoulli_", *args[1:], **kwargs))
-        if func is torch.empty: return self.rows(lambda rows: (t := torch.empty(*args, **kwargs)).new_empty(len(rows), *t.shape))
-        if func is F.conv2d and self.conv != "grouped": return self.convolve(*args, **kwargs)
+            return self._draw(like, DRAWS[func])
+        if func is Tensor.bernoulli_: return args[0].copy_(self._draw(args[0], "bernoulli_", *args[1:], **kwargs))
+        if func is torch.empty: return self._rows(lambda rows: (t := torch.empty(*args, **kwargs)).new_empty(len(rows), *t.shape))
+        if func is F.conv2d and self.conv != "grouped": return self._convolve(*args, **kwargs)
         return func(*args, **kwargs)
 
 # %% ../nbs/07_ensembles.ipynb #3fa00c51
 @patch
-def rows(self:_Inside, f):
+def _rows(self:_Inside, f):
     self.drawn = True
     return _Row.apply(f, self.anchor)
 
 @patch
-def draw(self:_Inside, like:Tensor, fill:str, *args)->Tensor:
+def _draw(self:_Inside, like:Tensor, fill:str, *args)->Tensor:
     "A tensor of the shape of `like`, filled for each member by its own generator."
     shape, kind = like.shape, dict(dtype=like.dtype, device=like.device)
-    return self.rows(lambda _: torch.stack([getattr(torch.empty(shape, **kind), fill)(*args, generator=g) for g in self.generators]))
+    return self._rows(lambda _: torch.stack([getattr(torch.empty(shape, **kind), fill)(*args, generator=g) for g in self.generators]))
 
 @patch
-def dropout(self:_Inside, axes, x, p=.5, training=True, inplace=False):
+def _dropout(self:_Inside, axes, x, p=.5, training=True, inplace=False):
     if not training or p == 0: return x
     if p == 1: return x * 0
     mask = x if axes is None else x[(..., *[0] * (x.ndim - axes))]
-    kept = self.draw(mask.detach(), "bernoulli_", 1 - p).div(1 - p)
+    kept = self._draw(mask.detach(), "bernoulli_", 1 - p).div(1 - p)
     return x * kept.reshape(*kept.shape, *[1] * (x.ndim - kept.ndim))
 
 # %% ../nbs/07_ensembles.ipynb #b8bc033f
@@ -107,7 +107,7 @@ CONVS = {"grouped": None, "unfolded": _unfolded, "matmul": _matmul}
 
 # %% ../nbs/07_ensembles.ipynb #407ccb67
 @patch
-def convolve(self:_Inside, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def _convolve(self:_Inside, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "A convolution as matrix products; grouped ones, and paddings by name, are left to PyTorch."
     if groups != 1 or isinstance(padding, str): return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     how = dict(stride=stride, padding=padding, dilation=dilation)

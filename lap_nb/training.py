@@ -16,8 +16,11 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -695,15 +698,25 @@ def roll_back(self:Training,
     self.lr_scale = scale
     warnings.warn(f"{error}. Going on from there with {scale:g} of the learning rate")
 
+# %% ../nbs/06_training.ipynb #ed54a976
 @contextmanager
 def _lost_processes(training:Training):
-    "Say in plain words that another process is gone."
+    "Say in plain words, and at once, that another process is gone, or that this one was told to stop for that reason."
+    if training.share[1] == 1: yield; return
+    def said(what):
+        last = "no checkpoint was kept" if training.saved is None else \
+            f"the last checkpoint is {training.path} (step {training.saved}): start again with resume=True"
+        return f"process {training.share[0]} of {training.share[1]} {what} at step {training.step}; {last}"
+    def stop(*_): raise SystemExit(said("was told to stop"))
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try: yield
     except RuntimeError as e:
-        lost = re.search("connection (closed|reset|refused)|broken pipe|timed? ?out|nccl|peer", str(e), re.I)
-        if training.share[1] == 1 or not lost: raise
-        last = "no checkpoint was kept" if training.saved is None else f"the last checkpoint is {training.path} (step {training.saved}): start again with resume=True"
-        raise RuntimeError(f"process {training.share[0]} of {training.share[1]} lost contact with the others at step {training.step}; {last}") from e
+        if not re.search("connection (closed|reset|refused)|broken pipe|timed? ?out|nccl|gloo|peer", str(e), re.I): raise
+        print(said("lost contact with the others"), file=sys.stderr, flush=True)
+        raise RuntimeError(said("lost contact with the others")) from e
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/06_training.ipynb #10caebe8
 def _progress(progress, epochs:int):

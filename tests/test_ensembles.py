@@ -319,3 +319,12 @@ def test_replayed_graphs_give_the_same_numbers(maker, data):
 def test_graphs_refuse_random_numbers():
     with pytest.raises(RuntimeError, match="a CUDA graph would repeat them"):
         fit_many(noisy_net, digits().splits(60, [0, 1]), epochs=1, mode="graph", device="cuda")
+
+
+def test_parameters_without_axes_train_and_freeze():
+    "The factor of SkipInit is a single number."
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.gain, self.layer = nn.Parameter(torch.tensor(.5)), nn.Linear(64, 10)
+        def forward(self, x): return self.gain * self.layer(x)
+    runs = fit_many(Scaled, digits().splits(60, range(2)), epochs=2, mode="batched")
+    assert runs.diverged == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5

@@ -3,18 +3,21 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lap_nb.attach import find_blocks, trace_energies
-from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net
-from lap_nb.kinetic import EnergyMeter, block_energies
+from lap_nb import kinetic
+from lap_nb.attach import find_blocks, trace, trace_energies
+from lap_nb.dynamics import ResidualBlock, Trajectory, dense_net
+from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, rank_correlation, relative_energy
 
 BATCH = 4
 
@@ -390,3 +393,130 @@ def test_bad_input():
     embedding = nn.Embedding(5, 3)
     with EnergyMeter(embedding, {"all": embedding}):
         with pytest.raises(ValueError, match="no floating-point tensor goes into block 'all'"): embedding(torch.tensor([1, 2]))
+
+
+# What the definitions promise, for any motion
+
+@st.composite
+def motions(draw, stages=2):
+    "A trajectory of one or two stages, in float64."
+    B, generator = draw(st.integers(1, 5)), torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    shapes = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=stages))
+    scale = 10. ** draw(st.integers(-3, 3))
+    xs = [scale * torch.randn(K + 1, B, D, generator=generator, dtype=torch.float64) for K, D in shapes]
+    return Trajectory(xs, [draw(st.sampled_from([.1, .5, 1., 2.])) for _ in xs])
+
+
+def changed(traj, f): return Trajectory([f(s.x) for s in traj.stages], [s.h for s in traj.stages])
+
+
+def halved(traj):
+    "Every block in two halves: the same motion."
+    def split(x): return torch.cat([torch.stack([x[:-1], (x[1:] + x[:-1]) / 2], 1).flatten(0, 1), x[-1:]])
+    return Trajectory([split(s.x) for s in traj.stages], [s.h / 2 for s in traj.stages])
+
+
+many = settings(max_examples=40, deadline=None)
+reductions = st.sampled_from(["mean", "sum"])
+
+
+@many
+@given(motions(), reductions, st.floats(.01, 100))
+def test_energy_scales_with_the_square(traj, reduction, c):
+    scaled = changed(traj, lambda x: c * x)
+    assert_close(block_energies(scaled, reduction), c ** 2 * block_energies(traj, reduction))
+    assert_close(relative_energy(scaled), relative_energy(traj))
+
+
+@many
+@given(motions(), reductions)
+def test_split_blocks_keep_the_energy(traj, reduction):
+    assert_close(kinetic_energy(halved(traj), reduction), kinetic_energy(traj, reduction))
+    assert_close(block_energies(halved(traj), reduction).unflatten(0, (traj.K, 2)).sum(1), block_energies(traj, reduction))
+
+
+@many
+@given(motions(), st.integers(0, 10**6))
+def test_rotations_and_shifts_keep_the_energy(traj, seed):
+    generator = torch.Generator().manual_seed(seed)
+    def moved(x):
+        d = x.shape[-1]
+        return x @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=x.dtype)).Q + torch.randn(d, generator=generator, dtype=x.dtype)
+    assert_close(block_energies(changed(traj, moved), "sum"), block_energies(traj, "sum"))
+
+
+@many
+@given(motions())
+def test_mean_is_sum_over_features(traj):
+    sizes = torch.cat([torch.full((s.K, 1), s.x[0, 0].numel()) for s in traj.stages])
+    assert_close(block_energies(traj) * sizes, block_energies(traj, "sum"))
+
+
+@many
+@given(motions(stages=1))
+def test_displacement_bounds_the_energy(traj):
+    bound = traj.K * traj.h * kinetic_energy(traj, "sum")
+    assert (traj.displacement() ** 2 <= traj.path_length() ** 2 * (1 + 1e-9)).all() and (traj.path_length() ** 2 <= bound * (1 + 1e-9)).all()
+    line = traj.x[:1] + torch.linspace(0, 1, traj.K + 1, dtype=torch.float64).reshape(-1, 1, 1) * (traj.x[-1:] - traj.x[:1])
+    assert_close(traj.K * traj.h * kinetic_energy(Trajectory(line, traj.h), "sum"), traj.displacement() ** 2)
+
+
+@many
+@given(motions(), reductions, st.data())
+def test_every_view_of_the_ledger_adds_up(traj, reduction, data):
+    y = torch.tensor(data.draw(st.lists(st.sampled_from([-1, 3, 7]), min_size=traj.B, max_size=traj.B)))
+    ledger = EnergyLedger(traj, y, reduction)
+    for view in (ledger.cells, ledger.blocks, ledger.classes, ledger.samples): assert view.sum().item() == pytest.approx(ledger.total, rel=1e-12)
+    assert ledger.total == pytest.approx(kinetic_energy(traj, reduction).sum().item(), rel=1e-9)
+    for c, label in enumerate(ledger.labels):
+        assert_close(ledger.cells[:, c], block_energies(traj.samples(y == label), reduction).sum(1))
+    assert sum(row["all"] for row in ledger.table()) * traj.B == pytest.approx(ledger.total, rel=1e-9)
+
+
+def test_ledger_of_a_traced_network():
+    net, x = Stack(), images()
+    traj = trace(net, x)
+    ledger = EnergyLedger(traj, torch.tensor([0, 1, 1, 1]))
+    assert ledger.names == ("layers.0", "layers.1")
+    assert "| `layers.1` |" in ledger._repr_markdown_()
+    still = EnergyLedger(Trajectory(torch.zeros(3, 2, 2)))
+    assert still.total == 0 and [row["share"] for row in still.table()] == [0, 0]
+
+
+# Rank correlation
+
+def test_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 60, generator=generator)
+    b = (a + b).exp()
+    found = rank_correlation(a, b)
+    assert found.value == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert found.low < found.value < found.high and found.n == 60
+
+
+def test_within_groups_the_trend_between_them_is_gone():
+    generator = torch.Generator().manual_seed(2)
+    gain, seed = torch.arange(6).repeat_interleave(30), torch.arange(30).repeat(6)
+    a, b = gain + .1 * torch.randn(180, generator=generator), gain + .1 * torch.randn(180, generator=generator)
+    rank_correlation = partial(kinetic.rank_correlation, resamples=300)
+    across, within = rank_correlation(a, b, clusters=seed), rank_correlation(a, b, groups=gain, clusters=seed)
+    assert across.value > .9 and within.low < 0 < within.high and within.groups == 6
+    opposite = rank_correlation(a, 2 * gain - a, groups=gain, clusters=seed)
+    assert opposite.value == pytest.approx(-1) and rank_correlation(a, 2 * gain - a).value > .9
+
+
+def test_rank_correlation_interval_covers():
+    generator, hits = torch.Generator().manual_seed(3), 0
+    for _ in range(60):
+        a, b = torch.randn(2, 40, generator=generator)
+        found = rank_correlation(a, b, resamples=200)
+        hits += found.low <= 0 <= found.high
+    assert hits >= 60 * (.95 - 3 * (.95 * .05 / 60) ** .5)
+
+
+def test_rank_correlation_bad_input():
+    with pytest.raises(ValueError, match="found 3 and 2 values"): rank_correlation([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="at least three"): rank_correlation([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="finite"): rank_correlation([1, 2, float("nan")], [1, 2, 3])
+    with pytest.raises(ValueError, match="nothing varies"): rank_correlation([1, 2, 3], [1, 1, 1])

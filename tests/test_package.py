@@ -21,7 +21,7 @@ NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
-ORDER = ('data dynamics attach kinetic transport regularity least_action training adapters ensembles studies depth plots widgets '
+ORDER = ('data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies plots widgets '
          'compare bench').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
 LAZY = 'pandas ot matplotlib sklearn ipywidgets'.split()

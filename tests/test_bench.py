@@ -1,0 +1,182 @@
+"The benchmark command: its arithmetic, its record, its errors, and what a step with least action may not do."
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lap_nb import bench
+from lap_nb.bench import BENCHMARKS, Sides, benchmark, clock, lap_bench, measure, memory, run_benchmarks
+from lap_nb.kinetic import EnergyMeter
+from lap_nb.least_action import LeastAction
+
+CPU = torch.device("cpu")
+
+
+def scripted(costs):
+    "A side that returns these costs, one after the other."
+    it = iter(costs)
+    return lambda: next(it)
+
+
+@pytest.fixture
+def fake():
+    "A benchmark that costs nothing; off the list afterwards."
+    before = dict(BENCHMARKS)
+
+    @benchmark("fake")
+    def make(device): return [Sides("fake", lambda: 2., lambda: 1., "two / one", goal=3.), Sides("fake-2", lambda: 8., lambda: 2., "four", goal=3., exact=True)]
+
+    @benchmark("needy", needs="no_such_package")
+    def needy(device): return []
+
+    yield
+    BENCHMARKS.clear(); BENCHMARKS.update(before)
+
+
+# Arithmetic
+
+def test_sides_run_in_turn_after_warm_up():
+    calls = []
+    def side(name, cost): return lambda: (calls.append(name), cost)[1]
+    measure(Sides("x", side("A", 2.), side("B", 1.), "", least=3), seconds=1e-9)
+    assert calls == list("AB" * 4)
+
+
+def test_median_extremes_and_best():
+    row = measure(Sides("x", scripted([9, 1, 2, 6, 2, 3]), scripted([9, 1, 1, 2, 1, 1]), "", goal=2.5, least=5), seconds=1e-9)
+    assert (row["ratio_median"], row["ratio_min"], row["ratio_max"], row["ratio_of_best"], row["pairs"]) == (2, 1, 3, 1, 5)
+    assert row["met"] is True and row["top"] == 2 and row["bottom"] == 1
+
+
+@pytest.mark.parametrize("better,goal,met", [("lower", 2, True), ("lower", 1.9, False), ("higher", 2, True), ("higher", 2.1, False), ("lower", None, None)])
+def test_goal(better, goal, met):
+    assert measure(Sides("x", lambda: 2., lambda: 1., "", goal=goal, better=better, exact=True))["met"] is met
+
+
+def test_the_interval_covers_the_median():
+    generator = torch.Generator().manual_seed(0)
+    for n in (15, 40):
+        draws = torch.randn(2000, n, generator=generator).exp()
+        covered = sum(low <= 1 <= high for low, high in map(bench._median_interval, draws.tolist())) / 2000
+        assert covered > .95 - 3 * (.95 * .05 / 2000) ** .5
+        if n == 40: assert covered < .995   # not the whole range
+
+
+def test_memory_counts_each_storage_once():
+    w = torch.ones(10, 10, requires_grad=True)
+    assert memory(lambda: (w * w * w).sum().backward(), CPU) == 2 * 400   # w, and w * w
+    assert memory(lambda: w.sum().backward(), CPU) == 0
+
+
+# Command
+
+def test_command_writes_a_record(fake, tmp_path, capsys):
+    out = tmp_path / "new" / "record.json"
+    lap_bench(["fake"], device="cpu", out=str(out), seconds=.01)
+    record = json.loads(out.read_text())
+    assert [r["name"] for r in record["rows"]] == ["fake", "fake-2"]
+    assert {"name", "ratio_median", "ratio_min", "ratio_max", "goal", "device", "pairs"} <= record["rows"][0].keys()
+    assert record["provenance"]["device"] == "cpu" and record["rows"][1]["met"] is False
+    said = capsys.readouterr().out
+    assert "fake: 2.000" in said and "fake-2: 4.000 (one pair), goal <= 3: NOT met" in said
+
+
+def failing(capsys, *args, **kwargs):
+    with pytest.raises(SystemExit) as stop: lap_bench(*args, device="cpu", seconds=.01, **kwargs)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("lap_bench: error: ")
+    return lines[0]
+
+
+def test_errors_take_one_line(fake, tmp_path, capsys):
+    out = tmp_path / "record.json"
+    assert "did you mean fake?" in failing(capsys, ["fak"], out=str(out))
+    assert "needs no_such_package" in failing(capsys, ["needy"], out=str(out))
+    assert "is a folder" in failing(capsys, ["fake"], out=str(tmp_path))
+    out.write_text("mine")
+    assert "overwrite with --force" in failing(capsys, ["fake"], out=str(out))
+    assert "cannot write to the folder" in failing(capsys, ["fake"], out=str(out / "below.json"))
+    assert out.read_text() == "mine"
+    lap_bench(["fake"], device="cpu", out=str(out), seconds=.01, force=True)
+    assert json.loads(out.read_text())["rows"]
+
+
+def test_missing_packages_are_named_when_all_are_asked_for(fake, monkeypatch):
+    for name in set(BENCHMARKS) - {"fake", "needy"}: monkeypatch.delitem(BENCHMARKS, name)
+    said = []
+    record = run_benchmarks(device="cpu", seconds=.01, report=said.append)
+    assert record["left_out"] == {"needy": "needs no_such_package"} and "needy: left out, needs no_such_package" in said
+    assert len(record["rows"]) == 2
+
+
+def test_finished_rows_outlive_a_failure(fake, tmp_path):
+    @benchmark("broken")
+    def broken(device): raise RuntimeError("no")
+
+    out = tmp_path / "record.json"
+    with pytest.raises(RuntimeError, match="no"): run_benchmarks(["fake", "broken"], "cpu", .01, out)
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_list(capsys):
+    lap_bench(list=True)
+    assert capsys.readouterr().out.split()[:2] == ["trace-overhead", "step-overhead"]
+
+
+def test_command_line(tmp_path):
+    run = lambda *args: subprocess.run([sys.executable, "-c", "from lap_nb import bench\nfrom fastcore.script import anno_parser\n"
+        "args = vars(anno_parser(bench.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}\n"
+        "bench.lap_bench(**args)", *args], capture_output=True, text=True)
+    done = run("nothing", "step-overhead", "--out", str(tmp_path / "x.json"))
+    assert done.returncode == 2 and "no benchmark 'nothing'" in done.stderr and done.stderr.count("\n") == 1
+
+
+# What a step may not do
+
+@pytest.fixture(scope="module")
+def steps(): return bench._Steps(CPU, width=4, batch=2)
+
+
+@pytest.mark.parametrize("way", ["trace", "action"])
+def test_no_second_forward_pass_and_no_more_memory(steps, way):
+    net, calls = steps.way["plain"][0], []
+    hook = net[0].register_forward_hook(lambda *args: calls.append(1))
+    steps(way)
+    hook.remove()
+    assert len(calls) == 1
+    assert steps(way, memory) <= 1.05 * steps("plain", memory)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_no_graph_break_is_added():
+    steps = bench._Steps(CPU, width=4, batch=2)
+    net, x = steps.way["plain"][0], steps.x
+    torch._dynamo.reset()
+    plain = torch._dynamo.explain(net)(x)
+    torch._dynamo.reset()
+    with EnergyMeter(net, steps.blocks) as meter:
+        traced = torch._dynamo.explain(net)(x)
+        assert len(meter.take()) == 5
+    torch._dynamo.reset()
+    assert (traced.graph_break_count, traced.graph_count) == (plain.graph_break_count, plain.graph_count) == (0, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("way", ["trace", "action"])
+def test_no_device_synchronisation(way, compiled):
+    device = torch.device("cuda")
+    steps = bench._Steps(device, width=8, batch=4, compiled=compiled)
+    net, model, opt, watch = steps.way[way]
+    watch = watch or steps._watch(net, way)
+    for _ in range(2): steps.step(model, opt, watch)   # optimiser state, compilation
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try: steps.step(model, opt, watch)
+    finally: torch.cuda.set_sync_debug_mode("default")

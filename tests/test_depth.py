@@ -1,0 +1,574 @@
+"Elastic depth: the short network is what it claims to be, and the long one is never touched."
+import copy
+import io
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from lap_nb.attach import find_blocks
+from lap_nb.data import Split, digits
+from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, coarsening, depth_curve, even, latency, measure_depth,
+                          recompute_statistics, shorten, sliced_wasserstein, stretched)
+from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
+from lap_nb.ensembles import fit_many
+from lap_nb.least_action import LeastAction
+from lap_nb.training import fit
+
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def split(): return digits().split(100, 0, n_val=100)
+
+
+@pytest.fixture(scope='module')
+def x(split): return split.x[split.test[:50]]
+
+
+def dense(K=6, **kwargs):
+    torch.manual_seed(0)
+    return dense_net(64, 10, K=K, hidden=16, **kwargs).eval()
+
+
+def staged(norm=True, Ks=(3, 2)):
+    torch.manual_seed(0)
+    net = staged_net((1, 8, 8), 10, Ks=Ks, width=4, norm=norm)
+    net.encoder = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), net.encoder)
+    with torch.no_grad():
+        for m in net.modules():   # statistics that matter
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
+    return net.eval()
+
+
+class Theirs(nn.Module):
+    "A residual layer that takes its input by name, and returns a tuple if asked."
+    def __init__(self, dim, pair=False):
+        super().__init__()
+        self.norm, self.linear, self.pair = nn.LayerNorm(dim), nn.Linear(dim, dim), pair
+
+    def forward(self, hidden, scale=1.):
+        out = hidden + scale * torch.tanh(self.linear(self.norm(hidden)))
+        return (out, None) if self.pair else out
+
+
+class Tower(nn.Module):
+    "Layers in a `ModuleList`, called by name."
+    def __init__(self, pair, K=4):
+        super().__init__()
+        self.start, self.layers, self.head, self.pair = nn.Linear(64, 8), nn.ModuleList(Theirs(8, pair) for _ in range(K)), nn.Linear(8, 10), pair
+
+    def forward(self, x):
+        x = self.start(x)
+        for layer in self.layers: x = layer(hidden=x, scale=.5)[0] if self.pair else layer(hidden=x, scale=.5)
+        return self.head(x)
+
+
+def in_a_row(K=4):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 8), *[Theirs(8) for _ in range(K)], nn.ReLU(), nn.Linear(8, 10)).eval()
+
+
+def tower(pair):
+    torch.manual_seed(0)
+    return Tower(pair).eval()
+
+
+NETS = dict(dense=dense, small_steps=lambda: dense(h=.5), staged=staged, no_norm=lambda: staged(norm=False), row=in_a_row, tower=lambda: tower(False),
+            pairs=lambda: tower(True))
+
+
+def fingerprint(model):
+    "Everything of a model that a user can see."
+    return (repr(model), {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()], [id(m) for m in model.modules()])
+
+
+def same(a, b):
+    assert a[0] == b[0] and a[2:] == b[2:] and a[1].keys() == b[1].keys()
+    for name in a[1]: assert torch.equal(a[1][name], b[1][name]), name
+
+
+# Schedules
+
+@pytest.mark.parametrize('sizes', [(9,), (4, 4), (1, 5, 2), (1,)])
+def test_even_schedules_cover_the_time_of_each_stage(sizes):
+    for m in range(len(sizes), sum(sizes) + 1):
+        schedule, start = even(m, sizes), 0
+        assert len(schedule) == m
+        for size in sizes:
+            inside = [(k, s) for k, s in zip(schedule.kept, schedule.scale) if start <= k < start + size]
+            assert inside[0][0] == start and sum(s for _, s in inside) == size
+            start += size
+    assert even(sum(sizes), sizes).scale == (1.,) * sum(sizes)
+
+
+@pytest.mark.parametrize('m', [0, -1, 10, 2.5, True, None])
+def test_impossible_numbers_of_blocks(m):
+    with pytest.raises(ValueError, match='expected a whole number from 1 to 9'): even(m, [9])
+
+
+@pytest.mark.parametrize('kept, scale', [((), ()), ((1, 0), (1, 1)), ((0, 0), (1, 1)), ((0,), (1, 1)), ((-1,), (1,)), ((0,), (0,)), ((0,), (float('inf'),))])
+def test_impossible_schedules(kept, scale):
+    with pytest.raises(ValueError, match='kept|scale'): DepthSchedule(kept, scale)
+
+
+# The short network
+
+def by_hand(net, x, schedule):
+    "A dense network, block by block."
+    z = net.encoder(x)
+    for k, s in zip(schedule.kept, schedule.scale): z = z + s * net.flow.blocks[k].h * net.flow.blocks[k].velocity(z)
+    return net.head(z)
+
+
+@pytest.mark.parametrize('h', [1., .3])
+def test_gates_and_cuts_are_what_the_schedule_says(x, h):
+    net = dense(h=h)
+    elastic = Elastic(net)
+    for schedule in [even(m, [6]) for m in range(1, 7)] + [even(3, [6], lengthen=False), DepthSchedule((1, 2, 5), (2.5, .5, 1.))]:
+        with torch.no_grad():
+            assert_close(elastic(x, depth=schedule), by_hand(net, x, schedule), **CLOSE)
+            assert_close(elastic.cut(schedule)(x), by_hand(net, x, schedule), **CLOSE)
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_a_cut_network_does_what_the_gated_one_does(name, x):
+    net = NETS[name]()
+    elastic = Elastic(net, x[:4])
+    with torch.no_grad():
+        assert_close(elastic(x), net(x), **CLOSE)
+        for m in range(len(elastic.sizes), elastic.K + 1):
+            short = elastic.cut(m)
+            assert_close(short(x), elastic(x, depth=m), **CLOSE)
+            assert sum(isinstance(b, (ResidualBlock, Theirs)) for b in short.modules()) == m
+    assert type(elastic.cut(elastic.K)) is type(net) and repr(elastic.cut(elastic.K)) == repr(net)
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_saved_loaded_compiled_exported(name, x):
+    elastic = Elastic(NETS[name](), x[:4])
+    short, schedule = elastic.cut(len(elastic.sizes) + 1), elastic.schedules[len(elastic.sizes) + 1]
+    want = short(x).detach()
+    file = io.BytesIO(); torch.save(short, file); file.seek(0)
+    assert_close(torch.load(file, weights_only=False)(x).detach(), want)
+    other = Elastic(NETS[name]().apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None), x[:4]).cut(schedule)
+    other.load_state_dict(short.state_dict())
+    assert_close(other(x).detach(), want)
+    assert_close(torch.compile(short, backend='eager', fullgraph=True)(x).detach(), want)
+    assert_close(torch.export.export(short, (x,)).module()(x).detach(), want, **CLOSE)
+
+
+def test_the_flow_of_a_cut_network_is_a_flow(x):
+    net = dense(K=7, h=.5)
+    for m in range(1, 8):
+        flow = Elastic(net).cut(m).flow
+        assert type(flow) is Flow and len(flow.blocks) == m and flow.h * m == pytest.approx(3.5)
+        assert_close(flow.trajectory(x).x[-1], flow(x))
+    assert 'Scaled' not in repr(Elastic(dense(K=6)).cut(3))   # equal steps need no factor
+
+
+def test_blocks_in_a_sequential_go_and_elsewhere_leave_a_placeholder(x):
+    row, list_ = Elastic(in_a_row(), x[:4]).cut(2), Elastic(tower(False), x[:4]).cut(2)
+    assert [type(m).__name__ for m in row] == ['Linear', 'Stretch', 'Stretch', 'ReLU', 'Linear']
+    assert [type(m) for m in list_.layers] == [Stretch, Skip, Stretch, Skip]
+    assert sum(p.numel() for p in list_.parameters()) < sum(p.numel() for p in tower(False).parameters())
+
+
+def test_shared_velocities_stay_shared(x):
+    torch.manual_seed(0)
+    velocity = nn.Linear(64, 64)
+    net = ResidualNet(Flow([velocity] * 4, .1), nn.Linear(64, 10)).eval()
+    short = Elastic(net).cut(2)
+    assert len({id(b.velocity) for b in short.flow.blocks}) == 1
+    assert_close(short(x), by_hand(net, x, even(2, [4])), **CLOSE)
+
+
+def test_blocks_that_write_to_their_input(x):
+    class InPlace(nn.Module):
+        def __init__(self): super().__init__(); self.linear = nn.Linear(8, 8)
+        def forward(self, x):
+            x += torch.tanh(self.linear(x))
+            return x
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 8), InPlace(), InPlace(), nn.Linear(8, 10)).eval()
+    elastic = Elastic(net, x[:4])
+    with torch.no_grad():
+        z = net[0](x)
+        want = net[3](z + 2 * torch.tanh(net[1].linear(z)))
+        assert_close(elastic(x, depth=1), want, **CLOSE)
+        assert_close(elastic.cut(1)(x), want, **CLOSE)
+
+
+def test_a_vision_transformer_of_transformers():
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+                                    num_channels=1, num_labels=10)
+    net, data = transformers.ViTForImageClassification(config).eval(), digits()
+    data = Split(data.x.view(-1, 1, 8, 8), data.y, data.pool[:40], data.pool[40:80], data.test[:40], 'digits', 10, (0,))
+    elastic = Elastic(net, data.x[:2])
+    assert elastic.sizes == [4]
+    short = elastic.cut(2)
+    assert_close(short(data.x[:5]).logits, elastic(data.x[:5], depth=2).logits, **CLOSE)
+    with pytest.warns(UserWarning, match='path gap'): small = shorten(net, data, blocks=2, way='lengthened', verbose=False)
+    assert small.shortened['kept'] == [0, 2] and small(data.x[:5]).logits.shape == (5, 10)
+
+
+# The long network is never touched
+
+@pytest.mark.parametrize('name', ['dense', 'staged', 'row'])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.filterwarnings('ignore:the path gap')
+def test_the_input_is_never_modified(name, training, split, x):
+    net = NETS[name]().train(training)
+    before = fingerprint(net)
+    elastic = Elastic(net, x[:4]).calibrate(split.x[split.train])
+    elastic(x, depth=3)
+    if name == 'dense': elastic.early_exit(x)
+    measure_depth(net, split)
+    shorten(net, split, blocks=3, epochs=1, verbose=False)
+    shorten(net, split, budget_ms=1e6, verbose=False)
+    elastic.cut(3).apply(lambda m: [nn.init.zeros_(p) for p in m.parameters(recurse=False)])
+    same(before, fingerprint(net))
+
+
+def test_meters_stay_behind_and_other_hooks_come_along(x):
+    net, seen = dense(), []
+    net.flow.blocks[0].velocity.register_forward_hook(lambda m, args, out: seen.append(1))
+    la = LeastAction(net)
+    la_before = fingerprint(net)
+    F.cross_entropy(net.train()(x), torch.zeros(50, dtype=torch.long))   # the meter holds a graph
+    elastic = Elastic(net.eval())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in elastic.modules())
+    seen.clear(); elastic(x)
+    assert hooks == 1 and seen == [1]
+    assert fingerprint(net)[3] == la_before[3]
+    la.remove()
+
+
+def test_modes_and_gates_are_put_back_after_an_error(x):
+    elastic = Elastic(dense()).train()
+    with pytest.raises(RuntimeError): elastic(x[:, :3], depth=2)
+    assert {g.scale for g in elastic.gates} == {1.}
+    with pytest.raises(RuntimeError): elastic.early_exit(x[:, :3])
+    assert all(m.training for m in elastic.model.modules())
+
+
+# Choices
+
+def shuffled_labels(split, part):
+    y = split.y.clone()
+    index = getattr(split, part)
+    y[index] = y[index].roll(1)
+    return Split(split.x, y, split.train, split.val, split.test, split.name, split.classes, split.seeds)
+
+
+@pytest.fixture(scope='module')
+def trained(split):
+    torch.manual_seed(0)
+    net = dense_net(64, 10, K=5, hidden=16)
+    fit(net, split, Penalty(net, 1.), epochs=30, lr=3e-3, eval_every=30)
+    return net
+
+
+def test_choices_are_made_on_the_validation_part_alone(trained, split):
+    chosen = lambda s, **goal: (lambda r: (r['kept'], r['scale']))(shorten(trained, s, verbose=False, **goal).shortened)
+    for goal in (dict(blocks=2), dict(accuracy_drop=.1)):
+        want = chosen(split, **goal)
+        for part in ('test', 'train'): assert chosen(shuffled_labels(split, part), **goal) == want
+    y = split.y.clone()   # validation labels that one block gets right
+    y[split.val] = Elastic(trained).eval()(split.x[split.val], depth=1).argmax(1)
+    told = Split(split.x, y, split.train, split.val, split.test, split.name, split.classes, split.seeds)
+    assert chosen(told, accuracy_drop=0., way='lengthened') == ([0], [5.])
+
+
+def test_the_best_schedule_is_at_least_as_good_on_validation(trained, split):
+    curve = depth_curve(trained, split, 'val')
+    for m, best in enumerate(curve.of('best')[:-1]):
+        assert m > len(curve.of('best')) - 3 or best['accuracy'] >= curve.of('lengthened')[m]['accuracy']
+    assert curve.of('best')[-1]['accuracy'] == curve.of('skip')[-1]['accuracy']
+
+
+def test_goals(trained, split, x):
+    small = shorten(trained, split, accuracy_drop=.05, verbose=False)
+    s = small.shortened
+    assert s['val_accuracy'][1] >= s['val_accuracy'][0] - .05 and s['blocks'][1] < 5
+    fewer = depth_curve(trained, split, 'val', ['best']).of('best')[:s['blocks'][1] - 1]
+    assert all(r['accuracy'] < s['val_accuracy'][0] - .05 for r in fewer)
+    json.dumps(s)
+    assert len(shorten(trained, split, budget_ms=1e6, verbose=False).flow.blocks) in range(1, 6)
+
+
+def test_fine_tuning_changes_the_copy_alone(trained, split):
+    before = fingerprint(trained)
+    plain, tuned = (shorten(trained, split, blocks=1, epochs=e, verbose=False) for e in (0, 2))
+    assert not torch.equal(plain.head.weight, tuned.head.weight) and torch.equal(plain.head.weight, trained.head.weight)
+    same(before, fingerprint(trained))
+
+
+def test_what_is_printed(trained, split, capsys):
+    shorten(trained, split, blocks=2, way='lengthened')
+    line = capsys.readouterr().out
+    for part in ('5 -> 2 blocks: 0 (x2) 2 (x3)', 'validation accuracy', 'parameters', 'ms for 100 samples on cpu', 'times as fast'): assert part in line
+
+
+@pytest.mark.parametrize('goal, message', [
+    (dict(), 'found no goal, expected exactly one'), (dict(blocks=2, budget_ms=1.), 'found blocks, budget_ms'),
+    (dict(blocks=0), 'found 0 blocks'), (dict(blocks=6), 'found 6 blocks, expected a whole number from 1 to 5'),
+    (dict(accuracy_drop=-.1), 'expected a share in'), (dict(accuracy_drop=5), 'expected a share in'), (dict(budget_ms=0), 'expected a positive number'),
+    (dict(budget_ms=1e-9), 'the fastest has . blocks and takes'), (dict(blocks=2, way='prune'), 'expected one of skip, lengthened, best')])
+def test_bad_goals(trained, split, goal, message):
+    with pytest.raises(ValueError, match=message): shorten(trained, split, verbose=False, **goal)
+
+
+def test_an_accuracy_that_cannot_be_kept(split):
+    torch.manual_seed(0)
+    net = dense_net(64, 10, K=3, hidden=32)
+    fit(net, split, epochs=40, lr=3e-3, eval_every=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        best = max(r['accuracy'] for r in depth_curve(net, split, 'val', ['skip']).of('skip')[:-1])
+        full = depth_curve(net, split, 'val', ['skip'], [3]).of('skip')[0]['accuracy']
+        if best == full: pytest.skip('a shorter network is as good')
+        with pytest.raises(ValueError, match=rf'no shorter network keeps .* and {100 * best:.1f} %'): shorten(net, split, accuracy_drop=0., way='skip')
+
+
+def test_a_network_of_one_block_cannot_be_shortened_by_accuracy(split):
+    net = dense(K=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(ValueError, match='only one depth'): shorten(net, split, accuracy_drop=.1)
+
+
+def test_a_warning_quotes_the_path_gap(trained, split):
+    class Away(nn.Module):
+        def __init__(self, sign): super().__init__(); self.sign, self.weight = sign, nn.Parameter(torch.ones(()))
+        def forward(self, x): return self.sign * self.weight * torch.ones_like(x)
+    there_and_back = ResidualNet(Flow([Away(1), Away(-1), Away(1), Away(-.5)]), nn.Linear(64, 10))
+    # steps 1, -1, 1, -1/2: displacement 1/2, gap share 1 - .25 / (4 * 3.25)
+    with pytest.warns(UserWarning, match=r'the path gap is 98 %'): shorten(there_and_back, split, blocks=2, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        shorten(trained, split, blocks=2, verbose=False)
+
+
+# Blocks that cannot be left out
+
+def test_blocks_that_change_the_shape_are_never_removed(split, x):
+    net = staged()
+    curve = depth_curve(net, split, ways=['best'])
+    assert curve.sizes == [3, 2] and [r['blocks'] for r in curve.of('best')] == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match='from 2 to 5.*in 2 stages of constant shape'): Elastic(net, x[:4])(x, depth=1)
+    assert len(Elastic(net, x[:4]).cut(2).flow.transitions) == 1
+
+
+def test_one_block_called_twice(x):
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.block, self.head = Theirs(64), nn.Linear(64, 10)
+        def forward(self, x): return self.head(self.block(self.block(x)))
+    with pytest.raises(ValueError, match="block 'block' runs 2 times per pass"): Elastic(Twice(), x[:4])
+    block = ResidualBlock(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match='runs 3 times per pass'): Elastic(nn.Sequential(block, block, block))
+
+
+def test_no_blocks(x):
+    with pytest.raises(ValueError, match='no residual block found'): Elastic(nn.Sequential(nn.Linear(64, 8), nn.ReLU()), x[:4])
+    with pytest.raises(ValueError, match='the network as a whole is the residual block'): Elastic(ResidualBlock(nn.Linear(64, 64)))
+
+
+def test_named_blocks(x):
+    net = in_a_row()
+    elastic = Elastic(net, x[:4], blocks=['2', '3'])
+    assert elastic.K == 2 and elastic.names == ['2', '3']
+    with pytest.raises(AttributeError): Elastic(net, x[:4], blocks=['9'])
+
+
+# Batch norm
+
+def test_statistics_are_those_of_the_short_network(split, x):
+    net, samples = staged(), split.x[split.train]
+    short = recompute_statistics(Elastic(net, x[:4]).cut(2), samples, chunk=1000)
+    norm = short.flow.flows[0].blocks[0].velocity
+    norm = norm.velocity[0] if hasattr(norm, 'velocity') else norm[0]
+    z = short.encoder(samples)
+    assert_close(norm.running_mean, z.mean((0, 2, 3)), **CLOSE)
+    assert_close(norm.running_var, z.var((0, 2, 3)), **CLOSE)
+    assert norm.momentum == .1 and not short.training
+
+
+def test_an_elastic_network_keeps_statistics_for_every_depth(split, x):
+    net, samples = staged(), split.x[split.train]
+    elastic = Elastic(net, x[:4]).calibrate(samples)
+    for m in (2, 3, 4): assert_close(elastic(x, depth=m), recompute_statistics(elastic.cut(elastic.schedules[m]), samples)(x), **CLOSE)
+    assert_close(elastic(x), net(x), **CLOSE)
+    twin = Elastic(staged(), x[:4]).calibrate(samples[:10])
+    twin.load_state_dict(elastic.state_dict())
+    assert_close(twin(x, depth=3), elastic(x, depth=3))
+
+
+def test_labels_of_the_training_part_are_not_used(split):
+    net = staged()
+    a, b = (depth_curve(net, s, ways=['lengthened']) for s in (split, shuffled_labels(split, 'train')))
+    assert a.rows == b.rows and a.recomputed
+    assert not depth_curve(dense(), split, ways=['skip']).recomputed
+
+
+# The bound
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_bound_holds(seed):
+    torch.manual_seed(seed)
+    net, start = dense_net(5, 2, K=8, hidden=8, h=.1 + .3 * seed), torch.randn(30, 5) * 3
+    for m in range(1, 9):
+        c = coarsening(net.flow, start, m)
+        assert (c.error <= c.bound * (1 + 1e-4) + 1e-4).all() and (c.curvature <= c.bound * (1 + 1e-5) + 1e-6).all()
+    assert c.error.max() < 1e-5 and c.bound.max() == 0
+
+
+def test_the_error_is_zero_for_straight_paths_of_constant_speed():
+    class Straight(nn.Module):
+        "Constant along each path, different between paths: the direction is kept, the speed is |x_2|, which does not change."
+        def forward(self, x): return torch.stack([x[:, 1].abs(), torch.zeros(len(x))], 1)
+    c = coarsening(Flow([Straight() for _ in range(6)], .5), torch.randn(20, 2), 1, [1.] * 6)
+    assert c.error.max() < 1e-5 and c.curvature.max() < 1e-5
+
+
+def test_unknown_layers_need_constants():
+    flow = Flow([nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))])
+    with pytest.raises(ValueError, match='found a LayerNorm'): coarsening(flow, torch.randn(2, 3), 1)
+
+
+# Early exit
+
+def test_an_exit_that_never_comes_is_the_full_network(x):
+    net = dense()
+    e = Elastic(net).early_exit(x, slack=1e9)
+    assert (e.blocks == 6).all()
+    assert_close(e.logits, net(x).detach(), **CLOSE)
+
+
+def test_constant_speed_leaves_after_one_block(x):
+    class Constant(nn.Module):
+        def __init__(self, v): super().__init__(); self.v = nn.Parameter(v)
+        def forward(self, x): return self.v.expand_as(x)
+    torch.manual_seed(0)
+    v = torch.randn(64)
+    net = ResidualNet(Flow([Constant(v) for _ in range(5)], .2), nn.Linear(64, 10)).eval()
+    e = Elastic(net).early_exit(x, slack=0.)
+    assert (e.blocks == 1).all()
+    assert_close(e.logits, net(x).detach(), **CLOSE)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_decision_within_the_slack_is_the_full_one(seed, x):
+    torch.manual_seed(seed)
+    net, slack = dense_net(64, 10, K=6, hidden=16, h=.2).eval(), .5
+    with torch.no_grad():
+        e, path, full = Elastic(net).early_exit(x, slack), net.trajectory(x).x, net(x).argmax(1)
+        at = e.blocks
+        here, before = path[at, range(50)], path[at - 1, range(50)]
+        rest = (6 - at)[:, None] * (here - before)
+        within = (path[-1] - here - rest).norm(dim=1) <= slack * rest.norm(dim=1)
+    assert (at < 6).any() and within.any()
+    assert (e.logits.argmax(1) == full)[within].all()
+
+
+def test_exits_with_convolutions_and_another_dtype():
+    torch.manual_seed(0)
+    flow = Flow([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)], .1)
+    net = ResidualNet(flow, nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))).double().eval()
+    z = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+    e = Elastic(net).early_exit(z, 1e9)
+    assert_close(e.logits, net(z).detach())
+
+
+def test_margins_follow_the_head(x):
+    elastic = Elastic(dense())
+    before = elastic.early_exit(x, .5).blocks
+    with torch.no_grad(): elastic.model.head.weight.zero_()
+    assert (elastic.early_exit(x, .5).blocks == 1).all() and (before > 1).any()   # no weight, no doubt
+
+
+# Training for it
+
+def test_random_depth_runs_some_blocks_in_training_and_all_in_evaluation(x):
+    net = dense().train()
+    want = net.eval()(x)
+    hooks = RandomDepth(net, seed=1)
+    assert_close(net(x), want)
+    net.train()
+    outs = [net(x) for _ in range(40)]
+    with torch.no_grad(): possible = [by_hand(net, x, even(m, [6])) for m in range(1, 7)]
+    seen = [next(m for m, p in enumerate(possible, 1) if torch.allclose(o, p, **CLOSE)) for o in outs]
+    assert set(seen) == set(range(1, 7))
+    hooks.remove()
+    assert_close(net(x), want)
+    with pytest.raises(ValueError, match='add up to 5, expected the 6 blocks'): RandomDepth(net, sizes=[5])
+
+
+@pytest.mark.parametrize('kind', ['path_gap', 'wasserstein'])
+def test_penalties_train_one_network_as_many(kind):
+    data = digits()
+    split, make = data.splits(60, range(2)), lambda: dense_net(64, 10, K=3, hidden=8)
+    rows = fit_many(make, split, least_action=lambda m: Penalty(m, 1., kind), epochs=2, eval_every=2)
+    assert rows.curves['action'].shape == (1, 2) and rows.curves['action'].isfinite().all()
+    if kind == 'path_gap':
+        torch.manual_seed(0)
+        net = make()
+        one = fit(net, split.member(0), Penalty(net, 1., kind), epochs=2, eval_every=2)
+        assert_close(one.curves['action'], rows.curves['action'][:, 0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_path_gap_is_taken_stage_by_stage(x):
+    net = staged(norm=False).train()
+    penalty = Penalty(net, 2.)
+    total = penalty(net(x).sum() * 0)
+    total.backward()
+    steps = [s.steps.flatten(2) for s in net.eval().trajectory(x).stages]
+    want = sum((len(s) * s.square().sum(0) - s.sum(0).square()).mean() for s in steps)
+    assert_close(total.detach(), 2 * want.detach(), **CLOSE)
+    with pytest.raises(RuntimeError, match='found the steps of 0 blocks, expected 5'): penalty(torch.zeros(()))
+    penalty.remove()
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_sliced_wasserstein():
+    torch.manual_seed(0)
+    a = torch.randn(100, 4)
+    assert sliced_wasserstein(a, a.flip(0)) < 1e-10
+    shift = torch.tensor([2., 0, 0, 0])
+    assert_close(sliced_wasserstein(a, a + shift, 20000), torch.tensor(1.), rtol=.05, atol=0)          # 4 / 4 in the mean
+    assert_close(sliced_wasserstein(a, a + shift, 20000, largest=True), torch.tensor(4.), rtol=.02, atol=0)
+    b = a.clone().requires_grad_()
+    sliced_wasserstein(b, b.detach(), largest=True).backward()
+    assert b.grad.isfinite().all()
+
+
+# Records and times
+
+def test_a_record_is_plain_json(trained, split):
+    record = measure_depth(trained, split)
+    assert json.loads(json.dumps(record)) == record
+    assert record['counts'] == [1, 2, 3, 4, 5] and record['area_skip'] == pytest.approx(sum(record['skip']) / 5)
+    assert record['largest_share'] == pytest.approx(max(record['energies']) / sum(record['energies']))
+    assert record['energy_lengthened'][-1] == pytest.approx(record['energy'])
+
+
+def test_energy_of_a_shortened_network_is_that_of_its_trajectory(trained, split):
+    curve = depth_curve(trained, split, ways=['lengthened'])
+    for row in curve.of('lengthened'):
+        flow = Elastic(trained).cut(row['schedule']).eval().flow
+        steps = torch.stack([s for s in flow.trajectory(split.x[split.test]).steps])
+        times = torch.tensor(row['schedule'].scale)   # each step over its own time, h = 1
+        assert row['energy'] == pytest.approx((steps.square().mean(2).mean(1) / times).sum().item(), rel=1e-4)
+
+
+def test_latency_orders_networks():
+    slow, fast = (nn.Sequential(*[nn.Linear(300, 300) for _ in range(n)]) for n in (40, 1))
+    times = latency(dict(slow=slow, fast=fast), torch.randn(64, 300))
+    assert times['slow'] > times['fast'] > 0
