@@ -265,3 +265,14 @@ def test_torch_is_pinned_in_the_constraints_only():
     "The exact version, with its CPU build, serves the tests: users choose their own."
     assert 'torch==' in (ROOT / 'constraints.txt').read_text(encoding='utf-8')
     assert 'torch==' not in (ROOT / 'settings.ini').read_text(encoding='utf-8')
+
+
+def test_spelling(tmp_path):
+    "codespell over the text of the notebooks and the documents; words of the field stand in pyproject.toml."
+    pytest.importorskip('codespell_lib', reason='codespell is missing: run `make test`, which installs it')
+    for notebook in NOTEBOOKS:
+        text = '\n\n'.join(''.join(cell['source']) for cell in load(notebook)['cells'])
+        (tmp_path / f'{notebook.stem}.md').write_text(text, encoding='utf-8')
+    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.*'), *(NBS / 'results').glob('*.md'), ROOT / '_quarto.yml', *(ROOT / 'tests').glob('*.py')]
+    done = run('-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path, *(d for d in documents if 'lock' not in d.name))
+    assert not done.stdout + done.stderr, done.stdout + done.stderr

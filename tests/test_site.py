@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -130,6 +130,38 @@ def test_page(browser, address, name):
             '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error]"].map(s => document.querySelectorAll(s).length)')
         assert (formulas, wrong) == (typeset, 0)
         assert typeset or not has_maths(NOTEBOOKS[PAGES.index(name)])
+
+
+AXE = ASSETS / 'axe-core' / 'axe.min.js'
+AUDIT = """async () => {
+  const found = await axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'], resultTypes: ['violations']});
+  return found.violations.map(v => `${v.id} (${v.impact}): ${v.help}: ` + v.nodes.slice(0, 3).map(n => n.target + ' ' + n.html.slice(0, 120)).join(' | '));
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_accessibility(browser, address, scheme):
+    "axe-core finds nothing of level A or AA, on any page; the pages are read as they are first shown, then on a phone."
+    if not AXE.exists(): pytest.skip('axe-core is missing: run `make test`, which installs it with npm')
+    faults = []
+    for name in PAGES:
+        with visit(browser, address + name, color_scheme=scheme, viewport=WIDE if scheme == 'light' else PHONE) as page:
+            page.evaluate('document.querySelectorAll("details").forEach(d => d.open = true)')
+            page.add_script_tag(path=AXE)
+            faults += [f'{name}: {fault}' for fault in page.evaluate(AUDIT)]
+    assert not faults, '\n' + '\n'.join(faults)
+
+
+@pytest.mark.browser
+def test_first_page_is_light(browser, address):
+    "What the landing page loads, without the maths engine, is under 300 kB."
+    sizes = {}
+    with closing(browser.new_page()) as page:
+        page.on('response', lambda response: sizes.update({response.url.removeprefix(address): len(response.body())}))
+        page.goto(address + 'index.html', wait_until='networkidle')
+    own = {name: size for name, size in sizes.items() if 'mathjax' not in name.lower() and not name.startswith('data:')}
+    assert own and sum(own.values()) < 300_000, f'{sum(own.values()):,} bytes: {own}'
 
 
 def test_internal_links(contents, site):
