@@ -84,7 +84,7 @@ def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None)->Tensor:
 def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     "Prices that prove `target` optimal, by Bellman and Ford; `RuntimeError` if it is not."
     matched, g, at = cost.gather(1, target[:, None])[:, 0], cost.new_zeros(len(cost)), None
-    rounding = 256 * torch.finfo(cost.dtype).eps * cost.max()
+    rounding = 256 * torch.finfo(cost.dtype).eps * cost.abs().max()
     for _ in range(len(cost) + 1):
         f = matched - g[target]
         lower = _slack(cost, f, at)
@@ -97,8 +97,11 @@ def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
 # %% ../nbs/04_transport.ipynb #db37ad1c
 def _assignment(cost:Tensor):
     from scipy.optimize import linear_sum_assignment
-    target = torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
-    return target, None, *_potentials(cost, target)
+    rows, columns = cost.mean(1), cost.mean(0)   # taken off, they change no matching; without them SciPy is ten times slower on trained networks
+    reduced = (cost - rows[:, None]).sub_(columns)
+    target = torch.from_numpy(linear_sum_assignment(reduced.numpy())[1])
+    f, g = _potentials(reduced, target)
+    return target, None, f + rows, g + columns
 
 def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
     import ot
@@ -153,7 +156,7 @@ def optimal_coupling(
     equal = len(x) == len(y) and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
     if solver == "auto": solver = "assignment" if equal else "simplex"
     if solver == "assignment" and not equal: raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
-    _check_memory(len(x), len(y), 1 if solver == "assignment" else 5, max_bytes)
+    _check_memory(len(x), len(y), 2 if solver == "assignment" else 5, max_bytes)
     cost = cost_matrix(x, y, math.inf)
     target, plan, f, g = _assignment(cost) if solver == "assignment" else _simplex(cost, a, b, max_iter)
     total = (x - y[target]).square().sum(1).mean() if plan is None else (plan.values() * cost[tuple(plan.indices())]).sum()
