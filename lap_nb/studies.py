@@ -337,6 +337,7 @@ def _check_line(value, where:str):
         method = value["settings"].get("method")
         if not isinstance(method, dict) or not isinstance(method.get("name"), str): lacking = ["settings.method.name"]
         if not isinstance(value["settings"].get("net", {}), dict): lacking = ["settings.net"]
+        if not 0 <= value["device_seconds"] < 1e12: lacking = ["device_seconds"]
     if lacking: raise ValueError(f"{where} is no line of a record, it lacks {', '.join(lacking)} of the expected type: restore the file from its history")
 
 def _parsed(line:bytes, where:str)->dict:
