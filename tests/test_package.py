@@ -273,7 +273,7 @@ def test_spelling(tmp_path):
     for notebook in NOTEBOOKS:
         text = '\n\n'.join(''.join(cell['source']) for cell in load(notebook)['cells'])
         (tmp_path / f'{notebook.stem}.md').write_text(text, encoding='utf-8')
-    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.*'), *(NBS / 'results').glob('*.md'), ROOT / '_quarto.yml', *(ROOT / 'tests').glob('*.py')]
+    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.[pjh]*'), *(NBS / 'results').glob('*.md'), ROOT / '_quarto.yml', *(ROOT / 'tests').glob('*.py')]
     done = run('-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path, *(d for d in documents if 'lock' not in d.name))
     assert not done.stdout + done.stderr, done.stdout + done.stderr
 
