@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## compare plain and least-action training on handwritt
 	$(BIN)/lap_compare --force
 
 test: $(VENV)/.installed-dev browser assets ## run every notebook and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	$(BIN)/python $(SITE)/render.py

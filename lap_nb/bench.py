@@ -392,7 +392,7 @@ def bench_table(
 # %% ../nbs/11_performance.ipynb #f21a282e
 @call_parse
 def lap_bench(
-    names:Param("benchmarks to run; none: all but the slow ones", str, nargs="*", opt=False)=(),
+    names:Param("benchmarks to run; none: all but the slow ones", str, nargs="*", opt=False)=(), # names of benchmarks
     device:str="auto",     # where to measure: auto, cpu, cuda, cuda:0, ...
     out:str="lap_bench.json", # record to write
     seconds:float=10.,     # time for the pairs of each row

@@ -4,6 +4,8 @@ Cells that nbdev would not test (`#| eval: false`, or a flag of `tst_flags` that
 saved outputs too. Running twice leaves the same files, and a notebook whose outputs cannot be published is not written.
 """
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
+from PIL import Image
 
 from cells import LINKS, STATE
 
@@ -44,6 +47,7 @@ def execute(path, skip):
     runner.skip = skip
     runner.execute()
     if faults := list(unpresentable(nb)): sys.exit('\n  '.join([f'{path.name} is not written, its outputs show', *faults]))
+    shrink_pictures(nb)
     path.write_text(set_links_aside(stable_ids(nbformat.writes(nb))), encoding='utf-8')
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)  # all that nbdev_clean says when it gives up
@@ -58,6 +62,17 @@ def unpresentable(nb):
             texts = [output.get('text', '')] + [v for k, v in output.get('data', {}).items() if k.startswith('text/')]
             for what, pattern in UNPRESENTABLE.items():
                 if found := pattern.search('\n'.join(texts)): yield f'cell {number}: {what} {found[0]!r}'
+
+
+def shrink_pictures(nb):
+    "Saved PNG pictures with a palette of 128 colours where that makes them smaller."
+    for output in (output for cell in nb.cells for output in cell.get('outputs', [])):
+        if 'image/png' not in output.get('data', {}): continue
+        before, after = base64.b64decode(output.data['image/png']), io.BytesIO()
+        picture = Image.open(io.BytesIO(before))
+        picture.convert('RGB').quantize(128, dither=Image.Dither.NONE).save(after, 'PNG', optimize=True)
+        if picture.mode != 'P' and len(after.getvalue()) < len(before):
+            output.data['image/png'] = base64.b64encode(after.getvalue()).decode() + '\n'
 
 
 def stable_ids(text):
