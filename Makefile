@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 1000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test site playground install book clean browser assets
+.PHONY: help demo test site playground install book dist coverage mutants clean browser assets
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,23 @@ book: $(VENV)/.installed-dev ## export, run all notebooks, save their outputs, c
 	$(BIN)/python $(SITE)/execute.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python $(SITE)/readme.py
+
+dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# Processes that tests and notebooks start are measured too: a .pth file starts coverage in every Python of .venv.
+coverage: export COVERAGE_PROCESS_START := $(CURDIR)/pyproject.toml
+coverage: $(VENV)/.installed-dev browser assets ## measure which lines of lap_nb the notebooks and tests run
+	echo 'import coverage; coverage.process_startup()' > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/coverage_start.pth
+	$(BIN)/coverage erase
+	-$(BIN)/python -m pytest -m "not install"
+	rm -f $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/coverage_start.pth
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+mutants: $(VENV)/.installed-dev ## seed faults into three modules and see whether their tests notice
+	$(BIN)/python tests/mutants.py
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) _proc _docs build dist lap_nb.egg-info .pytest_cache $(SITE)/node_modules

@@ -115,6 +115,7 @@ class Comparison:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as e: raise ValueError(f"{path} is not a whole record ({type(e).__name__}: {e}); {again}") from e
         return cls(found["provenance"], found["rows"], found["example"])
 
+# %% ../nbs/12_compare.ipynb #65563589
 def _check_record(found:dict):
     "Raise unless a record holds all that its table and its picture show."
     numbers = ("test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness")

@@ -337,8 +337,10 @@ def _check_line(value, where:str):
         method = value["settings"].get("method")
         if not isinstance(method, dict) or not isinstance(method.get("name"), str): lacking = ["settings.method.name"]
         if not isinstance(value["settings"].get("net", {}), dict): lacking = ["settings.net"]
+        if not 0 <= value["device_seconds"] < 1e12: lacking = ["device_seconds"]
     if lacking: raise ValueError(f"{where} is no line of a record, it lacks {', '.join(lacking)} of the expected type: restore the file from its history")
 
+# %% ../nbs/08_replication.ipynb #fd7bd0f1
 def _parsed(line:bytes, where:str)->dict:
     "The values of a line; raises `ValueError` if it is not one, or not as it was written."
     try:
@@ -890,6 +892,7 @@ def _depth(scale:str)->Study:
         Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
         Grid(("mnist",) if large else ("mnist:pool=4",), (1000,), methods, seeds=20 if large else 5, net=Net("conv", width=32) if large else Net(),
              schedule=Schedule(2000 if large else 1000), measures=("depth",), thin=1 if large else 5)), scale)
+
 
 
 # %% ../nbs/08_replication.ipynb #d5fd0200

@@ -273,6 +273,19 @@ def test_spelling(tmp_path):
     for notebook in NOTEBOOKS:
         text = '\n\n'.join(''.join(cell['source']) for cell in load(notebook)['cells'])
         (tmp_path / f'{notebook.stem}.md').write_text(text, encoding='utf-8')
-    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.*'), *(NBS / 'results').glob('*.md'), ROOT / '_quarto.yml', *(ROOT / 'tests').glob('*.py')]
+    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.[pjh]*'), *(NBS / 'results').glob('*.md'), ROOT / '_quarto.yml', *(ROOT / 'tests').glob('*.py')]
     done = run('-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path, *(d for d in documents if 'lock' not in d.name))
     assert not done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_workflows_use_the_targets_of_the_makefile():
+    targets = set(re.findall(r'^([a-z]+):', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.M))
+    for path in sorted((ROOT / '.github' / 'workflows').glob('*.yml')):
+        flow = yaml.safe_load(path.read_text(encoding='utf-8'))
+        assert flow['name'] == path.stem and flow[True] and flow['permissions'], 'what starts it (`on`), and what it may do'
+        steps = [step for job in flow['jobs'].values() for step in job['steps']]
+        assert all(('uses' in step) != ('run' in step) for step in steps)
+        made = {word for step in steps for word in re.findall(r'make (?:\w+=\S+ )?(\w+)', step.get('run', ''))}
+        assert made and made <= targets, path.name
+    declared = yaml.safe_load((ROOT / '.github/workflows/test.yml').read_text())['jobs']['test']['strategy']['matrix']['python']
+    assert f"min_python = {declared[0]}" in (ROOT / 'settings.ini').read_text(encoding='utf-8')

@@ -112,6 +112,22 @@ def has_maths(notebook):
     return any(re.search(r'\$\S[^$]*\$', part) for part in prose)
 
 
+AXE = ASSETS / 'axe-core' / 'axe.min.js'
+AUDIT = """async rules => {
+  const found = await axe.run(document, {runOnly: rules, iframes: false, resultTypes: ['violations']});
+  return found.violations.map(v => `${v.id}: ${v.help}: ` + v.nodes.slice(0, 3).map(n => n.target + ' ' + n.html.slice(0, 120)).join(' | '));
+}"""
+LEVELS = {'type': 'tag', 'values': ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']}
+
+
+def barriers(page):
+    "What axe-core finds against level A or AA on a page, and in its other colours."
+    page.add_script_tag(path=AXE)
+    found = page.evaluate(AUDIT, LEVELS)
+    page.locator('#theme').click()
+    return found + [f'other colours: {f}' for f in page.evaluate(AUDIT, {'type': 'rule', 'values': ['color-contrast']})]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize('name', PAGES)
 def test_page(browser, address, name):
@@ -130,38 +146,20 @@ def test_page(browser, address, name):
             '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error]"].map(s => document.querySelectorAll(s).length)')
         assert (formulas, wrong) == (typeset, 0)
         assert typeset or not has_maths(NOTEBOOKS[PAGES.index(name)])
-
-
-AXE = ASSETS / 'axe-core' / 'axe.min.js'
-AUDIT = """async () => {
-  const found = await axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'], resultTypes: ['violations']});
-  return found.violations.map(v => `${v.id} (${v.impact}): ${v.help}: ` + v.nodes.slice(0, 3).map(n => n.target + ' ' + n.html.slice(0, 120)).join(' | '));
-}"""
+        assert not (found := barriers(page)), '\n'.join(found)
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_accessibility(browser, address, scheme):
-    "axe-core finds nothing of level A or AA, on any page; the pages are read as they are first shown, then on a phone."
-    if not AXE.exists(): pytest.skip('axe-core is missing: run `make test`, which installs it with npm')
-    faults = []
-    for name in PAGES:
-        with visit(browser, address + name, color_scheme=scheme, viewport=WIDE if scheme == 'light' else PHONE) as page:
-            page.evaluate('document.querySelectorAll("details").forEach(d => d.open = true)')
-            page.add_script_tag(path=AXE)
-            faults += [f'{name}: {fault}' for fault in page.evaluate(AUDIT)]
-    assert not faults, '\n' + '\n'.join(faults)
-
-
-@pytest.mark.browser
-def test_first_page_is_light(browser, address):
+def test_first_page_is_light(browser, address, site):
     "What the landing page loads, without the maths engine, is under 300 kB."
-    sizes = {}
+    loaded = set()
     with closing(browser.new_page()) as page:
-        page.on('response', lambda response: sizes.update({response.url.removeprefix(address): len(response.body())}))
-        page.goto(address + 'index.html', wait_until='networkidle')
-    own = {name: size for name, size in sizes.items() if 'mathjax' not in name.lower() and not name.startswith('data:')}
-    assert own and sum(own.values()) < 300_000, f'{sum(own.values()):,} bytes: {own}'
+        page.on('response', lambda response: loaded.add(response.url))
+        page.goto(address + 'index.html', wait_until='load')
+        page.evaluate('document.fonts.ready')
+    sizes = {name: (site / name).stat().st_size for url in loaded if (name := url.removeprefix(address)) and url.startswith(address)}
+    own = {name: size for name, size in sizes.items() if not name.startswith('vendor/tex-')}
+    assert 'index.html' in own and sum(own.values()) < 300_000, f'{sum(own.values()):,} bytes: {own}'
 
 
 def test_internal_links(contents, site):

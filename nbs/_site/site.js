@@ -28,7 +28,30 @@ addEventListener('DOMContentLoaded', () => {
   $('#book [aria-current]')?.scrollIntoView({block: 'nearest'})
   markSectionInView()
   enableSearch($('#search'), $('#results'))
+  openToKeyboard()
+  nameSliders()
 })
+
+// What is wider than its box can be scrolled with the arrow keys, once it can be reached with the tab key.
+function openToKeyboard() {
+  const mark = () => document.querySelectorAll('main pre, main table').forEach(box => {
+    for (let e = box; e && e.tagName !== 'MAIN'; e = e.parentElement) {
+      const scrolls = e.scrollWidth > e.clientWidth && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)
+      if (scrolls) e.tabIndex = 0
+      else if (e === box || e.hasAttribute('tabindex')) e.removeAttribute('tabindex')
+    }
+  })
+  for (const change of ['load', 'resize', 'toggle']) addEventListener(change, mark, true)
+  mark()
+}
+
+// The widgets' script gives a slider's handle no name: its label stands beside it.
+function nameSliders() {
+  const name = () => document.querySelectorAll('[role=slider]:not([aria-label])').forEach(handle => {
+    handle.setAttribute('aria-label', handle.closest('.jupyter-widgets')?.querySelector('.widget-label')?.textContent || 'Value')
+  })
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true})
+}
 
 function markSectionInView() {
   const links = new Map([...document.querySelectorAll('.contents nav a')].map(a => [decodeURIComponent(a.hash.slice(1)), a]))
