@@ -310,7 +310,7 @@ def run_cell(
     make = partial(make_net, cell.net, m, tuple(data.x.shape[1:]), data.classes)
     try:
         runs = fit_many(make, split, seeds, _objective(m), device, **settings, progress=bar)
-        rows = [_row(cell, runs[i], split) for i in range(len(seeds))]
+        rows = [_row(cell, runs[i], split.member(i)) for i in range(len(seeds))]
     except FloatingPointError: rows = [dict(seed=seed, diverged=True) for seed in seeds]
     if device.type == "cuda": torch.cuda.synchronize(device)
     wall = time.perf_counter() - clock
