@@ -190,7 +190,7 @@ class Gap:
     "How much cheaper the same end cloud could have been reached."
     displacement:float            # mean squared distance from start to end
     w2:float                      # $W_2^2$ of the two clouds: the least it could have been
-    interval:tuple[float, float]  # of the gap, by bootstrap of the slack, for samples of this size
+    interval:tuple[float, float]  # of the gap, by bootstrap of the slack, for samples of this size; too narrow below a hundred
     self_share:float              # share of samples that the cheapest matching leaves with their own end
     sensitivity:float             # share that would gain by an exchange, had the displacements been dealt out at random
     slack:Tensor                  # the gap sample by sample, zero or more, `[n]`
