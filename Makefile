@@ -27,7 +27,7 @@ site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	@echo "The site is at $(CURDIR)/_docs/index.html"
 
 playground: $(VENV)/.installed-dev ## serve the playground as an app in the browser
-	$(BIN)/voila nbs/_app/playground.ipynb
+	$(BIN)/voila nbs/_app/playground.ipynb --VoilaConfiguration.extension_denylist=jupyterlab-jupytext
 
 install: $(VENV)/.installed-dev ## install everything that development needs into .venv
 

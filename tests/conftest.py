@@ -1,4 +1,5 @@
 "Fixtures shared by the test files."
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
 
 
 @pytest.fixture
@@ -25,3 +29,14 @@ def copy_checkout(to):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target, follow_symlinks=False)
     return to
+
+
+@pytest.fixture(scope='session')
+def browser():
+    if importlib.util.find_spec('playwright') is None: pytest.skip('playwright is missing: run `make test`, which installs it')
+    if CHROMIUM is None: pytest.skip('Chromium is missing: run `make test` as root, which installs it, or apt-get install chromium')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()

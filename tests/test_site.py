@@ -1,11 +1,9 @@
 "The site and the scripts that make it: every page in a real browser, at two widths, from a server and from a folder."
 import functools
 import http.server
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -20,9 +18,6 @@ from conftest import ROOT, copy_checkout
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 PAGES = [re.sub(r'^\d+[a-z]?_', '', notebook.stem) + '.html' for notebook in NOTEBOOKS]
 ASSETS = ROOT / 'nbs' / '_site' / 'node_modules'
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-         '--disable-component-update --disable-sync').split()
 PHONE, WIDE = {'width': 390, 'height': 844}, {'width': 1440, 'height': 900}
 
 
@@ -58,17 +53,6 @@ def address(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}/'
         server.shutdown()
-
-
-@pytest.fixture(scope='session')
-def browser():
-    if importlib.util.find_spec('playwright') is None: pytest.skip('playwright is missing: run `make test`, which installs it')
-    if CHROMIUM is None: pytest.skip('Chromium is missing: run `make test` as root, which installs it, or apt-get install chromium')
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @contextmanager
@@ -180,7 +164,7 @@ def rare_word(contents, name):
     return next(word for word in re.findall(r'\b[a-z]{6,}\b', contents[name]['prose']) if word not in others)
 
 
-MARKED = """word => [...document.querySelectorAll("#results [role=option] mark")].some(m => m.textContent.toLowerCase() === word)"""
+MARKED = """word => [...document.querySelectorAll("#search-results [role=option] mark")].some(m => m.textContent.toLowerCase() === word)"""
 
 
 @pytest.mark.browser
@@ -192,7 +176,7 @@ def test_search_finds_every_page(browser, address, contents):
             page.keyboard.press('/')
             page.locator('#search').fill(word)
             page.wait_for_function(MARKED, arg=word)
-            found = page.locator('#results a').evaluate_all('links => links.map(a => a.getAttribute("href"))')
+            found = page.locator('#search-results a').evaluate_all('links => links.map(a => a.getAttribute("href"))')
             assert all(href.partition('#')[0] == name for href in found), word
         page.keyboard.press('Enter')
         page.wait_for_url(address + found[0])
@@ -202,9 +186,9 @@ def test_search_finds_every_page(browser, address, contents):
 def test_search_says_when_nothing_is_found(browser, address):
     with visit(browser, address + 'index.html', viewport=PHONE) as page:
         page.locator('#search').fill('qzxqzx')
-        page.wait_for_selector('#results .none')
+        page.wait_for_selector('#search-results .none')
         page.keyboard.press('Escape')
-        assert page.locator('#results').is_hidden()
+        assert page.locator('#search-results').is_hidden()
 
 
 @pytest.mark.browser
@@ -289,7 +273,7 @@ def test_works_from_a_folder_without_network(browser, site):
         before, after = move_slider(page)
         assert before != after
         page.locator('#search').fill('euler')
-        page.wait_for_selector('#results [role=option] a')
+        page.wait_for_selector('#search-results [role=option] a')
         page.keyboard.press('Enter')
         page.wait_for_url(re.compile(r'^file:.*\.html'))
 

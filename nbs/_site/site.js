@@ -15,7 +15,8 @@ setScheme(remembered() ?? (matchMedia('(prefers-color-scheme: dark)').matches ? 
 
 window.MathJax = {
   options: {enableMenu: false, ignoreHtmlClass: 'columns', processHtmlClass: 'math'},
-  // The widgets' script speaks to version 2 of MathJax; what it would ask for is done already.
+  // The widgets' script speaks to version 2 of MathJax, before this one has loaded or after; what it would ask for is done already.
+  Hub: {Queue() {}},
   startup: {ready() { MathJax.startup.defaultReady(); MathJax.Hub = {Queue() {}} }},
 }
 
@@ -27,7 +28,7 @@ addEventListener('DOMContentLoaded', () => {
   }
   $('#book [aria-current]')?.scrollIntoView({block: 'nearest'})
   markSectionInView()
-  enableSearch($('#search'), $('#results'))
+  enableSearch($('#search'), $('#search-results'))
   openToKeyboard()
   nameSliders()
 })
