@@ -17,7 +17,7 @@ window.MathJax = {
   options: {enableMenu: false, ignoreHtmlClass: 'columns', processHtmlClass: 'math'},
   // The widgets' script speaks to version 2 of MathJax, before this one has loaded or after; what it would ask for is done already.
   Hub: {Queue() {}},
-  startup: {ready() { MathJax.startup.defaultReady(); MathJax.Hub = {Queue() {}} }},
+  startup: {ready() { MathJax.startup.defaultReady(); MathJax.Hub = {Queue() {}}; MathJax.startup.promise.then(() => dispatchEvent(new Event('resize'))) }},
 }
 
 addEventListener('DOMContentLoaded', () => {
@@ -35,7 +35,7 @@ addEventListener('DOMContentLoaded', () => {
 
 // What is wider than its box can be scrolled with the arrow keys, once it can be reached with the tab key.
 function openToKeyboard() {
-  const mark = () => document.querySelectorAll('main pre, main table').forEach(box => {
+  const mark = () => document.querySelectorAll('main pre, main table, main .math').forEach(box => {
     for (let e = box; e && e.tagName !== 'MAIN'; e = e.parentElement) {
       const scrolls = e.scrollWidth > e.clientWidth && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)
       if (scrolls) e.tabIndex = 0
