@@ -3,7 +3,6 @@ import functools
 import os
 import re
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -109,8 +108,8 @@ def test_speed(panel):
         change()
         return time.thread_time() - start
 
-    layers = statistics.median(seconds(lambda: setattr(panel.layer, 'value', k)) for k in (1, 2, 3, 4, 5, 6, 7))
-    gains = statistics.median(seconds(lambda: setattr(panel.controls['gain'], 'value', 10 ** g)) for g in (-1.9, -1.5, -1., -.5, -.2))
+    layers = min(seconds(lambda: setattr(panel.layer, 'value', k)) for k in (1, 2, 3, 4, 5, 6, 7))
+    gains = min(seconds(lambda: setattr(panel.controls['gain'], 'value', 10 ** g)) for g in (-1.9, -1.5, -1., -.5, -.2))
     training = seconds(Trial(Setting(steps=300)).train)
     assert layers < .1 and gains < .1 and training < 5, (layers, gains, training)
 
