@@ -26,14 +26,15 @@ from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
 from .attach import find_blocks
-from .compare import _one_line_errors, _write, make_net
+from .compare import make_net
 from .data import load, pick_device
 from .dynamics import dense_net
 from .ensembles import fit_many, seeded
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
+from .studies import _one_line_errors
 from .transport import exact_gap
-from .training import evaluate, fit, provenance
+from .training import evaluate, fit, provenance, write_atomically
 
 # %% ../nbs/11_performance.ipynb #2ea004b9
 def clock(
@@ -369,7 +370,7 @@ def run_benchmarks(
         for sides in BENCHMARKS[name](device):
             record["rows"].append(measure(sides, seconds) | dict(device=record["provenance"]["device_name"]))
             report(_line(record["rows"][-1]))
-            if path: _write(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+            if path: write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     return record
 
 # %% ../nbs/11_performance.ipynb #24d57a82

@@ -8,11 +8,8 @@ __all__ = ['METHODS', 'GAINS', 'FORMAT', 'MARKERS', 'make_net', 'Comparison', 'c
 # %% ../nbs/12_compare.ipynb #69992826
 import json
 import math
-import os
-import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +24,8 @@ from .dynamics import Trajectory, colours, dense_net, init_velocities_
 from .ensembles import Interval, Runs, fit_many, interval
 from .kinetic import block_energies
 from .least_action import LeastAction
-from .training import provenance
+from .studies import _one_line_errors
+from .training import provenance, write_atomically
 
 # %% ../nbs/12_compare.ipynb #4c490615
 METHODS = ("plain", "plain-tuned", "least-action")
@@ -149,17 +147,6 @@ def table(self:Comparison
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 # %% ../nbs/12_compare.ipynb #c19baef7
-def _write(path:Path, content:bytes):
-    "Write the whole file or none of it."
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="." + path.name)
-    try:
-        with os.fdopen(handle, "wb") as file: file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
 def _outputs(
     out:str|Path, # folder, made if missing
     force:bool,   # overwrite what is there
@@ -184,8 +171,8 @@ def save(self:Comparison,
 )->tuple[Path, Path]:  # `lap_compare.json` and `lap_compare.png`
     "Write record and picture; raises `FileExistsError` rather than replace a file."
     record, picture = _outputs(out, force)
-    _write(record, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n").encode())
-    _write(picture, self.png())
+    write_atomically(record, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(picture, self.png())
     return record, picture
 
 # %% ../nbs/12_compare.ipynb #236ba826
@@ -278,14 +265,6 @@ def _train_all(split, least_action:dict, epochs:int, device, progress:bool)->tup
                 + _rows("least-action", train(la=partial(LeastAction, **least_action)), test_x, None)), {str(g): v for g, v in validation.items()}
 
 # %% ../nbs/12_compare.ipynb #8877c64e
-@contextmanager
-def _one_line_errors(command:str):
-    "Turn an error that explains itself into one line and exit status 2."
-    try: yield
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
-        print(f"{command}: error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-
 @call_parse
 def lap_compare(
     data:str="digits",   # data set: circles, moons, digits, mnist or fashion_mnist

@@ -174,6 +174,16 @@ def test_imports_stand_alone():
        'imports stand in cells of their own: the docs build runs every cell that imports, in an empty namespace')
 
 
+def test_expected_failures_are_entered():
+    "`expect_fail` is a context manager: called without `with` it checks nothing."
+    def idle(lines):
+        nodes = list(ast.walk(parse(lines)))
+        entered = {id(item.context_expr) for n in nodes if isinstance(n, ast.With) for item in n.items}
+        return any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'expect_fail' and id(n) not in entered for n in nodes)
+
+    no((where for where, _, _, lines in code_cells() if idle(lines)), 'write "with expect_fail(...): ..."')
+
+
 def test_exported_cells_are_short():
     no((f'{where}: {len(lines)} lines' for where, _, directives, lines in code_cells()
         if EXPORTED & directives.keys() and len(lines) > MAX_LINES), f'an exported cell has at most {MAX_LINES} lines')
