@@ -364,6 +364,7 @@ def curves(self:LeastAction
 # %% ../nbs/05_least_action.ipynb #611b7d8e
 ADVICE = {
     "satisfied": "Nothing to do: the loss is at its target and lambda has settled.",
+    "at rest": "Lambda has nearly stopped, as it can only grow towards a target of zero; the loss shown is what is left. For less action at that loss set it as target.",
     "fixed": "Lambda did not move, so nothing was constrained: this is a penalty of constant weight. Set tau above zero to let lambda find it.",
     "never binds": "The loss stays below the target by itself: lower the target, or take the action for free.",
     "oscillates": "Lambda swings: lower tau, give the loss an average, or use ProportionalIntegral.",
@@ -390,7 +391,7 @@ def _verdict(loss, lam, action, target, cap, low, tolerance)->str:
     drift, swing, turns = _trend(lam[half:])
     if swing > .1 and turns >= 3: return "oscillates"
     gap, before, after = loss[half:].mean() - target, loss[half:-half // 2].mean(), loss[-half // 2:].mean()
-    if target == 0: return "diverges" if drift > .05 or capped else "satisfied"
+    if target == 0: return "diverges" if drift > .05 or capped else "at rest"
     if gap <= 0 and lam[-half // 2:].mean() <= 1.1 * low: return "never binds"
     if abs(gap) <= tolerance * target and abs(drift) < .25 and swing < .25: return "satisfied"
     if gap <= tolerance * target: return "unfinished"

@@ -551,6 +551,7 @@ def test_verdicts_of_bare_cases():
     t = torch.linspace(0, 1, 20)
     assert kkt(curve(loss=1 - t, lam=3 + 0 * t)).verdict == "fixed"
     assert kkt(curve(loss=.5 + 0 * t, lam=3 + 0 * t), target=.1, cap=3.).verdict == "infeasible"
+    assert kkt(curve(loss=.05 + 0 * t, lam=48 + t)).verdict == "at rest"   # a target of zero, and a loss that is not
     assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
     assert kkt(curve(loss=t[:5], lam=t[:5])).verdict == "too short"
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
