@@ -97,7 +97,9 @@ def children(pid):
 def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path):
     job = torchrun("long", tmp_path)
     try:
-        for _ in range(6): assert "point" in job.stdout.readline()
+        points = 0   # two processes print into one pipe: lines may be joined, or empty
+        while points < 6 and (line := job.stdout.readline()): points += line.count("point")
+        assert points >= 6, "the job ended by itself"
         os.kill(children(job.pid)[1], signal.SIGKILL)
         begun = time.perf_counter()
         said, _ = job.communicate(timeout=60)
