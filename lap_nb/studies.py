@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from fastcore import script
 from fastcore.basics import patch
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
@@ -796,6 +798,12 @@ def _table(rows:list[dict])->str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
+# %% ../nbs/08_replication.ipynb #c0a7f5a1
+def _positional(kind, help:str, nargs:str):
+    "An argument without a flag and with a default, as fastcore 1 and fastcore 2 declare it."
+    if hasattr(script, "Param"): return script.Param(help, kind, opt=False, nargs=nargs)
+    return Annotated[kind, help, {"opt": False, "nargs": nargs}]
+
 # %% ../nbs/08_replication.ipynb #2070ea34
 def _seeds(text:str)->list[int]|None:
     "`20` for 0 to 19, `0,3,5` for these, `10:20` for a range; empty: those of the study."
@@ -815,7 +823,7 @@ def _one_line_errors(command:str):
 
 @call_parse
 def lap_study(
-    name:Param("study to run; none: list them", str, opt=False, nargs="?")="", # study to run; none: list them
+    name:_positional(str, "study to run; none: list them", "?")="", # study to run; none: list them
     seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
     device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
     out:str=None,        # folder of the records (default: nbs/results, or results)
