@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
-           'STEP', 'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study',
-           'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
+           'STEP', 'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'UNTUNED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid',
+           'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
            'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'rank_correlation',
            'overview', 'lap_study']
 
@@ -924,9 +924,10 @@ def _adaptive(scale:str)->Study:
 PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimiser="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
 
 def _rivals(sgd:bool)->tuple[Method, ...]:
-    "Families of at most three candidates each, least action among them; the published setting beside them."
-    decays = (1e-3, 5e-3, 2e-2) if sgd else (.1, .3, 1.)
-    return (Method("default"), *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.01, .1, .3)), SKIP, STEP,
+    "Families of three candidates each, least action among them; where a family has no setting of its own it is the learning rate. The published setting stands beside them."
+    decays, rates = ((1e-3, 5e-3, 2e-2), (.03, .3)) if sgd else ((.1, .3, 1.), (3e-4, 3e-3))
+    return (Method("default"), *(replace(m, name=f"{m.name}-lr-{lr:g}", family=m.name, lr=lr) for m in (Method("default"), SKIP, STEP) for lr in rates),
+            *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.01, .1, .3)), SKIP, STEP,
             *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d) for d in decays),
             *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (.1, .3, .5)),
             *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in (.05, .1, .2)),
@@ -938,7 +939,12 @@ def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[i
     if scale == "gpu":
         schedule = replace(PUBLISHED, others=dict(PUBLISHED.others) | pictures)
         return Study(name, question, (Grid((data,), big_sizes, _rivals(True), seeds, Net("conv-bn"), schedule),), scale)
-    return Study(name, question, (Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=5 if data != "cifar10_part" else 1),), scale)
+    thin = 5 if data != "cifar10_part" else 1
+    small = Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=thin)
+    conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=10, net=Net("conv-bn", width=16))
+    return Study(name, question, (small, conv) if data == "mnist" else (small,), scale)
+
+UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, one candidate each
 
 @_register
 def _mnist_low_data(scale:str)->Study:
