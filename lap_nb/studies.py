@@ -310,11 +310,11 @@ def run_cell(
     make = partial(make_net, cell.net, m, tuple(data.x.shape[1:]), data.classes)
     try:
         runs = fit_many(make, split, seeds, _objective(m), device, **settings, progress=bar)
-        rows = [_row(cell, runs[i], split.member(i)) for i in range(len(seeds))]
-    except FloatingPointError: rows = [dict(seed=seed, diverged=True) for seed in seeds]
+        rows, modes = [_row(cell, runs[i], split.member(i)) for i in range(len(seeds))], runs.provenance["modes"]
+    except FloatingPointError: rows, modes = [dict(seed=seed, diverged=True) for seed in seeds], []
     if device.type == "cuda": torch.cuda.synchronize(device)
     wall = time.perf_counter() - clock
-    note = dict(cell=cell.name, config=cell.config, settings=_changed(cell), epochs=epochs, wall_seconds=wall,
+    note = dict(cell=cell.name, config=cell.config, settings=_changed(cell), epochs=epochs, modes=modes, wall_seconds=wall,
                 device_seconds=wall if device.type == "cuda" else time.process_time() - cpu)
     return provenance(device, **note), rows
 
@@ -607,7 +607,10 @@ class Records:
 
 # %% ../nbs/08_replication.ipynb #abac6b63
 def _device(run:dict)->str:
-    return f"{run['device_name']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["device"] == "cpu" else run["device_name"]
+    "As captions name it; records of old versions do not count the cores."
+    if run["device"] != "cpu": return run["device_name"]
+    cores = f" ({run['cores']} cores)" if run.get("cores") else ""
+    return f"{run['device_name']}{cores}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 @patch
 def values(self:Records,
