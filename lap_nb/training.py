@@ -28,6 +28,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -151,12 +152,19 @@ def provenance(
     **settings,          # anything else worth keeping; must be plain JSON values
 )->dict:                 # of plain JSON values, without paths or user names
     "Device, versions, commit and settings, as a note to be kept with a result."
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     root = Path(lap_nb.__file__).resolve().parents[1]
     git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     commit = git("rev-parse", "--short=12", "HEAD").stdout.strip() if (root / ".git").exists() else ""
-    return dict(settings, device=str(device), device_name=name, threads=torch.get_num_threads(), lap_nb=lap_nb.__version__,
+    return dict(settings, device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(), lap_nb=lap_nb.__version__,
                 torch=torch.__version__, python=platform.python_version(), commit=commit or None)
+
+@lru_cache
+def _processor(cpuinfo:str="/proc/cpuinfo")->str:
+    "The processor by its model name, or what little the platform says of it."
+    lines = Path(cpuinfo).read_text().splitlines() if Path(cpuinfo).exists() else []
+    named = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return named.get("model name") or f"unnamed {platform.processor() or platform.machine()} processor"
 
 # %% ../nbs/06_training.ipynb #1deb1c34
 OPTIMISERS, SCHEDULES = ("adamw", "sgd"), ("constant", "multistep", "cosine", "onecycle")
