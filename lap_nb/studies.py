@@ -849,14 +849,17 @@ def _kinetic_bias(scale:str)->Study:
     short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
     gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
     variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some = _gains((.1, 1.))
+    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.))
+    pictures = dict(data=("mnist", "fashion_mnist"), sizes=(100, 300, 1000)) if big else dict(data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300,), seeds=10, thin=5)
+    steps = short if big else Schedule(300, points=5)
     return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
         Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
         Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
         *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
-        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20))), scale)
+        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20)),
+        *(Grid(methods=few, net=Net(kind, width=64 if big else 16), schedule=steps, curve=True, **pictures) for kind in ("conv-bn", "conv"))), scale)
 
 # %% ../nbs/08_replication.ipynb #0ec1f470
 def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings)->Method:
