@@ -6,8 +6,8 @@
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
            'STEP', 'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'UNTUNED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid',
            'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
-           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'rank_correlation',
-           'overview', 'lap_study']
+           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'overview',
+           'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -34,7 +34,7 @@ from .data import Dataset, Split, load, pick_device
 from .depth import Penalty, measure_depth
 from .dynamics import Flow, ResidualNet, StagedFlow, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
-from .kinetic import block_energies
+from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
 from .regularity import measure_regularity
 from .training import provenance
@@ -752,32 +752,18 @@ def plot(self:Records,
     return ax
 
 # %% ../nbs/08_replication.ipynb #7fdf5d31
-def rank_correlation(
-    found:Records,                   # at least three networks in each group
-    x:str="energy_per_sample",       # column of numbers
-    y:str="test_accuracy_last",      # column of numbers
-    within:tuple=(),                 # columns: correlate inside each group of them, and average over groups
-    resamples:int=400,               # of the bootstrap over seeds
-    seed:int=0,                      # of the bootstrap
-)->Interval:                         # in [-1, 1]
-    "Spearman's rank correlation with a 95 % bootstrap interval; networks that diverged are left out."
-    import numpy as np
-    from scipy.stats import rankdata
-    pairs = {}
-    for row in found.rows:
-        if row.get(x) is not None and row.get(y) is not None: pairs.setdefault(tuple(row[c] for c in within), {}).setdefault(row["seed"], []).append((row[x], row[y]))
-    seeds = sorted({s for group in pairs.values() for s in group})
-    def mean(drawn):
-        values = []
-        for group in pairs.values():
-            points = np.array([p for s in drawn for p in group.get(s, ())])
-            if len(points) < 3: raise ValueError(f"found {len(points)} networks in a group, expected at least three to correlate {x} with {y}")
-            ranks = rankdata(points, axis=0)
-            if (ranks.std(0) > 0).all(): values.append(np.corrcoef(ranks.T)[0, 1])
-        return float(np.mean(values)) if values else math.nan
-    rng = np.random.default_rng(seed)
-    low, high = np.nanquantile([mean(rng.choice(seeds, len(seeds))) for _ in range(resamples)], [.025, .975])
-    return Interval(mean(seeds), float(low), float(high), len(seeds))
+@patch
+def correlation(self:Records,
+    x:str="energy_per_sample",  # column of numbers
+    y:str="test_accuracy_last", # column of numbers
+    within:tuple=(),            # columns: correlate inside each group of them, and average over groups
+    resamples:int=400,          # of the bootstrap over seeds
+    seed:int=0,                 # of the bootstrap
+)->Correlation:
+    "Rank correlation of two columns, see `rank_correlation`; networks that diverged are left out."
+    rows = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None]
+    groups = [str([row[c] for c in within]) for row in rows] if within else None
+    return rank_correlation([row[x] for row in rows], [row[y] for row in rows], groups, [row["seed"] for row in rows], resamples, seed=seed)
 
 # %% ../nbs/08_replication.ipynb #96238f79
 def overview(
@@ -860,14 +846,17 @@ def _kinetic_bias(scale:str)->Study:
     short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
     gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
     variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some = _gains((.1, 1.))
+    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.))
+    pictures = dict(data=("mnist", "fashion_mnist"), sizes=(100, 300, 1000)) if big else dict(data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300,), seeds=10, thin=5)
+    steps = short if big else Schedule(300, points=5)
     return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
         Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
         Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
         *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
-        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20))), scale)
+        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20)),
+        *(Grid(methods=few, net=Net(kind, width=64 if big else 16), schedule=steps, curve=True, **pictures) for kind in ("conv-bn", "conv"))), scale)
 
 # %% ../nbs/08_replication.ipynb #0ec1f470
 def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings)->Method:
