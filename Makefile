@@ -47,7 +47,7 @@ coverage: export LAP_NB_COVERAGE := $(CURDIR)/.coverage
 coverage: $(VENV)/.installed-dev browser assets ## measure which lines of lap_nb the notebooks and tests run
 	echo 'import coverage; coverage.process_startup()' > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/coverage_start.pth
 	$(BIN)/coverage erase
-	-$(BIN)/python -m pytest -m "not install"
+	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not install"
 	rm -f $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/coverage_start.pth
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
