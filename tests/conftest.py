@@ -11,6 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
+# Files that take longest, the longest first; and the one that comes last, since it keeps two cores busy by itself.
+LONG, LAST = ('test_install test_site test_studies test_ensembles test_compare test_attach test_training test_resume test_package '
+              'test_playground').split(), 'test_notebooks'
+
+
+def pytest_collection_modifyitems(items):
+    "Two workers that take whole files in this order end at about the same time."
+    place = {name: at for at, name in enumerate(LONG)} | {LAST: 1000}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, fit_many, member_memory, seeded
+from lap_nb.ensembles import Ensemble, _made, fit_many, interval, member_memory, seeded
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit
@@ -328,3 +328,19 @@ def test_parameters_without_axes_train_and_freeze():
         def forward(self, x): return self.gain * self.layer(x)
     runs = fit_many(Scaled, digits().splits(60, range(2)), epochs=2, mode="batched")
     assert runs.diverged == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5
+
+
+# Faults that the tests above let pass, found by `make mutants`
+
+@pytest.mark.parametrize("values", [[1., 2.], [3., -1., 4., 1., 5.]])
+def test_interval_of_the_mean_is_students(values):
+    from scipy.stats import t
+    x = torch.tensor(values, dtype=torch.float64)
+    low, high = t.interval(.9, len(x) - 1, x.mean().item(), x.std().item() / len(x) ** .5)
+    found = interval(x, level=.9)
+    assert (found.mean, found.low, found.high) == pytest.approx((x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
+
+
+@pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])
+def test_too_little_for_an_interval(values):
+    with pytest.raises(ValueError, match="expected at least two finite values in one row"): interval(torch.tensor(values))

@@ -445,3 +445,23 @@ def test_nothing_moves():
 def test_a_class_of_one_sample_is_noted():
     split = action_split(Trajectory(torch.stack([x, y])), torch.tensor([0, 0, 0, 0, 0, 1]))
     assert split.parts["class 1"][1] == 0 and "Classes [1] have one sample" in split.warning
+
+
+# Faults that the tests above let pass, found by `make mutants`
+
+@pytest.mark.parametrize('seed', range(3))
+def test_sensitivity_is_a_share_by_brute_force(seed):
+    "Displacements dealt out by the seed; a sample counts if some exchange of its end with another's shortens the whole."
+    x = cloud(12, 2, seed)
+    y = x + .4 * cloud(12, 2, seed + 50)
+    z = x + (y - x)[torch.randperm(12, generator=torch.Generator().manual_seed(seed))]
+    pays = [any((x[i] - z[j]).square().sum() + (x[j] - z[i]).square().sum() < (x[i] - z[i]).square().sum() + (x[j] - z[j]).square().sum() - 1e-9
+                for j in range(12)) for i in range(12)]
+    assert 0 < sum(pays) < 12
+    assert exact_gap(x, y, seed=seed).sensitivity == pytest.approx(sum(pays) / 12)
+
+
+def test_the_fewest_neighbours_that_make_a_cycle():
+    x = cloud(20, 2, 0)
+    assert cyclical_monotonicity(x, 2 * x + 1, length=3, near=2, cycles=50).rate == 0
+    with pytest.raises(ValueError, match='from 2 to 19'): cyclical_monotonicity(x, 2 * x + 1, length=3, near=1, cycles=50)
