@@ -1,5 +1,6 @@
 "Fixtures shared by the test files."
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,6 +39,16 @@ def copy_checkout(to):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target, follow_symlinks=False)
     return to
+
+
+@pytest.fixture(scope='session')
+def forked():
+    "Starts processes that have imported the library already: forks of a server that does nothing else."
+    from multiprocessing.forkserver import ensure_running
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['distributed', 'lap_nb.studies'])
+    ensure_running()
+    return context
 
 
 @pytest.fixture(scope='session')

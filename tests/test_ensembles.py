@@ -1,10 +1,7 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -258,27 +255,28 @@ def vanishing(parent):
 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
-def test_killed_and_resumed_to_the_same_bits(mode, tmp_path):
+def test_killed_and_resumed_to_the_same_bits(mode, tmp_path, forked):
     "SIGKILL in the middle of the second of two rows; the rest of the training ends where the undisturbed one does."
-    script = f"""
-import sys, os, signal
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_ensembles import *
-class Bar:
-    epochs = 0
-    def update(self, n):
-        self.epochs += n
-        if self.epochs >= 5: os.kill(os.getpid(), signal.SIGKILL)
-train({mode!r}, {str(tmp_path / "kept")!r}, progress=Bar())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = forked.Process(target=train_until_killed, args=(mode, tmp_path / "kept"))
+    process.start(); process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     assert (tmp_path / "kept" / "members.json").exists()
     whole, resumed = train(mode, tmp_path / "whole"), train(mode, tmp_path / "kept", resume=True)
     for name in whole.curves: assert torch.equal(whole.curves[name], resumed.curves[name]), name
     for p, q in zip(whole.model.stacks, resumed.model.stacks): assert torch.equal(p, q)
     again = train(mode, tmp_path / "kept", resume=True)                       # of a finished training: nothing is trained
     assert torch.equal(again.curves["loss"], whole.curves["loss"])
+
+
+class Deadly:
+    "A progress bar that ends its process in the fifth epoch."
+    def __init__(self): self.epochs = 0
+    def update(self, n):
+        self.epochs += n
+        if self.epochs >= 5: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(mode, folder): train(mode, folder, progress=Deadly())
 
 
 def train(mode, folder, **settings):
