@@ -215,11 +215,11 @@ def draw_depth(
 _drawing = threading.Lock()   # matplotlib draws one picture at a time
 
 def _png(pixels)->bytes:
-    "RGBA pixels as a PNG file of 64 colours, a third of the size of one with all."
+    "RGBA pixels as a PNG file of 32 colours, a third of the size of one with all."
     import numpy as np
     from PIL import Image
     file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG")
+    Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(32, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG")
     return file.getvalue()
 
 def picture(
@@ -362,12 +362,15 @@ def _work(self:Explorer):
         self.show("price")
         self.status.value = f"epoch {epoch} of {self.trial.epochs}"
         last = time.monotonic()
+    said = lambda: self.say("trained" if done else f"stopped after epoch {self.bar.value}")
     try:
         done = self.trial.train(self.stop, watch)
         self.bar.value = int(self.trial.curves["epoch"][-1])
-        self.say("trained" if done else f"stopped after epoch {self.bar.value}")
-    except Exception as e: self.status.value = f"<b>stopped:</b> {html_escape(str(e))}"
-    self.start.disabled, self.halt.disabled = False, True
+    except Exception as e:
+        error = f"<b>stopped:</b> {html_escape(str(e))}"
+        said = lambda: setattr(self.status, "value", error)
+    self.start.disabled, self.halt.disabled = False, True   # heard; words and pictures follow
+    said()
     self.show()
 
 # %% ../nbs/10_playground.ipynb #70fd4953
@@ -429,5 +432,5 @@ def scrub(
 def _summary(trial:Trial)->str:
     "Pictures of a trained setting and its numbers."
     args = lambda name: (trial.setting.blocks,) if name == "paths" else ()
-    pictures = "".join(picture(lambda ax: PICTURES[name][0](trial, ax, *args(name)), PICTURES[name][1], 2.7, 2.5) for name in ("paths", "regions", "energies", "price", "split"))
+    pictures = "".join(picture(lambda ax: PICTURES[name][0](trial, ax, *args(name)), PICTURES[name][1], 2.6, 2.4) for name in ("paths", "regions", "energies", "price", "split"))
     return f"<p>test accuracy {100 * trial.accuracy():.1f} %, energy per sample {trial.energy():.3g}</p>{pictures}"
