@@ -362,15 +362,12 @@ def _work(self:Explorer):
         self.show("price")
         self.status.value = f"epoch {epoch} of {self.trial.epochs}"
         last = time.monotonic()
-    said = lambda: self.say("trained" if done else f"stopped after epoch {self.bar.value}")
     try:
         done = self.trial.train(self.stop, watch)
         self.bar.value = int(self.trial.curves["epoch"][-1])
-    except Exception as e:
-        error = f"<b>stopped:</b> {html_escape(str(e))}"
-        said = lambda: setattr(self.status, "value", error)
-    self.start.disabled, self.halt.disabled = False, True   # heard; words and pictures follow
-    said()
+        self.say("trained" if done else f"stopped after epoch {self.bar.value}")
+    except Exception as e: self.status.value = f"<b>stopped:</b> {html_escape(str(e))}"
+    self.start.disabled, self.halt.disabled = False, True
     self.show()
 
 # %% ../nbs/10_playground.ipynb #70fd4953
