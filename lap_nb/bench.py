@@ -40,17 +40,19 @@ from .training import evaluate, fit, provenance, write_atomically
 def clock(
     work:Callable[[], object], # what is timed
     device:torch.device,       # waited for before and after, if it is a GPU
-)->float:                      # seconds of wall time
+    own:bool=False,            # on a CPU count the time of this process's threads alone
+)->float:                      # seconds
     "Time one call; the garbage collector waits."
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    now = time.process_time if own and device.type == "cpu" else time.perf_counter
     collecting = gc.isenabled()
     gc.disable()
     try:
         wait()
-        start = time.perf_counter()
+        start = now()
         work()
         wait()
-        return time.perf_counter() - start
+        return now() - start
     finally:
         if collecting: gc.enable()
 
@@ -178,7 +180,7 @@ class _Steps:
         blocks = {name: net.get_submodule(name) for name in self.blocks}
         return EnergyMeter(net, blocks) if way == "trace" else LeastAction(net, blocks=blocks)
 
-    def __call__(self, way:str, cost=clock)->float:
+    def __call__(self, way:str, cost=partial(clock, own=True))->float:
         "Cost of one step."
         net, model, opt, watch = self.way[way]
         watch = watch if self.compiled else self._watch(net, way)
@@ -193,25 +195,28 @@ class _Steps:
         opt.zero_grad(); loss.backward(); opt.step()
 
 # %% ../nbs/11_performance.ipynb #40076b4d
-def _settings(device)->list[tuple[str, dict]]:
-    "Variants of the row: one on a CPU; on a GPU eager and compiled, in float32 and bfloat16."
-    if device.type == "cpu": return [("", dict(batch=16))]
+def _settings(device, batch:int)->list[tuple[str, dict]]:
+    "Variants of the row: one on a CPU, of this batch; on a GPU eager and compiled, in float32 and bfloat16."
+    if device.type == "cpu": return [("", dict(batch=batch))]
     return [("", dict(batch=128)), ("-bf16", dict(batch=128, dtype=torch.bfloat16)), ("-compiled", dict(batch=128, compiled=True)),
             ("-compiled-bf16", dict(batch=128, compiled=True, dtype=torch.bfloat16))]
 
-def _pairs(device, name:str, way:str, goal:float, what:str)->Iterable[Sides]:
-    "Time and memory of one kind of step over the plain one."
+def _pairs(device, name:str, way:str, goal:float, what:str, batch:int, least:int)->Iterable[Sides]:
+    "Time and memory of one kind of step over the plain one; batch size and number of pairs for a CPU."
     kept = "peak memory" if device.type == "cuda" else "bytes saved for the backward pass"
-    for suffix, settings in _settings(device):
+    for suffix, settings in _settings(device, batch):
         steps = _Steps(device, **settings)
-        yield Sides(name + suffix, lambda: steps(way), lambda: steps("plain"), f"{what}, batch {settings['batch']}", goal)
-        yield Sides(f"{name}{suffix}-memory", lambda: steps(way, memory), lambda: steps("plain", memory), f"{what}: {kept}", 1.05, unit="bytes", exact=True)
+        yield Sides(name + suffix, lambda: steps(way), lambda: steps("plain"), f"{what}, batch {settings['batch']}", goal, least=least)
+        yield Sides(f"{name}{suffix}-memory", lambda: steps(way, memory), lambda: steps("plain", memory), f"{what}: {kept}", 1.05,
+                    unit="bytes", exact=True, warm=False)
 
 @benchmark("trace-overhead")
-def _trace_overhead(device): return _pairs(device, "trace-overhead", "trace", 1.02, "step that traces energies / plain step, ResNet-18 at 32x32")
+def _trace_overhead(device):
+    return _pairs(device, "trace-overhead", "trace", 1.02, "step that traces energies / plain step, ResNet-18 at 32x32", batch=16, least=25)
 
 @benchmark("step-overhead")
-def _step_overhead(device): return _pairs(device, "step-overhead", "action", 1.03, "step with least action / plain step, ResNet-18 at 32x32")
+def _step_overhead(device):
+    return _pairs(device, "step-overhead", "action", 1.03, "step with least action / plain step, ResNet-18 at 32x32", batch=128, least=7)
 
 # %% ../nbs/11_performance.ipynb #178d4baa
 def plain_loop(
@@ -240,9 +245,9 @@ def _fresh(shape, classes:int, seed:int, device)->nn.Module:
 def _fit_overhead(device, epochs=20):
     data = load("digits")
     split, make = data.split(1000, 0).to(device), partial(_fresh, (64,), 10, 0, device)
-    def side(train): net = make(); return clock(lambda: train(net), device)
+    def side(train): net = make(); return clock(lambda: train(net), device, own=True)
     return [Sides("fit-overhead", lambda: side(lambda net: fit(net, split, epochs=epochs)), lambda: side(lambda net: plain_loop(net, split, epochs)),
-                  f"fit / a loop written by hand, {epochs} epochs of digits, n = 1000", 1.05)]
+                  f"fit / a loop written by hand, {epochs} epochs of digits, n = 1000", 1.05, least=25)]
 
 # %% ../nbs/11_performance.ipynb #dd977ecf
 def _member(split, i:int): return replace(split, train=split.train[i], val=split.val[i], seeds=split.seeds[i:i+1])
