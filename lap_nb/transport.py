@@ -119,7 +119,8 @@ def _match(i:Tensor, j:Tensor, cost:Tensor, n:int)->Tensor|None:
     "Cheapest matching along the candidates (i, j); None if they contain no complete one."
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-    graph = csr_matrix(((cost - cost.min() + 1).numpy(), (i.numpy(), j.numpy())), (n, n))   # the solver takes no zeros
+    positive = (cost - cost.min()) / (cost.abs().max().item() or 1.) + 1   # the solver takes no zeros
+    graph = csr_matrix((positive.numpy(), (i.numpy(), j.numpy())), (n, n))
     try: return torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
     except ValueError: return None
 
@@ -154,15 +155,15 @@ def _generate(cost:Tensor, f:Tensor, g:Tensor, pairs:Tensor, rounds:int=8):
     return None, f, g
 
 def _assignment(cost:Tensor):
-    "Optimal matching of as many ends as starts, and the prices that prove it."
+    "Optimal matching of as many ends as starts, and the prices that prove it; may overwrite `cost`."
     from scipy.optimize import linear_sum_assignment
     g, few = cost.mean(0), cost[::len(cost) // 256 + 1]
-    spread = (few - g - (few - g).mean(1, keepdim=True)).square().mean().sqrt().item() or 1.
-    for entropy in (.1, .03, .01):
+    spread = (few - g).sub((few - g).mean(1, keepdim=True)).abs().mean().item() or cost.max().item() or 1.
+    for entropy in (.12, .04, .012):
         f, g = _scalings(cost, g, entropy * spread)
         target, f, g = _generate(cost, f, g, _cheap(cost, f, g, entropy * spread * math.log(200)))
         if target is not None: return target, None, f, g
-    rest = (cost - f[:, None]).sub_(g)
+    rest = cost.sub_(f[:, None]).sub_(g)
     target = torch.from_numpy(linear_sum_assignment(rest.numpy())[1])
     df, dg = _potentials(rest, target)
     return target, None, f + df, g + dg

@@ -451,6 +451,7 @@ CLOUDS = {
     "all equal": lambda: (torch.zeros(200, 2), torch.ones(200, 2)),
     "tiny": lambda: (1e-150 * cloud(100, 2, 0), 1e-150 * cloud(100, 2, 1)),
     "huge": lambda: (1e100 * cloud(100, 2, 0), 1e100 * cloud(100, 2, 1)),
+    "all one point": lambda: (torch.zeros(50, 2), torch.zeros(50, 2)),
     "one": lambda: (cloud(1, 2, 0), cloud(1, 2, 1)),
 }
 
@@ -460,7 +461,7 @@ def test_every_matching_is_scipys_and_carries_a_dense_proof(name):
     x, y = CLOUDS[name]()
     best, cost = optimal_coupling(x, y), cost_matrix(x, y)
     rows, columns = linear_sum_assignment(cost.numpy())
-    unit = cost.max().item()
+    unit = cost.max().item() or 1.
     assert_close(best.cost / unit, cost[rows, columns].mean().item() / unit, rtol=1e-10, atol=1e-12)
     assert sorted(best.target.tolist()) == list(range(len(x)))
     assert ((best.f[:, None] + best.g - cost) / unit).max() < 1e-12 and abs((best.f.mean() + best.g.mean()).item() - best.cost) < 1e-12 * unit
