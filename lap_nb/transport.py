@@ -109,10 +109,14 @@ def _scalings(cost:Tensor, g:Tensor, eps:float, sweeps:int=10)->tuple[Tensor, Te
         v = (v ** (1 - step) * (u @ kernel) ** -step).clamp_(1e-30, 1e30)
     return f + eps * u.double().log(), g + eps * v.double().log()
 
-def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float)->Tensor:
-    "The pairs that cost less than their prices plus `limit`, numbered row by row."
-    n = len(g)
-    return torch.cat([((cost[r] - f[r, None]).sub_(g) < limit).view(-1).nonzero()[:, 0] + r.start * n for r in _rows(len(f))])
+def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float, most:int=256)->Tensor:
+    "The pairs that cost less than their prices plus `limit`, numbered row by row; stops when they are more than `most` a point."
+    n, found, seen = len(g), [], 0
+    for r in _rows(len(f)):
+        found.append(((cost[r] - f[r, None]).sub_(g) < limit).view(-1).nonzero()[:, 0].add_(r.start * n))
+        seen += len(found[-1])
+        if seen > most * n: break
+    return torch.cat(found)
 
 # %% ../nbs/04_transport.ipynb #a3b0a7d8
 def _match(i:Tensor, j:Tensor, cost:Tensor, n:int)->Tensor|None:
@@ -148,7 +152,7 @@ def _generate(cost:Tensor, f:Tensor, g:Tensor, pairs:Tensor, rounds:int=8):
         target = _match(i, j, left, n) if len(pairs) else None
         if target is None: break
         df, dg = _prices(i, j, left, target, rounding / 2)
-        missed = _cheap(cost, f + df, g + dg, -rounding)
+        missed = _cheap(cost, f + df, g + dg, -rounding, most=64)
         if not len(missed): return target, f + df, g + dg
         if len(missed) > 64 * n: break
         f, g, pairs = f + df, g + dg, torch.cat([pairs, missed])

@@ -500,7 +500,7 @@ def test_a_wrong_matching_among_the_candidates_is_an_error(monkeypatch):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs the peak of the process' memory, which Linux can reset")
 def test_no_more_memory_than_two_matrices_of_costs():
-    x, y = trained_like(1500, 64)
+    x, y = trained_like(3000, 64)
     exact_gap(x[:50], y[:50])   # imports
     peak = lambda what: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
     open("/proc/self/clear_refs", "w").write("5")
