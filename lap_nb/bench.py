@@ -378,6 +378,7 @@ def _gap_sides(n:int, allowed:float)->Iterable[Sides]:
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
     cpu, (start, end) = torch.device("cpu"), _moved_digits(n)
+    exact_gap(start[:50], end[:50])   # imports what it needs, as above for the others
     x, y = (t.double().numpy() for t in (start, end))
     def scipy(): cost = cdist(x, y, "sqeuclidean"); return cost[linear_sum_assignment(cost)].mean()
     def pot(): return ot.emd2([], [], ot.dist(x, y), numItermax=10_000_000)

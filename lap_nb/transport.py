@@ -109,17 +109,22 @@ def _scalings(cost:Tensor, g:Tensor, eps:float, sweeps:int=10)->tuple[Tensor, Te
         v = (v ** (1 - step) * (u @ kernel) ** -step).clamp_(1e-30, 1e30)
     return f + eps * u.double().log(), g + eps * v.double().log()
 
-def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float)->Tensor:
-    "The pairs that cost less than their prices plus `limit`, numbered row by row."
-    n = len(g)
-    return torch.cat([((cost[r] - f[r, None]).sub_(g) < limit).view(-1).nonzero()[:, 0] + r.start * n for r in _rows(len(f))])
+def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float, most:int=256)->Tensor:
+    "The pairs that cost less than their prices plus `limit`, numbered row by row; stops when they are more than `most` a point."
+    n, found, seen = len(g), [], 0
+    for r in _rows(len(f)):
+        found.append(((cost[r] - f[r, None]).sub_(g) < limit).view(-1).nonzero()[:, 0].add_(r.start * n))
+        seen += len(found[-1])
+        if seen > most * n: break
+    return torch.cat(found)
 
 # %% ../nbs/04_transport.ipynb #a3b0a7d8
 def _match(i:Tensor, j:Tensor, cost:Tensor, n:int)->Tensor|None:
     "Cheapest matching along the candidates (i, j); None if they contain no complete one."
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-    graph = csr_matrix(((cost - cost.min() + 1).numpy(), (i.numpy(), j.numpy())), (n, n))   # the solver takes no zeros
+    positive = (cost - cost.min()) / (cost.abs().max().item() or 1.) + 1   # the solver takes no zeros
+    graph = csr_matrix((positive.numpy(), (i.numpy(), j.numpy())), (n, n))
     try: return torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
     except ValueError: return None
 
@@ -147,22 +152,22 @@ def _generate(cost:Tensor, f:Tensor, g:Tensor, pairs:Tensor, rounds:int=8):
         target = _match(i, j, left, n) if len(pairs) else None
         if target is None: break
         df, dg = _prices(i, j, left, target, rounding / 2)
-        missed = _cheap(cost, f + df, g + dg, -rounding)
+        missed = _cheap(cost, f + df, g + dg, -rounding, most=64)
         if not len(missed): return target, f + df, g + dg
         if len(missed) > 64 * n: break
         f, g, pairs = f + df, g + dg, torch.cat([pairs, missed])
     return None, f, g
 
 def _assignment(cost:Tensor):
-    "Optimal matching of as many ends as starts, and the prices that prove it."
+    "Optimal matching of as many ends as starts, and the prices that prove it; may overwrite `cost`."
     from scipy.optimize import linear_sum_assignment
     g, few = cost.mean(0), cost[::len(cost) // 256 + 1]
-    spread = (few - g - (few - g).mean(1, keepdim=True)).square().mean().sqrt().item() or 1.
-    for entropy in (.1, .03, .01):
+    spread = (few - g).sub((few - g).mean(1, keepdim=True)).abs().mean().item() or cost.max().item() or 1.
+    for entropy in (.12, .04, .012):
         f, g = _scalings(cost, g, entropy * spread)
         target, f, g = _generate(cost, f, g, _cheap(cost, f, g, entropy * spread * math.log(200)))
         if target is not None: return target, None, f, g
-    rest = (cost - f[:, None]).sub_(g)
+    rest = cost.sub_(f[:, None]).sub_(g)
     target = torch.from_numpy(linear_sum_assignment(rest.numpy())[1])
     df, dg = _potentials(rest, target)
     return target, None, f + df, g + dg
