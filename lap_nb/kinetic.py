@@ -7,7 +7,6 @@ __all__ = ['REDUCTIONS', 'block_energies', 'kinetic_energy', 'relative_energy', 
            'rank_correlation']
 
 # %% ../nbs/03_kinetic_bias.ipynb #d5045991
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -342,7 +341,7 @@ def rank_correlation(
     level:float=.95,    # coverage
     seed:int=0,         # of the bootstrap
 )->Correlation:
-    "Spearman's rank correlation with percentile bootstrap, over all values or as the mean of those inside groups. Groups in which `a` or `b` does not vary are left out; `ValueError` if none is left."
+    "Spearman's rank correlation with percentile bootstrap, over all values or the mean inside groups; those where `a` or `b` does not vary are left out. `ValueError` if nothing is left."
     a, b = (np.asarray(v, dtype=float) for v in (a, b))
     if a.shape != b.shape or a.ndim != 1: raise ValueError(f"found {a.size} and {b.size} values, expected two rows of the same length")
     if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ValueError("found NaN or infinity, expected finite values: leave out the runs that diverged")
