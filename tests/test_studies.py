@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lap_nb.data import digits
 from lap_nb.studies import (Cell, Grid, Method, Net, Records, Schedule, Study, append_rows, dataset, done, make_net, overview, read_lines, records,
                             run_cell, run_study, study)
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(net=Net(K=2, width=8), schedule=Schedule(steps=6, points=2))
 METHODS = (Method('default'), Method('small', init='orthogonal', gain=.1), Method('least', least_action=dict(lambda0=1., tau=1.)))
 TINY = Study('tiny', 'Is no row lost?', (Grid(('circles',), (20, 30), METHODS, seeds=3, **SMALL),))
@@ -125,7 +127,7 @@ def test_columns_that_readers_rely_on(tmp_path, registered):
     assert len(row['energy_per_block']) == 2 and row['lambda'] > 1 and row['K'] == 2
     torch.testing.assert_close(sum(row['energy_per_block']), row['energy_per_sample'], rtol=1e-4, atol=0)
     run = records('tiny', tmp_path).runs[row['run']]
-    for key in 'device device_name torch commit config wall_seconds device_seconds format settings'.split(): assert key in run
+    for key in 'device device_name cores modes torch commit config wall_seconds device_seconds format settings'.split(): assert key in run
     assert written(tmp_path / 'tiny.jsonl') == WANTED
     assert run_study(TINY, tmp_path, device='cpu') == 0
 
@@ -310,6 +312,20 @@ def test_command(tmp_path):
     assert re.search(r'^tiny +cpu +18 +18 +0 ', answers[3][1], re.M)
     assert "no study 'tini'" in answers[4][2] and 'given twice' in answers[5][2]
     assert all(err.count('\n') == 1 for _, _, err in (answers[1], *answers[4:]))
+
+
+@pytest.mark.parametrize('scale', ['cpu', 'gpu'])
+def test_commands_of_the_results_folder_train_every_cell(scale):
+    "As a shell expands them: each names cells, and together they name all."
+    text = (ROOT / 'nbs' / 'results' / 'README.md').read_text().split(f'## On a {scale.upper()}')[1]
+    script = 'lap_study() { printf "%s\\t" "$@"; echo; }\nlap_bench() { :; }\npython() { :; }\n' + re.search('```bash\n(.*?)```', text, re.S)[1]
+    calls = subprocess.run(['bash', '-euc', script], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {name: set() for name in studies.STUDIES}
+    for name, *options in (call.strip('\t').split('\t') for call in calls):
+        only = options[options.index('--only') + 1] if '--only' in options else ''
+        assert '--resume' in options and ('cuda' if scale == 'gpu' else 'cpu') in options
+        found[name] |= {cell.name for cell, _ in study(name, scale).cells(only)}
+    assert found == {name: {cell.name for cell, _ in study(name, scale).cells()} for name in studies.STUDIES}
 
 
 @pytest.mark.parametrize('text, seeds', [('', None), ('3', [0, 1, 2]), ('0,3,5', [0, 3, 5]), ('10:12', [10, 11])])
