@@ -170,6 +170,7 @@ def draw_energies(
     energy = block_energies(trial.trajectory()).mean(1)
     ax.bar(range(1, len(energy) + 1), energy.tolist(), color=[colours()[k == layer] for k in range(1, len(energy) + 1)])
     ax.locator_params(nbins=4)
+    ax.locator_params(axis="x", integer=True)
     ax.set(xlabel="block", ylabel="energy per sample\n(mean over features)", title=f"in all {energy.sum():.3g}")
 
 def draw_price(
@@ -234,7 +235,7 @@ def picture(
     from matplotlib.figure import Figure
     with _drawing:
         figure = Figure(figsize=(width, height), dpi=80)
-        draw(figure.add_axes((.19, .17, .78, .73)))
+        draw(figure.add_axes((.72 / width, .55 / height, 1 - .82 / width, 1 - .85 / height)))   # the same margins at every size
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         file = _png(canvas.buffer_rgba())
