@@ -544,3 +544,13 @@ def test_the_fewest_neighbours_that_make_a_cycle():
     x = cloud(20, 2, 0)
     assert cyclical_monotonicity(x, 2 * x + 1, length=3, near=2, cycles=50).rate == 0
     with pytest.raises(ValueError, match='from 2 to 19'): cyclical_monotonicity(x, 2 * x + 1, length=3, near=1, cycles=50)
+
+
+def test_record_measures_mccann_against_the_way_walked():
+    x, u, v = cloud(8, 3, 0), cloud(8, 3, 1), cloud(8, 3, 2)
+    traj = Trajectory(torch.stack([x, x + .1 * u, x + .1 * v]))
+    walk, = mccann(traj)
+    record = measure_transport(traj)
+    assert walk.length < .5 and walk.distance.max() > 0
+    assert record['mccann_distance'] == [pytest.approx((walk.distance.max() / walk.length).item())]
+    assert record['mccann_detour'] == [pytest.approx((walk.detour.max() / walk.length).item())]
