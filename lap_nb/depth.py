@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'PENALTIES', 'DepthSchedule', 'stretched', 'even', 'Coarsening', 'coarsening', 'lipschitz', 'Stretch',
            'recompute_statistics', 'Elastic', 'DepthCurve', 'depth_curve', 'Scaled', 'Skip', 'latency', 'shorten',
-           'Exit', 'RandomDepth', 'sliced_wasserstein', 'Penalty', 'measure_depth']
+           'Exit', 'RandomDepth', 'sliced_wasserstein', 'Penalty', 'measure_depth', 'measure_pruning', 'measure_speed']
 
 # %% ../nbs/09_depth.ipynb #ffb02844
 import random
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -568,6 +568,7 @@ def latency(
     models:Mapping[str, nn.Module], # by name
     x,                              # what one pass gets: a tensor, a tuple of arguments or a mapping of named ones
     repeats:int=20,                 # timed passes of each, in turn, after three that are not timed
+    clock=time.perf_counter,        # seconds; `time.process_time` counts the processor's alone, of all threads
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
     times = {name: [] for name in models}
@@ -575,9 +576,9 @@ def latency(
     with _evaluating(*models.values()):
         for i in range(repeats + 3):
             for name, net in models.items():
-                sync(); start = time.perf_counter()
+                sync(); start = clock()
                 _run(net, x); sync()
-                if i >= 3: times[name].append(1e3 * (time.perf_counter() - start))
+                if i >= 3: times[name].append(1e3 * (clock() - start))
     return {name: min(t) for name, t in times.items()}
 
 # %% ../nbs/09_depth.ipynb #aa36946b
@@ -858,3 +859,50 @@ def measure_depth(
         record |= {"counts": [r["blocks"] for r in rows], way: [r["accuracy"] for r in rows], f"area_{way}": curve.area(way),
                    f"energy_{way}": [r["energy"] for r in rows], f"kept_{way}": [list(r["schedule"].kept) for r in rows]}
     return record
+
+# %% ../nbs/09_depth.ipynb #f67044c5
+def _removals(times:Sequence[float], sizes:Sequence[int])->dict[DepthSchedule, list[float]]:
+    "Schedules without one of the blocks, its time lost or given to the neighbour, and the times of the blocks that are left."
+    found = {}
+    for low, high in _spans(sizes):
+        for i in range(low, high) if high - low > 1 else ():
+            for longer in (0., 1.):
+                new, near = list(times), i - 1 if i > low else i + 1
+                new[near] += longer * times[i]
+                others = [k for k in range(len(times)) if k != i]
+                found[DepthSchedule(others, [new[k] / times[k] for k in others])] = [new[k] for k in others]
+    return found
+
+def measure_pruning(
+    model:nn.Module,    # copied, never changed; its residual blocks are found
+    data:Split,         # blocks are chosen on `val`; `train` is for fine-tuning
+    part:str="test",    # part that is measured
+    epochs:int=3,       # of fine-tuning after each block that leaves
+    lr:float=1e-3,      # its learning rate
+    batch_size:int=50,  # samples per step
+    samples:int=300,    # of `val` a block is chosen on, and of `train` batch norms see meanwhile
+)->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
+    "Fine-tuned pruning, block by block: the one whose loss matters least leaves, its time lost or not, and the others are trained on."
+    few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
+    scores, times = [_accuracy(net, data, part)], None
+    while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:
+        removals = _removals(times or [1.] * elastic.K, elastic.sizes)
+        schedule = min(removals, key=lambda s: _score(elastic, few, "val", s, bool(_norms(net)))["loss"])
+        net, times = elastic.cut(schedule), removals[schedule]
+        fit(net, data, epochs=epochs, lr=lr, batch_size=batch_size, eval_every=epochs)
+        scores.insert(0, _accuracy(net, data, part))
+    return dict(pruned=scores, area_pruned=statistics.fmean(scores), tuned_epochs=epochs * (len(scores) - 1))
+
+def measure_speed(
+    model:nn.Module,   # `ResidualNet`; copied, never changed
+    data:Split,        # samples of `test` are timed
+    samples:int=200,   # in one pass
+    repeats:int=10,    # timed passes of each depth
+)->dict: # plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, and their `samples`
+    "How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on the machine hardly disturb."
+    elastic, x = Elastic(model, data.x[data.val[:8]]), data.x[data.test[:samples]]
+    nets = {m: elastic.cut(m) for m in elastic.schedules}
+    with torch.no_grad(), _evaluating(elastic.model): z = elastic.model.encoder(x)
+    clock = time.process_time if x.device.type == "cpu" else time.perf_counter
+    flows = latency({m: net.flow for m, net in nets.items()}, z, repeats, clock)
+    return dict(ms=list(latency(nets, x, repeats, clock).values()), ms_flow=list(flows.values()), samples=len(x))
