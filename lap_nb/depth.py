@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'PENALTIES', 'DepthSchedule', 'stretched', 'even', 'Coarsening', 'coarsening', 'lipschitz', 'Stretch',
            'recompute_statistics', 'Elastic', 'DepthCurve', 'depth_curve', 'Scaled', 'Skip', 'latency', 'shorten',
-           'Exit', 'RandomDepth', 'sliced_wasserstein', 'Penalty', 'measure_depth', 'measure_pruning', 'measure_speed']
+           'Exit', 'deepen', 'RandomDepth', 'sliced_wasserstein', 'Penalty', 'measure_depth', 'measure_pruning',
+           'measure_speed']
 
 # %% ../nbs/09_depth.ipynb #ffb02844
 import random
@@ -434,10 +435,11 @@ class DepthCurve:
 @patch
 def _repr_markdown_(self:DepthCurve)->str:
     ways = list(dict.fromkeys(r["way"] for r in self.rows))
-    lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule of the last column |", "|---" * (len(ways) + 2) + "|"]
+    lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |", "|---" * (len(ways) + 3) + "|"]
     for group in zip(*(self.of(w) for w in ways)):
-        lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {group[-1]['schedule']} |")
-    return "\n".join(lines)
+        last = f"{group[-1]['schedule']} | {group[-1]['energy']:.3g}"
+        lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
+    return "\n".join(lines) + "\n\n*Batch-norm statistics taken anew at each depth from unlabelled training samples.*" * self.recomputed
 
 @patch
 def __repr__(self:DepthCurve)->str:
@@ -732,6 +734,21 @@ def _margins(self:Elastic, z:Tensor)->Tensor:
     if self.__dict__.get("_known", (None,))[0] != key: self.__dict__["_known"] = key, _pairs(self.model.head, z[:16])
     return self.__dict__["_known"][1]
 
+# %% ../nbs/09_depth.ipynb #a766e71f
+def deepen(
+    model:nn.Module, # copied, never changed
+    times:int=2,     # how often each block stands in the new network
+)->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
+    "Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network without a `Flow`."
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1: raise ValueError(f"times is {times!r}, expected a whole number from 1")
+    net = _copy(model)
+    flows = [m for m in net.modules() if isinstance(m, Flow)]
+    if not flows: raise ValueError(f"found no Flow in {type(_unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
+    for flow in flows:
+        flow.blocks = nn.ModuleList(deepcopy(block) for block in flow.blocks for _ in range(times))
+        for block in flow.blocks: block.h /= times
+    return net
+
 # %% ../nbs/09_depth.ipynb #bf1bc46a
 class RandomDepth:
     "Training at all depths at once: each training pass runs a random number of blocks, spread evenly, with lengthened steps."
@@ -893,6 +910,7 @@ def measure_pruning(
         scores.insert(0, _accuracy(net, data, part))
     return dict(pruned=scores, area_pruned=statistics.fmean(scores), tuned_epochs=epochs * (len(scores) - 1))
 
+# %% ../nbs/09_depth.ipynb #09e2af60
 def measure_speed(
     model:nn.Module,   # `ResidualNet`; copied, never changed
     data:Split,        # samples of `test` are timed
