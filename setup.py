@@ -34,7 +34,8 @@ setup(
     install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
     python_requires='>=' + cfg['min_python'],
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: ' + cfg['audience']],
+    classifiers=['Intended Audience :: ' + cfg['audience'], 'Typing :: Typed', 'Programming Language :: Python :: 3',
+                 *(f'Programming Language :: Python :: {version}' for version in words('pythons'))],
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False)

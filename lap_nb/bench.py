@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from torch import Tensor, nn
 
 from .attach import find_blocks
@@ -32,7 +32,7 @@ from .dynamics import dense_net
 from .ensembles import fit_many, seeded
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
-from .studies import _one_line_errors
+from .studies import _one_line_errors, _positional
 from .transport import exact_gap
 from .training import evaluate, fit, provenance, write_atomically
 
@@ -393,7 +393,7 @@ def bench_table(
 # %% ../nbs/11_performance.ipynb #f21a282e
 @call_parse
 def lap_bench(
-    names:Param("benchmarks to run; none: all but the slow ones", str, nargs="*", opt=False)=(), # names of benchmarks
+    names:_positional(str, "benchmarks to run; none: all but the slow ones", "*")=(), # benchmarks to run; none: all but the slow ones
     device:str="auto",     # where to measure: auto, cpu, cuda, cuda:0, ...
     out:str="lap_bench.json", # record to write
     seconds:float=10.,     # time for the pairs of each row

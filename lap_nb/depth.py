@@ -817,7 +817,7 @@ class _Steps:
         self.hooks, self.seen = [], []
 
 def _gap(steps:list[Tensor])->Tensor:
-    "Path gap of each stage, shared out over its steps: $K|s_k|^2 - s_k\\cdot\\sum_j s_j$, mean over features and samples."
+    "Path gap of each stage, shared out over its steps: $K|\\delta_k|^2 - \\delta_k\\cdot\\sum_j \\delta_j$, mean over features and samples."
     stages = []
     for s in steps:
         if stages and stages[-1][0].shape == s.shape: stages[-1].append(s)

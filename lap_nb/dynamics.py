@@ -128,7 +128,7 @@ class Flow(nn.Module):
 
     def forward(self,
         x:Tensor, # positions at time 0, `[B, ...]`
-    )->Tensor:    # positions at time $T = Kh$, `[B, ...]`
+    )->Tensor:    # positions at time $t_K = Kh$, `[B, ...]`
         for block in self.blocks: x = block(x)
         return x
 

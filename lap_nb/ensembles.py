@@ -543,10 +543,8 @@ def _noise(shape, S:int)->Split:
 
 def _here(device:str)->dict:
     "Device, by name, versions and load, as part of a row."
-    note, cpus = provenance(torch.device(device)), Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")] if cpus.exists() else []
-    name = note["device_name"] if device != "cpu" or not names else names[0]
-    return {k: note[k] for k in ("device", "threads", "lap_nb", "torch", "commit")} | dict(device_name=name, cores=os.cpu_count(), load=round(os.getloadavg()[0], 1))
+    note = provenance(torch.device(device))
+    return {k: note[k] for k in ("device", "device_name", "cores", "threads", "lap_nb", "torch", "commit")} | dict(load=round(os.getloadavg()[0], 1))
 
 # %% ../nbs/07_ensembles.ipynb #ae608d2b
 def forward_flops(

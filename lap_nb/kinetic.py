@@ -293,48 +293,52 @@ def _advice(meter:EnergyMeter, passes:int, sums:dict)->str:
 @dataclass(frozen=True)
 class Correlation:
     "A rank correlation with its bootstrap interval."
-    value:float     # Spearman's
+    value:float     # Spearman's; of several groups, the mean
     low:float       # lower end of the interval
     high:float      # upper end
     n:int           # values that entered
-    groups:int      # within which ranks were taken; 1: over all values
+    groups:int      # inside which ranks were taken; 1: over all values
     level:float=.95 # coverage aimed at
     def __str__(self)->str: return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 def rank_correlation(
     a,                  # values, `[n]`
     b,                  # values, `[n]`
-    groups=None,        # group of each, `[n]`; ranks are taken inside the groups; None: over all
+    groups=None,        # group of each, `[n]`: correlate inside the groups; None: over all
     clusters=None,      # what the bootstrap draws: values of one cluster come together, `[n]`; None: single values
     resamples:int=2000, # of the bootstrap
     level:float=.95,    # coverage
     seed:int=0,         # of the bootstrap
 )->Correlation:
-    "Spearman's rank correlation with percentile bootstrap; groups where `a` or `b` does not vary are left out. `ValueError` if nothing is left."
+    "Spearman's rank correlation with percentile bootstrap, over all values or as the mean of those inside groups. Groups in which `a` or `b` does not vary are left out; `ValueError` if none is left."
     a, b = (np.asarray(v, dtype=float) for v in (a, b))
     if a.shape != b.shape or a.ndim != 1: raise ValueError(f"found {a.size} and {b.size} values, expected two rows of the same length")
     if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ValueError("found NaN or infinity, expected finite values: leave out the runs that diverged")
-    if len(a) < 3: raise ValueError(f"found {len(a)} values, expected at least three")
     groups = np.zeros(len(a), int) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    varied = [g for g in range(groups.max() + 1) if np.ptp(a[groups == g]) > 0 < np.ptp(b[groups == g])]
-    if not varied: raise ValueError("nothing varies: in every group all values of a, or all of b, are the same")
-    keep = np.isin(groups, varied)
-    a, b, groups = a[keep], b[keep], groups[keep]
-    clusters = np.arange(len(a)) if clusters is None else np.unique(np.asarray(clusters)[keep], return_inverse=True)[1]
-    members, rng = [np.flatnonzero(clusters == c) for c in range(clusters.max() + 1)], np.random.default_rng(seed)
-    draws = (np.concatenate([members[c] for c in rng.integers(len(members), size=len(members))]) for _ in range(resamples))
-    drawn = np.array([_pooled_ranks(a[at], b[at], groups[at]) for at in draws])
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Correlation(_pooled_ranks(a, b, groups), float(low), float(high), len(a), len(varied), level)
+    least = np.bincount(groups).min(initial=len(a))
+    if least < 3: raise ValueError(f"found {least} values in a group, expected at least three in each")
+    clusters = np.arange(len(a)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    times = _resampled(clusters.max() + 1, resamples, seed)[:, clusters]
+    found = np.array([_spearman(a[at], b[at], times[:, at]) for at in (groups == g for g in range(groups.max() + 1))])
+    varied = np.isfinite(found[:, 0])
+    if not varied.any(): raise ValueError("nothing varies: in every group all values of a, or all of b, are the same")
+    with np.errstate(invalid="ignore"): means = np.nansum(found, 0) / np.isfinite(found).sum(0)
+    low, high = np.nanquantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
+    return Correlation(float(means[0]), float(low), float(high), int(varied[groups].sum()), int(varied.sum()), level)
 
 # %% ../nbs/03_kinetic_bias.ipynb #cdcc4f3e
-def _pooled_ranks(a, b, groups)->float:
-    "Correlation of ranks, taken and centred inside each group; NaN if nothing varies."
-    from scipy.stats import rankdata
-    ranks = np.zeros((2, len(a)))
-    for g in np.unique(groups):
-        at = groups == g
-        r = rankdata([a[at], b[at]], axis=1)
-        ranks[:, at] = r - r.mean(1, keepdims=True)
-    size = np.sqrt((ranks ** 2).sum(1)).prod()
-    return float((ranks[0] * ranks[1]).sum() / size) if size > 0 else math.nan
+def _resampled(n:int, resamples:int, seed:int)->np.ndarray:
+    "How often each of `n` things is drawn, `[1 + resamples, n]`; in the first row each once."
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    return np.vstack([np.ones(n), *(np.bincount(d, minlength=n) for d in drawn)])
+
+def _spearman(a, b, times)->np.ndarray:
+    "Correlation of the ranks of `a` and `b`, `[n]`, if the values occur so many `times`, `[R, n]`; NaN if one of them does not vary."
+    def ranks(v):
+        at = np.unique(v, return_inverse=True)[1]
+        count = times @ np.eye(at.max() + 1)[at]            # of each distinct value
+        rank = (count.cumsum(1) - count / 2)[:, at]         # equal values share the mean of their ranks
+        return rank - (times * rank).sum(1, keepdims=True) / np.maximum(times.sum(1, keepdims=True), 1)
+    x, y = ranks(a), ranks(b)
+    size = np.sqrt((times * x * x).sum(1) * (times * y * y).sum(1))
+    return np.where((size > 0) & (times.sum(1) > 2), (times * x * y).sum(1) / np.where(size > 0, size, 1), np.nan)

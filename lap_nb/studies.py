@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
-           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'PENALISED', 'DECADES', 'PUBLISHED', 'Method', 'Net',
-           'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines',
-           'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records', 'standings', 'verdict',
-           'standings_table', 'rank_correlation', 'overview', 'lap_study']
+           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'PENALISED', 'DECADES', 'PUBLISHED', 'UNTUNED', 'Method',
+           'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell',
+           'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records', 'standings',
+           'verdict', 'standings_table', 'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -22,17 +22,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from fastcore import script
 from fastcore.basics import patch
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
 from .depth import Penalty, measure_depth, measure_pruning, measure_speed
 from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
-from .kinetic import block_energies
+from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
 from .regularity import measure_regularity
 from .training import provenance
@@ -342,11 +344,11 @@ def run_cell(
     make = partial(make_net, cell.net, m, tuple(data.x.shape[1:]), data.classes)
     try:
         runs = fit_many(make, split, seeds, _objective(m), device, **settings, progress=bar)
-        rows = [_row(cell, runs[i], split.member(i)) for i in range(len(seeds))]
-    except FloatingPointError: rows = [dict(seed=seed, diverged=True) for seed in seeds]
+        rows, modes = [_row(cell, runs[i], split.member(i)) for i in range(len(seeds))], runs.provenance["modes"]
+    except FloatingPointError: rows, modes = [dict(seed=seed, diverged=True) for seed in seeds], []
     if device.type == "cuda": torch.cuda.synchronize(device)
     wall = time.perf_counter() - clock
-    note = dict(cell=cell.name, config=cell.config, settings=_changed(cell), epochs=epochs, wall_seconds=wall,
+    note = dict(cell=cell.name, config=cell.config, settings=_changed(cell), epochs=epochs, modes=modes, wall_seconds=wall,
                 device_seconds=wall if device.type == "cuda" else time.process_time() - cpu)
     return provenance(device, **note), rows
 
@@ -639,7 +641,10 @@ class Records:
 
 # %% ../nbs/08_replication.ipynb #abac6b63
 def _device(run:dict)->str:
-    return f"{run['device_name']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["device"] == "cpu" else run["device_name"]
+    "As captions name it; records of old versions do not count the cores."
+    if run["device"] != "cpu": return run["device_name"]
+    cores = f" ({run['cores']} cores)" if run.get("cores") else ""
+    return f"{run['device_name']}{cores}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 @patch
 def values(self:Records,
@@ -779,32 +784,18 @@ def plot(self:Records,
     return ax
 
 # %% ../nbs/08_replication.ipynb #7fdf5d31
-def rank_correlation(
-    found:Records,                   # at least three networks in each group
-    x:str="energy_per_sample",       # column of numbers
-    y:str="test_accuracy_last",      # column of numbers
-    within:tuple=(),                 # columns: correlate inside each group of them, and average over groups
-    resamples:int=400,               # of the bootstrap over seeds
-    seed:int=0,                      # of the bootstrap
-)->Interval:                         # in [-1, 1]
-    "Spearman's rank correlation with a 95 % bootstrap interval; networks that diverged are left out."
-    import numpy as np
-    from scipy.stats import rankdata
-    pairs = {}
-    for row in found.rows:
-        if row.get(x) is not None and row.get(y) is not None: pairs.setdefault(tuple(row[c] for c in within), {}).setdefault(row["seed"], []).append((row[x], row[y]))
-    seeds = sorted({s for group in pairs.values() for s in group})
-    def mean(drawn):
-        values = []
-        for group in pairs.values():
-            points = np.array([p for s in drawn for p in group.get(s, ())])
-            if len(points) < 3: raise ValueError(f"found {len(points)} networks in a group, expected at least three to correlate {x} with {y}")
-            ranks = rankdata(points, axis=0)
-            if (ranks.std(0) > 0).all(): values.append(np.corrcoef(ranks.T)[0, 1])
-        return float(np.mean(values)) if values else math.nan
-    rng = np.random.default_rng(seed)
-    low, high = np.nanquantile([mean(rng.choice(seeds, len(seeds))) for _ in range(resamples)], [.025, .975])
-    return Interval(mean(seeds), float(low), float(high), len(seeds))
+@patch
+def correlation(self:Records,
+    x:str="energy_per_sample",  # column of numbers
+    y:str="test_accuracy_last", # column of numbers
+    within:tuple=(),            # columns: correlate inside each group of them, and average over groups
+    resamples:int=400,          # of the bootstrap over seeds
+    seed:int=0,                 # of the bootstrap
+)->Correlation:
+    "Rank correlation of two columns, see `rank_correlation`; networks that diverged are left out."
+    rows = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None]
+    groups = [str([row[c] for c in within]) for row in rows] if within else None
+    return rank_correlation([row[x] for row in rows], [row[y] for row in rows], groups, [row["seed"] for row in rows], resamples, seed=seed)
 
 # %% ../nbs/08_replication.ipynb #96238f79
 def overview(
@@ -828,6 +819,12 @@ def _table(rows:list[dict])->str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
+# %% ../nbs/08_replication.ipynb #c0a7f5a1
+def _positional(kind, help:str, nargs:str):
+    "An argument without a flag and with a default, as fastcore 1 and fastcore 2 declare it."
+    if hasattr(script, "Param"): return script.Param(help, kind, opt=False, nargs=nargs)
+    return Annotated[kind, help, {"opt": False, "nargs": nargs}]
+
 # %% ../nbs/08_replication.ipynb #2070ea34
 def _seeds(text:str)->list[int]|None:
     "`20` for 0 to 19, `0,3,5` for these, `10:20` for a range; empty: those of the study."
@@ -847,7 +844,7 @@ def _one_line_errors(command:str):
 
 @call_parse
 def lap_study(
-    name:Param("study to run; none: list them", str, opt=False, nargs="?")="", # study to run; none: list them
+    name:_positional(str, "study to run; none: list them", "?")="", # study to run; none: list them
     seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
     device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
     out:str=None,        # folder of the records (default: nbs/results, or results)
@@ -881,14 +878,17 @@ def _kinetic_bias(scale:str)->Study:
     short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
     gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
     variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some = _gains((.1, 1.))
+    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.))
+    pictures = dict(data=("mnist", "fashion_mnist"), sizes=(100, 300, 1000)) if big else dict(data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300,), seeds=10, thin=5)
+    steps = short if big else Schedule(300, points=5)
     return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
         Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
         Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
         Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
         *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
-        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20))), scale)
+        *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20)),
+        *(Grid(methods=few, net=Net(kind, width=64 if big else 16), schedule=steps, curve=True, **pictures) for kind in ("conv-bn", "conv"))), scale)
 
 # %% ../nbs/08_replication.ipynb #0ec1f470
 def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings)->Method:
@@ -971,9 +971,10 @@ def _adaptive(scale:str)->Study:
 PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimiser="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
 
 def _rivals(sgd:bool)->tuple[Method, ...]:
-    "Families of at most three candidates each, least action among them; the published setting beside them."
-    decays = (1e-3, 5e-3, 2e-2) if sgd else (.1, .3, 1.)
-    return (Method("default"), *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.01, .1, .3)), SKIP, STEP,
+    "Families of three candidates each, least action among them; where a family has no setting of its own it is the learning rate. The published setting stands beside them."
+    decays, rates = ((1e-3, 5e-3, 2e-2), (.03, .3)) if sgd else ((.1, .3, 1.), (3e-4, 3e-3))
+    return (Method("default"), *(replace(m, name=f"{m.name}-lr-{lr:g}", family=m.name, lr=lr) for m in (Method("default"), SKIP, STEP) for lr in rates),
+            *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.01, .1, .3)), SKIP, STEP,
             *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d) for d in decays),
             *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (.1, .3, .5)),
             *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in (.05, .1, .2)),
@@ -985,7 +986,12 @@ def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[i
     if scale == "gpu":
         schedule = replace(PUBLISHED, others=dict(PUBLISHED.others) | pictures)
         return Study(name, question, (Grid((data,), big_sizes, _rivals(True), seeds, Net("conv-bn"), schedule),), scale)
-    return Study(name, question, (Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=5 if data != "cifar10_part" else 1),), scale)
+    thin = 5 if data != "cifar10_part" else 1
+    small = Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=thin)
+    conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=10, net=Net("conv-bn", width=16))
+    return Study(name, question, (small, conv) if data == "mnist" else (small,), scale)
+
+UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, one candidate each
 
 @_register
 def _mnist_low_data(scale:str)->Study:

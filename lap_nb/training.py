@@ -14,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import pickletools
 import platform
 import re
 import signal
@@ -27,6 +28,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -150,12 +152,19 @@ def provenance(
     **settings,          # anything else worth keeping; must be plain JSON values
 )->dict:                 # of plain JSON values, without paths or user names
     "Device, versions, commit and settings, as a note to be kept with a result."
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     root = Path(lap_nb.__file__).resolve().parents[1]
     git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     commit = git("rev-parse", "--short=12", "HEAD").stdout.strip() if (root / ".git").exists() else ""
-    return dict(settings, device=str(device), device_name=name, threads=torch.get_num_threads(), lap_nb=lap_nb.__version__,
+    return dict(settings, device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(), lap_nb=lap_nb.__version__,
                 torch=torch.__version__, python=platform.python_version(), commit=commit or None)
+
+@lru_cache
+def _processor(cpuinfo:str="/proc/cpuinfo")->str:
+    "The processor by its model name, or what little the platform says of it."
+    lines = Path(cpuinfo).read_text().splitlines() if Path(cpuinfo).exists() else []
+    named = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return named.get("model name") or f"unnamed {platform.processor() or platform.machine()} processor"
 
 # %% ../nbs/06_training.ipynb #1deb1c34
 OPTIMISERS, SCHEDULES = ("adamw", "sgd"), ("constant", "multistep", "cosine", "onecycle")
@@ -486,11 +495,13 @@ def save_checkpoint(
     write_atomically(path, content.getbuffer())
 
 def _check_archive(path):
-    "Raise unless each part of the file has the size and the checksum that the file announces for it."
+    "Raise unless each part of the file has the size and the checksum that the file announces for it. No long names: refusing one costs PyTorch quadratic time."
     with zipfile.ZipFile(path) as archive:
         packed = [part.filename for part in archive.infolist() if part.compress_type or part.file_size != part.compress_size]
         damaged = packed[0] if packed else archive.testzip()
-    if damaged: raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+        if damaged: raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+        code = [op for name in archive.namelist() if name.endswith("data.pkl") for op in pickletools.genops(archive.read(name))]
+    if any(op.name == "GLOBAL" and len(name) > 200 for op, name, _ in code): raise zipfile.BadZipFile("it names something at great length")
 
 def load_checkpoint(
     path:str|Path, # written by `save_checkpoint`

@@ -367,7 +367,7 @@ def action_split(
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
     **settings,            # of `exact_gap`: `seed`, `resamples`, `level`, `max_bytes`
 )->ActionSplit:
-    r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $T$ times the action with $T = Kh$, split by the variance identity
+    r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance identity
     and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
     stages = traj.stages
     y = _check_labels(y, stages[0].x.shape[1])
@@ -501,7 +501,7 @@ class McCann:
     to_end:Tensor      # from that of layer k to the last, `[K+1]`
     n:int              # samples
     @property
-    def length(self)->float: return self.from_start[-1].item()  # from the first cloud to the last, $W_2(\mu_0, \mu_K)$
+    def length(self)->float: return self.from_start[-1].item()  # from the first cloud to the last, $W_2(\alpha_0, \alpha_K)$
     @property
     def detour(self)->Tensor: return (self.from_start + self.to_end - self.length).clamp_min(0)  # through layer k, `[K+1]`
     def __repr__(self)->str:

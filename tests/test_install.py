@@ -117,6 +117,19 @@ def test_every_module_imports_without_warnings(installed, tmp_path):
         assert Path(file).is_relative_to(installed.parent), f'{file} is not the installed module'
 
 
+def test_commands_work_with_the_next_fastcore(installed, tmp_path):
+    "The environment has fastcore 1, which development needs; beside it stands fastcore 2, which declares options in another way."
+    check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check', '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2', cwd=tmp_path)
+    code = ('import importlib, sys; sys.path.insert(0, sys.argv[1]); import fastcore; from fastcore.script import anno_parser\n'
+            'for name in sys.argv[2:]: importlib.import_module(f"lap_nb.{name}")\n'
+            'from lap_nb import bench, compare, studies\n'
+            'read = lambda command, *words: anno_parser(command.__wrapped__).parse_args(words)\n'
+            'print(fastcore.__version__.split(".")[0], read(bench.lap_bench).names, *read(bench.lap_bench, "a", "b", "--force").names,\n'
+            '      repr(read(studies.lap_study).name), read(studies.lap_study, "c", "--seeds", "3").name, read(compare.lap_compare, "--n", "7").n)')
+    names = [Path(name).stem for name in MODULES if name != '__init__.py']
+    assert check(installed / 'python', '-c', code, tmp_path / 'next', *names, cwd=tmp_path).split('\n')[0] == "2 () a b '' c 7"
+
+
 def test_compare_writes_the_record(compared):
     record = json.loads((compared[0] / 'lap_compare.json').read_text(encoding='utf-8'))
     assert record['provenance']

@@ -297,5 +297,17 @@ def test_workflows_use_the_targets_of_the_makefile():
         assert all(('uses' in step) != ('run' in step) for step in steps)
         made = {word for step in steps for word in re.findall(r'make (?:\w+=\S+ )?(\w+)', step.get('run', ''))}
         assert made and made <= targets, path.name
-    declared = yaml.safe_load((ROOT / '.github/workflows/test.yml').read_text())['jobs']['test']['strategy']['matrix']['python']
-    assert f"min_python = {declared[0]}" in (ROOT / 'settings.ini').read_text(encoding='utf-8')
+
+
+def test_declared_interpreters_are_those_of_the_workflow():
+    tested = yaml.safe_load((ROOT / '.github/workflows/test.yml').read_text())['jobs']['test']['strategy']['matrix']['python']
+    settings = (ROOT / 'settings.ini').read_text(encoding='utf-8')
+    assert f'min_python = {tested[0]}\npythons = {" ".join(tested)}\n' in settings
+
+
+def test_changelog_tells_of_the_version():
+    "The version of settings.ini stands in `lap_nb` and, with a date, in the changelog."
+    import lap_nb
+    version = re.search(r'^version = (\S+)$', (ROOT / 'settings.ini').read_text(encoding='utf-8'), re.M)[1]
+    assert lap_nb.__version__ == version
+    assert re.search(rf'^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$', (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
