@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## compare plain and least-action training on handwritt
 	$(BIN)/lap_compare --force
 
 test: $(VENV)/.installed-dev browser assets ## run every notebook and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	$(BIN)/python $(SITE)/render.py
@@ -43,10 +43,11 @@ dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
 
 # Processes that tests and notebooks start are measured too: a .pth file starts coverage in every Python of .venv.
 coverage: export COVERAGE_PROCESS_START := $(CURDIR)/pyproject.toml
+coverage: export LAP_NB_COVERAGE := $(CURDIR)/.coverage
 coverage: $(VENV)/.installed-dev browser assets ## measure which lines of lap_nb the notebooks and tests run
 	echo 'import coverage; coverage.process_startup()' > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/coverage_start.pth
 	$(BIN)/coverage erase
-	-$(BIN)/python -m pytest -m "not install"
+	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not install"
 	rm -f $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/coverage_start.pth
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report

@@ -811,6 +811,8 @@ class _Steps:
         if len(seen) == len(self.blocks): return self.together(seen)
         raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
 
+    @property
+    def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
     def remove(self):
         for hook in self.hooks: hook.remove()
@@ -853,7 +855,8 @@ class Penalty(nn.Module):
         return task + self.weight * penalty
 
     @property
-    def blocks(self)->list[str]: return list(self.meter.blocks)
+    def blocks(self)->dict[str, nn.Module]: return self.meter.blocks
+    def check(self): pass   # a constant weight cannot go wrong
     def remove(self): self.meter.remove()
     def extra_repr(self)->str: return f"kind={self.kind}, weight={self.weight:g}, blocks={len(self.meter.blocks)}"
 

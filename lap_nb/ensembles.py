@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DROPOUTS', 'DRAWS', 'CONVS', 'EVALUATED', 'SIDE_BY_SIDE', 'SMALL', 'MODES', 'Ensemble', 'grid_members', 'seeded',
-           'member_memory', 'free_memory', 'Graphed', 'measure_modes', 'record_modes', 'forward_flops', 'choose_mode',
-           'Runs', 'fit_many', 'Interval', 'interval']
+           'member_memory', 'free_memory', 'Graphed', 'measure_modes', 'record_modes', 'read_modes', 'forward_flops',
+           'choose_mode', 'Runs', 'fit_many', 'Interval', 'interval']
 
 # %% ../nbs/07_ensembles.ipynb #6ff7dfbc
 import inspect
@@ -522,7 +522,7 @@ def record_modes(
 )->dict:                    # what was written
     "Measure all networks and row lengths; keeps the file up to date as it goes."
     path = Path(path)
-    old = json.loads(path.read_bytes())["rows"] if path.exists() else []
+    old = read_modes(path)["rows"] if path.exists() else []
     rows = [r for r in old if only not in r["net"] or r["device"] != device]
     for name, (make_model, shape, lengths, modes) in _nets().items():
         if only not in name: continue
@@ -533,7 +533,24 @@ def record_modes(
                 wall, processor = ([float(f"{s[k]:.4g}") for s in seconds] for k in (0, 1))
                 rows.append(note | dict(mode=mode, wall=wall, processor=processor))
             write_atomically(path, (json.dumps(dict(format=1, rows=rows), indent=1) + "\n").encode())
-    return json.loads(path.read_bytes())
+    return read_modes(path)
+
+# %% ../nbs/07_ensembles.ipynb #464ed880
+_MODE_ROW = dict(net=str, members=int, mode=str, device=str, device_name=str, threads=int, wall=list, processor=list)
+
+def read_modes(
+    path:str|os.PathLike, # as `record_modes` writes it
+)->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
+    "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
+    try: found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
+    if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):
+        raise ValueError(f"{path} is no record of modes in format 1: read it with the version of lap_nb that wrote it, or write to another file")
+    for i, row in enumerate(found["rows"]):
+        wrong = [k for k, kind in _MODE_ROW.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
+        wrong = wrong or [k for k in ("wall", "processor") if not row[k] or not all(isinstance(v, (int, float)) for v in row[k])]
+        if wrong: raise ValueError(f"row {i} of {path} lacks {', '.join(wrong)} of the expected type: restore the file from its history")
+    return found
 
 # %% ../nbs/07_ensembles.ipynb #c4242113
 def _noise(shape, S:int)->Split:

@@ -147,8 +147,40 @@ def _mean_square(after:Tensor, before:Tensor, copy:bool)->Tensor:
     if copy or torch.compiler.is_compiling():
         wide = torch.promote_types(after.dtype, torch.float32)
         return (after.to(wide) - before.to(wide)).square().mean()
-    native = after.dtype == before.dtype and after.dtype in (torch.float32, torch.float64)
-    return F.mse_loss(after, before) if native else _MeanSquare.apply(after, before)
+    if after.dtype != before.dtype or after.dtype not in (torch.float32, torch.float64): return _MeanSquare.apply(after, before)
+    return _LargeMeanSquare.apply(after, before) if _large(after, before) else F.mse_loss(after, before)
+
+# %% ../nbs/03_kinetic_bias.ipynb #6efbee49
+class _LargeMeanSquare(torch.autograd.Function):
+    "Mean square of `after - before`, a piece at a time."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(after, before):
+        squares = [F.mse_loss(a, b, reduction="sum") for a, b in zip(*_pieces(after, before))]
+        return torch.stack(squares).sum() / after.numel()
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    @staticmethod
+    def backward(ctx, grad):
+        after, before = ctx.saved_tensors
+        pushes, factor = (torch.empty_like(after), torch.empty_like(before)), grad * 2 / after.numel()
+        for a, b, push, pull in zip(*_pieces(after, before, *pushes)):
+            push.copy_(step := (a - b).mul_(factor)); pull.copy_(step.neg_())
+        return pushes[0], pushes[1] if ctx.needs_input_grad[1] else None
+
+def _channels_last(t:Tensor)->Tensor: return t.movedim(1, -1) if t.ndim > 2 else t
+
+def _pieces(*tensors:Tensor)->list[list[Tensor]]:
+    "The pieces of each tensor, along the memory; a piece of one lies where that of another does."
+    flat = [t.view(-1) if t.is_contiguous() else _channels_last(t).view(-1) for t in tensors]
+    size = 2 ** 16 * torch.get_num_threads()
+    return [[t[i:i + size] for i in range(0, len(t), size)] for t in flat]
+
+def _large(after:Tensor, before:Tensor)->bool:
+    "On a CPU, more than its cache holds, and both alike in memory?"
+    if after.device.type != "cpu" or after.numel() < 2 ** 21: return False
+    return any(form(after).is_contiguous() and form(before).is_contiguous() for form in (lambda t: t, _channels_last))
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
 class _Hook:

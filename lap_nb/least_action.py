@@ -65,6 +65,9 @@ def _short(value)->str: return str(value.tolist()) if isinstance(value, Tensor) 
 
 def _check_settings(lambda0, tau, target, cap, low=None):
     lambda0 = torch.as_tensor(lambda0, dtype=torch.float32)
+    for name, value in dict(tau=tau, target=target, cap=cap, low=low).items():
+        if isinstance(value, Tensor) and value.ndim:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number: networks of fit_many get their own by grid=dict({name}=[...])")
     if not (lambda0 > 0).all(): raise ValueError(f"lambda0 is {lambda0.tolist()}, expected positive: the action is divided by it")
     if not tau >= 0: raise ValueError(f"tau is {tau!r}, expected zero or more; 0 keeps lambda fixed")
     if not target >= 0: raise ValueError(f"target is {target!r}, expected zero or more: it is a level of the task loss")

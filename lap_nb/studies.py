@@ -717,7 +717,8 @@ def standings(
     reference:str="least-action", # family that the others are compared with
 )->list[dict]:                   # per data, size and family: chosen method, `last` and `best` accuracy, `gap` of the reference over it, `energy`, `diverged`
     "Families side by side, each with the candidate chosen on validation; intervals are None where networks diverged."
-    table = []
+    table, nets = [], list(found.by("net"))
+    if len(nets) > 1: raise ValueError(f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
     for (data, n), group in sorted(found.tuned().by("data", "n").items()):
         families = group.by("family")
         if reference not in families: raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
@@ -774,7 +775,9 @@ def plot(self:Records,
     "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
-    for i, (value, group) in enumerate(self.by(by).items()):
+    groups = self.by(by)
+    ordered = sorted(groups.items()) if all(isinstance(value, (int, float)) for value in groups) else groups.items()
+    for i, (value, group) in enumerate(ordered):
         values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
         lost = sum(int(v.isnan().sum()) for v in values.values())
         points = {at: interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
@@ -988,7 +991,7 @@ def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[i
         return Study(name, question, (Grid((data,), big_sizes, _rivals(True), seeds, Net("conv-bn"), schedule),), scale)
     thin = 5 if data != "cifar10_part" else 1
     small = Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=thin)
-    conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=10, net=Net("conv-bn", width=16))
+    conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=5, net=Net("conv-bn", width=16))
     return Study(name, question, (small, conv) if data == "mnist" else (small,), scale)
 
 UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, one candidate each

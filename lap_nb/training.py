@@ -28,7 +28,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -92,6 +92,7 @@ def task_loss(
     label_smoothing:float=0., # share of the target spread over all classes
 )->Tensor:                    # cross-entropy of each network, `[...]`
     "Cross-entropy, averaged over the batch."
+    if y.ndim == 1: return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none", label_smoothing=label_smoothing)
     return losses.view(y.shape).mean(-1)
 
@@ -153,13 +154,17 @@ def provenance(
 )->dict:                 # of plain JSON values, without paths or user names
     "Device, versions, commit and settings, as a note to be kept with a result."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    root = Path(lap_nb.__file__).resolve().parents[1]
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
-    commit = git("rev-parse", "--short=12", "HEAD").stdout.strip() if (root / ".git").exists() else ""
     return dict(settings, device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(), lap_nb=lap_nb.__version__,
-                torch=torch.__version__, python=platform.python_version(), commit=commit or None)
+                torch=torch.__version__, python=platform.python_version(), commit=_commit())
 
-@lru_cache
+@cache
+def _commit()->str|None:
+    "Of the checkout that this module was imported from; None if it was installed. Asked once, it is the code that runs."
+    root = Path(lap_nb.__file__).resolve().parents[1]
+    if not (root / ".git").exists(): return None
+    return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+
+@cache
 def _processor(cpuinfo:str="/proc/cpuinfo")->str:
     "The processor by its model name, or what little the platform says of it."
     lines = Path(cpuinfo).read_text().splitlines() if Path(cpuinfo).exists() else []
@@ -260,6 +265,7 @@ class Training:
         recipe:Recipe,                        # how to train
     ):
         _check_fits(split, recipe)
+        _check_attached(model, least_action, split.train.shape[:-1])
         self.model, self.split, self.least_action, self.recipe = model, split, least_action, recipe
         self.generators, self.seeds = list(generators), [g.initial_seed() for g in generators]
         self.device, self.row = split.x.device, split.train.ndim == 2
@@ -284,6 +290,16 @@ def _check_fits(split:Split, r:Recipe):
     if 0 < n % r.batch_size < world or r.batch_size < world:
         raise ValueError(f"the smallest batch has {min(n % r.batch_size or r.batch_size, r.batch_size)} samples, fewer than the {world} "
                          "processes: choose another batch_size")
+
+def _check_attached(model:nn.Module, least_action:LeastAction|None, networks:tuple):
+    "Raise if least action watches another network, none any more, or another number of networks."
+    if least_action is None: return
+    inside = set(getattr(model, "skeleton", model).modules())
+    if not least_action.meter.on or not inside.issuperset(least_action.blocks.values()):
+        raise ValueError("least_action is not on this model: make it for the model that is trained, LeastAction(model), and remove it only afterwards")
+    if (found := tuple(least_action.lam.shape)) != networks:
+        raise ValueError(f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one per network: give a single lambda0; "
+                         "for values that differ from network to network, fit_many(..., grid=dict(lambda0=[...]))")
 
 def _share()->tuple[int, int]:
     "Rank of this process and number of processes."
@@ -331,7 +347,8 @@ def train_step(self:Training,
     loss = task if la is None else la(task)
     energies = self._taken(meter) if la is None else la.energies
     self.opt.zero_grad()
-    self._descend(loss.sum() * weight if world > 1 else loss.sum())
+    total = loss.sum() if self.row else loss
+    self._descend(total * weight if world > 1 else total)
     self.trail.append((loss.detach(), energies))
     self.last = {"loss": task.detach()}
     if self._closing() and energies is not None: self.last["energy"] = global_mean(energies, weight)
@@ -539,7 +556,7 @@ class Diverged(FloatingPointError):
 
 @patch
 def check(self:Training):
-    "Raise `Diverged` if, since the last check, no network had finite numbers at some step."
+    "Raise `Diverged` if, since the last check, no network had finite numbers at some step, `ValueError` if a loss was negative."
     trail, self.trail = self.trail, []
     name = None if self.path is None or self.saved is None else f"{self.path} (step {self.saved})"
     if trail:
@@ -553,11 +570,17 @@ def check(self:Training):
     if la is not None and self._none_finite(la.lam[None]):
         raise Diverged(f"lambda is {la.lam.tolist()}", self.step, None, name)
     names, parameters = zip(*self.model.named_parameters())
-    bad = torch.stack([self._none_finite(p[None])[0] for p in parameters])
+    bad = self._none_finite(torch.stack([self._total(p) for p in parameters]))
     if bad.any():
         raise Diverged("a gradient was not finite", self.step, names[bad.int().argmax()].rpartition(".")[0], name)
+    if la is not None: la.check()
 
 # %% ../nbs/06_training.ipynb #f8b1d9f0
+@patch
+def _total(self:Training, p:Tensor)->Tensor: # `[S]` or `[1]`
+    "Sum of a parameter of each network: not finite if one of its numbers isn't."
+    return p.detach().reshape(len(p) if self.row else 1, -1).sum(1, dtype=torch.promote_types(p.dtype, torch.float32))
+
 @patch
 def _none_finite(self:Training, values:Tensor)->Tensor: # `[T]` from `[T, S, ...]` or `[T, ...]`
     "At each step: has every network a number that is not finite?"
@@ -575,8 +598,8 @@ def _first_block(self:Training, energies:Tensor|None)->str|None:
 @patch
 def save(self:Training):
     "Check, then write the checkpoint, if there is one; only one process writes."
-    self.check()
     if self.path is None: return
+    self.check()
     state = self.state_dict()
     if self.share[0] == 0:
         try: save_checkpoint(self.path, state)

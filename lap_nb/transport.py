@@ -73,18 +73,20 @@ def cost_matrix(
     cost = torch.addmm(y.square().sum(1).expand(len(x), -1), x, y.T, alpha=-2)
     return cost.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
-# %% ../nbs/04_transport.ipynb #bad5496f
-def _rows(n:int, size:int=256): return (slice(i, min(i + size, n)) for i in range(0, n, size))
+# %% ../nbs/04_transport.ipynb #ae9209b3
+def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range(0, n, size))   # so many rows fit the cache
 
 def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None)->Tensor:
     "The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`."
-    rows = _rows(len(f)) if at is None else at.split(256)
+    rows = _rows(len(f)) if at is None else at.split(64)
     return torch.stack([(cost[r] - (f[r, None] if at is None else f[r][:, None])).amin(0) for r in rows]).amin(0)
+
+def _rounding_of(cost:Tensor)->Tensor: return 256 * torch.finfo(cost.dtype).eps * cost.abs().max()
 
 def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     "Prices that prove `target` optimal, by Bellman and Ford; `RuntimeError` if it is not."
     matched, g, at = cost.gather(1, target[:, None])[:, 0], cost.new_zeros(len(cost)), None
-    rounding = 256 * torch.finfo(cost.dtype).eps * cost.abs().max()
+    rounding = _rounding_of(cost)
     for _ in range(len(cost) + 1):
         f = matched - g[target]
         lower = _slack(cost, f, at)
@@ -94,15 +96,78 @@ def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
         at = cheaper[target].nonzero()[:, 0]   # only the prices of these rows have changed
     raise RuntimeError(f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
 
-# %% ../nbs/04_transport.ipynb #db37ad1c
-def _assignment(cost:Tensor):
-    from scipy.optimize import linear_sum_assignment
-    rows, columns = cost.mean(1), cost.mean(0)   # taken off, they change no matching; without them SciPy is ten times slower on trained networks
-    reduced = (cost - rows[:, None]).sub_(columns)
-    target = torch.from_numpy(linear_sum_assignment(reduced.numpy())[1])
-    f, g = _potentials(reduced, target)
-    return target, None, f + rows, g + columns
+# %% ../nbs/04_transport.ipynb #11708c63
+def _scalings(cost:Tensor, g:Tensor, eps:float, sweeps:int=10)->tuple[Tensor, Tensor]:
+    "Rough prices, near `g`: Sinkhorn's scalings with entropy `eps`, each step half as long again, in single precision."
+    f = torch.cat([(cost[r] - g).amin(1) for r in _rows(len(cost))])
+    g = _slack(cost, f)                       # now no exponent is positive, and each row and column has a zero
+    kernel = torch.empty(cost.shape, dtype=torch.float32)
+    for r in _rows(len(cost)): torch.exp((f[r, None] + g).sub_(cost[r]).div_(eps).clamp_(min=-80).float(), out=kernel[r])
+    u = v = torch.ones(len(g))
+    for step in [1.] + [1.5] * (sweeps - 2) + [1.]:
+        u = (u ** (1 - step) * (kernel @ v) ** -step).clamp_(1e-30, 1e30)   # a long step may leave what single precision holds
+        v = (v ** (1 - step) * (u @ kernel) ** -step).clamp_(1e-30, 1e30)
+    return f + eps * u.double().log(), g + eps * v.double().log()
 
+def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float)->Tensor:
+    "The pairs that cost less than their prices plus `limit`, numbered row by row."
+    n = len(g)
+    return torch.cat([((cost[r] - f[r, None]).sub_(g) < limit).view(-1).nonzero()[:, 0] + r.start * n for r in _rows(len(f))])
+
+# %% ../nbs/04_transport.ipynb #a3b0a7d8
+def _match(i:Tensor, j:Tensor, cost:Tensor, n:int)->Tensor|None:
+    "Cheapest matching along the candidates (i, j); None if they contain no complete one."
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+    graph = csr_matrix(((cost - cost.min() + 1).numpy(), (i.numpy(), j.numpy())), (n, n))   # the solver takes no zeros
+    try: return torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
+    except ValueError: return None
+
+def _prices(i:Tensor, j:Tensor, cost:Tensor, target:Tensor, rounding:float)->tuple[Tensor, Tensor]:
+    "Prices that prove `target` optimal among the candidates, as in `_potentials`."
+    import numpy as np
+    n = len(target)
+    matched = cost.new_empty(n).index_copy_(0, i[own := target[i] == j], cost[own])
+    by_column = j.argsort(stable=True)
+    row, more = target[i[by_column]].numpy(), (cost - matched[i])[by_column].numpy()
+    first, g = np.searchsorted(j[by_column].numpy(), np.arange(n)), np.zeros(n)
+    for _ in range(n + 1):
+        lower = np.minimum.reduceat(more + g[row], first)
+        if (g - lower).max() <= rounding: return matched - torch.from_numpy(g)[target], torch.from_numpy(g)
+        g = np.minimum(g, lower)
+    raise RuntimeError(f"the matching of {n} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
+
+# %% ../nbs/04_transport.ipynb #813b64e7
+def _generate(cost:Tensor, f:Tensor, g:Tensor, pairs:Tensor, rounds:int=8):
+    "Matching and prices from the candidates `pairs`, proved for all pairs, if that succeeds; always prices."
+    n, rounding = len(cost), _rounding_of(cost).item()
+    for _ in range(rounds):
+        i, j = pairs // n, pairs % n
+        left = cost.view(-1)[pairs] - f[i] - g[j]
+        target = _match(i, j, left, n) if len(pairs) else None
+        if target is None: break
+        df, dg = _prices(i, j, left, target, rounding / 2)
+        missed = _cheap(cost, f + df, g + dg, -rounding)
+        if not len(missed): return target, f + df, g + dg
+        if len(missed) > 64 * n: break
+        f, g, pairs = f + df, g + dg, torch.cat([pairs, missed])
+    return None, f, g
+
+def _assignment(cost:Tensor):
+    "Optimal matching of as many ends as starts, and the prices that prove it."
+    from scipy.optimize import linear_sum_assignment
+    g, few = cost.mean(0), cost[::len(cost) // 256 + 1]
+    spread = (few - g - (few - g).mean(1, keepdim=True)).square().mean().sqrt().item() or 1.
+    for entropy in (.1, .03, .01):
+        f, g = _scalings(cost, g, entropy * spread)
+        target, f, g = _generate(cost, f, g, _cheap(cost, f, g, entropy * spread * math.log(200)))
+        if target is not None: return target, None, f, g
+    rest = (cost - f[:, None]).sub_(g)
+    target = torch.from_numpy(linear_sum_assignment(rest.numpy())[1])
+    df, dg = _potentials(rest, target)
+    return target, None, f + df, g + dg
+
+# %% ../nbs/04_transport.ipynb #bad5496f
 def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
     import ot
     with warnings.catch_warnings():
@@ -134,7 +199,7 @@ class Coupling:
     plan:Tensor|None    # mass carried, sparse `[n, m]`; None for a matching
     f:Tensor            # price of each start point, `[n]`
     g:Tensor            # price of each end point, `[m]`; `f[i] + g[j]` is at most the cost of i, j
-    solver:str          # which solver ran: `"assignment"` (SciPy) or `"simplex"` (POT)
+    solver:str          # which solver ran: `"assignment"` (SciPy's) or `"simplex"` (POT's)
     def __repr__(self)->str: return f"Coupling of {len(self.f)} and {len(self.g)} points: W2^2 = {self.cost:.6g}, solved by {self.solver}"
 
 # %% ../nbs/04_transport.ipynb #2ecc3ed3
@@ -169,15 +234,18 @@ def _sensitivity(x:Tensor, y:Tensor, seed:int)->float:
     "Share of samples that gain by exchanging ends with another one, the displacements having been dealt out at random."
     n = len(x)
     z = x + (y - x)[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    own = (z * x).sum(1)
-    rounding = _rounding(x, z)
-    pays = lambda r: (own[r, None] + own - z[r] @ x.T).sub_(x[r] @ z.T).amin(1) < -rounding
-    return torch.cat([pays(r) for r in _rows(n)]).double().mean().item()
+    own, both, swapped, best = (z * x).sum(1), torch.cat([z, x], 1), torch.cat([x, z], 1), x.new_full((n,), math.inf)
+    for r in _rows(n, 256):
+        saved = (own[r, None] + own[r.start:]).sub_(both[r] @ swapped[r.start:].T)   # of the pair i, j; the same of j, i
+        best[r.start:] = torch.minimum(best[r.start:], saved.amin(0))
+        best[r] = torch.minimum(best[r], saved.amin(1))
+    return (best < -_rounding(x, z)).double().mean().item()
 
 def _bootstrap(values:Tensor, weights:Tensor, resamples:int, level:float, seed:int)->tuple[float, float]:
     "Percentile interval of the weighted mean of `values`."
     at = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    means = (values * weights)[at].sum(1) / weights[at].sum(1).clamp_min(1e-300)
+    if (weights == weights[0]).all(): means = values[at].mean(1)
+    else: means = (values * weights)[at].sum(1) / weights[at].sum(1).clamp_min(1e-300)
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return low, high

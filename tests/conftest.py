@@ -1,5 +1,6 @@
 "Fixtures shared by the test files."
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,6 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
+# Files that take longest, the longest first; and the one that comes last, since it keeps two cores busy by itself.
+LONG, LAST = ('test_install test_site test_studies test_ensembles test_compare test_attach test_training test_resume test_package '
+              'test_playground').split(), 'test_notebooks'
+
+
+def pytest_collection_modifyitems(items):
+    "Two workers that take whole files in this order end at about the same time."
+    place = {name: at for at, name in enumerate(LONG)} | {LAST: 1000}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture
@@ -29,6 +39,16 @@ def copy_checkout(to):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target, follow_symlinks=False)
     return to
+
+
+@pytest.fixture(scope='session')
+def forked():
+    "Starts processes that have imported the library already: forks of a server that does nothing else."
+    from multiprocessing.forkserver import ensure_running
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['distributed', 'lap_nb.studies'])
+    ensure_running()
+    return context
 
 
 @pytest.fixture(scope='session')

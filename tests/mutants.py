@@ -1,21 +1,30 @@
 """Do the tests notice faults? `python tests/mutants.py [--sample 40] [--seed 0] [module ...]`
 
 One fault at a time is put into a copy of a module: a comparison or a sign turned round, a number off by one, a statement left out, a
-condition reversed. The tests of that module then run until the first failure. A fault that none of them notices is listed.
+condition reversed. Then the tests of that module run, the quickest first, until one fails; those that took more than --quick seconds
+without a fault are left out. A fault that none of them notices is tried again with all tests (unless --quick-only), and listed if it
+survives those too.
+
+Each fault lives in a process of its own, forked from one that has imported PyTorch and its like already.
 """
 import argparse
 import ast
 import copy
+import importlib
+import json
 import os
 import random
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, copy_checkout
+import pytest
+
+from conftest import copy_checkout
 
 MODULES = ('least_action', 'transport', 'ensembles')
 COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
@@ -61,32 +70,62 @@ def mutants(source):
             yield kind, node.lineno, text
 
 
-def noticed(folder, module, timeout):
-    "Do the tests of `module` fail, or not come to an end, in the checkout `folder`?"
-    command = [sys.executable, '-m', 'pytest', '-x', '-q', '--no-header', '-p', 'no:cacheprovider', f'tests/test_{module}.py', *EXTRA]
-    env = dict(os.environ, PYTHONPATH=str(folder), OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
-    try: done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired: return 'timeout'
-    if done.returncode not in (0, 1, 2): raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    return 'failed' if done.returncode else ''
+class Chosen:
+    "A plugin of pytest: runs the tests that took at most `quick` of the known `seconds`, quickest first, and notes what each takes."
+    def __init__(self, seconds, quick): self.seconds, self.quick, self.taken = seconds, quick, {}
+
+    def pytest_collection_modifyitems(self, items):
+        if self.seconds: items[:] = sorted((i for i in items if self.seconds.get(i.nodeid, 0.) <= self.quick), key=lambda i: self.seconds.get(i.nodeid, 0.))
+
+    def pytest_runtest_setup(self, item): self.start = time.process_time()
+
+    def pytest_runtest_teardown(self, item): self.taken[item.nodeid] = time.process_time() - self.start
 
 
-def main(modules, sample, seed, minutes):
+def noticed(folder, module, limit, seconds=None, quick=float('inf')):
+    "Do the tests of `module` in the checkout `folder` fail, or take more than `limit` seconds? And the seconds each took."
+    report = folder.parent / 'seconds.json'
+    report.unlink(missing_ok=True)
+    if not (child := os.fork()):
+        os.chdir(folder)
+        os.dup2(os.open(folder.parent / 'said.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1); os.dup2(1, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+        signal.alarm(20 * int(limit))   # waiting costs no processor time
+        sys.path[:] = [str(folder), *(p for p in sys.path if p != str(Path(__file__).parent))]
+        os.environ['PYTHONPATH'] = str(folder)
+        chosen = Chosen(seconds, quick)
+        status = pytest.main(['-x', '-q', '--no-header', '-p', 'no:cacheprovider', '-p', 'no:xdist', f'tests/test_{module}.py'], [chosen])
+        report.write_text(json.dumps(chosen.taken))
+        sys.stdout.flush()
+        os._exit(int(status))
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status): return 'stopped', {}
+    if os.WEXITSTATUS(status) > 2: raise RuntimeError((folder.parent / 'said.txt').read_text()[-3000:])
+    return 'failed' if status else '', json.loads(report.read_text())
+
+
+def main(modules, sample, seed, minutes, quick, quick_only):
+    os.environ.update(OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+    for name in 'torch ot sklearn.datasets scipy.stats scipy.optimize matplotlib.pyplot hypothesis'.split(): importlib.import_module(name)
     start, folder = time.monotonic(), copy_checkout(Path(tempfile.mkdtemp()) / 'checkout')
     for module in modules:
         path = folder / 'lap_nb' / f'{module}.py'
-        source, began = path.read_text(encoding='utf-8'), time.monotonic()
-        if how := noticed(folder, module, 600): sys.exit(f'the tests of {module} do not pass without a fault: {how}')
-        limit = 10 + 4 * (time.monotonic() - began)
+        source = path.read_text(encoding='utf-8')
+        how, seconds = noticed(folder, module, 1000)
+        if how: sys.exit(f'the tests of {module} do not pass without a fault: {how}\n{(folder.parent / "said.txt").read_text()[-3000:]}')
+        fast = [s for s in seconds.values() if s <= quick]
+        print(f'{module}: {len(fast)} of {len(seconds)} tests take at most {quick:g} s, together {sum(fast):.0f} of {sum(seconds.values()):.0f} s', flush=True)
         every = list(mutants(source))
         chosen, tried, survivors = random.Random(seed).sample(every, min(sample, len(every))), 0, []
         for kind, line, text in chosen:
             if time.monotonic() - start > 60 * minutes: break
             path.write_text(text(), encoding='utf-8')
             tried += 1
-            if not noticed(folder, module, limit):
-                survivors.append(f'{module}.py:{line} {kind}: {source.splitlines()[line - 1].strip()[:110]}')
-                print('  survives:', survivors[-1], flush=True)
+            found, _ = noticed(folder, module, 20 + 4 * sum(fast), seconds, quick)
+            if not found and not quick_only: found, _ = noticed(folder, module, 20 + 4 * sum(seconds.values()))
+            if found: continue
+            survivors.append(f'{module}.py:{line} {kind}: {source.splitlines()[line - 1].strip()[:110]}')
+            print('  survives:', survivors[-1], flush=True)
         path.write_text(source, encoding='utf-8')
         print(f'{module}: {tried - len(survivors)} of {tried} faults noticed, drawn from {len(every)}', flush=True)
     shutil.rmtree(folder.parent)
@@ -98,7 +137,7 @@ if __name__ == '__main__':
     parser.add_argument('--sample', type=int, default=40, help='faults for each module')
     parser.add_argument('--seed', type=int, default=0, help='of the drawing')
     parser.add_argument('--minutes', type=float, default=60, help='after which no further fault is tried')
-    parser.add_argument('--k', default='', help='only tests whose names match, as of pytest')
+    parser.add_argument('--quick', type=float, default=.5, help='processor seconds that a test may take to be run at first')
+    parser.add_argument('--quick-only', action='store_true', help='list what survives the quick tests, without trying the others')
     options = parser.parse_args()
-    EXTRA = ['-k', options.k] if options.k else []
-    main(options.modules, options.sample, options.seed, options.minutes)
+    main(options.modules, options.sample, options.seed, options.minutes, options.quick, options.quick_only)

@@ -283,8 +283,9 @@ def test_resnet_energies_by_hand(block, mode):
         if isinstance(m, nn.BatchNorm2d): m.momentum = 0.   # the second look at a block must not move the statistics
     blocks = find_blocks(model, x)
     hand, out = by_hand(model, x, blocks, lambda b, before: (before + b.branch(before)).relu() - before)
-    with torch.no_grad(): got = trace(model, x, blocks)
+    with torch.no_grad(): got, light = trace(model, x, blocks), trace_energies(model, x, blocks)
     assert_close(energies(got), hand)
+    assert_close(light.energies(), hand)
     assert_close(got.output, out)
     assert [s.K for s in got.stages] == ([2, 1] if block is BasicBlock else [1, 1]) and got.names == tuple(blocks)
 

@@ -234,11 +234,18 @@ def test_draw_takes_from_the_front():
     assert (taken.tolist(), left.tolist()) == ([5, 3, 4], [0, 1, 2])
 
 
-def test_same_seed_same_split_in_another_process(digits):
-    code = 'from lap_nb.data import digits; s = digits().split(100, 7); print(s.train.tolist(), s.val.tolist())'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+@pytest.fixture(scope='module')
+def elsewhere():
+    "Two lines of another process: heavy modules that come with `lap_nb.data`, and a split."
+    code = ('import sys, lap_nb.data\n'
+            'print([m for m in ("sklearn", "matplotlib", "pandas", "ot", "scipy", "IPython") if m in sys.modules])\n'
+            's = lap_nb.data.digits().split(100, 7); print(s.train.tolist(), s.val.tolist())')
+    return subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_same_seed_same_split_in_another_process(digits, elsewhere):
     split = digits.split(100, 7)
-    assert done.stdout.strip() == f'{split.train.tolist()} {split.val.tolist()}'
+    assert elsewhere[1] == f'{split.train.tolist()} {split.val.tolist()}'
 
 
 def test_other_seed_other_split(digits):
@@ -371,11 +378,8 @@ def test_devices():
         with pytest.raises(ValueError, match="no device 'cuda' here"): data.pick_device('cuda')
 
 
-def test_import_stays_light():
-    code = ('import sys, lap_nb.data; '
-            'print([m for m in ("sklearn", "matplotlib", "pandas", "ot", "scipy", "IPython") if m in sys.modules])')
-    done = subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == '[]'
+def test_import_stays_light(elsewhere):
+    assert elsewhere[0] == '[]'
 
 
 # IDX files
@@ -717,13 +721,17 @@ def test_processes_do_not_fetch_twice(tmp_path):
     "Four processes start together; the files cross the wire once, and all four read them."
     files, _ = tiny_files()
     with serving(files, delay=1) as server:
-        code = ('import sys; from lap_nb.data import *; '
-                f's = IdxSource("tiny_set", {server.url!r}, {source(files).md5!r}); '
-                'fetch_source(s, sys.argv[1], progress=False); print(read_source(s, sys.argv[1]).x.sum().item())')
-        started = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-                   for _ in range(4)]
-        printed = [process.communicate(timeout=120)[0] for process in started]
-    assert not any(process.returncode for process in started) and len(set(printed)) == 1
+        code = ('import os, sys; from lap_nb.data import *\n'
+                f's = IdxSource("tiny_set", {server.url!r}, {source(files).md5!r})\n'
+                'for _ in range(4):\n'
+                '    if os.fork(): continue\n'
+                '    fetch_source(s, sys.argv[1], progress=False)\n'
+                '    os.write(1, f"{read_source(s, sys.argv[1]).x.sum().item()}\\n".encode())\n'
+                '    os._exit(0)\n'
+                'sys.exit(any(os.wait()[1] for _ in range(4)))')
+        done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120)
+    printed = done.stdout.split()
+    assert done.returncode == 0 and len(printed) == 4 and len(set(printed)) == 1
     assert sorted(name for name, _ in server.asked) == sorted(NAMES)
 
 

@@ -1,10 +1,7 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from torch import nn
 
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, fit_many, member_memory, seeded
+from lap_nb.ensembles import Ensemble, _made, fit_many, interval, member_memory, seeded
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit
@@ -258,27 +255,28 @@ def vanishing(parent):
 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
-def test_killed_and_resumed_to_the_same_bits(mode, tmp_path):
+def test_killed_and_resumed_to_the_same_bits(mode, tmp_path, forked):
     "SIGKILL in the middle of the second of two rows; the rest of the training ends where the undisturbed one does."
-    script = f"""
-import sys, os, signal
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_ensembles import *
-class Bar:
-    epochs = 0
-    def update(self, n):
-        self.epochs += n
-        if self.epochs >= 5: os.kill(os.getpid(), signal.SIGKILL)
-train({mode!r}, {str(tmp_path / "kept")!r}, progress=Bar())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = forked.Process(target=train_until_killed, args=(mode, tmp_path / "kept"))
+    process.start(); process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     assert (tmp_path / "kept" / "members.json").exists()
     whole, resumed = train(mode, tmp_path / "whole"), train(mode, tmp_path / "kept", resume=True)
     for name in whole.curves: assert torch.equal(whole.curves[name], resumed.curves[name]), name
     for p, q in zip(whole.model.stacks, resumed.model.stacks): assert torch.equal(p, q)
     again = train(mode, tmp_path / "kept", resume=True)                       # of a finished training: nothing is trained
     assert torch.equal(again.curves["loss"], whole.curves["loss"])
+
+
+class Deadly:
+    "A progress bar that ends its process in the fifth epoch."
+    def __init__(self): self.epochs = 0
+    def update(self, n):
+        self.epochs += n
+        if self.epochs >= 5: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(mode, folder): train(mode, folder, progress=Deadly())
 
 
 def train(mode, folder, **settings):
@@ -328,3 +326,19 @@ def test_parameters_without_axes_train_and_freeze():
         def forward(self, x): return self.gain * self.layer(x)
     runs = fit_many(Scaled, digits().splits(60, range(2)), epochs=2, mode="batched")
     assert runs.diverged == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5
+
+
+# Faults that the tests above let pass, found by `make mutants`
+
+@pytest.mark.parametrize("values", [[1., 2.], [3., -1., 4., 1., 5.]])
+def test_interval_of_the_mean_is_students(values):
+    from scipy.stats import t
+    x = torch.tensor(values, dtype=torch.float64)
+    low, high = t.interval(.9, len(x) - 1, x.mean().item(), x.std().item() / len(x) ** .5)
+    found = interval(x, level=.9)
+    assert (found.mean, found.low, found.high) == pytest.approx((x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
+
+
+@pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])
+def test_too_little_for_an_interval(values):
+    with pytest.raises(ValueError, match="expected at least two finite values in one row"): interval(torch.tensor(values))

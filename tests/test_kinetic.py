@@ -5,6 +5,7 @@ import pickle
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -495,6 +496,16 @@ def test_rank_correlation_is_spearmans():
     assert found.low < found.value < found.high and found.n == 60
 
 
+def test_resampled_ranks_are_those_of_repeated_values():
+    from scipy.stats import spearmanr
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(5, size=(2, 12)) * .1   # with ties
+    times = rng.integers(3, size=(20, 12))
+    want = [spearmanr(np.repeat(a, t), np.repeat(b, t)).statistic for t in times]
+    np.testing.assert_allclose(kinetic._spearman(a, b, times), want)
+    assert np.isnan(kinetic._spearman(a, b, np.array([[0] * 12, [3] + [0] * 11, [1, 1] + [0] * 10]))).all()   # nothing, one value, two values
+
+
 def test_within_groups_the_trend_between_them_is_gone():
     generator = torch.Generator().manual_seed(2)
     gain, seed = torch.arange(6).repeat_interleave(30), torch.arange(30).repeat(6)
@@ -504,6 +515,10 @@ def test_within_groups_the_trend_between_them_is_gone():
     assert across.value > .9 and within.low < 0 < within.high and within.groups == 6
     opposite = rank_correlation(a, 2 * gain - a, groups=gain, clusters=seed)
     assert opposite.value == pytest.approx(-1) and rank_correlation(a, 2 * gain - a).value > .9
+    each = [rank_correlation(a[gain == g], b[gain == g]).value for g in range(6)]
+    assert within.value == pytest.approx(sum(each) / 6)
+    flat = rank_correlation([1, 2, 3, 4, 4, 4], [1, 2, 3, 1, 2, 3], groups=[0, 0, 0, 1, 1, 1], clusters=[0, 1, 2] * 2)
+    assert (flat.value, flat.n, flat.groups) == (1, 3, 1)   # the other group is left out
 
 
 def test_rank_correlation_interval_covers():
@@ -517,6 +532,8 @@ def test_rank_correlation_interval_covers():
 
 def test_rank_correlation_bad_input():
     with pytest.raises(ValueError, match="found 3 and 2 values"): rank_correlation([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="at least three"): rank_correlation([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="found 2 values in a group, expected at least three"): rank_correlation([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="found 0 values in a group"): rank_correlation([], [])
+    with pytest.raises(ValueError, match="found 1 values in a group"): rank_correlation(range(4), range(4), groups=[0, 0, 0, 1])
     with pytest.raises(ValueError, match="finite"): rank_correlation([1, 2, float("nan")], [1, 2, 3])
     with pytest.raises(ValueError, match="nothing varies"): rank_correlation([1, 2, 3], [1, 1, 1])

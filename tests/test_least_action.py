@@ -615,3 +615,10 @@ def test_calls_that_do_not_follow_one_forward_pass(net, batch):
 def test_removed_hooks_leave_the_model_as_it_was(net):
     with LeastAction(net): assert any(m._forward_hooks for m in net.modules())
     assert not any(m._forward_hooks for m in net.modules())
+
+
+# Faults that the tests above let pass, found by `make mutants`
+
+@pytest.mark.parametrize("average", [0., 1., -.5, 1, True])
+def test_a_decay_lies_strictly_between_0_and_1(net, average):
+    with pytest.raises(ValueError, match=f"average is {average!r}"): LeastAction(net, average=average)

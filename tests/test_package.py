@@ -311,3 +311,9 @@ def test_changelog_tells_of_the_version():
     version = re.search(r'^version = (\S+)$', (ROOT / 'settings.ini').read_text(encoding='utf-8'), re.M)[1]
     assert lap_nb.__version__ == version
     assert re.search(rf'^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$', (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+
+
+def test_each_requirement_has_its_row_in_the_guide():
+    "Why each package is needed and what it costs stands in CONTRIBUTING.md, and of no other."
+    from dependencies import GUIDE, ROW, required
+    assert sorted(name for name, why in ROW.findall(GUIDE.read_text(encoding='utf-8')) if why) == sorted(required())

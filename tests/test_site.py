@@ -230,6 +230,22 @@ def test_slider_changes_the_picture(browser, address, viewport):
 
 
 @pytest.mark.browser
+def test_playground_is_scrubbed_without_a_kernel(browser, address):
+    "Both sliders of the static page choose other pictures and other numbers, by keyboard."
+    with visit(browser, address + 'playground.html', viewport=WIDE) as page:
+        shown = lambda: page.locator('.cell-widget img:visible').evaluate_all('images => images.map(i => i.src)')
+        numbers = page.locator('.cell-widget p:visible').first
+        seen = [(numbers.inner_text(), shown())]
+        for slider in (0, 1):
+            page.locator('.cell-widget [role=slider]').nth(slider).focus()
+            page.keyboard.press('ArrowRight')
+            page.wait_for_function('old => [...document.querySelectorAll(".cell-widget p")].some(p => p.offsetParent && p.innerText !== old)', arg=seen[-1][0])
+            seen.append((numbers.inner_text(), shown()))
+        assert len({text for text, _ in seen}) == len({str(images) for _, images in seen}) == 3
+        assert all(len(images) == 5 for _, images in seen)
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize('preferred', ['light', 'dark'])
 def test_colour_scheme(browser, address, preferred):
     def background(page): return page.evaluate('getComputedStyle(document.body).backgroundColor')

@@ -215,33 +215,30 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path):
 
 # Processes.
 
-SCRIPT = '''
-import sys, torch
-torch.set_num_threads(1)
-from test_studies import TINY
-from lap_nb import studies
-studies.STUDIES["tiny"] = lambda scale: TINY
-print("ready", flush=True)
-studies.run_study(TINY, sys.argv[1], device="cpu")
-'''
+def run_tiny(folder, ready):
+    torch.set_num_threads(1)
+    ready.send(True)
+    run_study(TINY, folder, device='cpu')
 
 
-def process(folder):
-    "A process that runs the study, past its imports."
-    here = os.path.dirname(__file__)
-    p = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder)], cwd=here, stdout=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert p.stdout.readline() == b'ready\n'
+def process(forked, folder):
+    "A process that runs the study, past its start."
+    ours, theirs = forked.Pipe()
+    p = forked.Process(target=run_tiny, args=(folder, theirs))
+    p.start(); theirs.close()
+    assert ours.recv()
     return p
 
 
-def test_killed_again_and_again_two_at_once(tmp_path):
+def test_killed_again_and_again_two_at_once(tmp_path, forked):
     "Two processes on one record, the first killed with SIGKILL while both write: complete, no row lost or doubled."
     path, rng = tmp_path / 'tiny.jsonl', random.Random(0)
-    first, second = process(tmp_path), process(tmp_path)
+    first, second = process(forked, tmp_path), process(forked, tmp_path)
     time.sleep(rng.random() * .2)
-    first.send_signal(signal.SIGKILL); first.wait(timeout=300)
+    first.kill(); first.join(300)
     before = written(path)
-    assert second.wait(timeout=300) == 0
+    second.join(300)
+    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL, 0)
     with open(path, 'ab') as file: file.write(b'{"study":"tiny","half')
     assert before <= written(path)
     run_study(TINY, tmp_path, device='cpu')
@@ -249,11 +246,13 @@ def test_killed_again_and_again_two_at_once(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch):
+def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch, forked):
     "A real scheduler and two worker processes, one killed in mid-study."
+    import dask
     from dask.distributed import Client, LocalCluster
+    monkeypatch.setitem(dask.config.config['distributed']['worker'], 'multiprocessing-method', 'forkserver')
     path = tmp_path / 'tiny.jsonl'
-    slow = replace(TINY, grids=(replace(TINY.grids[0], schedule=Schedule(steps=150, points=2)),))
+    slow = replace(TINY, grids=(replace(TINY.grids[0], schedule=Schedule(steps=100, points=2)),))
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
         pids, killed, append = list(client.run(os.getpid).values()), [], studies.append_rows
         assert len(set(pids)) == 2 and os.getpid() not in pids

@@ -1,4 +1,6 @@
 "Least action and training: sequences computed by hand, one network against many, and faults."
+import os
+import shutil
 from functools import partial
 
 import pytest
@@ -264,10 +266,26 @@ def test_float16_skips_a_step_that_overflows():
     assert run.last["loss"].isfinite() and scales[-1] < 65536
 
 
-@pytest.mark.parametrize("settings", [dict(channels_last=True), dict(compile="aot_eager")])
-def test_faster_forms_give_the_same_training(settings):
-    plain, fast = (fitted(model=conv, data=IMAGES.split(60), **s) for s in ({}, settings))
+def test_channels_last_gives_the_same_training():
+    plain, fast = (fitted(model=conv, data=IMAGES.split(60), channels_last=form) for form in (False, True))
     for name in ("loss", "lambda", "energy"): torch.testing.assert_close(fast.curves[name], plain.curves[name], rtol=1e-3, atol=1e-5)
+
+
+COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+
+@pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler: apt-get install g++, or name yours in CXX")
+def test_compiled_training_has_the_gradients_of_the_eager_one(monkeypatch):
+    "Default backend, no graph break. Plain gradient descent, so that the weights differ by what the gradients do."
+    torch._dynamo.reset()
+    compiled = []
+    def whole(model, compile=torch.compile, **options): compiled.append(options); return compile(model, fullgraph=True, **options)
+    monkeypatch.setattr(torch, "compile", whole)
+    settings = dict(model=partial(dense_net, 64, 10, 2, 8), optimiser="sgd", momentum=0., weight_decay=0., lr=.5, epochs=3, batch_size=60, eval_every=1)
+    eager, fast = (fitted(compile=c, **settings) for c in (False, True))
+    assert compiled == [dict(backend="inductor")] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(weights(fast), weights(eager), rtol=1e-4, atol=1e-6)
+    for name in ("loss", "lambda", "action", "energy"): torch.testing.assert_close(fast.curves[name], eager.curves[name], rtol=1e-4, atol=1e-6)
+    assert (weights(eager) - weights(fitted(**settings | dict(lr=1e-12)))).norm() > .1, "the steps are large enough to tell gradients apart"
 
 
 def test_early_stop_waits_for_validation():
@@ -350,3 +368,49 @@ def test_a_step_on_a_gpu_waits_for_nothing():
     try:
         for x, y in found: training.train_step(x, y)
     finally: torch.cuda.set_sync_debug_mode("default")
+
+
+# What least action refuses, reported by the loop
+
+def test_a_negative_loss_that_was_noted_on_the_device_ends_the_training():
+    def maker(model):
+        la = LeastAction(model)
+        la.lowest.fill_(-.25)   # as a step on a GPU would have noted it
+        return la
+    with pytest.raises(ValueError, match="the task loss was -0.25, expected zero or more"): fitted(maker)
+    for mode in ("sequential", "batched"):
+        with pytest.raises(ValueError, match="the task loss was -0.25"): fit_many(make, digits().splits(60, [0, 1]), least_action=maker, epochs=1, mode=mode)
+
+
+def test_least_action_of_another_network_or_taken_off_is_refused():
+    model, removed = make(), make()
+    la = LeastAction(removed)
+    la.remove()
+    for wrong, of in ((LeastAction(make()), model), (la, removed)):
+        with pytest.raises(ValueError, match="least_action is not on this model"): fit(of, SMALL, wrong, epochs=1)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+@pytest.mark.parametrize("settings, message", [(dict(lambda0=torch.ones(2)), r"expected .*one per network.*grid=dict\(lambda0="),
+                                               (dict(tau=torch.ones(2)), r"tau has shape \(2,\).*grid=dict\(tau=")])
+def test_values_for_each_network_come_from_the_grid(mode, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit_many(make, digits().splits(60, [0, 1]), least_action=partial(LeastAction, **settings), epochs=1, mode=mode)
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_a_parameter_that_is_not_finite_is_found_in_any_network(row):
+    from lap_nb.training import Recipe, Training
+    split = digits().splits(60, [0, 1]) if row else SMALL
+    model = Ensemble([_made(make, s) for s in (0, 1)]) if row else make()
+    training = Training(model, split, None, [torch.Generator()] * (1 + row), Recipe())
+    training.check()
+    bias = list(model.parameters())[-1].data
+    if not row:
+        bias[3] = float("nan")
+        with pytest.raises(FloatingPointError, match="first in head"): training.check()
+        return
+    bias[0, 3] = float("nan")
+    training.check()   # the other network is fine
+    bias[1, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="diverged"): training.check()

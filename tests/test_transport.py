@@ -1,6 +1,7 @@
 "Optimal transport: values known in closed form or by brute force, what must hold for any clouds, and unusable input."
 import json
 import math
+import os
 from itertools import permutations
 
 import numpy as np
@@ -8,9 +9,11 @@ import ot
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.testing import assert_close
 
+from lap_nb import transport
 from lap_nb.dynamics import Flow, Trajectory, dense_net, init_velocities_
 from lap_nb.kinetic import kinetic_energy
 from lap_nb.transport import (action_split, cost_matrix, cyclical_monotonicity, entropic_w2, exact_gap, gap_curve, mccann, measure_transport,
@@ -430,6 +433,81 @@ def test_a_matching_that_is_not_optimal_is_an_error():
     with pytest.raises(RuntimeError, match="not optimal"): _potentials(cost, torch.arange(6).roll(1))
 
 
+def trained_like(n, d=16, seed=0):
+    "Starts, and ends that a network with ten classes might make: far away, on a few rays, with noise."
+    x, rays = cloud(n, d, seed), 10 * cloud(10, d, seed + 1)
+    return x, x + rays[torch.arange(n) % 10] * (1 + x[:, :1].abs()) + .3 * cloud(n, d, seed + 2)
+
+
+CLOUDS = {
+    "trained": lambda: trained_like(600),
+    "independent, plane": lambda: (cloud(600, 2, 0), cloud(600, 2, 1)),
+    "independent, 64 dimensions": lambda: (cloud(300, 64, 0), cloud(300, 64, 1)),
+    "quarter turn": lambda: (cloud(500, 2, 0), cloud(500, 2, 0).flip(1) * torch.tensor([1., -1.])),
+    "heavy tails": lambda: (torch.tan(cloud(400, 3, 0)), torch.tan(cloud(400, 3, 1))),
+    "line": lambda: (cloud(400, 1, 0), cloud(400, 1, 1) ** 3),
+    "twins": lambda: (cloud(60, 2, 0).repeat(8, 1), cloud(40, 2, 1).repeat(12, 1)),
+    "grid": lambda: (g := torch.cartesian_prod(torch.arange(20.), torch.arange(20.)), g[torch.randperm(400, generator=torch.Generator().manual_seed(0))]),
+    "all equal": lambda: (torch.zeros(200, 2), torch.ones(200, 2)),
+    "tiny": lambda: (1e-150 * cloud(100, 2, 0), 1e-150 * cloud(100, 2, 1)),
+    "huge": lambda: (1e100 * cloud(100, 2, 0), 1e100 * cloud(100, 2, 1)),
+    "one": lambda: (cloud(1, 2, 0), cloud(1, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_matching_is_scipys_and_carries_a_dense_proof(name):
+    x, y = CLOUDS[name]()
+    best, cost = optimal_coupling(x, y), cost_matrix(x, y)
+    rows, columns = linear_sum_assignment(cost.numpy())
+    unit = cost.max().item()
+    assert_close(best.cost / unit, cost[rows, columns].mean().item() / unit, rtol=1e-10, atol=1e-12)
+    assert sorted(best.target.tolist()) == list(range(len(x)))
+    assert ((best.f[:, None] + best.g - cost) / unit).max() < 1e-12 and abs((best.f.mean() + best.g.mean()).item() - best.cost) < 1e-12 * unit
+
+
+@pytest.mark.parametrize("guess", ["none", "random", "reversed", "not a number"])
+def test_a_bad_guess_of_the_prices_costs_time_and_never_the_result(guess, monkeypatch):
+    x, y = trained_like(200)
+    n, right = len(x), optimal_coupling(x, y)
+    f, g = dict(none=(torch.zeros(n), torch.zeros(n)), random=(3 * cloud(n, 1, 5)[:, 0], 3 * cloud(n, 1, 6)[:, 0]),
+                reversed=(-right.f, -right.g)).get(guess, (torch.full((n,), math.nan),) * 2)
+    asked = []
+    monkeypatch.setattr(transport, "_scalings", lambda *args: asked.append(args) or (f.double(), g.double()))
+    if guess == "not a number":
+        with pytest.raises(ValueError): optimal_coupling(x, y)
+    else: assert_close(optimal_coupling(x, y).cost, right.cost, rtol=1e-10, atol=0)
+    assert asked
+
+
+def test_candidates_without_a_matching_lead_to_the_dense_solver(monkeypatch):
+    x, y = trained_like(100)
+    right = optimal_coupling(x, y)
+    monkeypatch.setattr(transport, "_match", lambda *args: None)
+    dense = optimal_coupling(x, y)
+    assert_close(dense.cost, right.cost, rtol=1e-12, atol=0)
+    assert ((dense.f[:, None] + dense.g - cost_matrix(x, y))).max() < 1e-9
+
+
+def test_a_wrong_matching_among_the_candidates_is_an_error(monkeypatch):
+    x, y = trained_like(50)
+    right = optimal_coupling(x, y).target
+    monkeypatch.setattr(transport, "_cheap", lambda cost, *args: torch.arange(cost.numel()))   # all pairs are candidates
+    monkeypatch.setattr(transport, "_match", lambda *args: right.roll(1))
+    with pytest.raises(RuntimeError, match="not optimal"): optimal_coupling(x, y)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs the peak of the process' memory, which Linux can reset")
+def test_no_more_memory_than_two_matrices_of_costs():
+    x, y = trained_like(1500, 64)
+    exact_gap(x[:50], y[:50])   # imports
+    peak = lambda what: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak("VmRSS")
+    exact_gap(x, y)
+    assert peak("VmHWM") - before < 2 * 8 * len(x) ** 2
+
+
 def test_twins_are_counted_and_match_themselves():
     twins = torch.cat([x, x])
     gap = exact_gap(twins, 2 * twins)
@@ -445,3 +523,23 @@ def test_nothing_moves():
 def test_a_class_of_one_sample_is_noted():
     split = action_split(Trajectory(torch.stack([x, y])), torch.tensor([0, 0, 0, 0, 0, 1]))
     assert split.parts["class 1"][1] == 0 and "Classes [1] have one sample" in split.warning
+
+
+# Faults that the tests above let pass, found by `make mutants`
+
+@pytest.mark.parametrize('seed', range(3))
+def test_sensitivity_is_a_share_by_brute_force(seed):
+    "Displacements dealt out by the seed; a sample counts if some exchange of its end with another's shortens the whole."
+    x = cloud(12, 2, seed)
+    y = x + .4 * cloud(12, 2, seed + 50)
+    z = x + (y - x)[torch.randperm(12, generator=torch.Generator().manual_seed(seed))]
+    pays = [any((x[i] - z[j]).square().sum() + (x[j] - z[i]).square().sum() < (x[i] - z[i]).square().sum() + (x[j] - z[j]).square().sum() - 1e-9
+                for j in range(12)) for i in range(12)]
+    assert 0 < sum(pays) < 12
+    assert exact_gap(x, y, seed=seed).sensitivity == pytest.approx(sum(pays) / 12)
+
+
+def test_the_fewest_neighbours_that_make_a_cycle():
+    x = cloud(20, 2, 0)
+    assert cyclical_monotonicity(x, 2 * x + 1, length=3, near=2, cycles=50).rate == 0
+    with pytest.raises(ValueError, match='from 2 to 19'): cyclical_monotonicity(x, 2 * x + 1, length=3, near=1, cycles=50)
