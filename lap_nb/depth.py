@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'PENALTIES', 'DepthSchedule', 'stretched', 'even', 'Coarsening', 'coarsening', 'lipschitz', 'Stretch',
            'recompute_statistics', 'Elastic', 'DepthCurve', 'depth_curve', 'Scaled', 'Skip', 'latency', 'shorten',
-           'Exit', 'RandomDepth', 'sliced_wasserstein', 'Penalty', 'measure_depth']
+           'Exit', 'deepen', 'RandomDepth', 'sliced_wasserstein', 'Penalty', 'measure_depth', 'measure_pruning',
+           'measure_speed']
 
 # %% ../nbs/09_depth.ipynb #ffb02844
 import random
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -434,10 +435,11 @@ class DepthCurve:
 @patch
 def _repr_markdown_(self:DepthCurve)->str:
     ways = list(dict.fromkeys(r["way"] for r in self.rows))
-    lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule of the last column |", "|---" * (len(ways) + 2) + "|"]
+    lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |", "|---" * (len(ways) + 3) + "|"]
     for group in zip(*(self.of(w) for w in ways)):
-        lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {group[-1]['schedule']} |")
-    return "\n".join(lines)
+        last = f"{group[-1]['schedule']} | {group[-1]['energy']:.3g}"
+        lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
+    return "\n".join(lines) + "\n\n*Batch-norm statistics taken anew at each depth from unlabelled training samples.*" * self.recomputed
 
 @patch
 def __repr__(self:DepthCurve)->str:
@@ -568,6 +570,7 @@ def latency(
     models:Mapping[str, nn.Module], # by name
     x,                              # what one pass gets: a tensor, a tuple of arguments or a mapping of named ones
     repeats:int=20,                 # timed passes of each, in turn, after three that are not timed
+    clock=time.perf_counter,        # seconds; `time.process_time` counts the processor's alone, of all threads
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
     times = {name: [] for name in models}
@@ -575,9 +578,9 @@ def latency(
     with _evaluating(*models.values()):
         for i in range(repeats + 3):
             for name, net in models.items():
-                sync(); start = time.perf_counter()
+                sync(); start = clock()
                 _run(net, x); sync()
-                if i >= 3: times[name].append(1e3 * (time.perf_counter() - start))
+                if i >= 3: times[name].append(1e3 * (clock() - start))
     return {name: min(t) for name, t in times.items()}
 
 # %% ../nbs/09_depth.ipynb #aa36946b
@@ -731,6 +734,21 @@ def _margins(self:Elastic, z:Tensor)->Tensor:
     if self.__dict__.get("_known", (None,))[0] != key: self.__dict__["_known"] = key, _pairs(self.model.head, z[:16])
     return self.__dict__["_known"][1]
 
+# %% ../nbs/09_depth.ipynb #a766e71f
+def deepen(
+    model:nn.Module, # copied, never changed
+    times:int=2,     # how often each block stands in the new network
+)->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
+    "Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network without a `Flow`."
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1: raise ValueError(f"times is {times!r}, expected a whole number from 1")
+    net = _copy(model)
+    flows = [m for m in net.modules() if isinstance(m, Flow)]
+    if not flows: raise ValueError(f"found no Flow in {type(_unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
+    for flow in flows:
+        flow.blocks = nn.ModuleList(deepcopy(block) for block in flow.blocks for _ in range(times))
+        for block in flow.blocks: block.h /= times
+    return net
+
 # %% ../nbs/09_depth.ipynb #bf1bc46a
 class RandomDepth:
     "Training at all depths at once: each training pass runs a random number of blocks, spread evenly, with lengthened steps."
@@ -793,6 +811,8 @@ class _Steps:
         if len(seen) == len(self.blocks): return self.together(seen)
         raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
 
+    @property
+    def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
     def remove(self):
         for hook in self.hooks: hook.remove()
@@ -835,7 +855,8 @@ class Penalty(nn.Module):
         return task + self.weight * penalty
 
     @property
-    def blocks(self)->list[str]: return list(self.meter.blocks)
+    def blocks(self)->dict[str, nn.Module]: return self.meter.blocks
+    def check(self): pass   # a constant weight cannot go wrong
     def remove(self): self.meter.remove()
     def extra_repr(self)->str: return f"kind={self.kind}, weight={self.weight:g}, blocks={len(self.meter.blocks)}"
 
@@ -858,3 +879,51 @@ def measure_depth(
         record |= {"counts": [r["blocks"] for r in rows], way: [r["accuracy"] for r in rows], f"area_{way}": curve.area(way),
                    f"energy_{way}": [r["energy"] for r in rows], f"kept_{way}": [list(r["schedule"].kept) for r in rows]}
     return record
+
+# %% ../nbs/09_depth.ipynb #f67044c5
+def _removals(times:Sequence[float], sizes:Sequence[int])->dict[DepthSchedule, list[float]]:
+    "Schedules without one of the blocks, its time lost or given to the neighbour, and the times of the blocks that are left."
+    found = {}
+    for low, high in _spans(sizes):
+        for i in range(low, high) if high - low > 1 else ():
+            for longer in (0., 1.):
+                new, near = list(times), i - 1 if i > low else i + 1
+                new[near] += longer * times[i]
+                others = [k for k in range(len(times)) if k != i]
+                found[DepthSchedule(others, [new[k] / times[k] for k in others])] = [new[k] for k in others]
+    return found
+
+def measure_pruning(
+    model:nn.Module,    # copied, never changed; its residual blocks are found
+    data:Split,         # blocks are chosen on `val`; `train` is for fine-tuning
+    part:str="test",    # part that is measured
+    epochs:int=3,       # of fine-tuning after each block that leaves
+    lr:float=1e-3,      # its learning rate
+    batch_size:int=50,  # samples per step
+    samples:int=300,    # of `val` a block is chosen on, and of `train` batch norms see meanwhile
+)->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
+    "Fine-tuned pruning, block by block: the one whose loss matters least leaves, its time lost or not, and the others are trained on."
+    few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
+    scores, times = [_accuracy(net, data, part)], None
+    while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:
+        removals = _removals(times or [1.] * elastic.K, elastic.sizes)
+        schedule = min(removals, key=lambda s: _score(elastic, few, "val", s, bool(_norms(net)))["loss"])
+        net, times = elastic.cut(schedule), removals[schedule]
+        fit(net, data, epochs=epochs, lr=lr, batch_size=batch_size, eval_every=epochs)
+        scores.insert(0, _accuracy(net, data, part))
+    return dict(pruned=scores, area_pruned=statistics.fmean(scores), tuned_epochs=epochs * (len(scores) - 1))
+
+# %% ../nbs/09_depth.ipynb #09e2af60
+def measure_speed(
+    model:nn.Module,   # `ResidualNet`; copied, never changed
+    data:Split,        # samples of `test` are timed
+    samples:int=200,   # in one pass
+    repeats:int=10,    # timed passes of each depth
+)->dict: # plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, and their `samples`
+    "How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on the machine hardly disturb."
+    elastic, x = Elastic(model, data.x[data.val[:8]]), data.x[data.test[:samples]]
+    nets = {m: elastic.cut(m) for m in elastic.schedules}
+    with torch.no_grad(), _evaluating(elastic.model): z = elastic.model.encoder(x)
+    clock = time.process_time if x.device.type == "cpu" else time.perf_counter
+    flows = latency({m: net.flow for m, net in nets.items()}, z, repeats, clock)
+    return dict(ms=list(latency(nets, x, repeats, clock).values()), ms_flow=list(flows.values()), samples=len(x))

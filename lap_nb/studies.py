@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
-           'STEP', 'DECAY', 'STRENGTHS', 'DECADES', 'PUBLISHED', 'UNTUNED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid',
-           'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell', 'read_lines', 'done', 'append_rows', 'study',
-           'run_study', 'results', 'Records', 'records', 'standings', 'verdict', 'standings_table', 'overview',
-           'lap_study']
+           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'PENALISED', 'DECADES', 'PUBLISHED', 'UNTUNED', 'Method',
+           'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell',
+           'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records', 'standings',
+           'verdict', 'standings_table', 'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -31,8 +31,8 @@ from fastcore.script import call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
-from .depth import Penalty, measure_depth
-from .dynamics import Flow, ResidualNet, StagedFlow, colours, conv_net, dense_net, init_velocities_, staged_net
+from .depth import Penalty, measure_depth, measure_pruning, measure_speed
+from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
 from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
@@ -218,7 +218,38 @@ def _dense(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.
 def _resnet(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
     return staged_net(shape, classes, (K // 3,) * 3, width, **options)
 
-NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": _resnext}
+class _Attention(nn.Module):
+    "Attention with a norm in front, the displacement of one half of a transformer's layer."
+    def __init__(self, width:int, heads:int=4):
+        super().__init__()
+        self.heads, self.norm, self.qkv, self.out = heads, nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+    def forward(self, x:Tensor)->Tensor: # `[B, tokens, width]`
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        mixed = (q @ k.transpose(-1, -2) / q.shape[-1] ** .5).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+class _Tokens(nn.Module):
+    "A picture as 16 tokens, patches of a quarter of its side, with learned positions."
+    def __init__(self, shape:tuple[int, ...], width:int):
+        super().__init__()
+        patch = math.ceil(shape[1] / 4)
+        self.patches = nn.Conv2d(shape[0], width, patch, patch, padding=(4 * patch - shape[1] + 1) // 2)
+        self.positions = nn.Parameter(.02 * torch.randn(16, width))
+    def forward(self, x:Tensor)->Tensor: return self.patches(x).flatten(2).transpose(1, 2) + self.positions
+
+# %% ../nbs/08_replication.ipynb #4b222512
+def _vit(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1., skip_init:bool=False, drop:float=0.)->nn.Module:
+    "A vision transformer of `K` residual blocks, attention and perceptron in turn."
+    perceptron = lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    fields = [perceptron() if k % 2 else _Attention(width) for k in range(K)]
+    head = nn.Sequential(nn.LayerNorm(width), nn.Flatten(), nn.Linear(16 * width, classes))
+    return ResidualNet(Flow(_varied(fields, skip_init, drop), h), head, _Tokens(shape, width))
+
+def _staged(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
+    return staged_net(shape, classes, (K // 2,) * 2, width, **options)
+
+NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": _resnext, "vit": _vit,
+        "staged": _staged}
 
 # %% ../nbs/08_replication.ipynb #a3be4cf7
 def make_net(
@@ -264,7 +295,8 @@ def _measured_depth(model:nn.Module, split:Split)->dict:
     return {k: found[k] for k in ("counts", "skip", "lengthened", "area_skip", "area_lengthened", "path_gap", "largest_share")}
 
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
-MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth} # name -> function of a model and its split that returns columns
+MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth,
+            "pruning": measure_pruning, "speed": measure_speed} # name -> function of a model and its split that returns columns
 
 # %% ../nbs/08_replication.ipynb #716e5557
 def _plain(value):
@@ -883,18 +915,33 @@ def _transport(scale:str)->Study:
              schedule=Schedule(2000 if big else 300), measures=measures, thin=1 if big else 5)), scale)
 
 # %% ../nbs/08_replication.ipynb #e7d1c0de
+def _constant(name:str="constant-0.1", **settings)->Method:
+    "Least action of constant weight, from a small gain."
+    return Method(name, init="orthogonal", gain=.1, least_action=dict(lambda0=.1, tau=0.), **settings)
+
+DROP, BOTH = Method("drop-0.5", drop=.5), _constant("constant-0.1-drop-0.5", drop=.5)
+PENALISED = {f"{name}-{w:g}": Method(f"{name}-{w:g}", name, init="orthogonal", gain=.1, penalty=dict(weight=w, kind=kind))
+             for name, kind in (("path-gap", "path_gap"), ("wasserstein", "wasserstein")) for w in (1., 10.)}
+
 @_register
 def _depth(scale:str)->Study:
-    constant = lambda name, lam, **kw: Method(name, init="orthogonal", gain=.1, least_action=dict(lambda0=lam, tau=0.), **kw)
-    methods = (Method("default"), SMALL, DECAY, SKIP, Method("drop-0.5", drop=.5),
-        *STRENGTHS, constant("constant-0.1", .1), constant("constant-0.1-drop-0.5", .1, drop=.5),
-        *(Method(f"{name}-{w:g}", name, init="orthogonal", gain=.1, penalty=dict(weight=w, kind=kind))
-          for name, kind in (("path-gap", "path_gap"), ("wasserstein", "wasserstein")) for w in (1., 10.)))
-    large = scale == "gpu"
+    large, tuned = scale == "gpu", ("depth", "pruning", "speed")
+    methods = (Method("default"), SMALL, DECAY, SKIP, DROP, *STRENGTHS, _constant(), BOTH, *PENALISED.values())
+    few = (Method("default"), SMALL, DECAY, SKIP, DROP, STRENGTHS[-1], _constant(), BOTH, PENALISED["wasserstein-10"])
+    start = (*few[:5], _least("least-0.1-0.02", .1, .02, gain=.01), *few[6:])
+    pruned, small = (Method("pruned"), _constant("constant-0.1-pruned")), Net("conv", width=32) if large else Net()
+    picture = lambda name, pool=4: name if large else f"{name}:pool={pool}"
+    def grids(data, net, methods, pruned, schedule, thin, n=1000, seeds=5):
+        how = dict(seeds=seeds, net=net, schedule=replace(schedule, steps=2000) if large else schedule, thin=1 if large else thin)
+        return Grid((data,), (n,), pruned, measures=tuned, **how), Grid((data,), (n,), methods, measures=("depth",), **how)
+    deep = (Net("conv-bn", width=64), Net("vit", 12, 128), Net("staged", 18, 32), Net("conv", width=64)) if large else (
+            Net("conv-bn", width=16), Net("vit", 8, 32), Net("staged", 8, 8), Net("conv", width=16))
     return Study("depth", "How many of its blocks does a trained network need?", (
         Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
-        Grid(("mnist",) if large else ("mnist:pool=4",), (1000,), methods, seeds=20 if large else 5, net=Net("conv", width=32) if large else Net(),
-             schedule=Schedule(2000 if large else 1000), measures=("depth",), thin=1 if large else 5)), scale)
+        Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
+        *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20 if large else 5),
+        *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
+        *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], Schedule(200, points=2), 10, 5000 if large else 1000))), scale)
 
 
 

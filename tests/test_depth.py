@@ -3,6 +3,8 @@ import copy
 import io
 import json
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from torch.testing import assert_close
 
 from lap_nb.attach import find_blocks
 from lap_nb.data import Split, digits
-from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, coarsening, depth_curve, even, latency, measure_depth,
-                          recompute_statistics, shorten, sliced_wasserstein, stretched)
+from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, _removals, coarsening, deepen, depth_curve, even, latency,
+                          measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein, stretched)
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import LeastAction
+from lap_nb.studies import Method, Net, make_net
 from lap_nb.training import fit
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -572,3 +575,103 @@ def test_latency_orders_networks():
     slow, fast = (nn.Sequential(*[nn.Linear(300, 300) for _ in range(n)]) for n in (40, 1))
     times = latency(dict(slow=slow, fast=fast), torch.randn(64, 300))
     assert times['slow'] > times['fast'] > 0
+
+
+# Finer, and other rivals
+
+class Constant(nn.Module):
+    "The same velocity everywhere."
+    def __init__(self, dim): super().__init__(); self.v = nn.Parameter(torch.randn(dim))
+    def forward(self, x): return self.v.expand_as(x)
+
+
+@pytest.mark.parametrize('times', [1, 2, 3])
+def test_a_deepened_network_of_constant_fields_is_the_same(x, times):
+    torch.manual_seed(0)
+    net = ResidualNet(Flow([Constant(64) for _ in range(4)], .5), nn.Linear(64, 10)).eval()
+    before, fine = fingerprint(net), deepen(net, times)
+    assert_close(fine(x), net(x), **CLOSE)
+    assert len(fine.flow.blocks) == 4 * times and fine.flow.h == pytest.approx(.5 / times)
+    assert len({p.data_ptr() for p in [*fine.parameters(), *net.parameters()]}) == 4 * times + 4 + 4   # nothing is shared
+    same(before, fingerprint(net))
+
+
+def test_deepening_approaches_the_flow_of_the_blocks_and_keeps_stages(x):
+    net = staged(norm=False, Ks=(2, 1))
+    with torch.no_grad():
+        ends = [deepen(net, n)(x) for n in (1, 2, 4, 8)]
+    assert_close(ends[0], net(x))
+    gaps = [(b - a).norm().item() for a, b in zip(ends, ends[1:])]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert [len(f.blocks) for f in deepen(net, 3).flow.flows] == [6, 3]
+
+
+@pytest.mark.parametrize('times', [0, -1, 1.5, True])
+def test_impossible_numbers_of_repetitions(times):
+    with pytest.raises(ValueError, match='expected a whole number from 1'): deepen(dense(), times)
+
+
+def test_a_block_that_leaves_loses_its_time_or_gives_it_to_its_neighbour():
+    removals = _removals([2., 1., 1., 3.], [3, 1])
+    assert {(s.kept, s.scale): t for s, t in removals.items()} == {
+        ((1, 2, 3), (1, 1, 1)): [1, 1, 3], ((1, 2, 3), (3, 1, 1)): [3, 1, 3], ((0, 2, 3), (1, 1, 1)): [2, 1, 3], ((0, 2, 3), (1.5, 1, 1)): [3, 1, 3],
+        ((0, 1, 3), (1, 1, 1)): [2, 1, 3], ((0, 1, 3), (1, 2, 1)): [2, 2, 3]}   # the fourth is alone in its stage and stays
+
+
+@pytest.mark.parametrize('name', ['dense', 'staged', 'row'])
+def test_pruning_goes_down_to_one_block_of_each_stage_and_leaves_the_input_alone(name, split):
+    net = NETS[name]()
+    before = fingerprint(net)
+    found = measure_pruning(net, split, epochs=1, samples=50)
+    K, stages = dict(dense=(6, 1), staged=(5, 2), row=(4, 1))[name]
+    assert len(found['pruned']) == K - stages + 1 and found['tuned_epochs'] == K - stages and json.loads(json.dumps(found)) == found
+    assert found['pruned'][-1] == pytest.approx((net(split.x[split.test]).argmax(1) == split.y[split.test]).float().mean().item())
+    assert name == 'staged' or found['pruned'][0] > found['pruned'][-1]   # the input was not trained at all; few steps do not renew its odd statistics
+    same(before, fingerprint(net))
+
+
+def test_pruning_chooses_on_validation_and_tunes_on_training_labels(trained, split):
+    found, other = (measure_pruning(trained, s, epochs=1) for s in (split, shuffled_labels(split, 'test')))
+    score = lambda s: measure_pruning(trained, s, part='val', epochs=1)['pruned']
+    assert score(split) == score(shuffled_labels(split, 'test')) != score(shuffled_labels(split, 'train'))
+    assert found['pruned'] != other['pruned']
+
+
+def test_speed_of_every_depth(split):
+    found = measure_speed(staged(), split, samples=20, repeats=3)
+    assert len(found['ms']) == len(found['ms_flow']) == 4 and found['samples'] == 20 and min(found['ms'] + found['ms_flow']) > 0
+    assert json.loads(json.dumps(found)) == found
+
+
+def vit(drop=0.): return make_net(Net('vit', 4, 16), Method('m', init='orthogonal', gain=.5, drop=drop), (1, 7, 7), 10)
+
+
+def test_attention_and_perceptrons_of_the_studies_transformer_are_blocks():
+    torch.manual_seed(0)
+    net, pictures = vit().eval(), torch.randn(6, 1, 7, 7)
+    elastic = Elastic(net, pictures[:2])
+    assert elastic.sizes == [4] and list(find_blocks(net)) == [f'flow.blocks.{k}' for k in range(4)]
+    for m in (1, 2, 3): assert_close(elastic.cut(m)(pictures), elastic(pictures, depth=m), **CLOSE)
+    assert net.trajectory(pictures).x.shape == (5, 6, 16, 16)
+    for side, channels in ((8, 3), (14, 1), (28, 1), (32, 3)):   # sixteen tokens of any picture
+        other = make_net(Net('vit', 2, 8), Method('m'), (channels, side, side), 10)
+        assert other.encoder(torch.randn(2, channels, side, side)).shape == (2, 16, 8)
+
+
+@pytest.mark.parametrize('drop', [0., .5])
+def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
+    data = digits()
+    rows = data.splits(20, seeds=(0, 1))
+    pictures = replace(rows, x=F.pad(rows.x.view(-1, 1, 8, 8), (0, -1, 0, -1)))
+    many = [fit_many(lambda: vit(drop), pictures, seeds=(0, 1), least_action=partial(LeastAction, lambda0=1.), epochs=1, batch_size=20, eval_every=1, mode=mode)
+            for mode in ('batched', 'sequential')]
+    for i in range(2):
+        a, b = (runs[i].model.state_dict() for runs in many)
+        if not drop: assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-4) for k in a)
+        assert all(v.isfinite().all() for v in a.values())
+
+
+def test_a_table_says_energy_and_whose_statistics(split):
+    text = depth_curve(staged(), split, ways=['skip'])._repr_markdown_()
+    assert 'its energy' in text and 'Batch-norm statistics taken anew' in text
+    assert 'Batch-norm' not in depth_curve(dense(), split, ways=['skip'])._repr_markdown_()
