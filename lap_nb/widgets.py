@@ -319,16 +319,6 @@ def reset(self:Explorer):
     self.follower.start()
 
 @patch
-def _follow(self:Explorer, trial:Trial, rest:float=.15):
-    "Draw the pictures that are missing, once no change has come for `rest` seconds; a newer change or a training ends it."
-    time.sleep(rest)
-    for name, place in self.places.items():
-        if self.trial is not trial or trial.curves or not self.halt.disabled: return
-        if place.value: continue
-        html = trial.picture(name, self.layer.value)
-        if self.trial is trial and not place.value: place.value = html
-
-@patch
 def show(self:Explorer,
     *names:str, # of pictures; none: all
 ):
@@ -341,6 +331,17 @@ def say(self:Explorer,
 ):
     "The status line: what happened, accuracy and energy."
     self.status.value = f"{what}; test accuracy {100 * self.trial.accuracy():.1f} %, energy per sample {self.trial.energy():.3g}"
+
+# %% ../nbs/10_playground.ipynb #47abd2ae
+@patch
+def _follow(self:Explorer, trial:Trial, rest:float=.15):
+    "Draw the pictures that are missing, once no change has come for `rest` seconds; a newer change or a training ends it."
+    time.sleep(rest)
+    for name, place in self.places.items():
+        if self.trial is not trial or trial.curves or not self.halt.disabled: return
+        if place.value: continue
+        html = trial.picture(name, self.layer.value)
+        if self.trial is trial and not place.value: place.value = html
 
 # %% ../nbs/10_playground.ipynb #007f2801
 @patch

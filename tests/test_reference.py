@@ -10,8 +10,8 @@ from fastcore.docments import docments
 
 from test_package import EXPORTED, code_cells, modules, no, parse, public
 
-# Run by tests, not by a page: commands of a shell, a record that takes minutes to measure, and an app for a browser.
-ELSEWHERE = {'bench.lap_bench', 'compare.lap_compare', 'studies.lap_study', 'ensembles.record_modes', 'widgets.playground'}
+# Run by tests, not by a page: commands of a shell, and an app for a browser.
+ELSEWHERE = {'bench.lap_bench', 'compare.lap_compare', 'studies.lap_study', 'widgets.playground'}
 SHAPE = re.compile(r'\[.*\]|(?:same|any|its) shape')
 
 
