@@ -111,9 +111,10 @@ def _scalings(cost:Tensor, g:Tensor, eps:float, sweeps:int=10)->tuple[Tensor, Te
 
 def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float, most:int=256)->Tensor:
     "The pairs that cost less than their prices plus `limit`, numbered row by row; stops when they are more than `most` a point."
-    n, found, seen = len(g), [], 0
+    n, found, seen, left = len(g), [], 0, cost.new_empty(64, len(g))   # one block, used again
     for r in _rows(len(f)):
-        found.append(((cost[r] - f[r, None]).sub_(g) < limit).view(-1).nonzero()[:, 0].add_(r.start * n))
+        cheap = torch.sub(cost[r], f[r, None], out=left[:len(cost[r])]).sub_(g) < limit
+        found.append(cheap.view(-1).nonzero()[:, 0].add_(r.start * n))
         seen += len(found[-1])
         if seen > most * n: break
     return torch.cat(found)
