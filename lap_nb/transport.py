@@ -78,10 +78,15 @@ def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range
 
 def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None)->Tensor:
     "The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`."
-    rows = _rows(len(f)) if at is None else at.split(64)
-    return torch.stack([(cost[r] - (f[r, None] if at is None else f[r][:, None])).amin(0) for r in rows]).amin(0)
+    lowest, block = cost.new_full(cost.shape[1:], math.inf), cost.new_empty(64, cost.shape[1])   # one block, used again
+    for r in _rows(len(f)) if at is None else at.split(64):
+        left = block[:len(f[r])]
+        if at is None: torch.sub(cost[r], f[r, None], out=left)
+        else: torch.index_select(cost, 0, r, out=left).sub_(f[r, None])
+        torch.minimum(lowest, left.amin(0), out=lowest)
+    return lowest
 
-def _rounding_of(cost:Tensor)->Tensor: return 256 * torch.finfo(cost.dtype).eps * cost.abs().max()
+def _rounding_of(cost:Tensor)->Tensor: return 256 * torch.finfo(cost.dtype).eps * torch.maximum(cost.max(), -cost.min())
 
 def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     "Prices that prove `target` optimal, by Bellman and Ford; `RuntimeError` if it is not."
@@ -109,65 +114,12 @@ def _scalings(cost:Tensor, g:Tensor, eps:float, sweeps:int=10)->tuple[Tensor, Te
         v = (v ** (1 - step) * (u @ kernel) ** -step).clamp_(1e-30, 1e30)
     return f + eps * u.double().log(), g + eps * v.double().log()
 
-def _cheap(cost:Tensor, f:Tensor, g:Tensor, limit:float, most:int=256)->Tensor:
-    "The pairs that cost less than their prices plus `limit`, numbered row by row; stops when they are more than `most` a point."
-    n, found, seen, left = len(g), [], 0, cost.new_empty(64, len(g))   # one block, used again
-    for r in _rows(len(f)):
-        cheap = torch.sub(cost[r], f[r, None], out=left[:len(cost[r])]).sub_(g) < limit
-        found.append(cheap.view(-1).nonzero()[:, 0].add_(r.start * n))
-        seen += len(found[-1])
-        if seen > most * n: break
-    return torch.cat(found)
-
-# %% ../nbs/04_transport.ipynb #a3b0a7d8
-def _match(i:Tensor, j:Tensor, cost:Tensor, n:int)->Tensor|None:
-    "Cheapest matching along the candidates (i, j); None if they contain no complete one."
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-    positive = (cost - cost.min()) / (cost.abs().max().item() or 1.) + 1   # the solver takes no zeros
-    graph = csr_matrix((positive.numpy(), (i.numpy(), j.numpy())), (n, n))
-    try: return torch.from_numpy(min_weight_full_bipartite_matching(graph)[1]).long()
-    except ValueError: return None
-
-def _prices(i:Tensor, j:Tensor, cost:Tensor, target:Tensor, rounding:float)->tuple[Tensor, Tensor]:
-    "Prices that prove `target` optimal among the candidates, as in `_potentials`."
-    import numpy as np
-    n = len(target)
-    matched = cost.new_empty(n).index_copy_(0, i[own := target[i] == j], cost[own])
-    by_column = j.argsort(stable=True)
-    row, more = target[i[by_column]].numpy(), (cost - matched[i])[by_column].numpy()
-    first, g = np.searchsorted(j[by_column].numpy(), np.arange(n)), np.zeros(n)
-    for _ in range(n + 1):
-        lower = np.minimum.reduceat(more + g[row], first)
-        if (g - lower).max() <= rounding: return matched - torch.from_numpy(g)[target], torch.from_numpy(g)
-        g = np.minimum(g, lower)
-    raise RuntimeError(f"the matching of {n} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
-
-# %% ../nbs/04_transport.ipynb #813b64e7
-def _generate(cost:Tensor, f:Tensor, g:Tensor, pairs:Tensor, rounds:int=8):
-    "Matching and prices from the candidates `pairs`, proved for all pairs, if that succeeds; always prices."
-    n, rounding = len(cost), _rounding_of(cost).item()
-    for _ in range(rounds):
-        i, j = pairs // n, pairs % n
-        left = cost.view(-1)[pairs] - f[i] - g[j]
-        target = _match(i, j, left, n) if len(pairs) else None
-        if target is None: break
-        df, dg = _prices(i, j, left, target, rounding / 2)
-        missed = _cheap(cost, f + df, g + dg, -rounding, most=64)
-        if not len(missed): return target, f + df, g + dg
-        if len(missed) > 64 * n: break
-        f, g, pairs = f + df, g + dg, torch.cat([pairs, missed])
-    return None, f, g
-
 def _assignment(cost:Tensor):
-    "Optimal matching of as many ends as starts, and the prices that prove it; may overwrite `cost`."
+    "Optimal matching of as many ends as starts, and the prices that prove it; overwrites `cost`."
     from scipy.optimize import linear_sum_assignment
     g, few = cost.mean(0), cost[::len(cost) // 256 + 1]
     spread = (few - g).sub((few - g).mean(1, keepdim=True)).abs().mean().item() or cost.max().item() or 1.
-    for entropy in (.12, .04, .012):
-        f, g = _scalings(cost, g, entropy * spread)
-        target, f, g = _generate(cost, f, g, _cheap(cost, f, g, entropy * spread * math.log(200)))
-        if target is not None: return target, None, f, g
+    for entropy in (.12, .03, .008): f, g = _scalings(cost, g, entropy * spread)
     rest = cost.sub_(f[:, None]).sub_(g)
     target = torch.from_numpy(linear_sum_assignment(rest.numpy())[1])
     df, dg = _potentials(rest, target)

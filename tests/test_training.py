@@ -277,6 +277,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shu
 def test_compiled_training_has_the_gradients_of_the_eager_one(monkeypatch):
     "Default backend, no graph break. Plain gradient descent, so that the weights differ by what the gradients do."
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()   # of other tests
     compiled = []
     def whole(model, compile=torch.compile, **options): compiled.append(options); return compile(model, fullgraph=True, **options)
     monkeypatch.setattr(torch, "compile", whole)
