@@ -46,7 +46,7 @@ def forked():
     "Starts processes that have imported the library already: forks of a server that does nothing else."
     from multiprocessing.forkserver import ensure_running
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['distributed', 'lap_nb.studies'])
+    context.set_forkserver_preload(['distributed', 'nbdev.test', 'lap_nb.studies'])
     ensure_running()
     return context
 
