@@ -435,7 +435,7 @@ def run_benchmarks(
     out:str|Path|None=None,          # record to write; None: none
     force:bool=False,                # overwrite it
     report:Callable[[str], None]=lambda line: None, # gets a line for each row as it is done
-)->dict:                             # the record: `format`, `provenance`, `rows`, `left_out`
+)->dict:                             # the record: format, provenance, rows, left_out
     "Measure; raises `ValueError` on an unknown name and `FileExistsError` rather than replace a file."
     names, path, device = _select(names), None if out is None else _target(out, force), pick_device(device)
     left_out = {name: f"needs {' and '.join(lost)}" for name in BENCHMARKS if (lost := _missing(name)) and name not in names}
