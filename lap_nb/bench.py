@@ -430,7 +430,7 @@ def _target(out:str|Path, force:bool)->Path:
 # %% ../nbs/11_performance.ipynb #27c8c651
 def run_benchmarks(
     names:Iterable[str]=(),          # as in `BENCHMARKS`; none: all but the slow ones, and those whose packages are missing
-    device:str="auto",               # as in `pick_device`
+    device:str="auto",               # as in pick_device
     seconds:float=10.,               # time for the pairs of each row
     out:str|Path|None=None,          # record to write; None: none
     force:bool=False,                # overwrite it

@@ -124,6 +124,7 @@ def test_page(browser, address, name):
         images = page.evaluate('[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0, i.src.slice(0, 80)])')
         assert not [i for i in images if not i[0]], 'pictures without alternative text'
         assert not [i for i in images if not i[1]], 'pictures that do not load'
+        assert not re.search(r'.*\]\(http.*', page.locator('main').inner_text()), 'a link inside a link, or one in code, is shown as Markdown'
         assert page.locator('h1').count() == 1 and page.locator('header, main, footer, nav').count() >= 5
         assert re.search(r'Built with nbdev and pandoc \d', page.locator('footer').inner_text())
         formulas, typeset, wrong = page.evaluate(
