@@ -500,13 +500,14 @@ def plot(self:Trajectory,
 ):                       # the axes
     "Draw the first two coordinates: paths, and positions at layer `until` coloured by class."
     import matplotlib.pyplot as plt
-    x = self.x.detach().cpu().float().flatten(2)[..., :2].numpy()
+    x = self.x.detach().cpu().float().flatten(2)[..., :2]
     until = self.K if until is None else until
     if ax is None: _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    groups = [slice(None)] if y is None else [(y == c).cpu().numpy() for c in y.unique()]
+    groups = [slice(None)] if y is None else [(y == c).cpu() for c in y.unique()]
     for c, at in enumerate(groups):
-        colour, way = colours()[c % 10], x[:until+1, at]
-        if paths: ax.plot(way[..., 0], way[..., 1], color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
+        colour = colours()[c % 10]
+        ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn faster than many
+        if paths: ax.plot(*ways.T, color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
         ax.scatter(*x[until, at].T, s=9, color=colour, marker="os^Dv"[c % 5], zorder=2)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {self.K}")
     return ax

@@ -120,7 +120,7 @@ class Grid:
     def __post_init__(self):
         for name in ("data", "sizes", "methods"):
             if not len(getattr(self, name)): raise ValueError(f"{name} of a grid is empty, expected at least one")
-        if self.seeds < 2: raise ValueError(f"seeds is {self.seeds}, expected at least two: an interval needs them")
+        if not isinstance(self.seeds, int) or self.seeds < 2: raise ValueError(f"seeds is {self.seeds!r}, expected at least two, as a number: an interval needs them")
 
 # %% ../nbs/08_replication.ipynb #f0d5308a
 @dataclass(frozen=True)

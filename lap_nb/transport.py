@@ -86,12 +86,10 @@ def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None)->Tensor:
         torch.minimum(lowest, left.amin(0), out=lowest)
     return lowest
 
-def _rounding_of(cost:Tensor)->Tensor: return 256 * torch.finfo(cost.dtype).eps * torch.maximum(cost.max(), -cost.min())
-
 def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     "Prices that prove `target` optimal, by Bellman and Ford; `RuntimeError` if it is not."
     matched, g, at = cost.gather(1, target[:, None])[:, 0], cost.new_zeros(len(cost)), None
-    rounding = _rounding_of(cost)
+    rounding = 256 * torch.finfo(cost.dtype).eps * torch.maximum(cost.max(), -cost.min())   # abs() would be a second matrix
     for _ in range(len(cost) + 1):
         f = matched - g[target]
         lower = _slack(cost, f, at)

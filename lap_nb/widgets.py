@@ -126,14 +126,12 @@ def draw_paths(
     layer:int,    # where the points are drawn; the way there in grey
 ):
     "The sample on its way through the blocks."
-    x, y = _plane(trial.trajectory()), trial.sample[1]
-    ways = torch.cat([x[:layer + 1], torch.full_like(x[:1], math.nan)]).transpose(0, 1).flatten(0, 1)
-    ax.plot(*ways.T, color="0.7", lw=.5, zorder=1)
-    for c in range(trial.split.classes): ax.scatter(*x[layer, y == c].T, s=9, color=colours()[c], marker="os^Dv"[c % 5], zorder=2)
+    x = _plane(trial.trajectory())
+    Trajectory(x).plot(trial.sample[1], until=layer, ax=ax)
     (x0, y0), (x1, y1) = x.amin((0, 1)).tolist(), x.amax((0, 1)).tolist()
     pad = .05 * max(x1 - x0, y1 - y0) + 1e-6
     names = ("x₁", "x₂") if trial.flat else ("first principal component", "second principal component")
-    ax.set(xlim=(x0 - pad, x1 + pad), ylim=(y0 - pad, y1 + pad), xlabel=names[0], ylabel=names[1], title=f"layer {layer} of {len(x) - 1}")
+    ax.set(xlim=(x0 - pad, x1 + pad), ylim=(y0 - pad, y1 + pad), aspect="auto", xlabel=names[0], ylabel=names[1])
     ax.locator_params(nbins=4)
 
 # %% ../nbs/10_playground.ipynb #95ebbbf9

@@ -45,7 +45,7 @@ def run_forked(notebook, log):
 
 
 def run_apart(forked, notebook, log):
-    "Run `notebook` in a process of its own, which has imported torch and nothing of the notebook's; its exit status."
+    "Run `notebook` in a process of its own, a fork of one that has imported the library already; its exit status."
     process = forked.Process(target=run_forked, args=(notebook, log))
     process.start()
     process.join()

@@ -76,7 +76,7 @@ def shrink_pictures(nb):
 
 
 def stable_ids(text):
-    "Number the ids of widget models, random in every run, in the order in which the notebook refers to them."
+    "Number the ids of widget models, random in every run, in the order in which the notebook refers to them; keep those a page shows."
     nb = json.loads(text)
     widgets = nb['metadata'].get('widgets', {}).get(STATE)
     if not widgets: return text
@@ -91,7 +91,8 @@ def stable_ids(text):
     def numbered(text): return MODEL_ID.sub(lambda found: numbers.get(found[0], ''), text)
 
     for model in MODEL_ID.findall(json.dumps([cell.get('outputs', []) for cell in nb['cells']])): visit(model)
-    for model in sorted(state.keys() - numbers.keys(), key=lambda m: numbered(content(m))): visit(model)  # links between widgets
+    links = [m for m in state if state[m]['model_name'] in LINK_MODELS and numbers.keys() >= set(MODEL_ID.findall(content(m)))]
+    for model in sorted(links, key=lambda m: numbered(content(m))): visit(model)  # what is left is shown nowhere
     widgets['state'] = {model: state[model] for model in numbers}
     return MODEL_ID.sub(lambda found: numbers.get(found[0], found[0]), json.dumps(nb))
 
