@@ -128,7 +128,7 @@ def test_page(browser, address, name):
         assert page.locator('h1').count() == 1 and page.locator('header, main, footer, nav').count() >= 5
         assert re.search(r'Built with nbdev and pandoc \d', page.locator('footer').inner_text())
         formulas, typeset, wrong = page.evaluate(
-            '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error]"].map(s => document.querySelectorAll(s).length)')
+            '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error], mjx-container [fill=red]"].map(s => document.querySelectorAll(s).length)')
         assert (formulas, wrong) == (typeset, 0)
         assert typeset or not has_maths(NOTEBOOKS[PAGES.index(name)])
         assert not (found := barriers(page)), '\n'.join(found)
