@@ -47,7 +47,8 @@ def check_samples(
                          "remove or repair them")
     bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
     if len(bad):
-        raise ValueError(f"labels must lie in 0..{classes - 1}, found {y[bad[0]]} at index {bad[0]}")
+        raise ValueError(f"labels must lie in 0..{classes - 1}, found {y[bad[0]]} at index {bad[0]}: number the classes from 0, "
+                         "and let classes say how many there are")
 
 # %% ../nbs/00_data.ipynb #ae604fc3
 def check_index(

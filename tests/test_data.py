@@ -68,7 +68,7 @@ def with_value(value, *index):
     (dict(y=Y.float()), r'labels must be int64 \[6\].*found float32'),
     (dict(y=Y.tolist()), 'labels must be int64 .* found list'),
     (dict(y=Y[:, None]), r'found int64 \[6, 1\]'),
-    (dict(y=Y + 1), r'labels must lie in 0\.\.2, found 3 at index 2'),
+    (dict(y=Y + 1), r'labels must lie in 0\.\.2, found 3 at index 2: number the classes from 0'),
     (dict(y=Y - 1), r'labels must lie in 0\.\.2, found -1 at index 0'),
     (dict(classes=2), r'labels must lie in 0\.\.1, found 2 at index 2'),
     (dict(classes=0), 'classes must be at least 1, found 0'),
