@@ -144,6 +144,7 @@ class Split:
     seeds: tuple # the seed of each row of `train` and `val`
 
     def __post_init__(self):
+        check_samples(self.x, self.y, whole("classes", self.classes, least=1))
         check_parts(len(self.x), dict(train=self.train, val=self.val, test=self.test))
         shapes = {(t.ndim, len(t) if t.ndim == 2 else 1) for t in (self.train, self.val)}
         if len(shapes) > 1 or self.test.ndim > 1 or len(self.seeds) != shapes.pop()[1]:
