@@ -400,11 +400,12 @@ class Tracer:
         for other in _watchers(root):
             if isinstance(other, Tracer) and not other.paused: other.remove(); other.replaced = True
         self.energies_only, self.copies = energies_only, set(copies) if energies_only else set(self.blocks)
-        self.paused, self.replaced, self.steps, self._open = False, False, [], {}
+        self.paused, self.replaced, self.ended, self.steps, self._open = False, False, False, [], {}
         self.hooks = [root.register_forward_pre_hook(_Hook(self, self._begin))]
         for name, m in self.blocks.items():
             self.hooks += [m.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True),
                            m.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True)]
+        self.hooks.append(root.register_forward_hook(_Hook(self, self._close)))
 
     def remove(self):
         "Take the hooks off; the model is as it was. What was noted can still be taken."
@@ -417,18 +418,27 @@ class Tracer:
 # %% ../nbs/02_attach.ipynb #09a95cf0
 @patch
 def _begin(self:Tracer, name, module, args):
-    if not (self.paused or _recomputing()): self.steps, self._open = [], {}
+    if not (self.paused or _recomputing()): self.ended, self.steps, self._open = False, [], {}
+
+@patch
+def _close(self:Tracer, name, module, args, out):
+    if not (self.paused or _recomputing()): self.ended = True
+
+@patch
+def _rests(self:Tracer)->bool:
+    "Whether a block is called for something else: another trace, or after the model's own pass."
+    return self.paused or self.ended and not _recomputing()
 
 @patch
 def _enter(self:Tracer, name, module, args, kwargs):
-    if self.paused: return
+    if self._rests(): return
     x = _first((args, kwargs))
     if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
     self._open[name] = (_wide(x, copy=True) if name in self.copies else x), _version(x)
 
 @patch
 def _leave(self:Tracer, name, module, args, kwargs, out):
-    if self.paused: return
+    if self._rests(): return
     (before, version), after, x = self._open.pop(name), _first(out), _first((args, kwargs))
     if after is None or after.shape != before.shape:
         raise ValueError(f"block {name!r} gives {None if after is None else tuple(after.shape)} for an input of {tuple(before.shape)}, "

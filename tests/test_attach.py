@@ -450,6 +450,20 @@ def test_tracing_inside_tracing():
         assert len(outer.take().names) == 4
 
 
+@pytest.mark.parametrize("look", [lambda net, x: net.trajectory(x), lambda net, x: net.flow(x), trace, trace_energies, find_blocks])
+@pytest.mark.parametrize("only", [True, False])
+def test_who_looks_at_the_blocks_on_the_side_changes_nothing(look, only):
+    net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
+    want = trace_energies(net, x).energies()
+    with Tracer(net, energies_only=only) as tracer:
+        net(x); look(net, torch.randn(9, 3))
+        assert_close(tracer.take().energies(), want)
+        look(net, torch.randn(9, 3))
+        with pytest.raises(RuntimeError, match="no step"): tracer.take()
+        net(x)
+        assert_close(tracer.take().energies(), want)
+
+
 def test_hooks_go_after_an_error():
     net = dense_net(3, 2, K=4)
     with pytest.raises(RuntimeError), Tracer(net): net(torch.randn(BATCH, 5))
