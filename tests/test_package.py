@@ -344,6 +344,6 @@ def test_changelog_tells_of_the_version():
 
 
 def test_each_requirement_has_its_row_in_the_guide():
-    "Why each package is needed and what it costs stands in MAINTAINING.md, and of no other."
+    "Why each package is needed and what it costs stands in .github/MAINTAINING.md, and of no other."
     from dependencies import GUIDE, ROW, required
     assert sorted(name for name, why in ROW.findall(GUIDE.read_text(encoding='utf-8')) if why) == sorted(required())
