@@ -413,7 +413,8 @@ class DepthCurve:
     energies:Tensor     # mean energy of each block at full depth, `[K]`
     path_gap:float      # share of the action that does not carry samples from start to end, in [0, 1)
     part:str            # part of the data that was measured
-    recomputed:bool     # whether batch-norm statistics were taken anew at each depth
+    recomputed:bool     # whether batch-norm statistics were taken anew at each depth but the full one, which stays as it was trained
+    settled:float       # accuracy at full depth with statistics taken anew, too: like beside like
 
     def of(self,
         way:str, # `"skip"`, `"lengthened"` or `"best"`
@@ -439,7 +440,8 @@ def _repr_markdown_(self:DepthCurve)->str:
     for group in zip(*(self.of(w) for w in ways)):
         last = f"{group[-1]['schedule']} | {group[-1]['energy']:.3g}"
         lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
-    return "\n".join(lines) + "\n\n*Batch-norm statistics taken anew at each depth from unlabelled training samples.*" * self.recomputed
+    return "\n".join(lines) + (f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
+                                f"would give {100 * self.settled:.1f} %.*") * self.recomputed
 
 @patch
 def __repr__(self:DepthCurve)->str:
@@ -484,7 +486,8 @@ def depth_curve(
             rows.append(dict(way=way, blocks=m, schedule=s, accuracy=seen[s]["accuracy"], energy=seen[s]["energies"].sum().item()))
     full = seen.get(even(elastic.K, elastic.sizes)) or _score(elastic, data, part, elastic.check(None), False)
     gap = _path_gap(elastic, data.x[getattr(data, part)[:2000]])
-    return DepthCurve(rows, elastic.sizes, full["energies"], gap, part, recompute)
+    settled = _score(elastic, data, part, elastic.check(None), True)["accuracy"] if recompute else full["accuracy"]
+    return DepthCurve(rows, elastic.sizes, full["energies"], gap, part, recompute, settled)
 
 # %% ../nbs/09_depth.ipynb #3f16e112
 def _schedules(elastic:Elastic, data:Split, way:str, counts:Sequence[int], recompute:bool)->dict[int, DepthSchedule]:
@@ -872,7 +875,7 @@ def measure_depth(
 )->dict: # plain JSON values
     "A `DepthCurve` as a record: `counts`, accuracy and area of each way, energies, path gap."
     curve = depth_curve(model, data, part, ways, counts, blocks, recompute)
-    record = dict(blocks=sum(curve.sizes), sizes=list(curve.sizes), part=part, recomputed=curve.recomputed, path_gap=curve.path_gap,
+    record = dict(blocks=sum(curve.sizes), sizes=list(curve.sizes), part=part, recomputed=curve.recomputed, settled=curve.settled, path_gap=curve.path_gap,
                   energy=curve.energies.sum().item(), energies=curve.energies.tolist(), largest_share=curve.largest_share)
     for way in ways:
         rows = curve.of(way)

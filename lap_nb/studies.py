@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
-           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'PENALISED', 'DECADES', 'PUBLISHED', 'UNTUNED', 'Method',
-           'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell',
+           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'FIRM', 'PENALISED', 'DECADES', 'PUBLISHED', 'UNTUNED',
+           'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell',
            'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records', 'standings',
            'verdict', 'standings_table', 'overview', 'lap_study']
 
@@ -292,10 +292,15 @@ def _measured_regularity(model:nn.Module, split:Split)->dict:
 def _measured_depth(model:nn.Module, split:Split)->dict:
     "Accuracy at every depth, by skipping blocks and with lengthened steps."
     found = measure_depth(model, split, ways=("skip", "lengthened"))
-    return {k: found[k] for k in ("counts", "skip", "lengthened", "area_skip", "area_lengthened", "path_gap", "largest_share")}
+    return {k: found[k] for k in ("counts", "skip", "lengthened", "settled", "area_skip", "area_lengthened", "path_gap", "largest_share")}
+
+def _measured_best(model:nn.Module, split:Split)->dict:
+    "Accuracy at every depth, the blocks that stay chosen on validation."
+    found = measure_depth(model, split, ways=("best",))
+    return {k: found[k] for k in ("best", "area_best", "kept_best")}
 
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
-MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth,
+MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth, "best": _measured_best,
             "pruning": measure_pruning, "speed": measure_speed} # name -> function of a model and its split that returns columns
 
 # %% ../nbs/08_replication.ipynb #716e5557
@@ -915,33 +920,35 @@ def _transport(scale:str)->Study:
              schedule=Schedule(2000 if big else 300), measures=measures, thin=1 if big else 5)), scale)
 
 # %% ../nbs/08_replication.ipynb #e7d1c0de
-def _constant(name:str="constant-0.1", **settings)->Method:
-    "Least action of constant weight, from a small gain."
-    return Method(name, init="orthogonal", gain=.1, least_action=dict(lambda0=.1, tau=0.), **settings)
+def _constant(weight:float=.1, name:str="", **settings)->Method:
+    "Least action whose weight stays `1 / weight`, from a small gain."
+    return Method(name or f"constant-{weight:g}", init="orthogonal", gain=.1, least_action=dict(lambda0=weight, tau=0.), **settings)
 
-DROP, BOTH = Method("drop-0.5", drop=.5), _constant("constant-0.1-drop-0.5", drop=.5)
+DROP = Method("drop-0.5", drop=.5)
+BOTH, FIRM = _constant(name="constant-0.1-drop-0.5", drop=.5), (_constant(.01), _constant(.01, "constant-0.01-drop-0.5", drop=.5))
 PENALISED = {f"{name}-{w:g}": Method(f"{name}-{w:g}", name, init="orthogonal", gain=.1, penalty=dict(weight=w, kind=kind))
              for name, kind in (("path-gap", "path_gap"), ("wasserstein", "wasserstein")) for w in (1., 10.)}
 
 @_register
 def _depth(scale:str)->Study:
     large, tuned = scale == "gpu", ("depth", "pruning", "speed")
-    methods = (Method("default"), SMALL, DECAY, SKIP, DROP, *STRENGTHS, _constant(), BOTH, *PENALISED.values())
-    few = (Method("default"), SMALL, DECAY, SKIP, DROP, STRENGTHS[-1], _constant(), BOTH, PENALISED["wasserstein-10"])
+    methods = (Method("default"), SMALL, DECAY, SKIP, DROP, *STRENGTHS, _constant(), BOTH, *FIRM, *PENALISED.values())
+    few = (Method("default"), SMALL, DECAY, SKIP, DROP, STRENGTHS[-1], _constant(), BOTH, FIRM[0], PENALISED["wasserstein-10"])
     start = (*few[:5], _least("least-0.1-0.02", .1, .02, gain=.01), *few[6:])
-    pruned, small = (Method("pruned"), _constant("constant-0.1-pruned")), Net("conv", width=32) if large else Net()
+    pruned, small = (Method("pruned"), _constant(name="constant-0.1-pruned")), Net("conv", width=32) if large else Net()
     picture = lambda name, pool=4: name if large else f"{name}:pool={pool}"
-    def grids(data, net, methods, pruned, schedule, thin, n=1000, seeds=5):
+    def grids(data, net, methods, pruned, schedule, thin, n=1000, seeds=5, more=()):
         how = dict(seeds=seeds, net=net, schedule=replace(schedule, steps=2000) if large else schedule, thin=1 if large else thin)
-        return Grid((data,), (n,), pruned, measures=tuned, **how), Grid((data,), (n,), methods, measures=("depth",), **how)
-    deep = (Net("conv-bn", width=64), Net("vit", 12, 128), Net("staged", 18, 32), Net("conv", width=64)) if large else (
-            Net("conv-bn", width=16), Net("vit", 8, 32), Net("staged", 8, 8), Net("conv", width=16))
+        return Grid((data,), (n,), pruned, measures=(*tuned, *more), **how), Grid((data,), (n,), methods, measures=("depth", *more), **how)
+    size, short = 5000 if large else 1000, Schedule(200, points=2)
+    deep = (Net("conv-bn", width=64), Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("conv-bn", width=16), Net("vit", 8, 32), Net("conv", width=16))
+    staged = grids(picture("mnist"), Net("staged", 18, 32) if large else Net("staged", 8, 8), start, pruned[:1], Schedule(600, points=2), 10, size, 10, ("best",))
     return Study("depth", "How many of its blocks does a trained network need?", (
         Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
         Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
-        *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20 if large else 5),
+        *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20),
         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
-        *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], Schedule(200, points=2), 10, 5000 if large else 1000))), scale)
+        *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)), *staged), scale)
 
 
 
