@@ -964,18 +964,19 @@ def _settings()->tuple[Method, ...]:
 def _adaptive(scale:str)->Study:
     big = scale == "gpu"
     plane, long, short = Net(width=32), Schedule(2000 if big else 500), Schedule(2000 if big else 300)
-    plain, least = Method("default"), _least("least")
-    both, fixed = (plain, least), tuple(_least(f"fixed-{v:g}", lambda0=v, tau=0.) for v in (.1, 1., 10.))
-    gains = tuple(_least(f"least-gain-{g:g}", gain=g) for g in (.01, .1, .5, 1., 2.))
+    plain, least, fixed = Method("default"), _least("least"), tuple(_least(f"fixed-{v:g}", lambda0=v, tau=0.) for v in (.1, 1., 10.))
+    rivals = (SMALL, SKIP, STEP, DECAY, *fixed)
+    field = (plain, least, *rivals)
+    started = tuple(replace(m, name=f"{m.name}-gain-{g:g}", init="orthogonal", gain=g) for g in (.01, .1, .5, 1., 2.) for m in field if m is not SMALL)
     return Study("adaptive", "What does the multiplier adapt to, and does it need tuning?", (
-        Grid(("digits",), (100,), (*both, *_settings(), SMALL, SKIP, STEP, DECAY, *fixed), schedule=short, curve=True),
-        Grid(("digits:flip=0.1", "digits:flip=0.2", "digits:flip=0.4"), (300,), both, schedule=short, curve=True),
-        Grid(("digits",), (50, 300, 1000), both, schedule=short, curve=True),
-        Grid(("circles:noise=0.05", "circles:noise=0.1", "circles:noise=0.2", "circles:noise=0.3"), (300,), both, net=plane, schedule=long, curve=True),
-        Grid(("moons",), (50, 300), both, net=plane, schedule=long, curve=True),
-        Grid(("digits",), (300,), gains, schedule=short, curve=True),
-        *(Grid(("digits",), (300,), both, net=Net(K=K), schedule=short, curve=True) for K in (3, 20, 50)),
-        Grid(("circles",), (300,), (*_settings(), SMALL, SKIP, STEP, DECAY, *fixed), net=plane, schedule=long, curve=True)), scale)
+        Grid(("digits",), (100,), (*field, *_settings()), schedule=short, curve=True),
+        Grid(("digits:flip=0.1", "digits:flip=0.2", "digits:flip=0.4"), (300,), field, schedule=short, curve=True),
+        Grid(("digits",), (50, 300, 1000), field, schedule=short, curve=True),
+        Grid(tuple(f"circles:noise={s:g}" for s in (.05, .1, .2, .3)), (300,), field, net=plane, schedule=long, curve=True),
+        Grid(("moons",), (50, 300), field, net=plane, schedule=long, curve=True),
+        Grid(("digits",), (300,), started, schedule=short, curve=True),
+        *(Grid(("digits",), (300,), field, net=Net(K=K), schedule=short, curve=True) for K in (3, 20, 50)),
+        Grid(("circles",), (300,), (*_settings(), *rivals), net=plane, schedule=long, curve=True)), scale)
 
 # %% ../nbs/08_replication.ipynb #493d0dfc
 PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimiser="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
