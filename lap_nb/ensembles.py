@@ -773,16 +773,17 @@ def _joined(plan, found:list[tuple], members:list[dict], settings:dict)->tuple[E
     if gone := [m for m in members if "diverged" in m]:
         warnings.warn(f"{len(gone)} of {len(members)} networks diverged and were frozen, the first of them {gone[0]}: lower lr or start from a smaller gain")
     if len(found) == 1 and type(found[0][0]) is Ensemble: return found[0][0], curves, members
-    if all(isinstance(row, Ensemble) for row, *_ in found): return _one_row([row for row, *_ in found], [at for at, _ in plan], members), curves, members
+    if all(isinstance(row, Ensemble) for row, *_ in found): return _one_row([row for row, *_ in found], order, members), curves, members
     models = [m for each in found for m in _networks(each[0])]
     return Ensemble([models[i] for i in order], [m["seed"] for m in members]), curves, members
 
-def _one_row(rows:list[Ensemble], places:list[list[int]], members:list[dict])->Ensemble:
-    "The members of several rows in one, each in its place."
+def _one_row(rows:list[Ensemble], order:Tensor, members:list[dict])->Ensemble:
+    "The members of several rows in one, in this order."
     whole, parts = Ensemble([row.member(0) for row in rows]), [dict(row.named_parameters()) | dict(row.named_buffers()) for row in rows]
+    in_order = torch.equal(order, torch.arange(len(order)))
     for name, t in [*whole.named_parameters(), *whole.named_buffers()]:
-        t.data = t.new_empty(len(members), *t.shape[1:])
-        for at, part in zip(places, parts): t.data[at] = part[name].data
+        joined = torch.cat([part[name].data for part in parts])
+        t.data = joined if in_order else joined[order]
     whole._seed([m["seed"] for m in members], whole.stacks[0].device)
     whole.frozen = bool((whole.died >= 0).any())
     return whole
