@@ -757,6 +757,7 @@ def _run_all(plan, mode:str, workers:int|None, bar:_Bar)->list[tuple]:
     if jobs[0].abreast > 1: return _abreast(jobs, bar)
     return [_alone(job, bar.row(1)) if job.mode == "sequential" else _together(job, bar.row(len(job.seeds))) for job in jobs]
 
+# %% ../nbs/07_ensembles.ipynb #62805c19
 def _joined(plan, found:list[tuple], members:list[dict], settings:dict)->tuple[Ensemble, dict, list[dict]]:
     "One row of all members in their order, their curves, and who diverged when."
     order = torch.tensor([i for at, _ in plan for i in at]).argsort()
