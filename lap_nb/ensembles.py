@@ -774,17 +774,18 @@ def _joined(plan, found:list[tuple], members:list[dict], settings:dict)->tuple[E
     if gone := [m for m in members if "diverged" in m]:
         warnings.warn(f"{len(gone)} of {len(members)} networks diverged and were frozen, the first of them {gone[0]}: lower lr or start from a smaller gain")
     if len(found) == 1 and type(found[0][0]) is Ensemble: return found[0][0], curves, members
-    if all(isinstance(row, Ensemble) for row, *_ in found): return _one_row([row for row, *_ in found], order, members), curves, members
+    if all(type(row) is Ensemble for row, *_ in found): return _one_row([row for row, *_ in found], order, members), curves, members
     models = [m for each in found for m in _networks(each[0])]
     return Ensemble([models[i] for i in order], [m["seed"] for m in members]), curves, members
 
 def _one_row(rows:list[Ensemble], order:Tensor, members:list[dict])->Ensemble:
-    "The members of several rows in one, in this order."
-    whole, parts = Ensemble([row.member(0) for row in rows]), [dict(row.named_parameters()) | dict(row.named_buffers()) for row in rows]
+    "The members of several rows in one, in this order; the first row grows to be that."
+    _check_alike([row.blank for row in rows], rows[0].conv)
+    whole, parts = rows[0], [dict(row.named_parameters()) | dict(row.named_buffers()) for row in rows]
     in_order = torch.equal(order, torch.arange(len(order)))
-    for name, t in [*whole.named_parameters(), *whole.named_buffers()]:
+    for name, t in parts[0].items():
         joined = torch.cat([part[name].data for part in parts])
-        t.data = joined if in_order else joined[order]
+        t.data, t.grad = joined if in_order else joined[order], None
     whole._seed([m["seed"] for m in members], whole.stacks[0].device)
     whole.frozen = bool((whole.died >= 0).any())
     return whole
