@@ -672,10 +672,12 @@ def _observe(self:Training)->dict[str, Tensor]:
     point = dict(epoch=torch.tensor(self.epoch), loss=self.last["loss"])
     if self.share[1] > 1:
         for b in self.model.buffers(): dist.broadcast(b, 0)
+    self.model.eval()
     for part in ("val", "test"):
         with self.autocast(): right = count_right(self.model, self.split, part, share=self.share)
         if self.share[1] > 1: dist.all_reduce(right)
         point[f"{part}_accuracy"] = right / getattr(self.split, part).shape[-1]
+    self.model.train()
     la = self.least_action
     if la is not None: point |= {"lambda": la.lam.clone(), "action": global_mean(la.action).clone()}
     return point | ({"energy": self.last["energy"]} if "energy" in self.last else {})

@@ -1,19 +1,22 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
 import os
 import signal
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lap_nb.ensembles
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
 from lap_nb.ensembles import Ensemble, _made, fit_many, interval, member_memory, seeded
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
-from lap_nb.training import fit
+from lap_nb.training import fit, load_checkpoint
 
 make = partial(dense_net, 64, 10, 3, 16)
 
@@ -291,6 +294,76 @@ def test_checkpoints_of_another_ensemble_are_refused(tmp_path):
     with pytest.raises(ValueError, match="differ in settings"): fit_many(make, row, lr=.1, resume=True, **settings)
     with pytest.raises(ValueError, match="differ in members"): fit_many(make, row, seeds=[0, 5], resume=True, **settings)
     with pytest.raises(ValueError, match="of batched trainings, now they are sequential"): fit_many(make, row, resume=True, **settings | dict(mode="sequential"))
+
+
+# --- rows abreast ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2                                       # whatever happened in between
+    torch.set_num_threads(before)
+
+
+def abreast(folder=None, maker=noisy_net, **settings):
+    "Two rows of ten, at the same time where there are two threads."
+    keep = {} if folder is None else dict(checkpoint=folder, save_every=20)
+    return fit_many(maker, digits().splits(60, range(20)), batch_size=20, mode="batched", **dict(epochs=6, eval_every=2) | keep | settings)
+
+
+def test_rows_abreast_give_the_numbers_of_one_row(two_threads, monkeypatch):
+    settings, trained = dict(least_action=LeastAction, grid=dict(lr=[1e-3, 1e-2])), []
+    original = lap_nb.ensembles._trained
+    monkeypatch.setattr("lap_nb.ensembles._trained", lambda job, *a: (trained.append((threading.get_ident(), torch.get_num_threads())), original(job, *a))[1])
+    both = abreast(**settings)
+    assert [n for _, n in trained] == [1] * 4 and len({thread for thread, _ in trained}) == 2
+    torch.set_num_threads(1); trained.clear()
+    one = abreast(**settings)
+    torch.set_num_threads(2)
+    assert trained == [(threading.get_ident(), 1)] * 2
+    for name in one.curves: torch.testing.assert_close(both.curves[name], one.curves[name], rtol=1e-4, atol=1e-6)
+    for p, q in zip(both.model.stacks, one.model.stacks): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    assert both.members == one.members
+
+
+def test_rows_abreast_are_interrupted_and_resumed_together(two_threads, tmp_path):
+    class Impatient:
+        epochs = 0
+        def update(self, n):
+            assert threading.current_thread() is threading.main_thread()
+            self.epochs += n
+            if self.epochs >= 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): abreast(tmp_path / "kept", make, progress=Impatient(), epochs=100, eval_every=25)
+    for row in (tmp_path / "kept").glob("row-*"): assert load_checkpoint(row)["epoch"] < 100
+    assert threading.active_count() == 1
+    whole, resumed = (abreast(tmp_path / name, make, epochs=100, eval_every=25, resume=True) for name in ("whole", "kept"))
+    for name in whole.curves: assert torch.equal(whole.curves[name], resumed.curves[name]), name
+
+
+def test_a_row_that_fails_stops_the_other(two_threads, monkeypatch):
+    original, epochs = lap_nb.ensembles.train_loop, []
+    def failing(ensemble, split, la, generators, bar, **settings):
+        if generators[0].initial_seed() == 10: raise OSError("no space left")
+        return original(ensemble, split, la, generators, SimpleNamespace(update=lambda n: (epochs.append(n), bar.update(n))), **settings)
+    monkeypatch.setattr("lap_nb.ensembles.train_loop", failing)
+    with pytest.raises(OSError, match="no space left"): abreast(epochs=10_000)
+    assert sum(epochs) < 10_000
+
+
+def test_a_row_abreast_may_diverge_as_a_whole(two_threads):
+    def maker(): return init_velocities_(make(), 1e30 if torch.initial_seed() >= 10 else 1.)
+    with pytest.warns(UserWarning, match="10 of 20 networks diverged"):
+        runs = fit_many(maker, digits().splits(60, range(20)), epochs=2, eval_every=1, mode="batched")
+    assert runs.diverged == dict.fromkeys(range(10, 20), 1)
+    assert runs.curves["loss"][:, :10].isfinite().all() and runs.curves["loss"][:, 10:].isnan().all()
+
+
+@pytest.mark.parametrize("chunk, rows", [(None, [25, 25]), (50, [25, 25]), (49, [12, 13, 12, 13]), (19, [16, 17, 17])])
+def test_rows_abreast_have_together_what_one_may_have(chunk, rows):
+    found = lap_nb.ensembles._rows("a" * 50, 1, 1000, chunk, abreast=2)
+    assert [len(row) for row in found] == rows and sum(found, []) == list(range(50))
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
