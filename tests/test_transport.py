@@ -343,6 +343,21 @@ def test_displacement_interpolation_is_recognised_and_an_uneven_clock_is_seen():
     assert late.detour.max() < 1e-9 and late.distance.max() > .4 * late.length
 
 
+def test_mccann_takes_the_mean_or_the_sum_over_features():
+    x, step = cloud(20, 4, 0), torch.tensor([3., 0., 4., 0.])
+    traj = Trajectory(torch.stack([x, x + step / 2, x + step]))
+    (mean,), (whole,) = mccann(traj, 'mean'), mccann(traj, 'sum')
+    assert_close(whole.from_start, torch.tensor([0., 2.5, 5.], dtype=torch.float64))
+    assert_close(mean.to_end, torch.tensor([2.5, 1.25, 0.], dtype=torch.float64))
+
+
+@pytest.mark.parametrize('good, trials, level', [(0, 7, .95), (7, 7, .9), (3, 40, .95), (39, 40, .99)])
+def test_wilsons_interval_is_that_of_scipy(good, trials, level):
+    from scipy.stats import binomtest
+    want = binomtest(good, trials).proportion_ci(level, 'wilson')
+    assert transport._wilson(good / trials, trials, level) == pytest.approx((want.low, want.high), abs=1e-12)
+
+
 @quick
 @given(seeds, st.integers(5, 30), st.integers(1, 4))
 def test_the_bounds_are_on_their_sides(seed, n, d):
