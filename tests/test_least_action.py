@@ -554,6 +554,9 @@ def test_verdicts_of_bare_cases():
     assert kkt(curve(loss=.05 + 0 * t, lam=48 + t)).verdict == "at rest"   # a target of zero, and a loss that is not
     assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
     assert kkt(curve(loss=t[:5], lam=t[:5])).verdict == "too short"
+    near = dict(loss=.1 + 0 * t, lam=1.5 + .01 * t)
+    assert kkt(curve(**near), target=.2, low=1.).verdict == "unfinished"   # lambda is still above its floor
+    assert kkt(curve(**near), target=.2, low=1.49).verdict == "never binds"
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
     with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
 

@@ -405,6 +405,8 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: exact_gap(x, y, torch.full((6,), math.nan)), "6 weights that are negative or not a number"),
     (lambda: exact_gap(x, y, torch.full((5,), .2)), r"weights has shape \(5,\), expected \(6,\)"),
     (lambda: exact_gap(x, y, level=95), "level is 95"),
+    (lambda: exact_gap(x, y, level=1), "level is 1"),
+    (lambda: exact_gap(x, y, level=0), "level is 0"),
     (lambda: exact_gap(x, y, resamples=0), "resamples is 0"),
     (lambda: exact_gap(x, y, reduction="median"), "expected one of mean, sum"),
     (lambda: exact_gap(x, y, solver="sinkhorn"), "expected one of auto, assignment, simplex"),
@@ -421,9 +423,21 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: sliced_w2(x, cloud(6, 3, 0)), "x has 2 features, y 3"),
     (lambda: sliced_w2(x, y, 1), "expected at least 2"),
     (lambda: entropic_w2(x, y, -1), "epsilon is -1"),
+    (lambda: entropic_w2(x, y, 0), "epsilon is 0"),
 ])
 def test_unusable_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_cycle_may_take_all_samples():
+    assert cyclical_monotonicity(x, y, 6, cycles=5).length == 6
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1e4])
+def test_the_simplex_proves_its_plan_at_any_scale(scale):
+    start, end, weights = cloud(40, 3, 0), cloud(40, 3, 1), torch.arange(1, 41.) / 820
+    want = optimal_coupling(start, end, weights, solver='simplex').cost
+    assert optimal_coupling(scale * start, scale * end, weights, solver='simplex').cost == pytest.approx(scale ** 2 * want, rel=1e-9)
 
 
 def test_too_large_a_cloud_is_refused_before_it_is_allocated():
