@@ -1,9 +1,11 @@
 # Everything runs in .venv, made here. Any Python from 3.11 on: make PYTHON=python3.12 demo
+# Another PyTorch than that of constraints.txt, in a place of its own: make VENV=.venv-2.5 TORCH=2.5.0 test (or TORCH=newest)
 VENV ?= .venv
 BIN := $(VENV)/bin
 SITE := nbs/_site
 PACKAGING := settings.ini setup.py pyproject.toml constraints.txt
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+VERSIONS := $(if $(TORCH),$(VENV)/constraints-$(TORCH).txt,constraints.txt)
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VERSIONS)
 
 # Idle threads spin only briefly before they sleep: beside other work, small networks train several times faster.
 export GOMP_SPINCOUNT := 1000
@@ -68,12 +70,16 @@ $(VENV)/pyvenv.cfg:
 	echo "No Python 3.11 or later was found: install one (Debian: apt-get install python3 python3-venv)" \
 	  "or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1
 
-$(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
+$(VENV)/constraints-$(TORCH).txt: constraints.txt | $(VENV)/pyvenv.cfg
+	@sed '/^torch==/d' $< > $@
+	@[ '$(TORCH)' = newest ] || echo 'torch==$(TORCH)' >> $@
+
+$(VENV)/.installed: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb and what it requires into $(VENV): about a minute"
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
+$(VENV)/.installed-dev: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb with its development tools into $(VENV): about two minutes"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
