@@ -433,6 +433,11 @@ def test_a_cycle_may_take_all_samples():
     assert cyclical_monotonicity(x, y, 6, cycles=5).length == 6
 
 
+def test_two_directions_are_enough_for_a_bound():
+    bound = sliced_w2(x, y, 2)
+    assert bound.interval[0] < bound.value < bound.interval[1]
+
+
 @pytest.mark.parametrize('scale', [1e-3, 1e4])
 def test_the_simplex_proves_its_plan_at_any_scale(scale):
     start, end, weights = cloud(40, 3, 0), cloud(40, 3, 1), torch.arange(1, 41.) / 820
