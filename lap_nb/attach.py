@@ -143,6 +143,9 @@ def _undisturbed(root:nn.Module):
 def _eagerly(root:nn.Module):
     "Compiled parts of `root` run as they were written; its own tracers rest."
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in root.modules())
+    if compiled and not hasattr(torch.compiler, "set_stance"):
+        raise RuntimeError(f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
+                           "use PyTorch 2.6 or later, or come with the network before torch.compile")
     tracers = [(t, t.paused) for t in _tracers(root)]
     for t, _ in tracers: t.paused = True
     try:
