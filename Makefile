@@ -7,6 +7,13 @@ PACKAGING := settings.ini setup.py pyproject.toml constraints.txt
 VERSIONS := $(if $(TORCH),$(VENV)/constraints-$(TORCH).txt,constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VERSIONS)
 
+# PyPI's torch for Linux brings CUDA, gigabytes of it. Where there is no NVIDIA driver and PyTorch's own index answers, its CPU build of
+# the same version is taken; pip prefers it. (An index given to pip in another way, like a folder of wheels, serves as well.)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+ASK := import sys, urllib.request as r; r.urlopen(r.Request(sys.argv[1] + "/torch/", method="HEAD"), timeout=5)
+CPU_TORCH = $(shell command -v nvidia-smi >/dev/null || { [ "$$(uname -s)" = Linux ] && $(BIN)/python -c '$(ASK)' $(TORCH_INDEX) 2>/dev/null \
+	&& echo --extra-index-url $(TORCH_INDEX); })
+
 # Idle threads spin only briefly before they sleep: beside other work, small networks train several times faster.
 export GOMP_SPINCOUNT := 1000
 
@@ -22,7 +29,7 @@ demo: $(VENV)/.installed ## compare plain and least-action training on handwritt
 	$(BIN)/lap_compare --force
 
 test: $(VENV)/.installed-dev browser assets ## run every notebook and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	LAP_NB_PIP="$(CPU_TORCH)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	$(BIN)/python $(SITE)/render.py
@@ -76,12 +83,12 @@ $(VENV)/constraints-$(TORCH).txt: constraints.txt | $(VENV)/pyvenv.cfg
 
 $(VENV)/.installed: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb and what it requires into $(VENV): about a minute"
-	@$(PIP_INSTALL) -e .
+	@$(PIP_INSTALL) $(CPU_TORCH) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb with its development tools into $(VENV): about two minutes"
-	@$(PIP_INSTALL) -e '.[dev]'
+	@$(PIP_INSTALL) $(CPU_TORCH) -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
 # What the browser tests and the site need from outside Python. Where it cannot be had, make goes on: the tests that

@@ -141,17 +141,17 @@ def _undisturbed(root:nn.Module):
 
 @contextmanager
 def _eagerly(root:nn.Module):
-    "Compiled parts of `root` run as they were written; its own tracers rest."
+    "Compiled parts of `root` run as they were written; what is attached to it already rests."
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in root.modules())
     if compiled and not hasattr(torch.compiler, "set_stance"):
         raise RuntimeError(f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
                            "use PyTorch 2.6 or later, or come with the network before torch.compile")
-    tracers = [(t, t.paused) for t in _tracers(root)]
-    for t, _ in tracers: t.paused = True
+    watchers = [(w, w.paused) for w in _watchers(root)]
+    for w, _ in watchers: w.paused = True
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext(): yield
     finally:
-        for t, paused in tracers: t.paused = paused
+        for w, paused in watchers: w.paused = paused
 
 # %% ../nbs/02_attach.ipynb #579dc64b
 def _run(root:nn.Module, x):
@@ -179,14 +179,16 @@ def _probe(root:nn.Module, x)->dict: # module to its calls
     return probe.calls
 
 # %% ../nbs/02_attach.ipynb #ec31693d
-def _tracers(root:nn.Module)->list:
-    "The tracers attached to `root`, each once."
-    hooks = chain.from_iterable(m._forward_hooks.values() for m in root.modules())
-    return list({id(h.tracer): h.tracer for h in hooks if isinstance(h, _Hook)}.values())
+def _watchers(root:nn.Module)->list:
+    "Tracers and meters attached to `root` or in it, each once: what its hooks name by `watcher`."
+    hooks = chain.from_iterable((*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in root.modules())
+    found = [h.watcher() for h in hooks if hasattr(h, "watcher")]
+    return list({id(w): w for w in found if w is not None}.values())
 
 class _Hook:
     "A forward hook that knows whose it is."
     def __init__(self, tracer, call, name=""): self.tracer, self.call, self.name = tracer, call, name
+    def watcher(self): return self.tracer
     def __call__(self, *args): return self.call(self.name, *args)
 
 # %% ../nbs/02_attach.ipynb #cd7cbe34
@@ -305,9 +307,10 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
         if not holds and name != "(model)" and not any(_within(name, b) for b in blocks): ends.append(name)
         if not any(_within(name, b) for b in blocks) or why.startswith("inside"): blocks.skipped[name] = why
     if blocks: return blocks
-    seen = "; ".join(f"{name}: {why}" for name, why in list(blocks.skipped.items())[:6])
-    raise ValueError(f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus "
-                     "something of the same shape; " + ("pass an example input x, or " if not judge.calls else "") + "name the blocks with include")
+    seen = "; ".join(f"{name}: {why}" for name, why in list(blocks.skipped.items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
+    raise ValueError(f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus something of the same shape; "
+                     + ("pass an example input x, so that the others can be judged, or " if not judge.calls else "")
+                     + "name the blocks by patterns (include, or blocks where a model is measured)")
 
 # %% ../nbs/02_attach.ipynb #3e2979bf
 @dataclass
@@ -397,14 +400,15 @@ class Tracer:
         inside, copies = set(root.modules()), getattr(self.blocks, "inplace", ())
         if lost := [n for n, m in self.blocks.items() if m not in inside]:
             raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is traced")
-        for other in _tracers(root):
-            if not other.paused: other.remove(); other.replaced = True
+        for other in _watchers(root):
+            if isinstance(other, Tracer) and not other.paused: other.remove(); other.replaced = True
         self.energies_only, self.copies = energies_only, set(copies) if energies_only else set(self.blocks)
-        self.paused, self.replaced, self.steps, self._open = False, False, [], {}
+        self.paused, self.replaced, self.ended, self.steps, self._open = False, False, False, [], {}
         self.hooks = [root.register_forward_pre_hook(_Hook(self, self._begin))]
         for name, m in self.blocks.items():
             self.hooks += [m.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True),
                            m.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True)]
+        self.hooks.append(root.register_forward_hook(_Hook(self, self._close)))
 
     def remove(self):
         "Take the hooks off; the model is as it was. What was noted can still be taken."
@@ -417,18 +421,27 @@ class Tracer:
 # %% ../nbs/02_attach.ipynb #09a95cf0
 @patch
 def _begin(self:Tracer, name, module, args):
-    if not (self.paused or _recomputing()): self.steps, self._open = [], {}
+    if not (self.paused or _recomputing()): self.ended, self.steps, self._open = False, [], {}
+
+@patch
+def _close(self:Tracer, name, module, args, out):
+    if not (self.paused or _recomputing()): self.ended = True
+
+@patch
+def _rests(self:Tracer)->bool:
+    "Whether a block is called for something else: another trace, or after the model's own pass."
+    return self.paused or self.ended and not _recomputing()
 
 @patch
 def _enter(self:Tracer, name, module, args, kwargs):
-    if self.paused: return
+    if self._rests(): return
     x = _first((args, kwargs))
     if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
     self._open[name] = (_wide(x, copy=True) if name in self.copies else x), _version(x)
 
 @patch
 def _leave(self:Tracer, name, module, args, kwargs, out):
-    if self.paused: return
+    if self._rests(): return
     (before, version), after, x = self._open.pop(name), _first(out), _first((args, kwargs))
     if after is None or after.shape != before.shape:
         raise ValueError(f"block {name!r} gives {None if after is None else tuple(after.shape)} for an input of {tuple(before.shape)}, "

@@ -47,7 +47,8 @@ def check_samples(
                          "remove or repair them")
     bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
     if len(bad):
-        raise ValueError(f"labels must lie in 0..{classes - 1}, found {y[bad[0]]} at index {bad[0]}")
+        raise ValueError(f"labels must lie in 0..{classes - 1}, found {y[bad[0]]} at index {bad[0]}: number the classes from 0, "
+                         "and let classes say how many there are")
 
 # %% ../nbs/00_data.ipynb #ae604fc3
 def check_index(
@@ -143,6 +144,7 @@ class Split:
     seeds: tuple # the seed of each row of `train` and `val`
 
     def __post_init__(self):
+        check_samples(self.x, self.y, whole("classes", self.classes, least=1))
         check_parts(len(self.x), dict(train=self.train, val=self.val, test=self.test))
         shapes = {(t.ndim, len(t) if t.ndim == 2 else 1) for t in (self.train, self.val)}
         if len(shapes) > 1 or self.test.ndim > 1 or len(self.seeds) != shapes.pop()[1]:

@@ -273,6 +273,7 @@ def save(self:Trajectory,
     note = dict(kind=_KIND, h=[h for _, h in self._stages], names=self.names, dtypes=[str(x.dtype) for x in xs])
     arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
     path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent} for the trajectory: make it first")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file: np.savez(file, note=np.array(json.dumps(note)), **arrays)

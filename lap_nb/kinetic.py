@@ -187,9 +187,11 @@ class _Hook:
     def __init__(self, meter=None, call=None, name=""):
         self.meter, self.call, self.name = (lambda: None) if meter is None else weakref.ref(meter), call, name
     def __reduce__(self): return _Hook, ()
+    def watcher(self): return self.meter()
     def __call__(self, module, *args):
         meter = self.meter()
-        if meter is not None and meter.on and module.training and torch.is_grad_enabled(): self.call(meter, self.name, module, *args)
+        if meter is None or not meter.on or meter.paused: return
+        if module.training and torch.is_grad_enabled(): self.call(meter, self.name, module, *args)
 
 def _take_off(handles):
     for handle in handles: handle.remove()
@@ -208,13 +210,14 @@ class EnergyMeter:
         root = _unwrap(model)
         self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
-        self.on, self.passes, self.seen, self._open = True, 0, [], []
+        self.on, self.paused, self.passes, self.ended, self.seen, self._open = True, False, 0, False, [], []
         self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
         for name, module in branches.items():
             self.hooks.append(module.register_forward_hook(_Hook(self, EnergyMeter._branch, name)))
         for name, module in self.blocks.items() if velocity == "displacement" else ():
             self.hooks += [module.register_forward_pre_hook(_Hook(self, EnergyMeter._enter, name), with_kwargs=True),
                            module.register_forward_hook(_Hook(self, EnergyMeter._leave, name))]
+        self.hooks.append(root.register_forward_hook(_Hook(self, EnergyMeter._close)))
         self._end = weakref.finalize(self, _take_off, self.hooks)
 
     def remove(self):
@@ -256,10 +259,23 @@ def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
 def _begin(self:EnergyMeter, name, module, args):
-    if not _recomputing(): self.passes, self.seen, self._open = min(self.passes + 1, 2), [], []
+    if not _recomputing(): self.passes, self.ended, self.seen, self._open = min(self.passes + 1, 2), False, [], []
 
 @patch
+def _close(self:EnergyMeter, name, module, args, out):
+    if not _recomputing(): self.ended = True
+
+@patch
+def _aside(self:EnergyMeter)->bool:
+    "Whether a block is called for something else, after the model's own pass."
+    return self.ended and not _recomputing()
+
+
+
+# %% ../nbs/03_kinetic_bias.ipynb #c6b9feba
+@patch
 def _enter(self:EnergyMeter, name, block, args, kwargs):
+    if self._aside(): return
     x = _first((args, kwargs))
     if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
     if name in getattr(self.blocks, "inplace", ()): x = x.clone()
@@ -267,6 +283,7 @@ def _enter(self:EnergyMeter, name, block, args, kwargs):
 
 @patch
 def _leave(self:EnergyMeter, name, block, args, out):
+    if self._aside(): return
     (before, version), after = self._open.pop(), _first(out)
     if after is None or after.shape != before.shape:
         raise ValueError(f"block {name!r} gives {None if after is None else tuple(after.shape)} for an input of {tuple(before.shape)}, "
@@ -277,6 +294,7 @@ def _leave(self:EnergyMeter, name, block, args, out):
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
+    if self._aside(): return
     v = _first(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
     self._note(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))

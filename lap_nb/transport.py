@@ -100,28 +100,67 @@ def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     raise RuntimeError(f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
 
 # %% ../nbs/04_transport.ipynb #11708c63
-def _scalings(cost:Tensor, g:Tensor, eps:float, sweeps:int=10)->tuple[Tensor, Tensor]:
-    "Rough prices, near `g`: Sinkhorn's scalings with entropy `eps`, each step half as long again, in single precision."
-    f = torch.cat([(cost[r] - g).amin(1) for r in _rows(len(cost))])
-    g = _slack(cost, f)                       # now no exponent is positive, and each row and column has a zero
-    kernel = torch.empty(cost.shape, dtype=torch.float32)
-    for r in _rows(len(cost)): torch.exp((f[r, None] + g).sub_(cost[r]).div_(eps).clamp_(min=-80).float(), out=kernel[r])
-    u = v = torch.ones(len(g))
+def _balance(kernel, turned, u, v, sweeps:int):
+    "Sinkhorn's scalings of a kernel and its transpose, each step half as long again."
     for step in [1.] + [1.5] * (sweeps - 2) + [1.]:
-        u = (u ** (1 - step) * (kernel @ v) ** -step).clamp_(1e-30, 1e30)   # a long step may leave what single precision holds
-        v = (v ** (1 - step) * (u @ kernel) ** -step).clamp_(1e-30, 1e30)
-    return f + eps * u.double().log(), g + eps * v.double().log()
+        u = (u ** (1 - step) * (kernel @ v) ** -step).clip(1e-30, 1e30)   # a long step may leave what single precision holds
+        v = (v ** (1 - step) * (turned @ u) ** -step).clip(1e-30, 1e30)
+    return u, v
 
-def _assignment(cost:Tensor):
-    "Optimal matching of as many ends as starts, and the prices that prove it; overwrites `cost`."
+def _plan(x:Tensor, y:Tensor, g:Tensor, eps:float)->tuple[Tensor, Tensor, Tensor]:
+    r"Prices, the ends' near `g`, and plan for the costs $-2\langle x_i, y_j\rangle$ with entropy `eps`; each point has mass 1."
+    unit = y.abs().max().item() or 1.
+    left, right, price = (x * (2 * unit / eps)).float(), (y / unit).float().T.contiguous(), (g / eps).float()
+    kernel, top = torch.empty(len(x), len(y)), torch.empty(len(x))
+    for r in _rows(len(x)):
+        block = torch.mm(left[r], right, out=kernel[r]).add_(price)
+        top[r] = block.amax(1)
+        block.sub_(top[r, None]).clamp_(min=-80).exp_()
+    u, v = _balance(kernel, kernel.T, torch.ones(len(x)), torch.ones(len(y)), 6)
+    return eps * (u.double().log() - top), g + eps * v.double().log(), kernel.mul_(v).mul_(u[:, None])
+
+# %% ../nbs/04_transport.ipynb #7794c8df
+_FAINT = math.exp(-6)   # mass of a pair, of a point's, that is not worth following
+
+def _rough(x:Tensor, y:Tensor, eps:float)->tuple[Tensor, Tensor, Tensor, float]:
+    "Prices on all pairs, the pairs that are not faint, and the entropy at which these hold most of the mass."
+    g = y.new_zeros(len(y))
+    for _ in range(6):   # points that all lie together never have such pairs
+        f, g, plan = _plan(x, y, g, eps)
+        used = plan > _FAINT
+        if plan.mul_(used).sum() > .7 * len(x): break
+        eps /= 4
+    return f, g, used.nonzero().T, eps
+
+def _sharp(rest:Tensor, pairs:Tensor, eps:float)->tuple[Tensor, Tensor]:
+    "Prices of what is left of the costs, with less and less entropy, each time on the pairs that were not faint before."
+    import numpy as np
+    from scipy.sparse import csr_array
+    (i, j), n = pairs.numpy(), len(rest)
+    cost, f, g = rest.numpy()[i, j], np.zeros(n), np.zeros(n)
+    for _ in range(20):  # twins keep more pairs than that for ever
+        if len(i) <= 1.5 * n: break
+        eps /= 2
+        kernel = csr_array((np.exp(((f[i] + g[j] - cost) / eps).clip(max=60)), j, np.searchsorted(i, np.arange(n + 1))), (n, n))
+        with np.errstate(divide="ignore", over="ignore"): u, v = _balance(kernel, kernel.T.tocsr(), np.ones(n), np.ones(n), 20)
+        f, g = f + eps * np.log(u), g + eps * np.log(v)
+        used = f[i] + g[j] - cost > eps * math.log(_FAINT)
+        i, j, cost = i[used], j[used], cost[used]
+    return torch.from_numpy(f), torch.from_numpy(g)
+
+# %% ../nbs/04_transport.ipynb #5753bae3
+def _assignment(x:Tensor, y:Tensor):
+    "Optimal matching of as many ends as starts, and the prices that prove it."
     from scipy.optimize import linear_sum_assignment
-    g, few = cost.mean(0), cost[::len(cost) // 256 + 1]
-    spread = (few - g).sub((few - g).mean(1, keepdim=True)).abs().mean().item() or cost.max().item() or 1.
-    for entropy in (.12, .03, .008): f, g = _scalings(cost, g, entropy * spread)
-    rest = cost.sub_(f[:, None]).sub_(g)
-    target = torch.from_numpy(linear_sum_assignment(rest.numpy())[1])
-    df, dg = _potentials(rest, target)
-    return target, None, f + df, g + dg
+    a, b = x.median(0).values, y.median(0).values
+    few = -2 * (x - a)[::len(x) // 256 + 1] @ (y - b).T
+    few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
+    f, g, pairs, eps = _rough(x - a, y - b, (few.median().item() or few.mean().item() or 1.) / 8)
+    rest = torch.addmm(f[:, None].expand(-1, len(y)), x - a, (y - b).T, beta=-1, alpha=-2).sub_(g)
+    df, dg = _sharp(rest, pairs, eps)
+    target = torch.from_numpy(linear_sum_assignment(rest.sub_(df[:, None]).sub_(dg).numpy())[1])
+    proof = _potentials(rest, target)
+    return target, None, x.square().sum(1) - 2 * x @ b + f + df + proof[0], y.square().sum(1) - 2 * (y - b) @ a + g + dg + proof[1]
 
 # %% ../nbs/04_transport.ipynb #bad5496f
 def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
@@ -178,10 +217,9 @@ def optimal_coupling(
     if solver == "auto": solver = "assignment" if equal else "simplex"
     if solver == "assignment" and not equal: raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
     _check_memory(len(x), len(y), 2 if solver == "assignment" else 5, max_bytes)
-    cost = cost_matrix(x, y, math.inf)
-    target, plan, f, g = _assignment(cost) if solver == "assignment" else _simplex(cost, a, b, max_iter)
-    total = (x - y[target]).square().sum(1).mean() if plan is None else (plan.values() * cost[tuple(plan.indices())]).sum()
-    return Coupling(total.item(), target, plan, f, g, solver)
+    target, plan, f, g = _assignment(x, y) if solver == "assignment" else _simplex(cost_matrix(x, y, math.inf), a, b, max_iter)
+    i, j, mass = (range(len(x)), target, a) if plan is None else (*plan.indices(), plan.values())
+    return Coupling((mass * (x[i] - y[j]).square().sum(1)).sum().item(), target, plan, f, g, solver)
 
 # %% ../nbs/04_transport.ipynb #8ee30b7a
 BLIND = .05   # sensitivity below which a gap of zero is no evidence

@@ -1,4 +1,4 @@
-"""What each package that `lap_nb` needs costs: `python tests/dependencies.py` renews the numbers in CONTRIBUTING.md.
+"""What each package that `lap_nb` needs costs: `python tests/dependencies.py` renews the numbers in .github/MAINTAINING.md.
 
 Import: processor seconds that a fresh Python with one thread takes for the modules that `lap_nb` imports from the package, less those of
 an empty one; the smallest of five. What a package imports in turn is counted with it. Size: the files of the package alone.
@@ -14,7 +14,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = ROOT / 'CONTRIBUTING.md'
+GUIDE = ROOT / '.github' / 'MAINTAINING.md'
 # What `lap_nb` imports from a package, where that is not the package by its own name
 MODULES = {'POT': 'ot', 'scikit-learn': 'sklearn.datasets', 'scipy': 'scipy.optimize, scipy.spatial.distance, scipy.stats', 'pillow': 'PIL.Image',
            'matplotlib': 'matplotlib.pyplot', 'tqdm': 'tqdm.auto', 'fastcore': 'fastcore.basics, fastcore.meta, fastcore.script'}

@@ -450,6 +450,20 @@ def test_tracing_inside_tracing():
         assert len(outer.take().names) == 4
 
 
+@pytest.mark.parametrize("look", [lambda net, x: net.trajectory(x), lambda net, x: net.flow(x), trace, trace_energies, find_blocks])
+@pytest.mark.parametrize("only", [True, False])
+def test_who_looks_at_the_blocks_on_the_side_changes_nothing(look, only):
+    net, x = dense_net(3, 2, K=4), torch.randn(BATCH, 3)
+    want = trace_energies(net, x).energies()
+    with Tracer(net, energies_only=only) as tracer:
+        net(x); look(net, torch.randn(9, 3))
+        assert_close(tracer.take().energies(), want)
+        look(net, torch.randn(9, 3))
+        with pytest.raises(RuntimeError, match="no step"): tracer.take()
+        net(x)
+        assert_close(tracer.take().energies(), want)
+
+
 def test_hooks_go_after_an_error():
     net = dense_net(3, 2, K=4)
     with pytest.raises(RuntimeError), Tracer(net): net(torch.randn(BATCH, 5))
@@ -462,6 +476,7 @@ def test_nothing_stays_referenced():
     noted, found, light = tracer.take(), trace(net, x), trace_energies(net, x)
     refs = [weakref.ref(t) for s in noted.steps + light.steps for t in (s.after, s.before, s.squares) if t is not None]
     refs += [weakref.ref(t) for t in (found.x, found.output, light.output)]
+    refs += [weakref.ref(t.untyped_storage()) for t in (found.x, found.output, light.output)]
     model = weakref.ref(net)
     del noted, found, light
     assert all(r() is None for r in refs)
@@ -469,15 +484,31 @@ def test_nothing_stays_referenced():
     assert model() is None
 
 
-@pytest.mark.parametrize("only", [True, False])
-def test_energies_keep_at_most_one_block(only):
-    net, x, outputs, alive = dense_net(3, 2, K=6), torch.randn(BATCH, 3), [], []
+def alive_outputs(net):
+    "Weak references to the memory of what the blocks give, and how many of the earlier ones were alive at each call."
+    outputs, alive = [], []
 
     def watch(block, args, out):
         alive.append(sum(r() is not None for r in outputs))
-        outputs.append(weakref.ref(out))
+        outputs.append(weakref.ref(out.untyped_storage()))
 
     for block in net.flow.blocks: block.register_forward_hook(watch)
+    return outputs, alive
+
+
+@pytest.mark.parametrize("call", [find_blocks, trace_energies])
+def test_the_probing_pass_keeps_at_most_one_block_too(call):
+    net, x = dense_net(3, 2, K=6), torch.randn(BATCH, 3)
+    outputs, alive = alive_outputs(net)
+    with torch.no_grad(): found = call(net, x)
+    assert len(alive) == (6 if call is find_blocks else 12) and max(alive) <= 1
+    assert all(r() is None for r in outputs) and found is not None
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_energies_keep_at_most_one_block(only):
+    net, x = dense_net(3, 2, K=6), torch.randn(BATCH, 3)
+    _, alive = alive_outputs(net)
     with torch.no_grad(), Tracer(net, energies_only=only) as tracer: net(x)
     assert max(alive) <= 1
     kept = [s for s in tracer.take().steps if s.before is not None or s.after is not None]
@@ -779,6 +810,7 @@ def test_real_distributed_wrapper():
     finally: torch.distributed.destroy_process_group()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a machine with one")
 def test_no_wait_for_the_device():
     net, x = ResNet().cuda().eval(), images().cuda()

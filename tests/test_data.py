@@ -68,7 +68,7 @@ def with_value(value, *index):
     (dict(y=Y.float()), r'labels must be int64 \[6\].*found float32'),
     (dict(y=Y.tolist()), 'labels must be int64 .* found list'),
     (dict(y=Y[:, None]), r'found int64 \[6, 1\]'),
-    (dict(y=Y + 1), r'labels must lie in 0\.\.2, found 3 at index 2'),
+    (dict(y=Y + 1), r'labels must lie in 0\.\.2, found 3 at index 2: number the classes from 0'),
     (dict(y=Y - 1), r'labels must lie in 0\.\.2, found -1 at index 0'),
     (dict(classes=2), r'labels must lie in 0\.\.1, found 2 at index 2'),
     (dict(classes=0), 'classes must be at least 1, found 0'),
@@ -99,6 +99,8 @@ def test_bad_samples_are_refused(changes, words):
      r'val uses sample 0 a second time \(row 1\)'),
     (dict(train=torch.tensor([[0, 1], [0, 1]]), val=torch.tensor([[2], [2], [3]]), seeds=(0, 1)), 'differ in their number'),
     (dict(train=torch.tensor([[0], [1]]), val=torch.tensor([[2], [2]]), seeds=(0,)), 'and 1 seeds'),
+    (dict(x=with_value(torch.nan, 2)), '1 of 6 samples hold NaN or Inf, the first at index 2: remove or repair'),
+    (dict(y=Y + 1), r'labels must lie in 0\.\.2, found 3 at index 2: number the classes'), (dict(classes=0), 'classes must be at least 1'),
 ])
 def test_bad_splits_are_refused(changes, words):
     good = dict(x=X, y=Y, train=torch.tensor([0, 1]), val=torch.tensor([2, 3]), test=torch.tensor([4, 5]), name='six',

@@ -64,7 +64,7 @@ def installed(dists, tmp_path_factory):
     venv.create(folder / 'env', with_pip=True)
     programs = folder / 'env' / 'bin'
     check(programs / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check',
-          '-c', ROOT / 'constraints.txt', dists[0], cwd=folder)
+          *os.environ.get('LAP_NB_PIP', '').split(), '-c', ROOT / 'constraints.txt', dists[0], cwd=folder)
     yield programs
     shutil.rmtree(folder)
 

@@ -193,6 +193,21 @@ def test_only_training_passes_count():
         meter.take()
 
 
+@pytest.mark.parametrize("velocity", ["displacement", "branch"])
+@pytest.mark.parametrize("look", [lambda net, x: net.trajectory(x), lambda net, x: net.flow(x), trace, trace_energies, find_blocks])
+def test_who_looks_at_the_blocks_on_the_side_changes_nothing(look, velocity):
+    net, x = small()
+    want = by_hand(net, x)
+    with EnergyMeter(net, velocity=velocity) as meter:
+        for aside in (lambda: None, lambda: look(net, 9 * x)):   # between the pass and the taking, and after it
+            net(x); aside()
+            assert_close(meter.take(), want)
+            look(net, 9 * x)
+        assert meter.seen == []
+        net(x)
+        assert_close(meter.take(), want)
+
+
 def test_passes_that_nobody_takes_do_not_pile_up():
     net, x = small()
     with EnergyMeter(net) as meter:
@@ -323,7 +338,7 @@ def test_a_forgotten_meter_takes_its_hooks_along():
     net, x = small()
     for _ in range(3): meter = EnergyMeter(net)
     gc.collect()
-    assert hook_count(net) == 7
+    assert hook_count(net) == 8
     del meter; gc.collect()
     assert hook_count(net) == 0
     meter = EnergyMeter(net)

@@ -1,5 +1,7 @@
 "The notebooks are the only source: what is generated from them is in step with them, and the package keeps its manners."
 import ast
+import functools
+import http.server
 import importlib
 import inspect
 import json
@@ -8,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -277,6 +280,33 @@ def test_torch_is_pinned_in_the_constraints_only():
     assert 'torch==' not in (ROOT / 'settings.ini').read_text(encoding='utf-8')
 
 
+def test_a_machine_without_a_card_gets_the_cpu_build(tmp_path):
+    "make names PyTorch's index of CPU builds to pip: on Linux, if it answers, and if there is no NVIDIA driver."
+    if shutil.which('make') is None or sys.platform != 'linux': pytest.skip('needs make on Linux: apt-get install make')
+    (tmp_path / 'site' / 'torch').mkdir(parents=True)
+    (tmp_path / 'site' / 'torch' / 'index.html').touch()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
+
+    def named(path, port):
+        "Whether pip is given the index on this port."
+        done = subprocess.run(['make', '-n', '-B', 'demo', f'VENV={sys.prefix}', f'TORCH_INDEX=http://127.0.0.1:{port}'], cwd=ROOT, text=True,
+                              env=os.environ | {'PATH': path, 'no_proxy': '127.0.0.1'}, capture_output=True, check=True)
+        pip, = (line for line in done.stdout.splitlines() if ' -m pip install ' in line)
+        return f'--extra-index-url http://127.0.0.1:{port} -e .' in pip
+
+    # The path without drivers: the tools that the Makefile calls.
+    (tmp_path / 'tools').mkdir()
+    for tool in ('make', 'sh', 'uname', 'env'): (tmp_path / 'tools' / tool).symlink_to(shutil.which(tool))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert named(str(tmp_path / 'tools'), server.server_port)
+        (tmp_path / 'tools' / 'nvidia-smi').symlink_to(shutil.which('true'))
+        assert not named(str(tmp_path / 'tools'), server.server_port), 'with a driver the CUDA build is right'
+        server.shutdown()
+    (tmp_path / 'tools' / 'nvidia-smi').unlink()
+    assert not named(str(tmp_path / 'tools'), server.server_port), 'an index that does not answer would only delay pip'
+
+
 def test_spelling(tmp_path):
     "codespell over the text of the notebooks and the documents; words of the field stand in pyproject.toml."
     pytest.importorskip('codespell_lib', reason='codespell is missing: run `make test`, which installs it')
@@ -314,6 +344,6 @@ def test_changelog_tells_of_the_version():
 
 
 def test_each_requirement_has_its_row_in_the_guide():
-    "Why each package is needed and what it costs stands in CONTRIBUTING.md, and of no other."
+    "Why each package is needed and what it costs stands in .github/MAINTAINING.md, and of no other."
     from dependencies import GUIDE, ROW, required
     assert sorted(name for name, why in ROW.findall(GUIDE.read_text(encoding='utf-8')) if why) == sorted(required())

@@ -1,6 +1,8 @@
 "The site and the scripts that make it: every page in a real browser, at two widths, from a server and from a folder."
 import functools
 import http.server
+import importlib
+import inspect
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import sys
 import threading
 import urllib.parse
 from contextlib import closing, contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -209,6 +212,49 @@ def test_public_names_are_documented(contents):
     missing = [name for name, where in entries.items() if '.' not in name and not name.startswith('_')
                and where.partition('#')[2] not in contents[where.partition('#')[0]]['ids']]
     assert entries and not missing
+
+
+def entry_lacks(article, thing, file):
+    "What is missing in the entry of a function: the link to its source, or an argument's row with its meaning."
+    if not re.search(rf'<a href="[^"]*/{re.escape(file)}#L\d+" class="api-source">', article): yield 'source'
+    rows = re.findall(r'<tr>\s*<td>\s*<code>(\w+)</code>\s*</td>.*?<td>([^<]*(?:<(?!/td>)[^<]*)*)</td>\s*</tr>', article, re.S)
+    meanings = {name: re.sub(r'<[^>]+>', '', text).strip() for name, text in rows}
+    named = [p.name for p in inspect.signature(thing).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    yield from (name for name in named if not meanings.get(name))
+
+
+@pytest.fixture(scope='session')
+def entries(site):
+    "Page and name of each entry: its address and its text."
+    found = [(page, *re.search(r'<h3 id="([^"]*)">([\w.]+)</h3>', article).groups(), article) for page in PAGES
+             for article in re.findall(r'<article class="api">.*?</article>', (site / page).read_text(encoding='utf-8'), re.S)]
+    return {(page, name): (f'{page}#{anchor}', article) for page, anchor, name, article in found}
+
+
+def test_entries_list_arguments_and_source(entries):
+    from lap_nb._modidx import d as index
+    lacking, seen = {}, 0
+    for module, names in index['syms'].items():
+        for full, (address, file) in names.items():
+            name = full.removeprefix(f'{module}.')
+            thing = getattr(importlib.import_module(module), name, None)   # methods are None
+            if not (inspect.isfunction(thing) or is_dataclass(thing)) or name.startswith('_'): continue
+            lacks = list(entry_lacks(entries[address.partition('#')[0], name][1], thing, file))
+            seen, lacking = seen + 1, lacking | ({full: lacks} if lacks else {})
+    assert seen > 150 and not lacking
+
+
+def test_every_link_of_a_name_leads_to_its_entry(contents, entries):
+    "Also where a heading of the page, or another name, is the same but for capitals."
+    wrong = []
+    for page, content in contents.items():
+        for href, name in content['names']:
+            path, _, anchor = href.partition('#')
+            where = entries.get((path or page, name.removesuffix('()')))
+            if where and f'{path or page}#{anchor}' != where[0]: wrong.append(f'{page}: {name} leads to {href}, its entry is {where[0]}')
+    assert not wrong
+    namesakes = [name for (page, name), (address, _) in entries.items() if not address.endswith('#' + name.lower())]
+    assert 'trace' in namesakes and 'KKT' in namesakes, 'nothing is tested here any more'
 
 
 def move_slider(page):

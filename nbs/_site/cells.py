@@ -1,12 +1,16 @@
 "A notebook that nbdev has processed, as markdown in the dialect that Quarto uses."
 import ast
 import base64
+import inspect
 import json
 import re
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import yaml
+from fastcore.docments import docments
+from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
 VIEW = 'application/vnd.jupyter.widget-view+json'
@@ -27,11 +31,11 @@ def notebook_markdown(
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'raw': front |= yaml.safe_load(source.strip().strip('-'))
         elif cell['cell_type'] == 'markdown': parts.append(source)
-        else: parts += code_cell(nb, cell, source, files)
+        else: parts += code_cell(nb, cell, source, files, front.get('output-file'))
     return front, '\n\n'.join(parts) + '\n'
 
 
-def code_cell(nb, cell, source, files):
+def code_cell(nb, cell, source, files, page):
     "Code and outputs, as the `#|` options of the cell ask."
     options, code = split_options(source)
     if options.get('include') is False: return
@@ -39,7 +43,7 @@ def code_cell(nb, cell, source, files):
     if options.get('output') is False: return
     for number, output in enumerate(cell['outputs']):
         text = output_markdown(nb, output, options, files / f'{cell["id"]}-{number}')
-        yield api_entry(text) if code.startswith('show_doc(') else text
+        yield api_entry(text, documented(code[len('show_doc('):-1], page)) if code.startswith('show_doc(') else text
 
 
 def split_options(source):
@@ -96,19 +100,40 @@ def picture(content, options, path):
     return f'![{caption}]({path.parent.name}/{path.name}){{{label}alt={json.dumps(alt, ensure_ascii=False)}}}'
 
 
-def api_entry(text):
-    "What `show_doc` wrote, with the signature on top and the commented arguments as a table."
+def documented(name, page):
+    "The object `name` of the module whose names stand on `page`."
+    library = get_config().lib_path.name
+    modules = import_module(f'{library}._modidx').d['syms']
+    thing = import_module(next(m for m, names in modules.items() if any(at.startswith(f'{page}#') for at, _ in names.values())))
+    for part in name.split('.'): thing = inspect.getattr_static(thing, part) if inspect.isclass(thing) else getattr(thing, part)
+    return thing.fget if isinstance(thing, property) else getattr(thing, '__func__', thing)
+
+
+def api_entry(text, thing):
+    "What `show_doc` wrote of `thing`, with the signature on top and the commented arguments as a table."
     source, heading, code, doc = re.fullmatch(
         r'---\n\n(?:\[source\]\((.*?)\).*?\n\n)?(### .*?)\n\n```python\n(.*?)\n```\s*(.*)', text, re.S).groups()
+    file = thing.__module__.replace('.', '/') + '.py'
+    if source and inspect.isfunction(thing) and f'/{file}#' not in source:  # nbdev knows one module for a name
+        source = re.sub(r'\w+/\w+[.]py#L\d+$', f'{file}#L{thing.__code__.co_firstlineno}', source)
     link = f'[source]({source}){{.api-source}}\n\n' if source else ''
-    signature, table = signature_and_table(code)
+    signature, table = signature_and_table(code, comments_of(thing))
     doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M)
     return f'<article class="api">\n\n{link}{heading}\n\n{fence(signature, ".python .signature")}\n\n{doc}\n\n{table}\n\n</article>'
 
 
-def signature_and_table(code):
-    "From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments."
-    comments = dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))
+def comments_of(thing):
+    "What stands beside the arguments of a function, or the fields of a class and of those it derives from, by name."
+    library = thing.__module__.partition('.')[0]
+    parts = [c for c in reversed(thing.__mro__) if c.__module__.partition('.')[0] == library] if inspect.isclass(thing) else [thing]
+    return {name: text for part in parts for name, text in docments(part, returns=False).items() if text}
+
+
+def signature_and_table(code, more):
+    "From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments; `more` of them by name."
+    code = re.sub(r'^( {4}\w+:\w+) <.*?>(?==)', r'\1', code, flags=re.M)  # fastcore's help of an argument
+    code = re.sub(r'=<[^<>]*>', '=...', code)                             # a function as a default value
+    comments = {name: NbdevLookup().linkify(text) for name, text in more.items()} | dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))
     returned = ''.join(re.findall(r'^(?:def \w+\(|)\).*?: # (.*)$', code, re.M))
     try: function = ast.parse(re.sub(r' # .*$', '', code, flags=re.M) + ' pass').body[0]
     except SyntaxError: return code, ''  # a default value without a literal form

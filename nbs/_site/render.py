@@ -74,6 +74,7 @@ def pandoc_site(processed, out):
     shutil.copytree(processed, out, ignore=shutil.ignore_patterns('*.ipynb', '*.yml'))
     chapters = [load_chapter(processed / name, out) for name in notebooks(config['website']['sidebar'])]
     for number in range(len(chapters)): write_page(config, chapters, number, out)
+    tell_namesakes_apart([out / c.page for c in chapters])
     copy_assets(out)
     pages = {c.page: Page((out / c.page).read_text(encoding='utf-8'), c.title) for c in chapters}
     if broken := broken_links(pages, out): raise SiteError('\n  '.join(['broken links', *broken]))
@@ -136,6 +137,21 @@ def write_page(config, chapters, number, out):
     html = LinkRewriter(website, chapters).rewrite(done.stdout)
     html = re.sub(r' id="toc-[^"]*"', '', html)  # the contents stand on the page twice
     (out / chapter.page).write_text(html, encoding='utf-8')
+
+
+def tell_namesakes_apart(pages):
+    "nbdev addresses a name in lower case. Where a heading or another name has that address, links to the name go to its entry all the same."
+    texts, moved = {page: page.read_text(encoding='utf-8') for page in pages}, {}
+    for page, text in texts.items():
+        for anchor, name in re.findall(r'<article class="api">.*?<h3 id="([^"]*)">([\w.]+)</h3>', text, re.S):
+            if re.fullmatch(re.escape(name.lower()) + r'-\d+', anchor): moved[page.name, name] = anchor
+
+    def link(found, page):
+        path, name = found['path'] or page.name, found['name']
+        return found[0] if found['anchor'] != name.lower() else f'href="{found["path"]}#{moved.get((path, name), found["anchor"])}"{found["rest"]}'
+
+    pattern = re.compile(r'href="(?P<path>[\w.]*)#(?P<anchor>[\w.]+)"(?P<rest>[^>]*>\s*<code>(?P<name>[\w.]+)(?:\(\))?</code>)')
+    for page, text in texts.items(): page.write_text(pattern.sub(lambda found: link(found, page), text), encoding='utf-8')
 
 
 class LinkRewriter:
