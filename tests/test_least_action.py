@@ -554,7 +554,7 @@ def test_verdicts_of_bare_cases():
     assert kkt(curve(loss=.5 + 0 * t, lam=3 + 0 * t), target=.1, cap=3.).verdict == "infeasible"
     assert kkt(curve(loss=.05 + 0 * t, lam=48 + t)).verdict == "at rest"   # a target of zero, and a loss that is not
     assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
-    assert kkt(curve(loss=t[:5], lam=t[:5])).verdict == "too short"
+    assert kkt(curve(loss=t[:7], lam=1 + t[:7])).verdict == "too short" != kkt(curve(loss=t[:8], lam=1 + t[:8])).verdict
     near = dict(loss=.1 + 0 * t, lam=1.5 + .01 * t)
     assert kkt(curve(**near), target=.2, low=1.).verdict == "unfinished"   # lambda is still above its floor
     assert kkt(curve(**near), target=.2, low=1.49).verdict == "never binds"
