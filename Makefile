@@ -1,9 +1,11 @@
 # Everything runs in .venv, made here. Any Python from 3.11 on: make PYTHON=python3.12 demo
+# Another PyTorch than that of constraints.txt, in a place of its own: make VENV=.venv-2.5 TORCH=2.5.0 test (or TORCH=newest)
 VENV ?= .venv
 BIN := $(VENV)/bin
 SITE := nbs/_site
 PACKAGING := settings.ini setup.py pyproject.toml constraints.txt
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+VERSIONS := $(if $(TORCH),$(VENV)/constraints-$(TORCH).txt,constraints.txt)
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VERSIONS)
 
 # PyPI's torch for Linux brings CUDA, gigabytes of it. Where there is no NVIDIA driver and PyTorch's own index answers, its CPU build of
 # the same version is taken; pip prefers it. (An index given to pip in another way, like a folder of wheels, serves as well.)
@@ -75,12 +77,16 @@ $(VENV)/pyvenv.cfg:
 	echo "No Python 3.11 or later was found: install one (Debian: apt-get install python3 python3-venv)" \
 	  "or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1
 
-$(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
+$(VENV)/constraints-$(TORCH).txt: constraints.txt | $(VENV)/pyvenv.cfg
+	@sed '/^torch==/d' $< > $@
+	@[ '$(TORCH)' = newest ] || echo 'torch==$(TORCH)' >> $@
+
+$(VENV)/.installed: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb and what it requires into $(VENV): about a minute"
 	@$(PIP_INSTALL) $(CPU_TORCH) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
+$(VENV)/.installed-dev: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb with its development tools into $(VENV): about two minutes"
 	@$(PIP_INSTALL) $(CPU_TORCH) -e '.[dev]'
 	@touch $(VENV)/.installed $@

@@ -143,6 +143,9 @@ def _undisturbed(root:nn.Module):
 def _eagerly(root:nn.Module):
     "Compiled parts of `root` run as they were written; what is attached to it already rests."
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in root.modules())
+    if compiled and not hasattr(torch.compiler, "set_stance"):
+        raise RuntimeError(f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
+                           "use PyTorch 2.6 or later, or come with the network before torch.compile")
     watchers = [(w, w.paused) for w in _watchers(root)]
     for w, _ in watchers: w.paused = True
     try:

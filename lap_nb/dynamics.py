@@ -209,8 +209,9 @@ def turning_angles(self:Trajectory
         size = _norms(steps)
         unit = steps.flatten(2) / size.clamp_min(1e-30).unsqueeze(2)
         a, b = unit[:-1], unit[1:]
-        angle = 2 * torch.atan2((a - b).norm(dim=2), (a + b).norm(dim=2))   # accurate for small angles, too
-        return angle.where((size[:-1] > 0) & (size[1:] > 0), 0)
+        moves = (size[:-1] > 0) & (size[1:] > 0)
+        angle = 2 * torch.atan2((a - b).norm(dim=2), (a + b).norm(dim=2).where(moves, 1))   # accurate for small angles, too
+        return angle.where(moves, 0)
     return torch.cat([angles(s.steps) for s in self.stages])
 
 # %% ../nbs/01_dynamics.ipynb #e0656b89

@@ -42,6 +42,15 @@ def copy_checkout(to):
 
 
 @pytest.fixture(scope='session')
+def transformers():
+    "The library of that name, where it works with the PyTorch that is installed."
+    library = pytest.importorskip('transformers', reason='transformers is not installed: pip install transformers, then run this again')
+    if not library.is_torch_available(): pytest.skip('transformers refuses this version of PyTorch: install a newer PyTorch, or an older transformers')
+    library.logging.set_verbosity_error()
+    return library
+
+
+@pytest.fixture(scope='session')
 def forked():
     "Starts processes that have imported the library already: forks of a server that does nothing else."
     from multiprocessing.forkserver import ensure_running

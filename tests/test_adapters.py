@@ -15,6 +15,7 @@ from lap_nb.least_action import LeastAction
 
 pl = pytest.importorskip("lightning.pytorch")
 transformers = pytest.importorskip("transformers")
+hugging_face = pytest.mark.skipif(not transformers.is_torch_available(), reason="transformers refuses this version of PyTorch: install a newer PyTorch")
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
 
@@ -120,6 +121,7 @@ def hf_trainer(model, folder, la=None, data=None, **settings):
     return OurTrainer(model, args, train_dataset=data, eval_dataset=data, least_action=la or LeastAction(model))
 
 
+@hugging_face
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_hugging_face_trains_as_the_plain_loop(tmp_path, accumulate):
     "The model takes keyword arguments for its loss, for which the trainer would scale it by all accumulated items."
@@ -129,6 +131,7 @@ def test_hugging_face_trains_as_the_plain_loop(tmp_path, accumulate):
     assert trainer.state.log_history[0]["lambda"] > 1
 
 
+@hugging_face
 def test_hugging_face_resumes_with_lambda(tmp_path):
     hf_trainer(Classifier(), tmp_path, num_train_epochs=1).train()
     assert (tmp_path / "checkpoint-4" / "least_action.pt").exists()
@@ -137,12 +140,14 @@ def test_hugging_face_resumes_with_lambda(tmp_path):
     check_same(again.model.net, again.least_action, plain(2))
 
 
+@hugging_face
 def test_hugging_face_evaluates_the_task_alone(tmp_path):
     trainer = hf_trainer(Classifier(), tmp_path)
     found = trainer.evaluate()["eval_loss"]
     assert found == pytest.approx(F.cross_entropy(trainer.model.net.eval()(X), Y).item(), rel=1e-4)
 
 
+@hugging_face
 def test_a_transformer_of_theirs(tmp_path):
     "GPT-2, untouched: its blocks keep the shape of their input."
     config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)

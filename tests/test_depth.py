@@ -207,8 +207,7 @@ def test_blocks_that_write_to_their_input(x):
         assert_close(elastic.cut(1)(x), want, **CLOSE)
 
 
-def test_a_vision_transformer_of_transformers():
-    transformers = pytest.importorskip('transformers')
+def test_a_vision_transformer_of_transformers(transformers):
     torch.manual_seed(0)
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
                                     num_channels=1, num_labels=10)

@@ -2,6 +2,7 @@
 import os
 import signal
 import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from torch import nn
 import lap_nb.ensembles
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, fit_many, interval, member_memory, seeded
+from lap_nb.ensembles import Ensemble, _clock, _made, choose_mode, fit_many, interval, member_memory, seeded
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit, load_checkpoint
@@ -415,3 +416,16 @@ def test_interval_of_the_mean_is_students(values):
 @pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])
 def test_too_little_for_an_interval(values):
     with pytest.raises(ValueError, match="expected at least two finite values in one row"): interval(torch.tensor(values))
+
+
+def test_sleep_takes_time_but_no_processor():
+    before = time.process_time()
+    wall, used = _clock(partial(time.sleep, .2))
+    assert .2 <= wall < 60 and 0 <= used < .1
+    wall, used = _clock(lambda: [None for _ in iter(lambda: time.process_time() - before < .3, False)])
+    assert .1 < used < wall + .1
+
+
+def test_one_network_alone_makes_no_row():
+    x = torch.rand(100, 64)
+    assert choose_mode(make, x, 1) == ("sequential", "grouped") and choose_mode(make, x, 2) == ("batched", "grouped")

@@ -21,6 +21,7 @@ from lap_nb.dynamics import ResidualBlock, Trajectory, dense_net
 from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, rank_correlation, relative_energy
 
 BATCH = 4
+TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 
 @pytest.fixture(autouse=True)
@@ -366,7 +367,8 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("velocity", ["displacement", "branch"])
+@pytest.mark.parametrize("velocity", ["displacement", pytest.param("branch", marks=pytest.mark.skipif(
+    TORCH < (2, 7), reason="PyTorch before 2.7 stops at a guard of its own on the hook of a branch"))])
 def test_compiled_without_a_graph_break(fresh_compiler, velocity):
     net, x = small()
     want = by_hand(net, x)
@@ -386,6 +388,7 @@ def test_compiled_without_a_graph_break(fresh_compiler, velocity):
     assert meter.seen == []
 
 
+@pytest.mark.skipif(TORCH < (2, 6), reason="PyTorch 2.5 compiles again when a hook is added")
 def test_attached_too_late_says_so(fresh_compiler):
     net, x = small()
     compiled = torch.compile(net, backend="eager")

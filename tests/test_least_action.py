@@ -508,16 +508,17 @@ def test_report_of_a_run(net):
     assert "lambda" in str(report) and "| lambda |" in report._repr_markdown_()
 
 
-def test_stationarity_at_a_known_solution():
-    "At d = 1/2 the gradients cancel, and they balance at the price 1; away from it they do not."
+@pytest.mark.parametrize("lam", [1., 4.])
+def test_stationarity_at_a_known_solution(lam):
+    "At d = 1/2 the gradients balance at the price 1, at d = 1/4 at 1/3; at another price the difference of two opposite vectors remains."
     flow = Flow([Push(), Push()], .5)
-    la = LeastAction(flow, lambda0=1., tau=0., target=.25)
+    la = LeastAction(flow, lambda0=lam, tau=0., target=.25)
     task = lambda: (flow(torch.zeros(1, 2)) - 1).square().mean()
     for v, balance in ((.5, 1.), (.25, 1 / 3)):
         with torch.no_grad(): [p.fill_(v) for p in flow.parameters()]
         residual, found = la.stationarity(task)
         assert found == pytest.approx(balance, rel=1e-5)
-        assert residual == pytest.approx(0, abs=1e-6) if v == .5 else residual > .3
+        assert residual == pytest.approx((lam - balance) / (lam + balance), abs=1e-6)
     assert la.calls == 0 and all(p.grad is None for p in flow.parameters())
 
 
@@ -553,7 +554,10 @@ def test_verdicts_of_bare_cases():
     assert kkt(curve(loss=.5 + 0 * t, lam=3 + 0 * t), target=.1, cap=3.).verdict == "infeasible"
     assert kkt(curve(loss=.05 + 0 * t, lam=48 + t)).verdict == "at rest"   # a target of zero, and a loss that is not
     assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
-    assert kkt(curve(loss=t[:5], lam=t[:5])).verdict == "too short"
+    assert kkt(curve(loss=t[:7], lam=1 + t[:7])).verdict == "too short" != kkt(curve(loss=t[:8], lam=1 + t[:8])).verdict
+    near = dict(loss=.1 + 0 * t, lam=1.5 + .01 * t)
+    assert kkt(curve(**near), target=.2, low=1.).verdict == "unfinished"   # lambda is still above its floor
+    assert kkt(curve(**near), target=.2, low=1.49).verdict == "never binds"
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
     with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
 

@@ -329,10 +329,12 @@ def test_workflows_use_the_targets_of_the_makefile():
         assert made and made <= targets, path.name
 
 
-def test_declared_interpreters_are_those_of_the_workflow():
-    tested = yaml.safe_load((ROOT / '.github/workflows/test.yml').read_text())['jobs']['test']['strategy']['matrix']['python']
+def test_declared_versions_are_those_of_the_workflow():
+    matrix = yaml.safe_load((ROOT / '.github/workflows/test.yml').read_text())['jobs']['test']['strategy']['matrix']
     settings = (ROOT / 'settings.ini').read_text(encoding='utf-8')
-    assert f'min_python = {tested[0]}\npythons = {" ".join(tested)}\n' in settings
+    assert f'min_python = {matrix["python"][0]}\npythons = {" ".join(matrix["python"])}\n' in settings
+    oldest = re.search(r'\btorch>=(\S+)', settings)[1]
+    assert [extra['torch'] for extra in matrix['include']] == [f'{oldest}.0', 'newest']
 
 
 def test_changelog_tells_of_the_version():

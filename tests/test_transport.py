@@ -344,6 +344,21 @@ def test_displacement_interpolation_is_recognised_and_an_uneven_clock_is_seen():
     assert late.detour.max() < 1e-9 and late.distance.max() > .4 * late.length
 
 
+def test_mccann_takes_the_mean_or_the_sum_over_features():
+    x, step = cloud(20, 4, 0), torch.tensor([3., 0., 4., 0.])
+    traj = Trajectory(torch.stack([x, x + step / 2, x + step]))
+    (mean,), (whole,) = mccann(traj, 'mean'), mccann(traj, 'sum')
+    assert_close(whole.from_start, torch.tensor([0., 2.5, 5.], dtype=torch.float64))
+    assert_close(mean.to_end, torch.tensor([2.5, 1.25, 0.], dtype=torch.float64))
+
+
+@pytest.mark.parametrize('good, trials, level', [(0, 7, .95), (7, 7, .9), (3, 40, .95), (39, 40, .99)])
+def test_wilsons_interval_is_that_of_scipy(good, trials, level):
+    from scipy.stats import binomtest
+    want = binomtest(good, trials).proportion_ci(level, 'wilson')
+    assert transport._wilson(good / trials, trials, level) == pytest.approx((want.low, want.high), abs=1e-12)
+
+
 @quick
 @given(seeds, st.integers(5, 30), st.integers(1, 4))
 def test_the_bounds_are_on_their_sides(seed, n, d):
@@ -391,6 +406,8 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: exact_gap(x, y, torch.full((6,), math.nan)), "6 weights that are negative or not a number"),
     (lambda: exact_gap(x, y, torch.full((5,), .2)), r"weights has shape \(5,\), expected \(6,\)"),
     (lambda: exact_gap(x, y, level=95), "level is 95"),
+    (lambda: exact_gap(x, y, level=1), "level is 1"),
+    (lambda: exact_gap(x, y, level=0), "level is 0"),
     (lambda: exact_gap(x, y, resamples=0), "resamples is 0"),
     (lambda: exact_gap(x, y, reduction="median"), "expected one of mean, sum"),
     (lambda: exact_gap(x, y, solver="sinkhorn"), "expected one of auto, assignment, simplex"),
@@ -407,9 +424,26 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: sliced_w2(x, cloud(6, 3, 0)), "x has 2 features, y 3"),
     (lambda: sliced_w2(x, y, 1), "expected at least 2"),
     (lambda: entropic_w2(x, y, -1), "epsilon is -1"),
+    (lambda: entropic_w2(x, y, 0), "epsilon is 0"),
 ])
 def test_unusable_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_cycle_may_take_all_samples():
+    assert cyclical_monotonicity(x, y, 6, cycles=5).length == 6
+
+
+def test_two_directions_are_enough_for_a_bound():
+    bound = sliced_w2(x, y, 2)
+    assert bound.interval[0] < bound.value < bound.interval[1]
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1e4])
+def test_the_simplex_proves_its_plan_at_any_scale(scale):
+    start, end, weights = cloud(40, 3, 0), cloud(40, 3, 1), torch.arange(1, 41.) / 820
+    want = optimal_coupling(start, end, weights, solver='simplex').cost
+    assert optimal_coupling(scale * start, scale * end, weights, solver='simplex').cost == pytest.approx(scale ** 2 * want, rel=1e-9)
 
 
 def test_too_large_a_cloud_is_refused_before_it_is_allocated():
