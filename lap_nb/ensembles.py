@@ -40,7 +40,7 @@ from .data import Split
 from .dynamics import conv_net, dense_net
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
-from .training import Recipe, Run, _check_training, _progress, _share, fit, provenance, train_loop, write_atomically
+from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, provenance, train_loop, write_atomically
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -674,6 +674,7 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:
     "Train one network per seed and combination, many at once; each does what `fit` would do alone."
+    _check_split(data)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
@@ -805,6 +806,7 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
     if folder is None:
         if resume or save_every is not None: raise ValueError("resume and save_every need a folder: name it with checkpoint=")
         return None
+    if folder.is_file(): raise ValueError(f"checkpoint {folder} is a file, expected a folder for the checkpoints of all rows: name another one")
     note, this = folder / "members.json", json.loads(json.dumps(dict(format=1, members=members, settings=settings)))
     if not note.exists(): return this
     if not resume: raise FileExistsError(f"{folder} holds checkpoints: go on from them with resume=True, or choose another folder")

@@ -205,6 +205,10 @@ def _check_training(**numbers):
     for name, value in numbers.items():
         if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
+def _check_split(data):
+    if not isinstance(data, Split):
+        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
+
 def _check_recipe(r:Recipe):
     _check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
     if r.patience is not None: _check_training(patience=r.patience)
@@ -790,7 +794,8 @@ def fit(
     rollback:int=0,                      # times to go back to the checkpoint and halve the learning rate when it diverges
     **kwargs,                            # of the `Recipe`
 )->Run:
-    "Train one network; raises `ValueError` on bad settings and `Diverged` if the numbers are no longer finite."
+    "Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers are no longer finite."
+    _check_split(data)
     recipe, start = Recipe(**kwargs), time.perf_counter()
     device = join_processes(next(model.parameters()).device)
     for module in (model, least_action): module is None or module.to(device)

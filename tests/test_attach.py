@@ -798,7 +798,7 @@ def test_other_models_of_timm(name, size, count):
 def test_real_distributed_wrapper():
     net, x = dense_net(3, 2, K=2), torch.randn(BATCH, 3)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    def use():   # the wrapper must be gone before its group: the other way round both wait for ever
         wrapped = nn.parallel.DistributedDataParallel(net)
         assert list(find_blocks(wrapped, x)) == ["flow.blocks.0", "flow.blocks.1"]
         with Tracer(wrapped, energies_only=True) as tracer:
@@ -807,6 +807,9 @@ def test_real_distributed_wrapper():
             (loss + noted.energies().sum()).backward()
         assert_close(noted.energies(), trace_energies(net, x).energies())
         assert noted.names == ["flow.blocks.0", "flow.blocks.1"] and net.flow.blocks[0].velocity[0].weight.grad.abs().sum() > 0
+    try:
+        use()
+        gc.collect()
     finally: torch.distributed.destroy_process_group()
 
 

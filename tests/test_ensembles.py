@@ -429,3 +429,10 @@ def test_sleep_takes_time_but_no_processor():
 def test_one_network_alone_makes_no_row():
     x = torch.rand(100, 64)
     assert choose_mode(make, x, 1) == ("sequential", "grouped") and choose_mode(make, x, 2) == ("batched", "grouped")
+
+
+def test_a_file_is_no_folder_of_checkpoints(tmp_path):
+    (tmp_path / "run.pt").write_text("something of the user's")
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        fit_many(make, digits().splits(50, range(2)), epochs=1, checkpoint=tmp_path / "run.pt")
+    assert (tmp_path / "run.pt").read_text() == "something of the user's"

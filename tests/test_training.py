@@ -415,3 +415,8 @@ def test_a_parameter_that_is_not_finite_is_found_in_any_network(row):
     training.check()   # the other network is fine
     bias[1, 0] = float("inf")
     with pytest.raises(FloatingPointError, match="diverged"): training.check()
+
+
+def test_a_data_set_that_was_not_split_is_named():
+    for train in (lambda: fit(make(), digits()), lambda: fit_many(make, digits(), range(2), epochs=1)):
+        with pytest.raises(TypeError, match=r'type Dataset, expected a Split: data.split\(n\)'): train()
