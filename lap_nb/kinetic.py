@@ -270,8 +270,6 @@ def _aside(self:EnergyMeter)->bool:
     "Whether a block is called for something else, after the model's own pass."
     return self.ended and not _recomputing()
 
-
-
 # %% ../nbs/03_kinetic_bias.ipynb #c6b9feba
 @patch
 def _enter(self:EnergyMeter, name, block, args, kwargs):

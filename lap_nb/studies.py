@@ -297,7 +297,7 @@ def _measured_depth(model:nn.Module, split:Split)->dict:
 def _measured_best(model:nn.Module, split:Split)->dict:
     "Accuracy at every depth, the blocks that stay chosen on validation."
     found = measure_depth(model, split, ways=("best",))
-    return {k: found[k] for k in ("best", "area_best", "kept_best")}
+    return {k: found[k] for k in ("best", "kept_best")}
 
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
 MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth, "best": _measured_best,
@@ -949,8 +949,6 @@ def _depth(scale:str)->Study:
         *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20),
         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
         *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)), *staged), scale)
-
-
 
 # %% ../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)

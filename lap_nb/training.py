@@ -676,7 +676,7 @@ def _observe(self:Training)->dict[str, Tensor]:
     point = dict(epoch=torch.tensor(self.epoch), loss=self.last["loss"])
     if self.share[1] > 1:
         for b in self.model.buffers(): dist.broadcast(b, 0)
-    self.model.eval()
+    self.model.eval()   # once for both parts: a row of networks settles each time
     for part in ("val", "test"):
         with self.autocast(): right = count_right(self.model, self.split, part, share=self.share)
         if self.share[1] > 1: dist.all_reduce(right)

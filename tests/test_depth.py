@@ -420,6 +420,16 @@ def test_labels_of_the_training_part_are_not_used(split):
     assert not depth_curve(dense(), split, ways=['skip']).recomputed
 
 
+def test_all_blocks_are_measured_as_trained_and_with_statistics_taken_anew(split):
+    net = staged().eval()
+    curve, anew = depth_curve(net, split, ways=['lengthened']), recompute_statistics(copy.deepcopy(net), split.x[split.train])
+    right = lambda m: (m(split.x[split.test]).argmax(-1) == split.y[split.test]).float().mean().item()
+    assert curve.settled == pytest.approx(right(anew)) != pytest.approx(right(net))
+    assert curve.of('lengthened')[-1]['accuracy'] == pytest.approx(right(net))
+    plain = depth_curve(dense(), split, ways=['skip'])
+    assert plain.settled == plain.of('skip')[-1]['accuracy']
+
+
 # The bound
 
 @pytest.mark.parametrize('seed', range(5))
