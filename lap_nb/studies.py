@@ -884,9 +884,9 @@ def _kinetic_bias(scale:str)->Study:
     big = scale == "gpu"
     plane, dense = Net(width=32), Net()
     short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
-    gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
+    gains = _gains(normal=GAINS)
     variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.))
+    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.), normal=(.01, .2, 1., 2.))
     pictures = dict(data=("mnist", "fashion_mnist"), sizes=(100, 300, 1000)) if big else dict(data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300,), seeds=10, thin=5)
     steps = short if big else Schedule(300, points=5)
     return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
