@@ -84,22 +84,21 @@ def test_memory_counts_the_backward_pass():
     assert memory(lambda: w.detach().clone(), CPU) == 40_000      # nothing of the failed step is left
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sizes of a process are in KiB on Linux only: run it there")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak of a process: run it there")
 def test_memory_agrees_with_the_size_of_the_process():
     "The system's own record of the peak, in a fresh process that gives large blocks back at once."
     code = """
-import resource, torch
+import torch
 from lap_nb.bench import memory
 from lap_nb.dynamics import dense_net
 torch.manual_seed(0); torch.set_num_threads(1)
-now = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def size(field): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 net, x = dense_net(64, 2, K=9, hidden=64), torch.randn(20_000, 64)
 def step(n):
     for p in net.parameters(): p.grad = None
     net(x[:n]).square().mean().backward()
 step(100)   # what is loaded only once
-before = now(); step(20_000); grown = peak() - before
+before = size('VmRSS:'); step(20_000); grown = size('VmHWM:') - before
 print(grown / memory(lambda: step(20_000), torch.device("cpu")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"))
