@@ -453,15 +453,16 @@ def run_benchmarks(
     out:str|Path|None=None,          # record to write; None: none
     force:bool=False,                # overwrite it
     report:Callable[[str], None]=lambda line: None, # gets a line for each row as it is done
-)->dict:                             # the record: format, provenance, rows, left_out
+)->dict:                             # the record: format, provenance, rows, left_out, wall_seconds
     "Measure; raises `ValueError` on an unknown name and `FileExistsError` rather than replace a file."
-    names, path, device = _select(names), None if out is None else _target(out, force), pick_device(device)
+    names, path, device, start = _select(names), None if out is None else _target(out, force), pick_device(device), time.perf_counter()
     left_out = {name: f"needs {' and '.join(lost)}" for name in BENCHMARKS if (lost := _missing(name)) and name not in names}
     record = dict(format=FORMAT, provenance=provenance(device, seconds=seconds), rows=[], left_out=left_out)
     for name, why in left_out.items(): report(f"{name}: left out, {why}")
     for name in names:
         for sides in BENCHMARKS[name](device):
             record["rows"].append(measure(sides, seconds) | dict(device=record["provenance"]["device_name"]))
+            record["wall_seconds"] = time.perf_counter() - start
             report(_line(record["rows"][-1]))
             if path: write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     return record
@@ -498,5 +499,5 @@ def lap_bench(
     with _one_line_errors("lap_bench"):
         if list: print("\n".join(BENCHMARKS)); return
         if threads: torch.set_num_threads(threads)
-        run_benchmarks(names, device, seconds, out, force, report=partial(print, flush=True))
-        print(f"wrote {out}")
+        record = run_benchmarks(names, device, seconds, out, force, report=partial(print, flush=True))
+        print(f"wrote {out} after {record['wall_seconds']:.0f} s")

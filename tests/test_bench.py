@@ -116,6 +116,7 @@ def test_command_writes_a_record(fake, tmp_path, capsys):
     assert {"name", "ratio_median", "ratio_min", "ratio_max", "goal", "device", "pairs"} <= record["rows"][0].keys()
     assert record["provenance"]["device"] == "cpu" and record["rows"][1]["met"] is False
     said = capsys.readouterr().out
+    assert record["wall_seconds"] > 0 and said.endswith(f"wrote {out} after {record['wall_seconds']:.0f} s\n")
     assert "fake: 2.000" in said and "fake-2: 4.000 (one pair), goal <= 3: NOT met" in said
 
 
