@@ -387,7 +387,7 @@ def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
         differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
         for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
     ensemble.watch(each[0].meter)
-    return each[0]
+    return each[0].to(device)
 
 # %% ../nbs/07_ensembles.ipynb #f1d89c84
 def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
