@@ -393,6 +393,7 @@ def _logits(self:Training, x, y)->Tensor:
                          "wrap a model that gives something else, or train it in a loop of your own with LeastAction")
     return logits
 
+# %% ../nbs/06_training.ipynb #24591f53
 @patch
 def _batch(self:Training)->int:
     "Samples of the present batch, over all processes."
