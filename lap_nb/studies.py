@@ -956,7 +956,7 @@ DECADES = (.01, .1, 1., 10., 100.)
 def _settings()->tuple[Method, ...]:
     "Least action with one setting at a time moved over four decades."
     return (*(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1), *(_least(f"tau-{v:g}", tau=v) for v in DECADES if v != 1),
-            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (.001, .01, .1, 1.)))
+            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (1e-4, .001, .01, .1, 1.)))
 
 def _targets(wrong:float, classes:int=10)->tuple[Method, ...]:
     "Least action with a target, for labels of which a share is wrong; `honest` is the least loss of who knows the truth and how often a label errs."
