@@ -133,7 +133,7 @@ class Ensemble(nn.Module):
         super().__init__()
         _check_alike(models, conv)
         params, buffers = stack_module_state(list(models))
-        self.names, self.stacks = list(params), nn.ParameterList(p.detach() for p in params.values())
+        self.names, self.stacks = list(params), nn.ParameterList(nn.Parameter(p.detach(), p.requires_grad) for p in params.values())
         self.buffer_names, self.conv, self.steps, self.frozen = list(buffers), conv, 0, False
         for i, stack in enumerate(buffers.values()): self.register_buffer(f"buffer_{i}", stack)
         for i, stack in enumerate(self._tensors()): self.register_buffer(f"kept_{i}", stack.detach().clone())
@@ -675,6 +675,8 @@ def fit_many(
 )->Runs:
     "Train one network per seed and combination, many at once; each does what `fit` would do alone."
     _check_split(data)
+    if isinstance(least_action, nn.Module):
+        raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)

@@ -147,8 +147,9 @@ class _Sensor(nn.Module):
         if rest: return None
         value = self.total / n["added"]
         if isinstance(self.average, float):
-            self.level = torch.where(value.isfinite(), self.average * self.level + (1 - self.average) * value, self.level)
-            value = self.level / (1 - self.average ** step)   # unbiased from the first step on
+            finite = value.isfinite()   # another value is passed on as it is, for the controller to count
+            self.level = torch.where(finite, self.average * self.level + (1 - self.average) * value, self.level)
+            value = torch.where(finite, self.level / (1 - self.average ** step), value)   # unbiased from the first step on
         if due or self.average != "mean": self.total, n["added"] = torch.zeros_like(self.total), 0
         return value if due else None
 
@@ -271,7 +272,7 @@ def _check_clock(every, average, warmup, accumulate, floor, controller):
 def forward(self:LeastAction,
     task:Tensor, # loss of the task on this batch: `[]`, or `[S]` for `S` networks at once
 )->Tensor:       # the objective to differentiate, of the same shape
-    "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step raises lambda first."
+    "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step moves lambda first."
     self._check_task(task)
     energies, loss, one = self.meter.take(), task.detach(), self.sensor.accumulate == 1
     action = self._weigh(energies)

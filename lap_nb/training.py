@@ -489,6 +489,7 @@ def load_state_dict(self:Training,
     force:bool=False,  # accept other samples, batch size, seeds or processes: the epoch under way then starts anew
 ):
     "Put the training where `state` was; raises `ValueError` if it belongs to another training."
+    if "fixed" not in state: raise CheckpointError(f"the checkpoint holds no training, only {', '.join(map(str, list(state)[:3]))}, ...: choose another file")
     now, then = self._fixed(), state["fixed"]
     other = [f"{what} {then[what]}, now {now[what]}" for what in now if now[what] != then[what]]
     if other and not force:
@@ -497,10 +498,13 @@ def load_state_dict(self:Training,
     if (self.least_action is None) != (state["least_action"] is None):
         raise ValueError(f"the checkpoint is of a training {'without' if state['least_action'] is None else 'with'} least action, this one "
                          "is not: attach it alike, or choose another checkpoint file")
+    if (before := state["recipe"]["optimiser"]) != self.recipe.optimiser:
+        raise ValueError(f"the checkpoint is of a training with {before}, now it is {self.recipe.optimiser}, which cannot go on from its state: use {before}")
     for part, saved in ((self.model, state["model"]), (self.least_action, state["least_action"])):
         try: part is None or part.load_state_dict(saved)
         except RuntimeError as e: raise ValueError(f"the checkpoint is of another network: {e}") from e
-    self.opt.load_state_dict(state["opt"]); self.scaler.load_state_dict(state["scaler"])
+    self.opt.load_state_dict(state["opt"])
+    if state["scaler"]: self.scaler.load_state_dict(state["scaler"]) # empty, unless it was trained in float16
     self.step, self.epoch, self.at = state["step"], state["epoch"], 0 if other else state["at"]
     self.lr_scale, self.points, self.last, self.trail = state["lr_scale"], list(state["points"]), dict(state["last"]), []
     self.epoch_start = None if other else state["generators"]

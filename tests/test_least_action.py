@@ -314,6 +314,26 @@ def test_sequences_by_hand(net, settings, expected):
     assert lams(net, [3., 2., 1., 4.], **settings) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("average", ["batch", "mean", .5])
+def test_a_batch_that_overflows_is_counted_whatever_the_average(net, average):
+    "It moves nothing, not even as a loss of zero in an average that has seen no other."
+    with LeastAction(net, average=average, target=1.) as la:
+        net(torch.ones(1, 8)); la(torch.tensor(float("nan")))
+        assert la.lam.item() == 1. and la.controller.held.item() == 1
+        net(torch.ones(1, 8)); la(torch.tensor(3.))
+        assert la.lam.item() > 1 and la.controller.held.item() == 1
+
+
+def test_velocity_of_the_branch_is_the_same_action(net, batch):
+    x, y = batch
+    flow = ResidualNet(Flow([nn.Linear(8, 8), nn.Linear(8, 8)], .25), nn.Linear(8, 3))
+    with LeastAction(flow, velocity="branch") as a, LeastAction(flow) as b:
+        task = F.cross_entropy(flow(x), y)
+        torch.testing.assert_close(a(task), b(task))
+    with LeastAction(flow, velocity={"flow.blocks.0": flow.flow.blocks[0].velocity, "flow.blocks.1": flow.flow.blocks[1].velocity}) as c:
+        torch.testing.assert_close(c(F.cross_entropy(flow(x), y)), task + b.action / c.lam)
+
+
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_several_optimisers_and_a_scaler(net, batch, chunks):
     "Also with gradients added up over batches: the three together."

@@ -116,7 +116,23 @@ def test_another_network_or_no_least_action_is_refused(tmp_path):
         fit(net(), digits().split(100), batch_size=25, checkpoint=tmp_path / "run.pt", resume=True)
     other = dense_net(64, 10, 2)
     with pytest.raises(ValueError, match="(?s)of another network.*Missing key"):
-        fit(other, digits().split(100), LeastAction(other), batch_size=25, checkpoint=tmp_path / "run.pt", resume=True)
+        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimiser="sgd", checkpoint=tmp_path / "run.pt", resume=True)
+
+
+def test_another_optimiser_is_refused_and_another_precision_goes_on(tmp_path):
+    for name, change in (("adamw", dict(optimiser="adamw")), ("half", dict(precision="float16"))):
+        train(tmp_path / name, 2, **change)
+        if name == "half": assert train(tmp_path / name, 4, resume=True).curves["epoch"].tolist() == [2, 4]
+        else:
+            with pytest.raises(ValueError, match="of a training with adamw, now it is sgd"): train(tmp_path / name, 4, resume=True)
+    train(tmp_path / "full", 2)
+    assert train(tmp_path / "full", 4, resume=True, precision="float16").curves["epoch"].tolist() == [2, 4]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    "The state of least action alone, as the adapter for Hugging Face keeps it."
+    save_checkpoint(tmp_path / "run.pt", LeastAction(net()).state_dict())
+    with pytest.raises(CheckpointError, match="holds no training, only action, lowest"): train(tmp_path / "run.pt", resume=True)
 
 
 # Killed

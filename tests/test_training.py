@@ -451,6 +451,24 @@ def test_arguments_of_another_kind(wrong, message):
     with pytest.raises(TypeError, match=message): fit(**dict(model=make(), data=SMALL, epochs=1) | wrong)
 
 
+def test_what_is_attached_to_one_network_is_not_for_many():
+    with pytest.raises(TypeError, match="expected what makes one for each"): fit_many(make, digits().splits(60, [0, 1]), least_action=LeastAction(make()), epochs=1)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_frozen_parameters_stay_as_they_are(mode):
+    "Blocks of a network that was trained before, say; alone as in a row."
+    def half():
+        model = make()
+        model.flow.blocks[0].requires_grad_(False)
+        return model
+    runs = fit_many(half, digits().splits(60, [0, 1]), least_action=LeastAction, epochs=2, clip=1., mode=mode)
+    for i, seed in enumerate((0, 1)):
+        first = _made(half, seed).flow.blocks
+        assert torch.equal(runs[i].model.flow.blocks[0].velocity[0].weight, first[0].velocity[0].weight)
+        assert not torch.equal(runs[i].model.flow.blocks[1].velocity[0].weight, first[1].velocity[0].weight)
+
+
 def test_a_folder_is_no_checkpoint(tmp_path):
     for resume in (False, True):
         with pytest.raises(IsADirectoryError, match="is a folder, expected a file"): fit(make(), SMALL, epochs=1, checkpoint=tmp_path, resume=resume)
