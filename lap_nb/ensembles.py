@@ -674,9 +674,7 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:
     "Train one network per seed and combination, many at once; each does what `fit` would do alone."
-    _check_split(data)
-    if isinstance(least_action, nn.Module):
-        raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
+    _check_split(data); _check_maker(least_action)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
@@ -693,6 +691,10 @@ def fit_many(
 
 # %% ../nbs/07_ensembles.ipynb #76060e33
 MODES = ("auto", "sequential", "batched", "graph", "processes")
+
+def _check_maker(least_action):
+    if isinstance(least_action, nn.Module):
+        raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
 
 def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, workers, chunk):
     if data.train.ndim != 2 or len(data.train) != len(seeds):

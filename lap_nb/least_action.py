@@ -347,12 +347,6 @@ def _set_lam(self, value:Tensor):
             for name, old in state.items(): setattr(module, name, old[..., None].expand(*old.shape, len(value)).clone())
     self.controller.lam = value
 
-@patch
-def _apply(self:LeastAction, fn, *args):
-    "Follow the model to another device, but not to half precision: in it a small step no longer moves a large multiplier."
-    def keep(t): return out if (out := fn(t)).element_size() >= min(4, t.element_size()) else t.to(out.device)
-    return nn.Module._apply(self, keep, *args)
-
 LeastAction.lam = property(_get_lam, _set_lam, doc="The multiplier, `[]` or `[S]`; setting `[S]` makes room for a row of networks.")
 
 @patch
@@ -370,6 +364,13 @@ def __repr__(self:LeastAction):
     c, s = self.controller, self.sensor
     return (f"LeastAction({type(c).__name__}: lambda={_short(self.lam)}, tau={_short(c.tau)}, every={s.every}, target={_short(c.target)}, "
             f"blocks={len(self.blocks)})")
+
+# %% ../nbs/05_least_action.ipynb #a4e027e8
+@patch
+def _apply(self:LeastAction, fn, *args):
+    "Follow the model to another device, but not to half precision: in it a small step no longer moves a large multiplier."
+    def keep(t): return out if (out := fn(t)).element_size() >= min(4, t.element_size()) else t.to(out.device)
+    return nn.Module._apply(self, keep, *args)
 
 # %% ../nbs/05_least_action.ipynb #d24b42b2
 @patch
