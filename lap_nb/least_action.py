@@ -454,8 +454,7 @@ def kkt(
         raise ValueError(f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
     loss, lam, action = (torch.as_tensor(curves[name]).double().cpu() for name in ("loss", "lambda", "action"))
     if lam.ndim != 1: raise ValueError(f"lambda has shape {tuple(lam.shape)}, expected [T]: take one network of the row, as in runs[i].curves")
-    if not loss.shape == lam.shape == action.shape:
-        raise ValueError(f"loss, lambda and action have {len(loss)}, {len(lam)} and {len(action)} points, expected as many of each")
+    if not loss.shape == lam.shape == action.shape: raise ValueError(f"loss, lambda and action have {len(loss)}, {len(lam)} and {len(action)} points, expected as many")
     verdict, tail = _verdict(loss, lam, action, target, cap, low, tolerance), slice(len(lam) // 2, None)
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()
