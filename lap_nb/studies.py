@@ -956,7 +956,13 @@ DECADES = (.01, .1, 1., 10., 100.)
 def _settings()->tuple[Method, ...]:
     "Least action with one setting at a time moved over four decades."
     return (*(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1), *(_least(f"tau-{v:g}", tau=v) for v in DECADES if v != 1),
-            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (.001, .01, .1, 1.)))
+            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (1e-4, .001, .01, .1, 1.)))
+
+def _targets(wrong:float, classes:int=10)->tuple[Method, ...]:
+    "Least action with a target, for labels of which a share is wrong; `honest` is the least loss of who knows the truth and how often a label errs."
+    honest = -(1 - wrong) * math.log(1 - wrong) - wrong * math.log(wrong / (classes - 1))
+    return tuple(_least(f"target-{name}{suffix}", tau=tau, target=round(target, 3)) for tau, suffix in ((1., ""), (.1, "-tau-0.1"))
+                 for name, target in (("0.1", .1), ("0.3", .3), ("1", 1.), ("honest", honest)))
 
 @_register
 def _adaptive(scale:str)->Study:
@@ -968,7 +974,7 @@ def _adaptive(scale:str)->Study:
     started = tuple(replace(m, name=f"{m.name}-gain-{g:g}", init="orthogonal", gain=g) for g in (.01, .1, .5, 1., 2.) for m in field if m is not SMALL)
     return Study("adaptive", "What does the multiplier adapt to, and does it need tuning?", (
         Grid(("digits",), (100,), (*field, *_settings()), schedule=short, curve=True),
-        Grid(("digits:flip=0.1", "digits:flip=0.2", "digits:flip=0.4"), (300,), field, schedule=short, curve=True),
+        *(Grid((f"digits:flip={w:g}",), (300,), (*field, *_targets(w)), schedule=short, curve=True) for w in (.1, .2, .4)),
         Grid(("digits",), (50, 300, 1000), field, schedule=short, curve=True),
         Grid(tuple(f"circles:noise={s:g}" for s in (.05, .1, .2, .3)), (300,), field, net=plane, schedule=long, curve=True),
         Grid(("moons",), (50, 300), field, net=plane, schedule=long, curve=True),
