@@ -948,7 +948,8 @@ def _depth(scale:str)->Study:
         Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
         *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20),
         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
-        *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)), *staged), scale)
+        *(grid for net, seeds in zip(deep, (5, 5, 5) if large else (20, 5, 20))
+          for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size, seeds)), *staged), scale)
 
 # %% ../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)
