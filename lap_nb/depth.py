@@ -261,7 +261,10 @@ def _stages(model:nn.Module, gates:dict[str, Stretch], x)->tuple[dict[str, Stret
         if times > 1: raise ValueError(_shared(name, times))
         if times == 0: raise ValueError(f"block {name!r} is not called for this input, expected one call: leave it out of blocks")
     sizes = []
-    for i, (gate, start, _) in enumerate(calls):
+    for i, (gate, start, end) in enumerate(calls):
+        if start.shape != end.shape:
+            raise ValueError(f"block {names[gate]!r} changes the shape of a sample from {tuple(start.shape[1:])} to {tuple(end.shape[1:])}, so it is never "
+                             "left out, expected blocks that keep it: leave it out of blocks")
         joined = i > 0 and _joined(names[calls[i-1][0]], names[gate], calls[i-1], calls[i])
         if joined: sizes[-1] += 1
         else: sizes.append(1)

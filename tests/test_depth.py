@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -207,18 +208,42 @@ def test_blocks_that_write_to_their_input(x):
         assert_close(elastic.cut(1)(x), want, **CLOSE)
 
 
-def test_a_vision_transformer_of_transformers(transformers):
+class Reads(nn.Module):
+    "A language model that takes token numbers as a split holds them, and returns logits alone."
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x): return self.model(input_ids=x.long()).logits
+
+
+def of_transformers(name, transformers):
+    "A small network of that library in evaluation mode, and samples for it."
     torch.manual_seed(0)
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-                                    num_channels=1, num_labels=10)
-    net, data = transformers.ViTForImageClassification(config).eval(), digits()
-    data = Split(data.x.view(-1, 1, 8, 8), data.y, data.pool[:40], data.pool[40:80], data.test[:40], 'digits', 10, (0,))
-    elastic = Elastic(net, data.x[:2])
+    if name == 'vit':
+        config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+                                        num_channels=1, num_labels=10)
+        return transformers.ViTForImageClassification(config).eval(), digits().x.view(-1, 1, 8, 8)
+    config = transformers.GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=50, n_positions=16, num_labels=10, pad_token_id=0)
+    return Reads(transformers.GPT2ForSequenceClassification(config)).eval(), torch.randint(1, 50, (len(digits().x), 8)).float()
+
+
+@pytest.mark.parametrize('name', ['vit', 'gpt2'])
+def test_networks_of_transformers_saved_loaded_compiled_exported(name, transformers):
+    net, x = of_transformers(name, transformers)
+    data, logits = digits(), lambda out: out if isinstance(out, torch.Tensor) else out['logits']
+    data = Split(x, data.y, data.pool[:40], data.pool[40:80], data.test[:40], 'digits', 10, (0,))
+    before, elastic, x = fingerprint(net), Elastic(net, x[:2]), x[:5]
     assert elastic.sizes == [4]
-    short = elastic.cut(2)
-    assert_close(short(data.x[:5]).logits, elastic(data.x[:5], depth=2).logits, **CLOSE)
     with pytest.warns(UserWarning, match='path gap'): small = shorten(net, data, blocks=2, way='lengthened', verbose=False)
-    assert small.shortened['kept'] == [0, 2] and small(data.x[:5]).logits.shape == (5, 10)
+    want = logits(small(x)).detach()
+    assert small.shortened['kept'] == [0, 2] and want.shape == (5, 10)
+    assert_close(want, logits(elastic(x, depth=2)).detach(), **CLOSE)
+    file = io.BytesIO(); torch.save(small, file); file.seek(0)
+    assert_close(logits(torch.load(file, weights_only=False)(x)).detach(), want)
+    with torch.no_grad(): other = Elastic(of_transformers(name, transformers)[0].apply(lambda m: [p.zero_() for p in m.parameters(recurse=False)]), x).cut(2)
+    other.load_state_dict(small.state_dict())
+    assert_close(logits(other(x)).detach(), want)
+    assert_close(logits(torch.compile(small, backend='eager', fullgraph=True)(x)).detach(), want)
+    assert_close(logits(torch.export.export(small, (x,)).module()(x)).detach(), want, **CLOSE)
+    same(before, fingerprint(net))
 
 
 # The long network is never touched
@@ -367,6 +392,12 @@ def test_blocks_that_change_the_shape_are_never_removed(split, x):
     assert curve.sizes == [3, 2] and [r['blocks'] for r in curve.of('best')] == [2, 3, 4, 5]
     with pytest.raises(ValueError, match='from 2 to 5.*in 2 stages of constant shape'): Elastic(net, x[:4])(x, depth=1)
     assert len(Elastic(net, x[:4]).cut(2).flow.transitions) == 1
+
+
+def test_a_named_block_that_changes_the_shape_is_refused(x):
+    net = nn.Sequential(nn.Linear(64, 8), Theirs(8), Theirs(8), nn.Linear(8, 10)).eval()
+    with pytest.raises(ValueError, match=re.escape("block '3' changes the shape of a sample from (8,) to (10,), so it is never left out")):
+        Elastic(net, x[:4], blocks=['1', '2', '3'])
 
 
 def test_one_block_called_twice(x):
