@@ -124,13 +124,14 @@ def coarsening(
 
 # %% ../nbs/09_depth.ipynb #50a7cc8c
 def lipschitz(
-    velocity:nn.Module, # linear layers and activations of slope at most one, in a row
+    velocity:nn.Module, # linear layers and activations in a row
 )->float:
-    "Product of the spectral norms of the linear layers: an upper bound of the Lipschitz constant; raises `ValueError` for other layers."
-    flat, bound = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Identity, nn.Flatten, nn.Softplus, nn.Sigmoid), 1.
+    "Product of the spectral norms of the linear layers and the largest slopes between: at least the Lipschitz constant; raises `ValueError` for other layers."
+    known, bound = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Identity, nn.Flatten, nn.Softplus, nn.Sigmoid), 1.
     for layer in velocity if isinstance(velocity, nn.Sequential) else [velocity]:
         if isinstance(layer, nn.Linear): bound *= torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
-        elif not isinstance(layer, flat): raise ValueError(f"found a {type(layer).__name__}, expected Linear layers and activations in a row: pass constants=[...]")
+        elif isinstance(layer, known): bound *= max(1., abs(getattr(layer, "alpha", 1.)), abs(getattr(layer, "negative_slope", 1.)))
+        else: raise ValueError(f"found a {type(layer).__name__}, expected Linear layers and activations in a row: pass constants=[...]")
     return bound
 
 # %% ../nbs/09_depth.ipynb #cc509297
@@ -617,7 +618,7 @@ def shorten(
     small = elastic.cut(row["schedule"])
     if recompute and row["blocks"] < elastic.K: recompute_statistics(small, data.x[data.train])
     if epochs: fit(small, data, epochs=epochs, lr=lr, eval_every=epochs)
-    small.shortened = _report(elastic.model, small, data, rows[-1], row, x)
+    small.shortened = _report(elastic.cut(), small, data, rows[-1], row, x)
     if verbose: print(_line(small.shortened))
     return small
 

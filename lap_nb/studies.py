@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
-           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'FIRM', 'PENALISED', 'DECADES', 'PUBLISHED', 'UNTUNED',
-           'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell',
-           'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records', 'standings',
-           'verdict', 'standings_table', 'overview', 'lap_study']
+           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'FIRM', 'PENALISED', 'CHOSEN', 'DECADES', 'PUBLISHED',
+           'UNTUNED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion',
+           'run_cell', 'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records',
+           'standings', 'verdict', 'standings_table', 'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -943,11 +943,15 @@ def _candidates()->tuple[Method, ...]:
 
 @_register
 def _depth_tuning(scale:str)->Study:
-    large = scale == "gpu"
-    nets = {Net("conv", width=32) if large else Net(): 1000, Net("staged", 18, 32) if large else Net("staged", 8, 8): 600}
+    large, robust = scale == "gpu", ("constant-drop", "constant-random", "random-depth", "drop")
+    nets = {Net("conv", width=32) if large else Net(): (1000, _candidates()),
+            Net("staged", 18, 32) if large else Net("staged", 8, 8): (600, tuple(m for m in _candidates() if m.family in robust))}
     return Study("depth-tuning", "Which setting of each way to train for few blocks is best on validation?", tuple(
-        Grid(("mnist" if large else "mnist:pool=4",), (5000 if large else 1000,), _candidates(), 3, net, Schedule(2000 if large else steps, points=2), ("tuning",),
-             thin=1 if large else 10) for net, steps in nets.items()), scale)
+        Grid(("mnist" if large else "mnist:pool=4",), (5000 if large else 1000,), candidates, 3, net, Schedule(2000 if large else steps, points=2), ("tuning",),
+             thin=1 if large else 10) for net, (steps, candidates) in nets.items()), scale)
+
+CHOSEN = {"dense": ("constant-0.003-drop-0.5", "constant-0.03-random", "random-depth-lr-0.002"),
+          "staged": ("constant-0.01-random",)} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
 
 @_register
 def _depth(scale:str)->Study:
@@ -963,13 +967,15 @@ def _depth(scale:str)->Study:
     size, short = 5000 if large else 1000, Schedule(200, points=2)
     deep = (Net("conv-bn", width=64), Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("conv-bn", width=16), Net("vit", 8, 32), Net("conv", width=16))
     staged = grids(picture("mnist"), Net("staged", 18, 32) if large else Net("staged", 8, 8), start, pruned[:1], Schedule(600, points=2), 10, size, 10, ("best",))
+    chosen = lambda grid: () if large else (replace(grid, methods=tuple(m for m in _candidates() if m.name in CHOSEN[grid.net.kind])),)
+    dense = grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20)
     return Study("depth", "How many of its blocks does a trained network need?", (
         Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
         Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
-        *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20),
+        *dense, *chosen(dense[1]),
         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
         *(grid for net, seeds in zip(deep, (5, 5, 5) if large else (20, 5, 20))
-          for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size, seeds)), *staged), scale)
+          for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size, seeds)), *staged, *chosen(staged[1])), scale)
 
 # %% ../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from lap_nb.attach import find_blocks
 from lap_nb.data import Split, digits
 from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, _removals, coarsening, deepen, depth_curve, even, latency,
-                          measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein, stretched)
+                          lipschitz, measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein, stretched)
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import LeastAction
@@ -484,6 +484,14 @@ def test_the_error_is_zero_for_straight_paths_of_constant_speed():
 def test_unknown_layers_need_constants():
     flow = Flow([nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))])
     with pytest.raises(ValueError, match='found a LayerNorm'): coarsening(flow, torch.randn(2, 3), 1)
+
+
+@pytest.mark.parametrize('activation, slope', [(nn.ReLU(), 1.), (nn.Sigmoid(), 1.), (nn.ELU(3.), 3.), (nn.LeakyReLU(-2.), 2.)])
+def test_activations_may_be_steep(activation, slope):
+    field = nn.Sequential(nn.Linear(1, 1, bias=False), activation)
+    z = torch.linspace(-3, 3, 2001)[:, None]
+    steepest = (field(z).diff(dim=0) / z.diff(dim=0)).abs().max().item()
+    assert lipschitz(field) == pytest.approx(slope * field[0].weight.abs().item()) and steepest <= lipschitz(field) * 1.001
 
 
 # Early exit
