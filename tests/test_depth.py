@@ -20,7 +20,7 @@ from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, St
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import LeastAction
-from lap_nb.studies import Method, Net, make_net
+from lap_nb.studies import CHOSEN, MEASURES, Method, Net, make_net, study
 from lap_nb.training import fit
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -717,6 +717,23 @@ def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
         a, b = (runs[i].model.state_dict() for runs in many)
         if not drop: assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-4) for k in a)
         assert all(v.isfinite().all() for v in a.values())
+
+
+def test_random_depth_of_a_study_trains_in_a_row_as_it_does_alone():
+    rows = digits().splits(40, seeds=(0, 1))
+    make = lambda: make_net(Net('dense', 3, 8), Method('m', random_depth=True), (64,), 10)
+    many = [fit_many(make, rows, seeds=(0, 1), epochs=4, batch_size=20, eval_every=4, mode=mode) for mode in ('batched', 'sequential')]
+    for i in range(2): assert_close(many[0][i].model.state_dict(), many[1][i].model.state_dict(), rtol=1e-3, atol=1e-4)
+    net, x = make().train(), rows.x[:9]
+    assert len({tuple(net(x).flatten().tolist()) for _ in range(20)}) == 3   # as many networks as numbers of blocks
+    assert_close(net.eval()(x), net.head(net.flow(net.encoder(x))))
+
+
+def test_settings_are_chosen_on_the_validation_part_alone(trained, split):
+    measure = MEASURES['tuning']
+    assert measure(trained, split) == measure(trained, shuffled_labels(split, 'test')) != measure(trained, shuffled_labels(split, 'val'))
+    for kind, names in CHOSEN.items():
+        assert set(names) <= {cell.method.name for cell, _ in study('depth-tuning').cells() if cell.net.kind == kind}
 
 
 def test_a_table_says_energy_and_whose_statistics(split):
