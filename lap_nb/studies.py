@@ -951,7 +951,7 @@ def _depth_tuning(scale:str)->Study:
              thin=1 if large else 10) for net, (steps, candidates) in nets.items()), scale)
 
 CHOSEN = {"dense": ("constant-0.003-drop-0.5", "constant-0.03-random", "random-depth-lr-0.002", "drop-0.7", "path-gap-3-default"),
-          "staged": ("constant-0.01-random", "random-depth-still-lr-0.002")} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
+          "staged": ("constant-0.03-drop-0.5", "constant-0.01-random", "random-depth-still-lr-0.002")} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
 
 @_register
 def _depth(scale:str)->Study:
