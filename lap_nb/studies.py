@@ -950,8 +950,10 @@ def _depth_tuning(scale:str)->Study:
         Grid(("mnist" if large else "mnist:pool=4",), (5000 if large else 1000,), candidates, 3, net, Schedule(2000 if large else steps, points=2), ("tuning",),
              thin=1 if large else 10) for net, (steps, candidates) in nets.items()), scale)
 
-CHOSEN = {"dense": ("constant-0.003-drop-0.5", "constant-0.03-random", "random-depth-lr-0.002", "drop-0.7", "path-gap-3-default"),
-          "staged": ("constant-0.03-drop-0.5", "constant-0.01-random", "random-depth-still-lr-0.002")} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
+CHOSEN = {"dense": ("constant-0.003-drop-0.5", "constant-0.03-random", "random-depth-lr-0.002", "drop-0.7", "path-gap-3-default",
+                    "wasserstein-30"),
+          "staged": ("constant-0.03-drop-0.5", "constant-0.01-random", "random-depth-still-lr-0.002",
+                     "drop-0.5-still")} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
 
 @_register
 def _depth(scale:str)->Study:
