@@ -967,7 +967,8 @@ def _depth(scale:str)->Study:
         how = dict(seeds=seeds, net=net, schedule=replace(schedule, steps=2000) if large else schedule, thin=1 if large else thin)
         return Grid((data,), (n,), pruned, measures=(*tuned, *more), **how), Grid((data,), (n,), methods, measures=("depth", *more), **how)
     size, short = 5000 if large else 1000, Schedule(200, points=2)
-    deep = (Net("conv-bn", width=64), Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("conv-bn", width=16), Net("vit", 8, 32), Net("conv", width=16))
+    deep = (Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("vit", 8, 32), Net("conv", width=16))
+    norm = grids(picture("mnist"), Net("conv-bn", width=64 if large else 16), start, pruned[:1], short, 10, size)
     staged = grids(picture("mnist"), Net("staged", 18, 32) if large else Net("staged", 8, 8), start, pruned[:1], Schedule(600, points=2), 10, size, 10, ("best",))
     chosen = lambda grid: () if large else (replace(grid, methods=tuple(m for m in _candidates() if m.name in CHOSEN[grid.net.kind])),)
     dense = grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20)
@@ -976,8 +977,8 @@ def _depth(scale:str)->Study:
         Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
         *dense, *chosen(dense[1]),
         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
-        *(grid for net, seeds in zip(deep, (5, 5, 5) if large else (20, 5, 20))
-          for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size, seeds)), *staged, *chosen(staged[1])), scale)
+        norm[0], replace(norm[1], seeds=5 if large else 20), *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)),
+        *staged, *chosen(staged[1])), scale)
 
 # %% ../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)
