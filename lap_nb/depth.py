@@ -397,7 +397,7 @@ def _observed(elastic:Elastic):
 WAYS = ("skip", "lengthened", "best")
 
 def _search(elastic:Elastic, score, counts)->dict[int, DepthSchedule]:
-    "For each number of blocks, the schedule found best: blocks leave one by one, the one whose loss matters least first."
+    "For each number of blocks, the schedule found best: blocks leave one by one, first the one that is missed least."
     sizes, kept = elastic.sizes, tuple(range(elastic.K))
     found = {elastic.K: even(elastic.K, sizes)}
     for m in range(elastic.K - 1, min(counts) - 1, -1):
@@ -909,7 +909,7 @@ def measure_pruning(
     batch_size:int=50,  # samples per step
     samples:int=300,    # of `val` a block is chosen on, and of `train` batch norms see meanwhile
 )->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
-    "Fine-tuned pruning, block by block: the one whose loss matters least leaves, its time lost or not, and the others are trained on."
+    "Fine-tuned pruning, block by block: the one that is missed least leaves, its time lost or not, and the others are trained on."
     few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
     scores, times = [_accuracy(net, data, part)], None
     while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:
