@@ -929,6 +929,7 @@ BOTH, FIRM = _constant(name="constant-0.1-drop-0.5", drop=.5), (_constant(.01), 
 PENALISED = {f"{name}-{w:g}": Method(f"{name}-{w:g}", name, init="orthogonal", gain=.1, penalty=dict(weight=w, kind=kind))
              for name, kind in (("path-gap", "path_gap"), ("wasserstein", "wasserstein")) for w in (1., 10.)}
 
+# %% ../nbs/08_replication.ipynb #d8e0bd74
 def _candidates()->tuple[Method, ...]:
     "Seven ways to train for few blocks, four candidates each."
     weights, still = (.03, .01, .003, .001), dict(init="orthogonal", gain=.1)
@@ -955,6 +956,7 @@ CHOSEN = {"dense": ("constant-0.003-drop-0.5", "constant-0.03-random", "random-d
           "staged": ("constant-0.03-drop-0.5", "constant-0.01-random", "random-depth-still-lr-0.002",
                      "drop-0.5-still")} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
 
+# %% ../nbs/08_replication.ipynb #97282209
 @_register
 def _depth(scale:str)->Study:
     large, tuned = scale == "gpu", ("depth", "pruning", "speed")
