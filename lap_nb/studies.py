@@ -998,9 +998,10 @@ def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[i
     thin = 5 if data != "cifar10_part" else 1
     small = Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=thin)
     conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=5, net=Net("conv-bn", width=16))
-    return Study(name, question, (small, conv) if data == "mnist" else (small,), scale)
+    rest = replace(conv, sizes=(100, 500), methods=tuple(m for m in small.methods if m not in conv.methods))
+    return Study(name, question, (small, conv, rest) if data == "mnist" else (small,), scale)
 
-UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, one candidate each
+UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, those at all sizes
 
 @_register
 def _mnist_low_data(scale:str)->Study:
