@@ -714,10 +714,12 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
     keys = [repr([(k, m[k]) for k in owners if k not in SIDE_BY_SIDE or owners[k] != "least action"]) for m in members]
     chunk = chunk and min(chunk, len(members))
     room = int(.8 * free_memory(torch.device(device))) if memory is None else memory
-    probe, x = partial(make_model, **of(members[0], "make_model")), data.x[:min(settings["batch_size"], data.train.shape[-1])]
+    kinds = {repr((of(m, "make_model"), m.get("batch_size"))): m for m in members}   # networks and batches that differ
+    probes = [(partial(make_model, **of(m, "make_model")), data.x[:min(m.get("batch_size", settings["batch_size"]), data.train.shape[-1])])
+              for m in kinds.values()]
+    need, probe, x = max(((member_memory(*probe), *probe) for probe in probes), key=lambda found: found[0])   # the largest decides for all
     row = min(chunk or len(members), keys.count(keys[0]))
     way, form = choose_mode(probe, x, row, device) if mode in ("auto", "processes") else (mode, "grouped")
-    need = member_memory(probe, x)
     abreast = ABREAST if way == "batched" and mode != "processes" and device == "cpu" and torch.get_num_threads() >= ABREAST and _share()[1] == 1 else 1
     if mode == "processes": chunk = min(chunk or len(members), -(-keys.count(keys[0]) // (workers or os.cpu_count() or 1)))
     rows = note["rows"] if note and "rows" in note else _rows(keys, need, room, len(members) if way == "sequential" else chunk, abreast)

@@ -585,6 +585,19 @@ def test_members_are_shared_among_rows(settings, rows, monkeypatch):
         assert dict(job.settings)["lr"] == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
 
 
+def test_the_largest_network_of_a_grid_decides_what_fits(monkeypatch):
+    row, maker = digits().splits(60, range(4)), partial(dense_net, 64, 10)
+    of = lambda K, B: member_memory(partial(maker, K=K), row.x[:B])
+    assert of(1, 60) < of(9, 20) < of(9, 60)
+    for grid, need in ((dict(K=[9, 1]), of(9, 60)), (dict(K=[1, 9]), of(9, 60)), (dict(batch_size=[20, 60]), of(9, 60)), (dict(batch_size=[20], K=[1, 9]), of(9, 20))):
+        plan = planned(monkeypatch, maker, row, epochs=1, mode="batched", grid=grid, memory=int(2.5 * need))
+        assert {len(at) for at, _ in plan} == {2}
+        with pytest.raises(MemoryError, match="one network needs"): fit_many(maker, row, epochs=1, grid=grid, memory=need - 1)
+    monkeypatch.setattr("lap_nb.ensembles.SMALL", forward_flops(maker(K=5), row.x[:60]))
+    for Ks, way in (([1, 5], "batched"), ([9, 1], "sequential"), ([1, 9], "sequential")):
+        assert {job.mode for _, job in planned(monkeypatch, maker, row, epochs=1, grid=dict(K=Ks))} == {way}
+
+
 @pytest.mark.parametrize("threads, settings, lengths, at_once", [
     (2, {}, [10, 10], 2), (3, {}, [10, 10], 2), (1, {}, [20], 1), (2, dict(mode="sequential"), [20], 1), (2, dict(chunk=19), [10, 10], 1),
     (2, dict(grid=dict(lr=[.1, .2])), [10] * 4, 2)])
