@@ -625,7 +625,7 @@ def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple
 @dataclass(frozen=True, repr=False)
 class Records:
     "Rows of a study, one per network, and where they came from."
-    rows:list[dict]       # as in `COLUMNS`
+    rows:list[dict]       # one per network, columns as `nbs/results/README.md` lists them
     runs:dict[str, dict]  # provenance of the rows, by their column `run`
     def __len__(self)->int: return len(self.rows)
     def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
