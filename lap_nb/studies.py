@@ -198,21 +198,25 @@ def _flipped(data:Dataset, share:float)->Dataset:
 
 # %% ../nbs/08_replication.ipynb #f46dcde9
 class _PostActivation(nn.Module):
-    "The displacement of a block that applies a ReLU after its sum: three convolutions, the middle one in groups."
-    def __init__(self, width:int, groups:int=8):
-        super().__init__()
-        layer = lambda k, g: [nn.Conv2d(width, width, k, padding=k // 2, groups=g, bias=False), nn.BatchNorm2d(width)]
-        self.branch = nn.Sequential(*layer(1, 1), nn.ReLU(), *layer(3, groups), nn.ReLU(), *layer(1, 1))
+    "The displacement of a block that applies a ReLU after the sum of its input and a branch."
+    def __init__(self, branch:nn.Module): super().__init__(); self.branch = branch
     def forward(self, x:Tensor)->Tensor: return torch.relu(x + self.branch(x)) - x
 
-def _resnext(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1.)->nn.Module:
+def _grouped(width:int, groups:int=8)->nn.Module:
+    "Three convolutions, the middle one in groups, each with its norm behind it."
+    layer = lambda k, g: [nn.Conv2d(width, width, k, padding=k // 2, groups=g, bias=False), nn.BatchNorm2d(width)]
+    return nn.Sequential(*layer(1, 1), nn.ReLU(), *layer(3, groups), nn.ReLU(), *layer(1, 1))
+
+def _resnext(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1., skip_init:bool=False, drop:float=0.)->nn.Module:
     "Three stages of post-activation blocks, with twice the width and half the resolution from stage to stage."
     widths = [width, 2 * width, 4 * width]
-    flows = [Flow([_PostActivation(w) for _ in range(K // 3)], h) for w in widths]
+    branches = iter(_varied([_grouped(w) for w in widths for _ in range(K // 3)], skip_init, drop))
+    flows = [Flow([_PostActivation(next(branches)) for _ in range(K // 3)], h) for _ in widths]
     change = [nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU()) for w in widths[:2]]
     encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
     return ResidualNet(StagedFlow(flows, change), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)), encoder)
 
+# %% ../nbs/08_replication.ipynb #f4630465
 def _dense(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
     return dense_net(math.prod(shape), classes, K, width, encoder=nn.Flatten() if len(shape) > 1 else None, **options)
 
@@ -621,7 +625,7 @@ def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple
 @dataclass(frozen=True, repr=False)
 class Records:
     "Rows of a study, one per network, and where they came from."
-    rows:list[dict]       # as in `COLUMNS`
+    rows:list[dict]       # one per network, columns as `nbs/results/README.md` lists them
     runs:dict[str, dict]  # provenance of the rows, by their column `run`
     def __len__(self)->int: return len(self.rows)
     def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
@@ -763,10 +767,12 @@ def _standing(r:dict)->str:
 @patch(as_prop=True)
 def caption(self:Records
 )->str: # one line
-    "Data, seeds, scale and device, as recorded."
+    "Data, seeds, epochs, scale and device, as recorded."
     data, scales = sorted({row["data"] for row in self.rows}), sorted({row["scale"] for row in self.rows})
     seeds = sorted({len(group) for group in self.by("data", "n", "net", "method").values()})
-    return f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' and '.join(scales)} scale; {self.device}"
+    epochs = sorted({self.runs[row["run"]]["epochs"] for row in self.rows})
+    return (f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs; "
+            f"{' and '.join(scales)} scale; {self.device}")
 
 @patch
 def plot(self:Records,
@@ -1036,9 +1042,10 @@ def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[i
     thin = 5 if data != "cifar10_part" else 1
     small = Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=thin)
     conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=5, net=Net("conv-bn", width=16))
-    return Study(name, question, (small, conv) if data == "mnist" else (small,), scale)
+    rest = replace(conv, sizes=(100, 500), methods=tuple(m for m in small.methods if m not in conv.methods))
+    return Study(name, question, (small, conv, rest) if data == "mnist" else (small,), scale)
 
-UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, one candidate each
+UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published") # of the convolutional networks on a processor, those at all sizes
 
 @_register
 def _mnist_low_data(scale:str)->Study:
@@ -1056,9 +1063,7 @@ def _cifar_low_data(scale:str)->Study:
 @_register
 def _cifar_large(scale:str)->Study:
     big = scale == "gpu"
-    methods = (Method("default"), SMALL, STEP, Method("weight-decay-0.005", weight_decay=5e-3), Method("smoothing-0.1", label_smoothing=.1),
-               _least("least-0.1-0.02", .1, .02, gain=.05), _least("published", gain=.05))
-    if scale == "cpu": methods = (methods[0], methods[1], methods[-1])
+    methods = _rivals(True) if big else (Method("default"), SMALL, _least("published", gain=.05))
     schedule = replace(PUBLISHED, epochs=200 if big else 3, others=dict(PUBLISHED.others) | dict(crop=4, flip=True, clip=5.))
     return Study("cifar-large", "Does least action help on the largest exact part of CIFAR-10, in networks of both kinds?", tuple(
         Grid(("cifar10_part" if big else "cifar10_part:pool=2",), (7000,), methods, 5 if big else 2, Net(kind, 27 if big else 6, 32 if big else 8), schedule)
@@ -1069,7 +1074,7 @@ def _depth_no_norm(scale:str)->Study:
     big = scale == "gpu"
     methods = (Method("default"), STEP, SKIP, _least("least"), _least("least-small-gain", gain=.05))
     blocks = (9, 20, 30, 40, 50) if big else (9, 20, 50)
-    data, n, kind = ("cifar10_part", 7000, "conv") if big else ("digits", 300, "dense")
+    data, n, kind = ("cifar10_part", 2000, "conv") if big else ("digits", 300, "dense")
     schedule = replace(PUBLISHED, lr=.01, others=dict(PUBLISHED.others) | dict(clip=5., crop=4, flip=True)) if big else Schedule(300)
     return Study("depth-no-norm", "How deep can a network without normalisation be?", tuple(
         Grid((data,), (n,), methods, 5 if big else 20, Net(kind, K), schedule) for K in blocks), scale)

@@ -1,6 +1,9 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -14,7 +17,8 @@ from torch import nn
 import lap_nb.ensembles
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _clock, _made, choose_mode, fit_many, interval, member_memory, seeded
+from lap_nb.ensembles import (Ensemble, _by_hand, _clock, _made, _noise, choose_mode, fit_many, forward_flops, free_memory, interval, measure_modes,
+                              member_memory, read_modes, record_modes, seeded)
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit, load_checkpoint
@@ -437,3 +441,275 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         fit_many(make, digits().splits(50, range(2)), epochs=1, checkpoint=tmp_path / "run.pt")
     assert (tmp_path / "run.pt").read_text() == "something of the user's"
+
+
+def test_time_of_ended_children_counts():
+    wall, used = _clock(partial(subprocess.run, [sys.executable, "-S", "-c", "import time\nwhile time.process_time() < .2: pass"]))
+    assert .15 < used < wall + .1
+
+
+def test_memory_of_a_member_is_its_state_five_times_and_what_its_passes_hold():
+    "By hand: 32 parameters; kept for the backward pass the 12 inputs and 20 activations; three times the largest; batch and its copy."
+    net = lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    assert member_memory(net, torch.rand(4, 3)) == 4 * (5 * 32 + (12 + 20) + 3 * 20 + 2 * 12)
+    assert member_memory(net, torch.rand(1000, 3)[:4]) == member_memory(net, torch.rand(4, 3))   # not the samples it is part of
+    x, before, made = torch.rand(4, 3), torch.get_rng_state(), []
+    member_memory(lambda: made.append(net()) or made[-1], x)
+    assert torch.equal(torch.get_rng_state(), before) and len(made) == 1
+
+
+@pytest.mark.parametrize("files, room", [
+    ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5 kB\nBuffers: 7 kB"}, 5 << 10),
+    ({"/proc/meminfo": "MemAvailable: 5 kB", "/sys/fs/cgroup/memory.max": "3000\n", "/sys/fs/cgroup/memory.current": "1000\n"}, 2000),
+    ({"/proc/meminfo": "MemAvailable: 1 kB", "/sys/fs/cgroup/memory.max": "3000", "/sys/fs/cgroup/memory.current": "1000"}, 1024),
+    ({"/proc/meminfo": "MemAvailable: 1 kB", "/sys/fs/cgroup/memory.max": "1000", "/sys/fs/cgroup/memory.current": "3000"}, 0),
+    ({"/proc/meminfo": "MemAvailable: 5 kB", "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "1000"}, 5 << 10),
+    ({"/proc/meminfo": "of another system"}, 4000 * 10 // 2), ({}, 4000 * 10 // 2)])
+def test_free_memory_is_the_least_that_is_announced(files, room, monkeypatch):
+    class Announced:
+        def __init__(self, name): self.name = name
+        def read_text(self):
+            if self.name not in files: raise FileNotFoundError(self.name)
+            return files[self.name]
+    monkeypatch.setattr("lap_nb.ensembles.Path", Announced)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4000}.__getitem__)
+    assert free_memory(torch.device("cpu")) == room
+
+
+def test_modes_are_measured_in_turn_per_step_and_network(monkeypatch):
+    "A clock that only our own work moves: each training costs a start of 7 and so much per step and network."
+    now, log, cost = [0.], [], dict(plain=2., batched=.5, sequential=3., processes=1.)
+    def spend(mode, steps, split):
+        log.append((mode, steps)); now[0] += 7 + cost[mode] * steps * len(split.train)
+        assert split.train.shape == (3, 40) and split.val.shape == (3, 1) and split.test.shape == (1,)
+    def fit_many(make_model, split, epochs, device, batch_size, mode, conv, eval_every):
+        assert (batch_size, conv, device) == (40, "matmul" if mode == "batched" else None, "cpu") and eval_every > epochs
+        spend(mode, epochs, split)
+    def clock(f): before = now[0]; f(); return now[0] - before, 10 * (now[0] - before)
+    monkeypatch.setattr("lap_nb.ensembles.fit_many", fit_many)
+    monkeypatch.setattr("lap_nb.ensembles._by_hand", lambda make_model, split, steps: spend("plain", steps, split))
+    monkeypatch.setattr("lap_nb.ensembles._clock", clock)
+    found = measure_modes(make, digits().splits(60, range(3)), ["plain", "batched:matmul", "sequential", "processes"], steps=4, batch_size=40, repeats=2)
+    assert found == {mode: [pytest.approx((cost[mode.partition(":")[0]], 10 * cost[mode.partition(":")[0]]))] * 2 for mode in found} and len(found) == 4
+    assert log[:3] == [("plain", 2), ("batched", 2), ("sequential", 2)]                       # a first time untimed; processes start anew anyway
+    turn = [(mode, steps) for mode in cost for steps in (2, 6)]
+    assert sorted(log[3:]) == sorted(2 * turn) and log[3:11] == log[11:]
+
+
+def test_the_loop_by_hand_trains_each_network():
+    made, row = [], digits().splits(20, range(3))
+    class Counted(nn.Linear):
+        def forward(self, x): self.seen = [*getattr(self, "seen", []), x]; return super().forward(x)
+    def maker():
+        made.append(Counted(64, 10)); made[-1].start = made[-1].weight.detach().clone()
+        return made[-1]
+    _by_hand(maker, row, 4)
+    assert [len(net.seen) for net in made] == [4] * 3
+    for net, at in zip(made, row.train):
+        step = (net.weight - net.start).abs().max()
+        assert 5e-4 < step < 5e-3                                                             # Adam's steps of 1e-3
+        for x in net.seen: assert torch.equal(x.sum(1).sort()[0], row.x[at].sum(1).sort()[0])   # the samples of the network, in some order
+
+
+def test_record_of_modes_keeps_what_others_wrote(tmp_path, monkeypatch):
+    measured = []
+    def fake(make_model, data, modes, device, steps, batch_size, repeats):
+        measured.append((len(data.train), steps))
+        assert make_model()(data.x[:2]).shape == (2, 10) and (batch_size, repeats) == (100, 2)
+        return {mode: [(.123456, .2)] * repeats for mode in modes}
+    monkeypatch.setattr("lap_nb.ensembles.measure_modes", fake)
+    monkeypatch.setattr("lap_nb.ensembles.forward_flops", lambda net, x: int(net(x[:2]).shape[1] * len(x)))
+    path = tmp_path / "modes.json"
+    assert record_modes(path, repeats=2, only="dense", extra=["processes"]) == read_modes(path)
+    rows, lengths = read_modes(path)["rows"], [1, 2, 5, 10, 20, 50]
+    assert [(r["members"], r["mode"]) for r in rows] == [(S, mode) for S in lengths for mode in ("plain", "sequential", "batched", "processes")]
+    assert [S for S, _ in measured] == lengths and [r["steps"] for r in rows[::4]] == [steps for _, steps in measured]
+    assert all(r["wall"] == [.1235, .1235] and r["processor"] == [.2, .2] and r["flops"] == 1000 and r["device"] == "cpu" for r in rows)
+    others = [dict(rows[0], device="cuda"), dict(rows[0], net="another")]
+    path.write_text(json.dumps(dict(format=1, rows=others + rows)))
+    again = record_modes(path, repeats=2, only="dense")["rows"]                              # measured anew on this device: 6 lengths, three ways
+    assert again[:2] == others and len(again) == 2 + 18
+    every = record_modes(path, repeats=2)["rows"]
+    assert every[0] == others[0] and len(every) == 1 + 18 + 5 * (6 + 4 + 3) and "another" not in {r["net"] for r in every}
+
+
+@pytest.mark.parametrize("change", [dict(members="5"), dict(wall=[]), dict(processor=["fast"]), dict(wall=.1)])
+def test_a_record_of_modes_with_a_wrong_row_is_refused(change, tmp_path):
+    row = dict(net="dense", members=5, mode="batched", device="cpu", device_name="c", threads=1, wall=[1, .5], processor=[1.])
+    (path := tmp_path / "modes.json").write_text(json.dumps(dict(format=1, rows=[row, row])))
+    assert read_modes(path)["rows"] == [row, row]
+    for bad in (row | change, []):
+        path.write_text(json.dumps(dict(format=1, rows=[row, bad])))
+        with pytest.raises(ValueError, match=f"row 1 of .* lacks {next(iter(change)) if bad else 'net'}.* of the expected type"): read_modes(path)
+    for other in ([], dict(format=1), dict(format=2, rows=[]), dict(format=1, rows={})):
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="no record of modes in format 1"): read_modes(path)
+
+
+def test_noise_has_parts_that_do_not_meet():
+    split = _noise((3, 2), 4)
+    assert split.train.shape == (4, 100) and split.val.shape == (4, 1) and split.x.shape[1:] == (3, 2) and split.seeds == (0, 1, 2, 3)
+    used = torch.cat([split.train[0], split.val[0], split.test])
+    assert sorted(used.tolist()) == list(range(len(split.x))) and set(split.y.tolist()) == set(range(split.classes)) and len(split.y) == len(split.x)
+
+
+def test_the_way_is_chosen_by_device_and_work(monkeypatch):
+    x = torch.rand(100, 64)
+    flops = forward_flops(make(), x)
+    assert flops == 2 * 100 * 64 * (3 * 2 * 16 + 10)
+    assert choose_mode(make, x, 5, "meta") == ("batched", "grouped") and choose_mode(make, x, 1, "meta") == ("sequential", "grouped")
+    for small, way in ((flops, "batched"), (flops - 1, "sequential")):
+        monkeypatch.setattr("lap_nb.ensembles.SMALL", small)
+        assert choose_mode(make, x, 5) == (way, "grouped")
+
+
+def planned(monkeypatch, *args, **settings):
+    "The rows that `fit_many` would train, and how."
+    class Planned(Exception): pass
+    def stop(plan, *_): raise Planned(plan)
+    monkeypatch.setattr("lap_nb.ensembles._run_all", stop)
+    with pytest.raises(Planned) as found: fit_many(*args, **settings)
+    return found.value.args[0]
+
+
+@pytest.mark.parametrize("settings, rows", [
+    (dict(), [[0, 1, 2, 3, 4]]), (dict(chunk=2), [[0], [1, 2], [3, 4]]), (dict(chunk=9), [[0, 1, 2, 3, 4]]), (dict(chunk=1, mode="batched"), [[0], [1], [2], [3], [4]]),
+    (dict(mode="processes", workers=2), [[0, 1], [2, 3, 4]]), (dict(mode="processes", workers=9), [[0], [1], [2], [3], [4]]),
+    (dict(mode="processes", workers=2, chunk=2), [[0], [1, 2], [3, 4]]), (dict(mode="sequential"), [[0, 1, 2, 3, 4]]),
+    (dict(grid=dict(lr=[.1, .2])), [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])])
+def test_members_are_shared_among_rows(settings, rows, monkeypatch):
+    plan = planned(monkeypatch, make, digits().splits(60, range(5)), epochs=1, **settings)
+    assert [at for at, _ in plan] == rows and all(job.abreast == 1 for _, job in plan)
+    for at, job in plan:
+        assert job.seeds == job.split.seeds == tuple(i % 5 for i in at) and job.mode == ("sequential" if settings.get("mode") == "sequential" else "batched")
+        assert dict(job.settings)["lr"] == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
+
+
+def test_the_largest_network_of_a_grid_decides_what_fits(monkeypatch):
+    row, maker = digits().splits(60, range(4)), partial(dense_net, 64, 10)
+    of = lambda K, B: member_memory(partial(maker, K=K), row.x[:B])
+    assert of(1, 60) < of(9, 20) < of(9, 60)
+    for grid, need in ((dict(K=[9, 1]), of(9, 60)), (dict(K=[1, 9]), of(9, 60)), (dict(batch_size=[20, 60]), of(9, 60)), (dict(batch_size=[20], K=[1, 9]), of(9, 20))):
+        plan = planned(monkeypatch, maker, row, epochs=1, mode="batched", grid=grid, memory=int(2.5 * need))
+        assert {len(at) for at, _ in plan} == {2}
+        with pytest.raises(MemoryError, match="one network needs"): fit_many(maker, row, epochs=1, grid=grid, memory=need - 1)
+    monkeypatch.setattr("lap_nb.ensembles.SMALL", forward_flops(maker(K=5), row.x[:60]))
+    for Ks, way in (([1, 5], "batched"), ([9, 1], "sequential"), ([1, 9], "sequential")):
+        assert {job.mode for _, job in planned(monkeypatch, maker, row, epochs=1, grid=dict(K=Ks))} == {way}
+
+
+@pytest.mark.parametrize("threads, settings, lengths, at_once", [
+    (2, {}, [10, 10], 2), (3, {}, [10, 10], 2), (1, {}, [20], 1), (2, dict(mode="sequential"), [20], 1), (2, dict(chunk=19), [10, 10], 1),
+    (2, dict(grid=dict(lr=[.1, .2])), [10] * 4, 2)])
+def test_rows_are_abreast_where_threads_and_chunk_allow(threads, settings, lengths, at_once, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    plan = planned(monkeypatch, make, digits().splits(60, range(20)), epochs=1, **settings)
+    assert [len(at) for at, _ in plan] == lengths and {job.abreast for _, job in plan} == {at_once}
+
+
+def test_a_bar_moves_when_all_have_done_an_epoch():
+    moves = []
+    bar = lap_nb.ensembles._Bar(SimpleNamespace(update=moves.append), 3, 4)
+    one, rest, hidden = bar.row(1), bar.row(2), bar.row(1, show=False)
+    one.update(); rest.update(); hidden.update()
+    assert moves == []
+    bar.show(); assert moves == [1]
+    rest.update(2); one.update(2); hidden.update(2)
+    assert moves == [1, 1]                        # of eight epochs six were shown
+    bar.show(); bar.show(); assert moves == [1, 1, 1]
+    silent = lap_nb.ensembles._Bar(None, 1, 1).row(1); silent.update()
+    bar.stopped = True
+    with pytest.raises(InterruptedError): one.update()
+
+
+def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
+    "Of 60 samples in batches of 20, three steps an epoch: step 3 is in the first epoch, step 4 in the second; by 60 each step is an epoch."
+    split = digits().splits(60, range(4))
+    row = lambda: Ensemble([make(), make()])
+    curves = lambda at: dict(epoch=torch.tensor([1, 2, 3]), loss=torch.tensor([[at, at + 1.]] * 3))
+    plan = [([at, at + 4], SimpleNamespace(split=split)) for at in (2, 0, 1, 3)]
+    deaths = [[3, 4], [0, -1], [-1, 4], [9, 2]]
+    members = [dict(seed=i, **({} if i < 4 else dict(batch_size=60))) for i in range(8)]
+    with pytest.warns(UserWarning, match=r"6 of 8 networks diverged.*the first of them {'seed': 0, 'diverged': 1}"):
+        _, joined, told = lap_nb.ensembles._joined(plan, [(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)], members, dict(batch_size=20))
+    assert [m.get("diverged") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged" not in m for m in members)
+    expected = [0., 10., 20., 30., 1., 11., 21., 31.]
+    for i, m in enumerate(told):
+        last = m.get("diverged", 9)
+        assert [None if v != v else v for v in joined["loss"][:, i].tolist()] == [expected[i] if epoch < last else None for epoch in (1, 2, 3)]
+    assert joined["epoch"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"ways"', '{"ways": []}', '{"ways": [[]]}', '{"ways": ["batched"]}', '{"ways": 5}'])
+def test_a_damaged_note_in_a_folder_of_checkpoints_is_told(content, tmp_path):
+    (tmp_path / "members.json").write_text(content)
+    with pytest.raises(ValueError, match="members.json is damaged, or not the note of an ensemble"):
+        fit_many(make, digits().splits(60, range(2)), epochs=1, mode="batched", checkpoint=tmp_path, resume=True)
+    assert (tmp_path / "members.json").read_text() == content
+
+
+def test_rows_are_resumed_as_they_were_cut(tmp_path, monkeypatch):
+    row, settings = digits().splits(60, range(5)), dict(epochs=1, mode="batched", checkpoint=tmp_path / "c", save_every=1)
+    first = planned(monkeypatch, make, row, chunk=2, **settings)
+    note = json.loads((tmp_path / "c" / "members.json").read_text())
+    assert note["rows"] == [[0], [1, 2], [3, 4]] == [at for at, _ in first] and note["ways"] == [["batched", "grouped"]] * 3
+    assert [job.keep for _, job in first] == [dict(checkpoint=str(tmp_path / "c" / f"row-{r:03d}"), resume=False, save_every=1) for r in range(3)]
+    again = planned(monkeypatch, make, row, resume=True, **settings)                       # with room for all in one row
+    assert [at for at, _ in again] == note["rows"] and json.loads((tmp_path / "c" / "members.json").read_text()) == note
+    (tmp_path / "c" / "members.json").write_text(json.dumps({k: v for k, v in note.items() if k in ("format", "members", "settings")}))
+    assert len(planned(monkeypatch, make, row, resume=True, **settings)) == 1               # a note from before anything was begun
+    assert json.loads((tmp_path / "c" / "members.json").read_text())["rows"] == [[0, 1, 2, 3, 4]]
+
+
+def test_dropout_that_is_off_draws_nothing():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.gain = nn.Parameter(torch.ones(1))
+        def forward(self, x): return F.dropout(F.dropout(F.dropout(self.gain * x, .5, False), 0.), .5, self.training)
+    models, x = [Net() for _ in range(2)], torch.randn(2, 6, 5)
+    row = Ensemble(models, seeds=[4, 2])
+    out = row(x)
+    for i, seed in enumerate((4, 2)):
+        with seeded(seed): assert torch.equal(out[i], F.dropout(x[i], .5))
+    assert torch.equal(Ensemble(models, conv="matmul").eval()(x), x)
+
+
+def test_evaluation_in_parts_is_evaluation(monkeypatch):
+    row, x = Ensemble([make(), make()]).eval(), torch.rand(2, 7, 64)
+    whole = row(x)
+    monkeypatch.setattr("lap_nb.ensembles.EVALUATED", 6)
+    parts, mapped = [], Ensemble._mapped
+    monkeypatch.setattr(Ensemble, "_mapped", lambda self, x: (parts.append(x.shape[1]), mapped(self, x))[1])
+    torch.testing.assert_close(row(x), whole)
+    assert parts == [3, 3, 1]
+
+
+def test_an_ensemble_takes_time_and_keeps_its_settings():
+    before = time.perf_counter()
+    runs = fit_many(make, digits().splits(60, [4, 2]), epochs=2, eval_every=1, lr=.5e-3)
+    assert 0 < runs.provenance["seconds"] <= time.perf_counter() - before
+    assert {k: runs.provenance[k] for k in ("n", "seeds", "modes", "lr", "data")} == dict(n=60, seeds=[4, 2], modes=["batched"], lr=.5e-3, data=digits().name)
+    assert runs[1].curves["epoch"].tolist() == [1, 2] and runs[1].provenance["seed"] == 2 and str(interval([1., 2., 3.], .5)) == "2.0 ± 0.5"
+
+
+def test_a_recorded_graph_is_replayed_and_leaves_no_trace(monkeypatch):
+    "All but CUDA itself: recording runs the pass several times, as PyTorch does, and the tensors say they are on a GPU."
+    recorded = []
+    def record(passes, samples):
+        recorded.append(samples[0].shape)
+        for _ in range(3): passes(*samples)
+        return passes
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", record)
+    class OnGPU(torch.Tensor):
+        device = property(lambda self: SimpleNamespace(type="cuda"))
+        __torch_function__ = torch._C._disabled_torch_function_impl
+    models = [_made(conv_net, s) for s in range(2)]
+    rows = Ensemble(models), lap_nb.ensembles.Graphed(models)
+    for B in (8, 8, 5):
+        x = torch.rand(2, B, 1, 8, 8)
+        expected, (found, energies) = rows[0](x), rows[1]._mapped(x.as_subclass(OnGPU))
+        assert torch.equal(expected, found) and energies == []
+    assert [shape[1] for shape in recorded] == [8, 5]
+    for a, b in zip(rows[0]._tensors(), rows[1]._tensors()): assert torch.equal(a, b)        # running statistics, too
+    with pytest.raises(RuntimeError, match="a CUDA graph would repeat them"):
+        lap_nb.ensembles.Graphed([noisy_net(), noisy_net()])._mapped(torch.rand(2, 4, 64).as_subclass(OnGPU))
+    assert torch.equal(rows[0].eval()(x), rows[1].eval()(x)) and len(recorded) == 2

@@ -15,6 +15,7 @@ import torch
 
 from lap_nb import studies
 from lap_nb.data import digits
+from lap_nb.dynamics import SkipInit, StochasticDepth
 from lap_nb.studies import (Cell, Grid, Method, Net, Records, Schedule, Study, append_rows, dataset, done, make_net, overview, read_lines, records,
                             run_cell, run_study, study)
 
@@ -74,6 +75,29 @@ def test_every_study_is_sound(name, scale):
     for cell, seeds in study(name, scale).cells():
         assert seeds >= 2 and set(cell.measures) <= set(studies.MEASURES) and cell.net.kind in studies.NETS
         assert cell.data.partition(':')[0] in 'circles moons digits mnist fashion_mnist cifar10_part'.split()
+
+
+@pytest.mark.parametrize('kind', studies.NETS)
+def test_every_network_takes_every_method(kind):
+    "Each way to start and to run that some study asks of this kind of network, in small."
+    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in studies.STUDIES for scale in ('cpu', 'gpu') for cell, _ in study(name, scale).cells()
+             if cell.net.kind == kind for m in [cell.method]}
+    assert asked
+    for init, skip_init, h, drop in sorted(asked):
+        net = make_net(Net(kind, 6, 8), Method('m', init=init, skip_init=skip_init, h=h, drop=.5 * drop), (3, 8, 8), 10)
+        assert net(torch.rand(4, 3, 8, 8)).shape == (4, 10)
+        assert any(isinstance(m, StochasticDepth) for m in net.modules()) == drop and any(isinstance(m, SkipInit) for m in net.modules()) == skip_init
+
+
+@pytest.mark.parametrize('name', ['mnist-low-data', 'fashion-low-data', 'cifar-low-data', 'cifar-large'])
+def test_rivals_have_the_same_budget(name):
+    "At the scale of a GPU: on each data set, size and network eight families, three candidates in each, least action among them."
+    groups = {}
+    for cell, _ in study(name, 'gpu').cells(): groups.setdefault((cell.data, cell.n, cell.net), []).append(cell.method)
+    for methods in groups.values():
+        families = [m.family or m.name for m in methods if m.name != 'published']
+        assert {family: families.count(family) for family in families} == dict.fromkeys(
+            'default small-gain skip-init h-0.1 weight-decay stochastic-depth label-smoothing least-action'.split(), 3)
 
 
 def test_flipped_labels_leave_the_test_part_alone():
