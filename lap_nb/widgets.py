@@ -294,6 +294,7 @@ class Explorer:
         self.start.on_click(lambda _: self.train())
         self.halt.on_click(lambda _: self.stop.set())
         self.reset()
+        self.follower.join()   # all pictures are there before the panel is shown: a page that is still loading can miss a later one
 
 # %% ../nbs/10_playground.ipynb #42c04ff6
 @patch(as_prop=True)
@@ -395,7 +396,7 @@ def view(self:Explorer):
     flow = Layout(display="flex", flex_flow="row wrap", align_items="flex-start")
     controls = VBox([*self.controls.values(), HBox([self.start, self.halt]), self.bar, self.status, self.layer])
     pictures = HBox([self.places[name] for name in PICTURES], layout=flow)
-    return VBox([controls, pictures])
+    return VBox([controls, pictures], layout=Layout(flex="1 1 36em", min_width="20em")).add_class("explorer")
 
 # %% ../nbs/10_playground.ipynb #fdd7f64d
 def playground(
