@@ -74,20 +74,26 @@ class Trial:
             self.model = init_velocities_(net, setting.gain)
 
     @property
-    def epochs(self)->int: return math.ceil(self.setting.steps * BATCH / N_TRAIN)
+    def epochs(self)->int:
+        "How many passes over the training samples the steps of the setting are."
+        return math.ceil(self.setting.steps * BATCH / N_TRAIN)
 
     @property
-    def sample(self)->tuple[Tensor, Tensor]: # at most 200 test samples `[B, D]` and their labels `[B]`
+    def sample(self)->tuple[Tensor, Tensor]: # `[B, D]` and their labels `[B]`
+        "At most 200 test samples."
         at = self.split.test[:200]
         return self.split.x[at], self.split.y[at]
 
-    def trajectory(self)->Trajectory: # of the sample
+    def trajectory(self)->Trajectory: # its positions `[K+1, B, D]`
+        "Where the sample goes."
         with torch.no_grad(): return self.model.trajectory(self.sample[0])
 
-    def accuracy(self)->float: # on the test part, between 0 and 1
+    def accuracy(self)->float: # between 0 and 1
+        "Share of the test part that is recognised."
         return evaluate(self.model, self.split).item()
 
-    def energy(self)->float: # per sample, mean over features
+    def energy(self)->float: # summed over blocks, mean over features
+        "Energy per sample."
         return block_energies(self.trajectory()).sum(0).mean().item()
 
 # %% ../nbs/10_playground.ipynb #b025e8f3
