@@ -124,6 +124,8 @@ def test_page(browser, address, name):
             page.set_viewport_size(viewport)
             wide = page.evaluate('document.scrollingElement.scrollWidth - innerWidth')
             assert wide <= 0, f'at {viewport["width"]} pixels the page is {wide} pixels wider than the window'
+        cut = page.evaluate('[...document.querySelectorAll("main pre")].filter(p => p.scrollWidth > p.clientWidth).map(p => p.innerText.slice(0, 80))')
+        assert not cut, f'code or output that is cut off on a wide window: {cut}'
         images = page.evaluate('[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0, i.src.slice(0, 80)])')
         assert not [i for i in images if not i[0]], 'pictures without alternative text'
         assert not [i for i in images if not i[1]], 'pictures that do not load'
