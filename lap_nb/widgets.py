@@ -175,6 +175,7 @@ def draw_energies(
     ax.bar(range(1, len(energy) + 1), energy.tolist(), color=[colours()[k == layer] for k in range(1, len(energy) + 1)])
     ax.locator_params(nbins=4)
     ax.locator_params(axis="x", integer=True)
+    ax.ticklabel_format(axis="y", scilimits=(-2, 3))   # short numbers, whatever the size
     ax.set(xlabel="block", ylabel="energy per sample\n(mean over features)", title=f"in all {energy.sum():.3g}")
 
 def draw_price(
@@ -239,7 +240,7 @@ def picture(
     from matplotlib.figure import Figure
     with _drawing:
         figure = Figure(figsize=(width, height), dpi=80)
-        draw(figure.add_axes((.72 / width, .55 / height, 1 - .82 / width, 1 - .85 / height)))   # the same margins at every size
+        draw(figure.add_axes((.82 / width, .55 / height, 1 - .92 / width, 1 - .85 / height)))   # the same margins at every size
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         file = _png(canvas.buffer_rgba())
