@@ -151,7 +151,8 @@ def test_speed(panel):
     layers = min(seconds(lambda: setattr(panel.layer, 'value', k)) for k in (1, 2, 3, 4, 5, 6, 7))
     gains = min(seconds(lambda: setattr(panel.controls['gain'], 'value', 10 ** g)) for g in (-1.9, -1.5, -1., -.5, -.2))
     training = seconds(Trial(Setting(steps=300)).train)
-    assert layers < .1 and gains < .1 and training < 5, (layers, gains, training)
+    limit = .2 if 'LAP_NB_COVERAGE' in os.environ else .1   # counting lines takes time
+    assert layers < limit and gains < limit and training < 5, (layers, gains, training)
 
 
 def test_two_panels_side_by_side():
