@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .attach import find_blocks
 from .compare import make_net
@@ -57,22 +60,38 @@ def clock(
         if collecting: gc.enable()
 
 # %% ../nbs/11_performance.ipynb #c7f80c6d
+class _Alive(TorchDispatchMode):
+    "Bytes of what operations returned and something still refers to: now, and at most so far."
+    def __init__(self): super().__init__(); self.now, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.note((args, kwargs), new=False)
+        out = operation(*args, **(kwargs or {}))
+        self.note(out, new=True)
+        return out
+
+    def note(self, values, new:bool):
+        for t in tree_leaves(values):
+            if not isinstance(t, Tensor) or (storage := t.untyped_storage())._cdata in self.known: continue
+            size = storage.nbytes() if new else 0
+            self.known[storage._cdata] = weakref.ref(storage, partial(self.gone, storage._cdata, size))
+            self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def gone(self, key, size, _): del self.known[key]; self.now -= size
+
+# %% ../nbs/11_performance.ipynb #d0e7b3be
 def memory(
     step:Callable[[], object], # a whole step of training
     device:torch.device,       # where it works
-)->float:                      # bytes: peak allocated on a GPU, saved for the backward pass on a CPU
+)->float:                      # bytes at the peak: on a GPU of all that is allocated, on a CPU of what the step adds
     "What one step holds at most; run it once before, so that optimisers have their state."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return float(torch.cuda.max_memory_allocated(device))
-    storages, alive = {}, []
-    def pack(t):
-        storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        alive.append(t)   # so that no address is used twice
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): step()
-    return float(sum(storages.values()))
+    with _Alive() as alive: step()
+    return float(alive.peak)
 
 # %% ../nbs/11_performance.ipynb #7efcfecb
 @dataclass(frozen=True)
@@ -203,11 +222,10 @@ def _settings(device, batch:int)->list[tuple[str, dict]]:
 
 def _pairs(device, name:str, way:str, goal:float, what:str, batch:int, least:int)->Iterable[Sides]:
     "Time and memory of one kind of step over the plain one; batch size and number of pairs for a CPU."
-    kept = "peak memory" if device.type == "cuda" else "bytes saved for the backward pass"
     for suffix, settings in _settings(device, batch):
         steps = _Steps(device, **settings)
         yield Sides(name + suffix, lambda: steps(way), lambda: steps("plain"), f"{what}, batch {settings['batch']}", goal, least=least)
-        yield Sides(f"{name}{suffix}-memory", lambda: steps(way, memory), lambda: steps("plain", memory), f"{what}: {kept}", 1.05,
+        yield Sides(f"{name}{suffix}-memory", lambda: steps(way, memory), lambda: steps("plain", memory), f"{what}, batch {settings['batch']}: peak memory", 1.05,
                     unit="bytes", exact=True, warm=False)
 
 @benchmark("trace-overhead")
@@ -435,15 +453,16 @@ def run_benchmarks(
     out:str|Path|None=None,          # record to write; None: none
     force:bool=False,                # overwrite it
     report:Callable[[str], None]=lambda line: None, # gets a line for each row as it is done
-)->dict:                             # the record: format, provenance, rows, left_out
+)->dict:                             # the record: format, provenance, rows, left_out, wall_seconds
     "Measure; raises `ValueError` on an unknown name and `FileExistsError` rather than replace a file."
-    names, path, device = _select(names), None if out is None else _target(out, force), pick_device(device)
+    names, path, device, start = _select(names), None if out is None else _target(out, force), pick_device(device), time.perf_counter()
     left_out = {name: f"needs {' and '.join(lost)}" for name in BENCHMARKS if (lost := _missing(name)) and name not in names}
     record = dict(format=FORMAT, provenance=provenance(device, seconds=seconds), rows=[], left_out=left_out)
     for name, why in left_out.items(): report(f"{name}: left out, {why}")
     for name in names:
         for sides in BENCHMARKS[name](device):
             record["rows"].append(measure(sides, seconds) | dict(device=record["provenance"]["device_name"]))
+            record["wall_seconds"] = time.perf_counter() - start
             report(_line(record["rows"][-1]))
             if path: write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     return record
@@ -480,5 +499,5 @@ def lap_bench(
     with _one_line_errors("lap_bench"):
         if list: print("\n".join(BENCHMARKS)); return
         if threads: torch.set_num_threads(threads)
-        run_benchmarks(names, device, seconds, out, force, report=partial(print, flush=True))
-        print(f"wrote {out}")
+        record = run_benchmarks(names, device, seconds, out, force, report=partial(print, flush=True))
+        print(f"wrote {out} after {record['wall_seconds']:.0f} s")

@@ -124,13 +124,14 @@ def coarsening(
 
 # %% ../nbs/09_depth.ipynb #50a7cc8c
 def lipschitz(
-    velocity:nn.Module, # linear layers and activations of slope at most one, in a row
+    velocity:nn.Module, # linear layers and activations in a row
 )->float:
-    "Product of the spectral norms of the linear layers: an upper bound of the Lipschitz constant; raises `ValueError` for other layers."
-    flat, bound = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Identity, nn.Flatten, nn.Softplus, nn.Sigmoid), 1.
+    "Product of the spectral norms of the linear layers and the largest slopes between: at least the Lipschitz constant; raises `ValueError` for other layers."
+    known, bound = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Identity, nn.Flatten, nn.Softplus, nn.Sigmoid), 1.
     for layer in velocity if isinstance(velocity, nn.Sequential) else [velocity]:
         if isinstance(layer, nn.Linear): bound *= torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
-        elif not isinstance(layer, flat): raise ValueError(f"found a {type(layer).__name__}, expected Linear layers and activations in a row: pass constants=[...]")
+        elif isinstance(layer, known): bound *= max(1., abs(getattr(layer, "alpha", 1.)), abs(getattr(layer, "negative_slope", 1.)))
+        else: raise ValueError(f"found a {type(layer).__name__}, expected Linear layers and activations in a row: pass constants=[...]")
     return bound
 
 # %% ../nbs/09_depth.ipynb #cc509297
@@ -261,7 +262,10 @@ def _stages(model:nn.Module, gates:dict[str, Stretch], x)->tuple[dict[str, Stret
         if times > 1: raise ValueError(_shared(name, times))
         if times == 0: raise ValueError(f"block {name!r} is not called for this input, expected one call: leave it out of blocks")
     sizes = []
-    for i, (gate, start, _) in enumerate(calls):
+    for i, (gate, start, end) in enumerate(calls):
+        if start.shape != end.shape:
+            raise ValueError(f"block {names[gate]!r} changes the shape of a sample from {tuple(start.shape[1:])} to {tuple(end.shape[1:])}, so it is never "
+                             "left out, expected blocks that keep it: leave it out of blocks")
         joined = i > 0 and _joined(names[calls[i-1][0]], names[gate], calls[i-1], calls[i])
         if joined: sizes[-1] += 1
         else: sizes.append(1)
@@ -393,7 +397,7 @@ def _observed(elastic:Elastic):
 WAYS = ("skip", "lengthened", "best")
 
 def _search(elastic:Elastic, score, counts)->dict[int, DepthSchedule]:
-    "For each number of blocks, the schedule found best: blocks leave one by one, the one whose loss matters least first."
+    "For each number of blocks, the schedule found best: blocks leave one by one, first the one that is missed least."
     sizes, kept = elastic.sizes, tuple(range(elastic.K))
     found = {elastic.K: even(elastic.K, sizes)}
     for m in range(elastic.K - 1, min(counts) - 1, -1):
@@ -614,7 +618,7 @@ def shorten(
     small = elastic.cut(row["schedule"])
     if recompute and row["blocks"] < elastic.K: recompute_statistics(small, data.x[data.train])
     if epochs: fit(small, data, epochs=epochs, lr=lr, eval_every=epochs)
-    small.shortened = _report(elastic.model, small, data, rows[-1], row, x)
+    small.shortened = _report(elastic.cut(), small, data, rows[-1], row, x)
     if verbose: print(_line(small.shortened))
     return small
 
@@ -905,7 +909,7 @@ def measure_pruning(
     batch_size:int=50,  # samples per step
     samples:int=300,    # of `val` a block is chosen on, and of `train` batch norms see meanwhile
 )->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
-    "Fine-tuned pruning, block by block: the one whose loss matters least leaves, its time lost or not, and the others are trained on."
+    "Fine-tuned pruning, block by block: the one that is missed least leaves, its time lost or not, and the others are trained on."
     few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
     scores, times = [_accuracy(net, data, part)], None
     while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:

@@ -133,7 +133,7 @@ class Ensemble(nn.Module):
         super().__init__()
         _check_alike(models, conv)
         params, buffers = stack_module_state(list(models))
-        self.names, self.stacks = list(params), nn.ParameterList(p.detach() for p in params.values())
+        self.names, self.stacks = list(params), nn.ParameterList(nn.Parameter(p.detach(), p.requires_grad) for p in params.values())
         self.buffer_names, self.conv, self.steps, self.frozen = list(buffers), conv, 0, False
         for i, stack in enumerate(buffers.values()): self.register_buffer(f"buffer_{i}", stack)
         for i, stack in enumerate(self._tensors()): self.register_buffer(f"kept_{i}", stack.detach().clone())
@@ -387,7 +387,7 @@ def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
         differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
         for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
     ensemble.watch(each[0].meter)
-    return each[0]
+    return each[0].to(device)
 
 # %% ../nbs/07_ensembles.ipynb #f1d89c84
 def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
@@ -674,7 +674,7 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:
     "Train one network per seed and combination, many at once; each does what `fit` would do alone."
-    _check_split(data)
+    _check_split(data); _check_maker(least_action)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
@@ -691,6 +691,10 @@ def fit_many(
 
 # %% ../nbs/07_ensembles.ipynb #76060e33
 MODES = ("auto", "sequential", "batched", "graph", "processes")
+
+def _check_maker(least_action):
+    if isinstance(least_action, nn.Module):
+        raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
 
 def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, workers, chunk):
     if data.train.ndim != 2 or len(data.train) != len(seeds):

@@ -225,6 +225,8 @@ class EnergyMeter:
         self._end()
         self.on, self.passes, self.seen, self._open = False, 0, [], []
 
+    def __getstate__(self): return self.__dict__ | dict(on=False, passes=0, seen=[], _open=[])   # of a copy: it is on no model
+
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
 
@@ -259,7 +261,9 @@ def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
 def _begin(self:EnergyMeter, name, module, args):
-    if not _recomputing(): self.passes, self.ended, self.seen, self._open = min(self.passes + 1, 2), False, [], []
+    if _recomputing(): return
+    whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
+    self.passes, self.ended, self.seen, self._open = 2 if whole else 1, False, [], []
 
 @patch
 def _close(self:EnergyMeter, name, module, args, out):
@@ -329,8 +333,8 @@ def put(self:EnergyMeter,
 # %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf
 def _advice(meter:EnergyMeter, passes:int, sums:dict)->str:
     "What may have gone wrong."
-    if not meter.on: return "; this meter was removed from its model"
-    if passes > 1: return ""
+    if not meter.on: return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
+    if passes > 1: return "; the passes so far are forgotten now, the next one counts"
     missing = [name for name in meter.blocks if name not in sums]
     if sums: return f"; {missing[0]!r} was not called" if missing else ""
     return ("; a compiled model heeds a meter only if it was made before the first compiled call, and blocks in a gradient checkpoint "

@@ -10,6 +10,7 @@ __all__ = ['ADVICE', 'dual_ascent', 'Controller', 'FixedWeight', 'DualAscent', '
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from fastcore.basics import patch
@@ -64,13 +65,17 @@ class Controller(nn.Module):
 def _short(value)->str: return str(value.tolist()) if isinstance(value, Tensor) else f"{value:g}"
 
 def _check_settings(lambda0, tau, target, cap, low=None):
-    lambda0 = torch.as_tensor(lambda0, dtype=torch.float32)
     for name, value in dict(tau=tau, target=target, cap=cap, low=low).items():
         if isinstance(value, Tensor) and value.ndim:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number: networks of fit_many get their own by grid=dict({name}=[...])")
+        if not isinstance(value, (Real, Tensor)) and (name, value) != ("low", None): raise TypeError(f"{name} is {value!r}, expected a number")
+    try: lambda0 = torch.as_tensor(lambda0, dtype=torch.float32)
+    except (TypeError, ValueError): raise TypeError(f"lambda0 is {lambda0!r}, expected a number, or one per network") from None
+    if lambda0.ndim > 1: raise ValueError(f"lambda0 has shape {tuple(lambda0.shape)}, expected one number, or one per network")
     if not (lambda0 > 0).all(): raise ValueError(f"lambda0 is {lambda0.tolist()}, expected positive: the action is divided by it")
-    if not tau >= 0: raise ValueError(f"tau is {tau!r}, expected zero or more; 0 keeps lambda fixed")
-    if not target >= 0: raise ValueError(f"target is {target!r}, expected zero or more: it is a level of the task loss")
+    if not lambda0.isfinite().all(): raise ValueError(f"lambda0 is {lambda0.tolist()}, expected finite: leave least action out for no action at all")
+    if not 0 <= tau < math.inf: raise ValueError(f"tau is {tau!r}, expected zero or more, and finite; 0 keeps lambda fixed")
+    if not 0 <= target < math.inf: raise ValueError(f"target is {target!r}, expected zero or more, and finite: it is a level of the task loss")
     if low is not None and not 0 < low <= lambda0.min():
         raise ValueError(f"low is {low!r}, expected above zero and at most lambda0, {lambda0.min().item():g}")
     if not cap >= lambda0.max(): raise ValueError(f"cap is {cap!r}, expected at least lambda0, {lambda0.max().item():g}")
@@ -142,8 +147,9 @@ class _Sensor(nn.Module):
         if rest: return None
         value = self.total / n["added"]
         if isinstance(self.average, float):
-            self.level = torch.where(value.isfinite(), self.average * self.level + (1 - self.average) * value, self.level)
-            value = self.level / (1 - self.average ** step)   # unbiased from the first step on
+            finite = value.isfinite()   # another value is passed on as it is, for the controller to count
+            self.level = torch.where(finite, self.average * self.level + (1 - self.average) * value, self.level)
+            value = torch.where(finite, self.level / (1 - self.average ** step), value)   # unbiased from the first step on
         if due or self.average != "mean": self.total, n["added"] = torch.zeros_like(self.total), 0
         return value if due else None
 
@@ -206,7 +212,7 @@ class LeastAction(nn.Module):
         model, self.blocks = _found(model, blocks, x)
         self.__dict__["model"] = model   # not a submodule: its parameters are not ours
         self.kind = {"reduction": reduction, "velocity": velocity if isinstance(velocity, str) else "named modules"}
-        self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(cap, 1 / floor if floor else cap))
+        self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(cap, 1 / floor) if floor else cap)
         self._prepare(every, warmup, accumulate, average, weights)
         self.meter = EnergyMeter(model, self.blocks, reduction, velocity)
 
@@ -214,6 +220,7 @@ class LeastAction(nn.Module):
 @patch
 def _prepare(self:LeastAction, every, warmup, accumulate, average, weights):
     "Buffers and parts, on the model's device."
+    if not isinstance(self.controller, Controller): raise TypeError(f"controller gave {self.controller!r}, expected a Controller")
     self.sensor, self.history = _Sensor(every, warmup, accumulate, average, self.lam), _History(self.lam)
     self.register_buffer("action", torch.full_like(self.lam, math.nan))
     self.register_buffer("lowest", torch.full_like(self.lam, math.inf))   # smallest loss ever seen
@@ -224,6 +231,7 @@ def _prepare(self:LeastAction, every, warmup, accumulate, average, weights):
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     "The model and its blocks; raises `ValueError` if they cannot be driven."
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
+    if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module, or a mapping of names to blocks")
     if not isinstance(blocks, Mapping): blocks = find_blocks(model, x, include=blocks)
     names = {}
     for name, block in blocks.items():
@@ -238,9 +246,10 @@ def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
 def _weights(blocks, weights)->Tensor|None: # `[K]`
     "One weight per block; raises `ValueError` on patterns without a block and negative numbers."
     if weights is None: return None
+    if not isinstance(weights, Mapping): raise TypeError(f"weights is of type {type(weights).__name__}, expected a mapping of patterns to numbers")
     values = dict.fromkeys(blocks, 1.)
     for pattern, weight in weights.items():
-        if not (weight >= 0 and math.isfinite(weight)): raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more")
+        if not (isinstance(weight, Real) and 0 <= weight < math.inf): raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more")
         values |= dict.fromkeys(_matching(blocks, pattern), float(weight))
     return torch.tensor(list(values.values()))
 
@@ -252,7 +261,8 @@ def _check_clock(every, average, warmup, accumulate, floor, controller):
     if not whole(accumulate, 1): raise ValueError(f"accumulate is {accumulate!r}, expected the number of batches per step of the optimiser")
     if not (average in ("batch", "mean") or isinstance(average, float) and 0 < average < 1):
         raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
-    if not (floor >= 0 and math.isfinite(floor)): raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
+    if not (isinstance(floor, Real) and 0 <= floor < math.inf): raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
+    if not callable(controller): raise TypeError(f"controller is {controller!r}, expected what makes one, like the class DualAscent")
     if isinstance(controller, Controller):
         name = type(controller).__name__
         raise TypeError(f"controller is a {name}, expected what makes one: the class {name}, or partial({name}, ...) with its own settings")
@@ -262,7 +272,7 @@ def _check_clock(every, average, warmup, accumulate, floor, controller):
 def forward(self:LeastAction,
     task:Tensor, # loss of the task on this batch: `[]`, or `[S]` for `S` networks at once
 )->Tensor:       # the objective to differentiate, of the same shape
-    "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step raises lambda first."
+    "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step moves lambda first."
     self._check_task(task)
     energies, loss, one = self.meter.take(), task.detach(), self.sensor.accumulate == 1
     action = self._weigh(energies)
@@ -355,6 +365,13 @@ def __repr__(self:LeastAction):
     return (f"LeastAction({type(c).__name__}: lambda={_short(self.lam)}, tau={_short(c.tau)}, every={s.every}, target={_short(c.target)}, "
             f"blocks={len(self.blocks)})")
 
+# %% ../nbs/05_least_action.ipynb #a4e027e8
+@patch
+def _apply(self:LeastAction, fn, *args):
+    "Follow the model to another device, but not to half precision: in it a small step no longer moves a large multiplier."
+    def keep(t): return out if (out := fn(t)).element_size() >= min(4, t.element_size()) else t.to(out.device)
+    return nn.Module._apply(self, keep, *args)
+
 # %% ../nbs/05_least_action.ipynb #d24b42b2
 @patch
 def curves(self:LeastAction
@@ -437,6 +454,7 @@ def kkt(
         raise ValueError(f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
     loss, lam, action = (torch.as_tensor(curves[name]).double().cpu() for name in ("loss", "lambda", "action"))
     if lam.ndim != 1: raise ValueError(f"lambda has shape {tuple(lam.shape)}, expected [T]: take one network of the row, as in runs[i].curves")
+    if not loss.shape == lam.shape == action.shape: raise ValueError(f"loss, lambda and action have {len(loss)}, {len(lam)} and {len(action)} points, expected as many")
     verdict, tail = _verdict(loss, lam, action, target, cap, low, tolerance), slice(len(lam) // 2, None)
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INITS', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORMAT', 'STUDIES', 'BAR', 'PATIENCE', 'GAINS', 'SMALL', 'SKIP',
-           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'FIRM', 'PENALISED', 'DECADES', 'PUBLISHED', 'UNTUNED',
-           'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion', 'run_cell',
-           'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records', 'standings',
-           'verdict', 'standings_table', 'overview', 'lap_study']
+           'STEP', 'DECAY', 'STRENGTHS', 'DROP', 'BOTH', 'FIRM', 'PENALISED', 'CHOSEN', 'DECADES', 'PUBLISHED',
+           'UNTUNED', 'Method', 'Net', 'Schedule', 'Cell', 'Grid', 'Study', 'dataset', 'make_net', 'measure_motion',
+           'run_cell', 'read_lines', 'done', 'append_rows', 'study', 'run_study', 'results', 'Records', 'records',
+           'standings', 'verdict', 'standings_table', 'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
 import fnmatch
@@ -31,7 +31,7 @@ from fastcore.script import call_parse
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
-from .depth import Penalty, measure_depth, measure_pruning, measure_speed
+from .depth import Penalty, RandomDepth, measure_depth, measure_pruning, measure_speed
 from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
 from .kinetic import Correlation, block_energies, rank_correlation
@@ -55,6 +55,7 @@ class Method:
     skip_init:bool=False       # a learned factor on each velocity that starts at zero
     h:float=1.                 # step of the flow
     drop:float=0.              # stochastic depth: chance that the last block is dropped; falls linearly to the first
+    random_depth:bool=False    # each training pass runs a random number of lengthened blocks, as `RandomDepth` has it
     weight_decay:float|None=None # decoupled in AdamW, part of the gradient in SGD; None: the schedule's
     label_smoothing:float=0.   # share of the target spread over all classes
     least_action:tuple=()      # settings of `LeastAction`, a mapping or pairs; empty: the task's loss alone
@@ -261,6 +262,7 @@ def make_net(
     "A network of a study, drawn from the global generator."
     options = {k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items() if v not in (False, 0.) and (k, v) != ("h", 1.)}
     model = NETS[net.kind](shape, classes, K=net.K, width=net.width, **options)
+    if method.random_depth: RandomDepth(model)
     return model if method.init == "default" else init_velocities_(model, method.gain, method.init)
 
 # %% ../nbs/08_replication.ipynb #9a0a0451
@@ -289,19 +291,17 @@ def _measured_regularity(model:nn.Module, split:Split)->dict:
     found = measure_regularity(model, split.x[split.test[:EXACT_CAP]])
     return dict(lipschitz_per_block=found["lipschitz block 0.95"], lipschitz=found["lipschitz whole 0.95"][0], holder=found["holder on"])
 
-def _measured_depth(model:nn.Module, split:Split)->dict:
-    "Accuracy at every depth, by skipping blocks and with lengthened steps."
-    found = measure_depth(model, split, ways=("skip", "lengthened"))
-    return {k: found[k] for k in ("counts", "skip", "lengthened", "settled", "area_skip", "area_lengthened", "path_gap", "largest_share")}
-
-def _measured_best(model:nn.Module, split:Split)->dict:
-    "Accuracy at every depth, the blocks that stay chosen on validation."
-    found = measure_depth(model, split, ways=("best",))
-    return {k: found[k] for k in ("best", "kept_best")}
+def _measured_depth(model:nn.Module, split:Split, ways:tuple[str, ...], columns:str, part:str="test")->dict:
+    "Of accuracy at every depth, the columns that are named."
+    found = measure_depth(model, split, part, ways)
+    return {k: found[k] for k in columns.split()}
 
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
-MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "depth": _measured_depth, "best": _measured_best,
-            "pruning": measure_pruning, "speed": measure_speed} # name -> function of a model and its split that returns columns
+MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "pruning": measure_pruning, "speed": measure_speed,
+    "depth": partial(_measured_depth, ways=("skip", "lengthened"), columns="counts skip lengthened settled area_skip area_lengthened path_gap largest_share"),
+    "best": partial(_measured_depth, ways=("best",), columns="best kept_best"),
+    "tuning": partial(_measured_depth, ways=("lengthened",), columns="part counts lengthened settled", part="val"),
+} # name -> function of a model and its split that returns columns
 
 # %% ../nbs/08_replication.ipynb #716e5557
 def _plain(value):
@@ -884,9 +884,9 @@ def _kinetic_bias(scale:str)->Study:
     big = scale == "gpu"
     plane, dense = Net(width=32), Net()
     short, long = Schedule(2000 if big else 300), Schedule(2000 if big else 500)
-    gains = _gains(normal=GAINS if big else (.05, .5, 1., 2.))
+    gains = _gains(normal=GAINS)
     variants = (Method("weight-decay-0.1", weight_decay=.1), Method("weight-decay-1", weight_decay=1.), Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
-    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.))
+    some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.), normal=(.01, .2, 1., 2.))
     pictures = dict(data=("mnist", "fashion_mnist"), sizes=(100, 300, 1000)) if big else dict(data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300,), seeds=10, thin=5)
     steps = short if big else Schedule(300, points=5)
     return Study("kinetic-bias", "Does a small initial gain give little motion, and is little motion linked with accuracy?", (
@@ -929,6 +929,34 @@ BOTH, FIRM = _constant(name="constant-0.1-drop-0.5", drop=.5), (_constant(.01), 
 PENALISED = {f"{name}-{w:g}": Method(f"{name}-{w:g}", name, init="orthogonal", gain=.1, penalty=dict(weight=w, kind=kind))
              for name, kind in (("path-gap", "path_gap"), ("wasserstein", "wasserstein")) for w in (1., 10.)}
 
+# %% ../nbs/08_replication.ipynb #d8e0bd74
+def _candidates()->tuple[Method, ...]:
+    "Seven ways to train for few blocks, four candidates each."
+    weights, still = (.03, .01, .003, .001), dict(init="orthogonal", gain=.1)
+    return (*(_constant(w, family="constant") for w in weights),
+            *(_constant(w, f"constant-{w:g}-drop-0.5", family="constant-drop", drop=.5) for w in weights),
+            *(_constant(w, f"constant-{w:g}-random", family="constant-random", random_depth=True) for w in weights),
+            *(Method(f"random-depth{note}{rate}", "random-depth", random_depth=True, lr=lr, **start)
+              for note, start in (("", {}), ("-still", still)) for rate, lr in (("", None), ("-lr-0.002", 2e-3))),
+            *(Method(f"drop-{d:g}", "drop", drop=d) for d in (.3, .5, .7)), Method("drop-0.5-still", "drop", drop=.5, **still),
+            *(Method(f"path-gap-{w:g}-default", "path-gap", penalty=dict(weight=w)) for w in (3., 10., 30., 100.)),
+            *(Method(f"wasserstein-{w:g}", "wasserstein", penalty=dict(weight=w, kind="wasserstein"), **still) for w in (10., 30., 100., 300.)))
+
+@_register
+def _depth_tuning(scale:str)->Study:
+    large, robust = scale == "gpu", ("constant-drop", "constant-random", "random-depth", "drop")
+    nets = {Net("conv", width=32) if large else Net(): (1000, _candidates()),
+            Net("staged", 18, 32) if large else Net("staged", 8, 8): (600, tuple(m for m in _candidates() if m.family in robust))}
+    return Study("depth-tuning", "Which setting of each way to train for few blocks is best on validation?", tuple(
+        Grid(("mnist" if large else "mnist:pool=4",), (5000 if large else 1000,), candidates, 3, net, Schedule(2000 if large else steps, points=2), ("tuning",),
+             thin=1 if large else 10) for net, (steps, candidates) in nets.items()), scale)
+
+CHOSEN = {"dense": ("constant-0.003-drop-0.5", "constant-0.03-random", "random-depth-lr-0.002", "drop-0.7", "path-gap-3-default",
+                    "wasserstein-30"),
+          "staged": ("constant-0.03-drop-0.5", "constant-0.01-random", "random-depth-still-lr-0.002",
+                     "drop-0.5-still")} # by `depth-tuning` on a CPU, besides those that `depth` has anyhow
+
+# %% ../nbs/08_replication.ipynb #97282209
 @_register
 def _depth(scale:str)->Study:
     large, tuned = scale == "gpu", ("depth", "pruning", "speed")
@@ -941,14 +969,18 @@ def _depth(scale:str)->Study:
         how = dict(seeds=seeds, net=net, schedule=replace(schedule, steps=2000) if large else schedule, thin=1 if large else thin)
         return Grid((data,), (n,), pruned, measures=(*tuned, *more), **how), Grid((data,), (n,), methods, measures=("depth", *more), **how)
     size, short = 5000 if large else 1000, Schedule(200, points=2)
-    deep = (Net("conv-bn", width=64), Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("conv-bn", width=16), Net("vit", 8, 32), Net("conv", width=16))
+    deep = (Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("vit", 8, 32), Net("conv", width=16))
+    norm = grids(picture("mnist"), Net("conv-bn", width=64 if large else 16), start, pruned[:1], short, 10, size)
     staged = grids(picture("mnist"), Net("staged", 18, 32) if large else Net("staged", 8, 8), start, pruned[:1], Schedule(600, points=2), 10, size, 10, ("best",))
+    chosen = lambda grid: () if large else (replace(grid, methods=tuple(m for m in _candidates() if m.name in CHOSEN[grid.net.kind])),)
+    dense = grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20)
     return Study("depth", "How many of its blocks does a trained network need?", (
         Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
         Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
-        *grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20),
+        *dense, *chosen(dense[1]),
         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1)) for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)),
-        *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)), *staged), scale)
+        norm[0], replace(norm[1], seeds=5 if large else 20), *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)),
+        *staged, *chosen(staged[1])), scale)
 
 # %% ../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)
@@ -956,7 +988,13 @@ DECADES = (.01, .1, 1., 10., 100.)
 def _settings()->tuple[Method, ...]:
     "Least action with one setting at a time moved over four decades."
     return (*(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1), *(_least(f"tau-{v:g}", tau=v) for v in DECADES if v != 1),
-            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (.001, .01, .1, 1.)))
+            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v) for v in (1e-4, .001, .01, .1, 1.)))
+
+def _targets(wrong:float, classes:int=10)->tuple[Method, ...]:
+    "Least action with a target, for labels of which a share is wrong; `honest` is the least loss of who knows the truth and how often a label errs."
+    honest = -(1 - wrong) * math.log(1 - wrong) - wrong * math.log(wrong / (classes - 1))
+    return tuple(_least(f"target-{name}{suffix}", tau=tau, target=round(target, 3)) for tau, suffix in ((1., ""), (.1, "-tau-0.1"))
+                 for name, target in (("0.1", .1), ("0.3", .3), ("1", 1.), ("honest", honest)))
 
 @_register
 def _adaptive(scale:str)->Study:
@@ -968,7 +1006,7 @@ def _adaptive(scale:str)->Study:
     started = tuple(replace(m, name=f"{m.name}-gain-{g:g}", init="orthogonal", gain=g) for g in (.01, .1, .5, 1., 2.) for m in field if m is not SMALL)
     return Study("adaptive", "What does the multiplier adapt to, and does it need tuning?", (
         Grid(("digits",), (100,), (*field, *_settings()), schedule=short, curve=True),
-        Grid(("digits:flip=0.1", "digits:flip=0.2", "digits:flip=0.4"), (300,), field, schedule=short, curve=True),
+        *(Grid((f"digits:flip={w:g}",), (300,), (*field, *_targets(w)), schedule=short, curve=True) for w in (.1, .2, .4)),
         Grid(("digits",), (50, 300, 1000), field, schedule=short, curve=True),
         Grid(tuple(f"circles:noise={s:g}" for s in (.05, .1, .2, .3)), (300,), field, net=plane, schedule=long, curve=True),
         Grid(("moons",), (50, 300), field, net=plane, schedule=long, curve=True),

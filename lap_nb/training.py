@@ -26,9 +26,10 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -203,20 +204,33 @@ class Recipe:
 # %% ../nbs/06_training.ipynb #14f8d2cd
 def _check_training(**numbers):
     for name, value in numbers.items():
-        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+        if not (isinstance(value, int) and not isinstance(value, bool) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
 def _check_split(data):
     if not isinstance(data, Split):
         raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
 
+def _check_model(model):
+    if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters to train, expected some: call requires_grad_() if they are frozen")
+
+def _check_numbers(r:Recipe):
+    if not isinstance(r.milestones, (tuple, list)): raise ValueError(f"milestones is {r.milestones!r}, expected a tuple of shares of the training")
+    several = [("milestones", m) for m in r.milestones] + ([] if r.clip is None else [("clip", r.clip)])
+    for name, value in [*((n, getattr(r, n)) for n in ("lr", "weight_decay", "label_smoothing", "momentum", "gamma", "warmup")), *several]:
+        if not (isinstance(value, Real) and math.isfinite(value)): raise ValueError(f"{name} is {value!r}, expected a finite number")
+
 def _check_recipe(r:Recipe):
+    _check_numbers(r)
     _check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
     if r.patience is not None: _check_training(patience=r.patience)
     for name, options in dict(optimiser=OPTIMISERS, schedule=SCHEDULES, precision=PRECISIONS).items():
-        if getattr(r, name) not in options: raise ValueError(f"{name} is {getattr(r, name)!r}, expected one of {', '.join(options)}")
+        if getattr(r, name) not in tuple(options): raise ValueError(f"{name} is {getattr(r, name)!r}, expected one of {', '.join(options)}")
     if r.clip is not None and not r.clip > 0: raise ValueError(f"clip is {r.clip!r}, expected a positive norm, or None for no limit")
     if not (isinstance(r.crop, int) and r.crop >= 0): raise ValueError(f"crop is {r.crop!r}, expected a whole number of pixels, 0 or more")
-    if not r.lr > 0: raise ValueError(f"lr is {r.lr!r}, expected a positive number")
+    for name in ("lr", "gamma"):
+        if not getattr(r, name) > 0: raise ValueError(f"{name} is {getattr(r, name)!r}, expected a positive number")
     for name in ("weight_decay", "momentum"):
         if not getattr(r, name) >= 0: raise ValueError(f"{name} is {getattr(r, name)!r}, expected zero or more")
     for name, value in [("label_smoothing", r.label_smoothing), ("warmup", r.warmup), *[("milestones", m) for m in r.milestones]]:
@@ -254,7 +268,7 @@ def clip_gradients(
     grads = [p.grad for p in params if p.grad is not None]
     flat = [g.reshape(len(g) if row else 1, -1).float() for g in grads]
     norms = torch.stack([g.norm(dim=1) for g in flat]).norm(dim=0)
-    scale = (limit / (norms + 1e-12)).clamp(max=1)
+    scale = (limit / (norms + 1e-12)).clamp(max=1).nan_to_num(1.) # a gradient that is none spoils its own parameter only
     for g in grads: g.mul_(scale.view(-1, *[1] * (g.ndim - 1)).to(g.dtype) if row else scale[0].to(g.dtype))
     return norms if row else norms[0]
 
@@ -271,6 +285,8 @@ class Training:
         _check_fits(split, recipe)
         _check_attached(model, least_action, split.train.shape[:-1])
         self.model, self.split, self.least_action, self.recipe = model, split, least_action, recipe
+        if least_action is not None:
+            with suppress(RuntimeError): least_action.meter.take() # what passes before this training have left
         self.generators, self.seeds = list(generators), [g.initial_seed() for g in generators]
         self.device, self.row = split.x.device, split.train.ndim == 2
         if recipe.channels_last: model.to(memory_format=torch.channels_last)
@@ -298,6 +314,8 @@ def _check_fits(split:Split, r:Recipe):
 def _check_attached(model:nn.Module, least_action:LeastAction|None, networks:tuple):
     "Raise if least action watches another network, none any more, or another number of networks."
     if least_action is None: return
+    if not isinstance(least_action, nn.Module):
+        raise TypeError(f"least_action is {least_action!r}, expected one that is attached to the model, LeastAction(model): only fit_many takes what makes it")
     inside = set(getattr(model, "skeleton", model).modules())
     if not least_action.meter.on or not inside.issuperset(least_action.blocks.values()):
         raise ValueError("least_action is not on this model: make it for the model that is trained, LeastAction(model), and remove it only afterwards")
@@ -340,16 +358,17 @@ def train_step(self:Training,
     x:Tensor, # samples, `[..., B, *sample]`
     y:Tensor, # labels, `[..., B]`
 ):
-    "Forward pass, objective, backward pass, step; nothing is brought to the host."
+    "Forward pass, objective, backward pass, step; no value is brought to the host."
     r, la, (_, world) = self.recipe, self.least_action, self.share
     for group in self.opt.param_groups: group["lr"] = self.lr_scale * learning_rate(r, self.step, self.per_epoch * r.epochs)
     if r.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-    meter = self._meter()
-    with self.autocast(): task = task_loss(self.call(x), y, r.label_smoothing)
+    with self._measured() as meter:
+        with self.autocast(): task = task_loss(self._logits(x, y), y, r.label_smoothing)
+        energies = None if meter is None else meter.take().detach()
     weight = 1. if world == 1 else world * y.shape[-1] / self._batch()
     task = global_mean(task, weight)
     loss = task if la is None else la(task)
-    energies = self._taken(meter) if la is None else la.energies
+    if la is not None: energies = la.energies
     self.opt.zero_grad()
     total = loss.sum() if self.row else loss
     self._descend(total * weight if world > 1 else total)
@@ -359,6 +378,22 @@ def train_step(self:Training,
     self.step, self.at = self.step + 1, self.at + 1
 
 # %% ../nbs/06_training.ipynb #a256fbce
+@patch
+def _logits(self:Training, x, y)->Tensor:
+    "What the model makes of a batch; an error in it is told with the batch it got."
+    try: logits = self.call(x)
+    except Exception as e:
+        p = next(self.model.parameters())
+        e.add_note(f"The model was called with a batch of shape {list(x.shape)}, {x.dtype}, on {x.device}; its parameters are {p.dtype}, on {p.device}." +
+                   (" Batch norm cannot take one sample: choose a batch_size that leaves none over." if y.shape[-1] == 1 else ""))
+        raise
+    found = list(logits.shape) if isinstance(logits, Tensor) else f"an object of type {type(logits).__name__}"
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != y.shape or logits.shape[-1] < self.split.classes:
+        raise ValueError(f"the model gave {found}, expected logits {[*y.shape, self.split.classes]}, a number per sample and class: "
+                         "wrap a model that gives something else, or train it in a loop of your own with LeastAction")
+    return logits
+
+# %% ../nbs/06_training.ipynb #24591f53
 @patch
 def _batch(self:Training)->int:
     "Samples of the present batch, over all processes."
@@ -390,22 +425,18 @@ def global_mean(
 
 # %% ../nbs/06_training.ipynb #a68b49cc
 @patch
-def _meter(self:Training)->EnergyMeter|None:
-    "Without least action: a meter for a single step, where energies are to be recorded."
-    if self.least_action is not None or self.recipe.compile or not self._closing(): return None
-    try: meter = EnergyMeter(getattr(self.model, "skeleton", self.model))
-    except ValueError: return None # no residual block: no energies
+@contextmanager
+def _measured(self:Training)->Iterator[EnergyMeter|None]:
+    "Without least action: a meter for a single step, where energies are to be recorded; then it goes, whatever happens."
+    meter = None
+    if self.least_action is None and not self.recipe.compile and self._closing():
+        with suppress(ValueError): meter = EnergyMeter(getattr(self.model, "skeleton", self.model)) # no residual block: no energies
+    if meter is None: yield None; return
     if self.row: self.model.watch(meter)
-    return meter
-
-@patch
-def _taken(self:Training, meter:EnergyMeter|None)->Tensor|None: # `[..., K]`
-    "What the meter measured in the forward pass just made; then it goes."
-    if meter is None: return None
-    energies = meter.take().detach()
-    meter.remove()
-    if self.row: self.model.meters.remove(meter)
-    return energies
+    try: yield meter
+    finally:
+        meter.remove()
+        if self.row: self.model.meters.remove(meter)
 
 # %% ../nbs/06_training.ipynb #bb3a1e72
 @patch
@@ -458,6 +489,7 @@ def load_state_dict(self:Training,
     force:bool=False,  # accept other samples, batch size, seeds or processes: the epoch under way then starts anew
 ):
     "Put the training where `state` was; raises `ValueError` if it belongs to another training."
+    if "fixed" not in state: raise CheckpointError(f"the checkpoint holds no training, only {', '.join(map(str, list(state)[:3]))}, ...: choose another file")
     now, then = self._fixed(), state["fixed"]
     other = [f"{what} {then[what]}, now {now[what]}" for what in now if now[what] != then[what]]
     if other and not force:
@@ -466,10 +498,13 @@ def load_state_dict(self:Training,
     if (self.least_action is None) != (state["least_action"] is None):
         raise ValueError(f"the checkpoint is of a training {'without' if state['least_action'] is None else 'with'} least action, this one "
                          "is not: attach it alike, or choose another checkpoint file")
+    if (before := state["recipe"]["optimiser"]) != self.recipe.optimiser:
+        raise ValueError(f"the checkpoint is of a training with {before}, now it is {self.recipe.optimiser}, which cannot go on from its state: use {before}")
     for part, saved in ((self.model, state["model"]), (self.least_action, state["least_action"])):
         try: part is None or part.load_state_dict(saved)
         except RuntimeError as e: raise ValueError(f"the checkpoint is of another network: {e}") from e
-    self.opt.load_state_dict(state["opt"]); self.scaler.load_state_dict(state["scaler"])
+    self.opt.load_state_dict(state["opt"])
+    if state["scaler"]: self.scaler.load_state_dict(state["scaler"]) # empty, unless it was trained in float16
     self.step, self.epoch, self.at = state["step"], state["epoch"], 0 if other else state["at"]
     self.lr_scale, self.points, self.last, self.trail = state["lr_scale"], list(state["points"]), dict(state["last"]), []
     self.epoch_start = None if other else state["generators"]
@@ -708,6 +743,7 @@ def train_loop(
     **settings,                           # of the `Recipe`
 )->dict[str, Tensor]:                     # curves, as in `Run`
     "Train as `settings` say, plain or with least action; evaluates as it goes."
+    if callable(callbacks): raise TypeError(f"callbacks is {callbacks!r}, expected a list of functions: callbacks=[...]")
     training = Training(model, split, least_action, generators, Recipe(**settings))
     _check_rescue(checkpoint, resume, save_every, rollback)
     with _lost_processes(training):
@@ -725,6 +761,7 @@ def _check_rescue(checkpoint, resume, save_every, rollback):
     if resume not in (False, True, "force"): raise ValueError(f"resume is {resume!r}, expected True, False or 'force'")
     if save_every is not None: _check_training(save_every=save_every)
     if not (isinstance(rollback, int) and rollback >= 0): raise ValueError(f"rollback is {rollback!r}, expected a whole number, 0 or more")
+    if checkpoint is not None and Path(checkpoint).is_dir(): raise IsADirectoryError(f"{checkpoint} is a folder, expected a file: say {Path(checkpoint) / 'run.pt'}")
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {Path(checkpoint).parent} for the checkpoint: make it first")
 
@@ -762,7 +799,9 @@ def _lost_processes(training:Training):
 def _progress(progress, epochs:int):
     "A progress bar: none, a new one, or the one that was handed in."
     if progress is False or progress is None: return None
-    if progress is not True: return progress
+    if progress is not True:
+        if not hasattr(progress, "update"): raise TypeError(f"progress is {progress!r}, expected True, False or a bar with update(1)")
+        return progress
     from tqdm.auto import tqdm
     return tqdm(total=epochs, unit="epoch", disable=_share()[0] > 0)
 
@@ -795,10 +834,10 @@ def fit(
     **kwargs,                            # of the `Recipe`
 )->Run:
     "Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers are no longer finite."
-    _check_split(data)
+    _check_split(data); _check_model(model)
     recipe, start = Recipe(**kwargs), time.perf_counter()
     device = join_processes(next(model.parameters()).device)
-    for module in (model, least_action): module is None or module.to(device)
+    for module in (model, least_action): isinstance(module, nn.Module) and module.to(device)
     curves = train_loop(model, data.to(device), least_action, [torch.Generator().manual_seed(seed)], _progress(progress, recipe.epochs),
                         callbacks, checkpoint, resume, save_every, rollback, **asdict(recipe))
     note = provenance(device, data=data.name, n=data.train.shape[-1], seed=seed, **asdict(recipe))

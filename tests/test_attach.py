@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
-from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, dense_net
+from lap_nb.bench import memory
+from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
 
 BATCH = 4
 
@@ -513,6 +514,18 @@ def test_energies_keep_at_most_one_block(only):
     assert max(alive) <= 1
     kept = [s for s in tracer.take().steps if s.before is not None or s.after is not None]
     assert len(kept) == (0 if only else 6)
+
+
+@pytest.mark.parametrize("net, x, position", [
+    (dense_net(64, 10, K=9), torch.randn(500, 64), 500 * 64), (ResNet(depth=3).eval(), torch.randn(50, 3, 16, 16), 50 * 4 * 16 * 16),
+    (conv_net((1, 14, 14), 10, K=9, width=8), torch.randn(50, 1, 14, 14), 50 * 8 * 7 * 7)], ids=["dense", "resnet", "conv"])
+def test_energies_raise_the_peak_by_no_more_than_one_position(net, x, position):
+    blocks, cpu = find_blocks(net, x), torch.device("cpu")
+    with torch.no_grad(): plain, energies, positions = (memory(lambda: call(net, x), cpu) for call in (
+        lambda net, x: net(x), lambda net, x: trace_energies(net, x, blocks), lambda net, x: trace(net, x, blocks)))
+    noted = len(blocks) * len(x)   # the energies themselves
+    assert energies <= plain + 4 * (position + 4 * noted)
+    assert positions > plain + 4 * position * (len(blocks) - 2)   # what is not kept
 
 
 # Wrapped and compiled

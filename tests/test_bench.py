@@ -1,5 +1,6 @@
 "The benchmark command: its arithmetic, its record, its errors, and what a step with least action may not do."
 import json
+import os
 import subprocess
 import sys
 
@@ -65,10 +66,44 @@ def test_the_interval_covers_the_median():
         if n == 40: assert covered < .995   # not the whole range
 
 
-def test_memory_counts_each_storage_once():
+def test_memory_is_the_peak():
     w = torch.ones(10, 10, requires_grad=True)
-    assert memory(lambda: (w * w * w).sum().backward(), CPU) == 2 * 400   # w, and w * w
-    assert memory(lambda: w.sum().backward(), CPU) == 0
+    views = lambda: (w.detach() + 1).view(-1).unflatten(0, (5, 20)).t()
+    assert memory(views, CPU) == 400                                     # views stand in the same memory
+    assert memory(lambda: w.detach().clone().add_(1).mul_(2), CPU) == 400
+    assert memory(lambda: [w.detach() + k for k in range(5)], CPU) == 5 * 400
+    assert memory(lambda: [(w.detach() + k).sum().item() for k in range(5)], CPU) == 400 + 4
+    assert memory(lambda: w.detach().mul_(1), CPU) == memory(lambda: None, CPU) == 0   # it was there before
+
+
+def test_memory_counts_the_backward_pass():
+    w = torch.ones(100, 100, requires_grad=True)
+    loss = w.exp().sum()
+    assert 40_000 <= memory(loss.backward, CPU) <= 80_000 + 100   # the gradient, made in one or two steps; exp was there before
+    with pytest.raises(ZeroDivisionError): memory(lambda: 1 / 0, CPU)
+    assert memory(lambda: w.detach().clone(), CPU) == 40_000      # nothing of the failed step is left
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak of a process: run it there")
+def test_memory_agrees_with_the_size_of_the_process():
+    "The system's own record of the peak, in a fresh process that gives large blocks back at once."
+    code = """
+import torch
+from lap_nb.bench import memory
+from lap_nb.dynamics import dense_net
+torch.manual_seed(0); torch.set_num_threads(1)
+def size(field): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+net, x = dense_net(64, 2, K=9, hidden=64), torch.randn(20_000, 64)
+def step(n):
+    for p in net.parameters(): p.grad = None
+    net(x[:n]).square().mean().backward()
+step(100)   # what is loaded only once
+before = size('VmRSS:'); step(20_000); grown = size('VmHWM:') - before
+print(grown / memory(lambda: step(20_000), torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"))
+    assert done.returncode == 0, done.stderr
+    assert abs(float(done.stdout) - 1) < .05
 
 
 # Command
@@ -81,6 +116,7 @@ def test_command_writes_a_record(fake, tmp_path, capsys):
     assert {"name", "ratio_median", "ratio_min", "ratio_max", "goal", "device", "pairs"} <= record["rows"][0].keys()
     assert record["provenance"]["device"] == "cpu" and record["rows"][1]["met"] is False
     said = capsys.readouterr().out
+    assert record["wall_seconds"] > 0 and said.endswith(f"wrote {out} after {record['wall_seconds']:.0f} s\n")
     assert "fake: 2.000" in said and "fake-2: 4.000 (one pair), goal <= 3: NOT met" in said
 
 

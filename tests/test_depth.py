@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,11 @@ from torch.testing import assert_close
 from lap_nb.attach import find_blocks
 from lap_nb.data import Split, digits
 from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, _removals, coarsening, deepen, depth_curve, even, latency,
-                          measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein, stretched)
+                          lipschitz, measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein, stretched)
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import LeastAction
-from lap_nb.studies import Method, Net, make_net
+from lap_nb.studies import CHOSEN, MEASURES, Method, Net, make_net, study
 from lap_nb.training import fit
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -207,18 +208,42 @@ def test_blocks_that_write_to_their_input(x):
         assert_close(elastic.cut(1)(x), want, **CLOSE)
 
 
-def test_a_vision_transformer_of_transformers(transformers):
+class Reads(nn.Module):
+    "A language model that takes token numbers as a split holds them, and returns logits alone."
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x): return self.model(input_ids=x.long()).logits
+
+
+def of_transformers(name, transformers):
+    "A small network of that library in evaluation mode, and samples for it."
     torch.manual_seed(0)
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-                                    num_channels=1, num_labels=10)
-    net, data = transformers.ViTForImageClassification(config).eval(), digits()
-    data = Split(data.x.view(-1, 1, 8, 8), data.y, data.pool[:40], data.pool[40:80], data.test[:40], 'digits', 10, (0,))
-    elastic = Elastic(net, data.x[:2])
+    if name == 'vit':
+        config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+                                        num_channels=1, num_labels=10)
+        return transformers.ViTForImageClassification(config).eval(), digits().x.view(-1, 1, 8, 8)
+    config = transformers.GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=50, n_positions=16, num_labels=10, pad_token_id=0)
+    return Reads(transformers.GPT2ForSequenceClassification(config)).eval(), torch.randint(1, 50, (len(digits().x), 8)).float()
+
+
+@pytest.mark.parametrize('name', ['vit', 'gpt2'])
+def test_networks_of_transformers_saved_loaded_compiled_exported(name, transformers):
+    net, x = of_transformers(name, transformers)
+    data, logits = digits(), lambda out: out if isinstance(out, torch.Tensor) else out['logits']
+    data = Split(x, data.y, data.pool[:40], data.pool[40:80], data.test[:40], 'digits', 10, (0,))
+    before, elastic, x = fingerprint(net), Elastic(net, x[:2]), x[:5]
     assert elastic.sizes == [4]
-    short = elastic.cut(2)
-    assert_close(short(data.x[:5]).logits, elastic(data.x[:5], depth=2).logits, **CLOSE)
     with pytest.warns(UserWarning, match='path gap'): small = shorten(net, data, blocks=2, way='lengthened', verbose=False)
-    assert small.shortened['kept'] == [0, 2] and small(data.x[:5]).logits.shape == (5, 10)
+    want = logits(small(x)).detach()
+    assert small.shortened['kept'] == [0, 2] and want.shape == (5, 10)
+    assert_close(want, logits(elastic(x, depth=2)).detach(), **CLOSE)
+    file = io.BytesIO(); torch.save(small, file); file.seek(0)
+    assert_close(logits(torch.load(file, weights_only=False)(x)).detach(), want)
+    with torch.no_grad(): other = Elastic(of_transformers(name, transformers)[0].apply(lambda m: [p.zero_() for p in m.parameters(recurse=False)]), x).cut(2)
+    other.load_state_dict(small.state_dict())
+    assert_close(logits(other(x)).detach(), want)
+    assert_close(logits(torch.compile(small, backend='eager', fullgraph=True)(x)).detach(), want)
+    assert_close(logits(torch.export.export(small, (x,)).module()(x)).detach(), want, **CLOSE)
+    same(before, fingerprint(net))
 
 
 # The long network is never touched
@@ -369,6 +394,12 @@ def test_blocks_that_change_the_shape_are_never_removed(split, x):
     assert len(Elastic(net, x[:4]).cut(2).flow.transitions) == 1
 
 
+def test_a_named_block_that_changes_the_shape_is_refused(x):
+    net = nn.Sequential(nn.Linear(64, 8), Theirs(8), Theirs(8), nn.Linear(8, 10)).eval()
+    with pytest.raises(ValueError, match=re.escape("block '3' changes the shape of a sample from (8,) to (10,), so it is never left out")):
+        Elastic(net, x[:4], blocks=['1', '2', '3'])
+
+
 def test_one_block_called_twice(x):
     class Twice(nn.Module):
         def __init__(self): super().__init__(); self.block, self.head = Theirs(64), nn.Linear(64, 10)
@@ -453,6 +484,14 @@ def test_the_error_is_zero_for_straight_paths_of_constant_speed():
 def test_unknown_layers_need_constants():
     flow = Flow([nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))])
     with pytest.raises(ValueError, match='found a LayerNorm'): coarsening(flow, torch.randn(2, 3), 1)
+
+
+@pytest.mark.parametrize('activation, slope', [(nn.ReLU(), 1.), (nn.Sigmoid(), 1.), (nn.ELU(3.), 3.), (nn.LeakyReLU(-2.), 2.)])
+def test_activations_may_be_steep(activation, slope):
+    field = nn.Sequential(nn.Linear(1, 1, bias=False), activation)
+    z = torch.linspace(-3, 3, 2001)[:, None]
+    steepest = (field(z).diff(dim=0) / z.diff(dim=0)).abs().max().item()
+    assert lipschitz(field) == pytest.approx(slope * field[0].weight.abs().item()) and steepest <= lipschitz(field) * 1.001
 
 
 # Early exit
@@ -678,6 +717,23 @@ def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
         a, b = (runs[i].model.state_dict() for runs in many)
         if not drop: assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-4) for k in a)
         assert all(v.isfinite().all() for v in a.values())
+
+
+def test_random_depth_of_a_study_trains_in_a_row_as_it_does_alone():
+    rows = digits().splits(40, seeds=(0, 1))
+    make = lambda: make_net(Net('dense', 3, 8), Method('m', random_depth=True), (64,), 10)
+    many = [fit_many(make, rows, seeds=(0, 1), epochs=4, batch_size=20, eval_every=4, mode=mode) for mode in ('batched', 'sequential')]
+    for i in range(2): assert_close(many[0][i].model.state_dict(), many[1][i].model.state_dict(), rtol=1e-3, atol=1e-4)
+    net, x = make().train(), rows.x[:9]
+    assert len({tuple(net(x).flatten().tolist()) for _ in range(20)}) == 3   # as many networks as numbers of blocks
+    assert_close(net.eval()(x), net.head(net.flow(net.encoder(x))))
+
+
+def test_settings_are_chosen_on_the_validation_part_alone(trained, split):
+    measure = MEASURES['tuning']
+    assert measure(trained, split) == measure(trained, shuffled_labels(split, 'test')) != measure(trained, shuffled_labels(split, 'val'))
+    for kind, names in CHOSEN.items():
+        assert set(names) <= {cell.method.name for cell, _ in study('depth-tuning').cells() if cell.net.kind == kind}
 
 
 def test_a_table_says_energy_and_whose_statistics(split):

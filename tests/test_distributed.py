@@ -94,22 +94,24 @@ def children(pid):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for the processes in /proc")
-def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path, rank):
+    "The one that writes, or another."
     job = torchrun("long", tmp_path)
     try:
         points = 0   # two processes print into one pipe: lines may be joined, or empty
         while points < 6 and (line := job.stdout.readline()): points += line.count("point")
         assert points >= 6, "the job ended by itself"
-        os.kill(children(job.pid)[1], signal.SIGKILL)
+        os.kill(children(job.pid)[rank], signal.SIGKILL)
         begun = time.perf_counter()
         said, _ = job.communicate(timeout=60)
     finally: job.kill()
     assert job.returncode != 0 and time.perf_counter() - begun < 60
-    assert re.search("process 0 of 2 (lost contact with the others|was told to stop) at step", said), said
+    assert re.search(f"process {1 - rank} of 2 (lost contact with the others|was told to stop) at step", said), said
     assert "long.pt (step" in said and "start again with resume=True" in said and "SIGKILL" in said, said
     state = load_checkpoint(tmp_path / "long.pt")
     assert state["step"] >= 6 and all(p.isfinite().all() for p in state["model"].values())
-    assert not list(tmp_path.glob("*.partial"))
+    assert rank == 0 or not list(tmp_path.glob(".*.partial"))   # half a neighbour may be left by the one that wrote; the next start sweeps it up
 
 
 def test_every_process_needs_a_sample(monkeypatch, tmp_path):

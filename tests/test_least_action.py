@@ -1,5 +1,7 @@
 "Least action beyond the lesson: known multipliers, other libraries, states, devices without values, and everything that is refused."
+import copy
 import io
+import pickle
 from functools import partial
 
 import pytest
@@ -312,17 +314,39 @@ def test_sequences_by_hand(net, settings, expected):
     assert lams(net, [3., 2., 1., 4.], **settings) == pytest.approx(expected, rel=1e-6)
 
 
-def test_several_optimisers_and_a_scaler(net, batch):
+@pytest.mark.parametrize("average", ["batch", "mean", .5])
+def test_a_batch_that_overflows_is_counted_whatever_the_average(net, average):
+    "It moves nothing, not even as a loss of zero in an average that has seen no other."
+    with LeastAction(net, average=average, target=1.) as la:
+        net(torch.ones(1, 8)); la(torch.tensor(float("nan")))
+        assert la.lam.item() == 1. and la.controller.held.item() == 1
+        net(torch.ones(1, 8)); la(torch.tensor(3.))
+        assert la.lam.item() > 1 and la.controller.held.item() == 1
+
+
+def test_velocity_of_the_branch_is_the_same_action(net, batch):
+    x, y = batch
+    flow = ResidualNet(Flow([nn.Linear(8, 8), nn.Linear(8, 8)], .25), nn.Linear(8, 3))
+    with LeastAction(flow, velocity="branch") as a, LeastAction(flow) as b:
+        task = F.cross_entropy(flow(x), y)
+        torch.testing.assert_close(a(task), b(task))
+    with LeastAction(flow, velocity={"flow.blocks.0": flow.flow.blocks[0].velocity, "flow.blocks.1": flow.flow.blocks[1].velocity}) as c:
+        torch.testing.assert_close(c(F.cross_entropy(flow(x), y)), task + b.action / c.lam)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_several_optimisers_and_a_scaler(net, batch, chunks):
+    "Also with gradients added up over batches: the three together."
     x, y = batch
     reference = lams_after = None
     for scaled in (False, True):
         torch.manual_seed(0)
         model = make()
-        la, scaler = LeastAction(model), torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2. ** 8)
+        la, scaler = LeastAction(model, accumulate=chunks), torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2. ** 8)
         opts = [torch.optim.SGD(model.flow.parameters(), lr=.1), torch.optim.SGD(model.head.parameters(), lr=.01)]
         for _ in range(5):
             for opt in opts: opt.zero_grad()
-            scaler.scale(la(F.cross_entropy(model(x), y))).backward()
+            for xb, yb in zip(x.chunk(chunks), y.chunk(chunks)): scaler.scale(la(F.cross_entropy(model(xb), yb)) / chunks).backward()
             for opt in opts: scaler.step(opt)
             scaler.update()
         if reference is None: reference, lams_after = [p.clone() for p in model.parameters()], la.lam
@@ -364,7 +388,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(average=.9), dict(average="mean", every=2), dict(accumulate=2), dict(weights={"*": 2.}),
-                                      *[dict(controller=rule, target=.5) for rule in MOVING]])
+                                      *[dict(controller=rule, target=.5) for rule in (*MOVING, FixedWeight)]])
 def test_a_step_reads_no_value_from_the_device(settings):
     "On the meta device tensors have no values, so any read would raise."
     net = make().to("meta")
@@ -389,6 +413,18 @@ def test_multiplier_follows_a_model_that_was_moved_after_attaching(net):
     net.to("meta")
     loss = la(F.cross_entropy(net(torch.empty(4, 8, device="meta")), torch.zeros(4, dtype=torch.long, device="meta")))
     assert loss.device.type == "meta" and {b.device.type for b in la.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_multiplier_stays_precise_in_a_model_of_half_precision(net, batch, dtype):
+    "A part of the model goes where the model goes; lambda = 1000 in bfloat16 would not notice a loss of one."
+    x, y = batch
+    net.la = LeastAction(net, lambda0=1000.)
+    net.to(dtype)
+    loss = net.la(F.cross_entropy(net(x.to(dtype)).float(), y))
+    loss.backward()
+    assert {b.dtype for b in net.la.buffers() if b.is_floating_point()} == {torch.float32} and 1000.5 < net.la.lam.item() < 1010
+    assert net.double().la.lam.dtype == torch.float64
 
 
 def test_a_negative_loss_elsewhere_is_found_later(net, batch, monkeypatch):
@@ -559,13 +595,15 @@ def test_verdicts_of_bare_cases():
     assert kkt(curve(**near), target=.2, low=1.).verdict == "unfinished"   # lambda is still above its floor
     assert kkt(curve(**near), target=.2, low=1.49).verdict == "never binds"
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
+    with pytest.raises(ValueError, match="have 20, 19 and 20 points"): kkt({"loss": t, "lambda": t[1:], "action": t})
     with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
 
 
 # Refused
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(lambda0=float("nan")), "lambda0 is nan"), (dict(lambda0=torch.tensor([1., 0.])), r"lambda0 is \[1.0, 0.0\]"), (dict(tau=float("nan")), "tau is nan"),
+    (dict(lambda0=float("nan")), "lambda0 is nan"), (dict(lambda0=float("inf")), "lambda0 is inf"), (dict(lambda0=torch.ones(2, 2)), r"lambda0 has shape \(2, 2\)"),
+    (dict(tau=float("inf")), "tau is inf"), (dict(target=float("inf")), "target is inf"), (dict(weights={"*": "2"}), "weight of '\\*' is '2'"), (dict(lambda0=torch.tensor([1., 0.])), r"lambda0 is \[1.0, 0.0\]"), (dict(tau=float("nan")), "tau is nan"),
     (dict(every=True), "every is True"), (dict(every=1.5), "every is 1.5"), (dict(target=float("nan")), "target is nan"), (dict(warmup=-1), "warmup is -1"),
     (dict(accumulate=0), "accumulate is 0"), (dict(average=1.), "average is 1.0"), (dict(average="ema"), "average is 'ema'"), (dict(floor=-1.), "floor is -1"),
     (dict(floor=2.), "cap is 0.5, expected at least lambda0"), (dict(weights={"flow.*": -1.}), "weight of 'flow.*' is -1"),
@@ -576,8 +614,17 @@ def test_settings_that_cannot_work(net, settings, message):
     assert not any(m._forward_hooks for m in net.modules()), "a refused attachment leaves hooks"
 
 
-def test_controller_must_be_a_maker(net):
-    with pytest.raises(TypeError, match="controller is a DualAscent"): LeastAction(net, controller=DualAscent())
+@pytest.mark.parametrize("settings, message", [
+    (dict(controller=DualAscent()), "controller is a DualAscent"), (dict(controller="pi"), "controller is 'pi'"), (dict(controller=lambda **settings: 3), "controller gave 3"),
+    (dict(lambda0="1"), "lambda0 is '1'"), (dict(tau="fast"), "tau is 'fast'"), (dict(cap=None), "cap is None"), (dict(weights=[1., 2.]), "weights is of type list")])
+def test_settings_of_another_kind(net, settings, message):
+    with pytest.raises(TypeError, match=message): LeastAction(net, **settings)
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("model", [make().flow.blocks[:2].children(), lambda x: x])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(TypeError, match="model is of type .*, expected a module, or a mapping"): LeastAction(model)
 
 
 def test_frozen_blocks(net, batch):
@@ -614,6 +661,44 @@ def test_calls_that_do_not_follow_one_forward_pass(net, batch):
         with pytest.raises(ValueError, match=r"shape \(24,\), expected \(\)"): la(torch.ones(24))
         with pytest.raises(TypeError, match="task loss is a float"): la(1.)
         assert la.lam == lam and la.calls == 1
+
+
+def test_a_pass_that_broke_off_does_not_count(net, batch):
+    "Interrupted by hand in the middle of the network, and run again."
+    x, y = batch
+    la = LeastAction(net)
+    def stop(*args): raise KeyboardInterrupt
+    for part in (net.flow.blocks[1], net.head):
+        hook = part.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt): net(x)
+        hook.remove()
+    la(F.cross_entropy(net(x), y))
+    torch.testing.assert_close(la.energies, block_energies(net.trajectory(x)).mean(1).detach())
+    net(x); net(x)
+    with pytest.raises(RuntimeError, match="the passes so far are forgotten"): la(F.cross_entropy(net(x), y))
+    la(F.cross_entropy(net(x), y))
+
+
+def test_a_cell_that_is_run_again_replaces_least_action(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    la(F.cross_entropy(net(x), y))
+    hooks = sum(len(m._forward_hooks) for m in net.modules())
+    la = LeastAction(net)
+    la(F.cross_entropy(net(x), y))
+    assert sum(len(m._forward_hooks) for m in net.modules()) == hooks and la.calls == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_watches_nothing_and_says_so(net, batch, copied):
+    x, y = batch
+    la = LeastAction(net)
+    la(F.cross_entropy(net(x), y))
+    net2, la2 = copied((net, la))
+    with pytest.raises(RuntimeError, match="is a copy, which watches nothing: make a new one"): la2(F.cross_entropy(net2(x), y))
+    again = LeastAction(net2)
+    again.load_state_dict(la2.state_dict())
+    torch.testing.assert_close(again(F.cross_entropy(net2(x), y)), la(F.cross_entropy(net(x), y)))
 
 
 def test_removed_hooks_leave_the_model_as_it_was(net):

@@ -116,7 +116,23 @@ def test_another_network_or_no_least_action_is_refused(tmp_path):
         fit(net(), digits().split(100), batch_size=25, checkpoint=tmp_path / "run.pt", resume=True)
     other = dense_net(64, 10, 2)
     with pytest.raises(ValueError, match="(?s)of another network.*Missing key"):
-        fit(other, digits().split(100), LeastAction(other), batch_size=25, checkpoint=tmp_path / "run.pt", resume=True)
+        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimiser="sgd", checkpoint=tmp_path / "run.pt", resume=True)
+
+
+def test_another_optimiser_is_refused_and_another_precision_goes_on(tmp_path):
+    for name, change in (("adamw", dict(optimiser="adamw")), ("half", dict(precision="float16"))):
+        train(tmp_path / name, 2, **change)
+        if name == "half": assert train(tmp_path / name, 4, resume=True).curves["epoch"].tolist() == [2, 4]
+        else:
+            with pytest.raises(ValueError, match="of a training with adamw, now it is sgd"): train(tmp_path / name, 4, resume=True)
+    train(tmp_path / "full", 2)
+    assert train(tmp_path / "full", 4, resume=True, precision="float16").curves["epoch"].tolist() == [2, 4]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    "The state of least action alone, as the adapter for Hugging Face keeps it."
+    save_checkpoint(tmp_path / "run.pt", LeastAction(net()).state_dict())
+    with pytest.raises(CheckpointError, match="holds no training, only action, lowest"): train(tmp_path / "run.pt", resume=True)
 
 
 # Killed
@@ -278,11 +294,12 @@ def test_rescue_settings_that_cannot_work(tmp_path, settings, message):
 
 # Divergence
 
-def test_the_last_good_checkpoint_is_good(tmp_path):
-    "A gradient that overflows at the very step of a save is found before it is saved."
+@pytest.mark.parametrize("clip", [None, 1.])
+def test_the_last_good_checkpoint_is_good(tmp_path, clip):
+    "A gradient that overflows at the very step of a save is found before it is saved; clipping by its norm does not carry it to other blocks."
     def spoil(training): training.model.head.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(Diverged, match=r"at step 9, first in head: .*run.pt \(step \d+\)") as e:
-        train(tmp_path / "run.pt", callbacks=[spoil], save_every=1, clip=None)
+        train(tmp_path / "run.pt", callbacks=[spoil], save_every=1, clip=clip)
     saved = load_checkpoint(tmp_path / "run.pt")
     assert all(v.isfinite().all() for v in saved["model"].values()) and saved["step"] == 8
     assert e.value.step == 9 and e.value.block == "head"

@@ -1,18 +1,21 @@
 "Least action and training: sequences computed by hand, one network against many, and faults."
 import os
+import re
 import shutil
+from copy import copy
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
 from lap_nb.ensembles import Ensemble, _made, fit_many, interval
 from lap_nb.kinetic import EnergyMeter
-from lap_nb.least_action import LeastAction, dual_ascent
+from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
 from lap_nb.training import fit
 
 make = partial(dense_net, 64, 10, 3, 16)
@@ -342,7 +345,8 @@ def test_unknown_setting_is_named():
     (dict(schedule="step"), "schedule is 'step'"), (dict(clip=0.), "clip is 0"), (dict(crop=-1), "crop is -1"), (dict(crop=2), "are for pictures"),
     (dict(flip=True), "are for pictures"), (dict(lr=-1.), "lr is -1"), (dict(weight_decay=-.1), "weight_decay is -0.1"), (dict(patience=0), "patience is 0"),
     (dict(label_smoothing=1.), "label_smoothing is 1"), (dict(warmup=10), "warmup is 10"), (dict(milestones=(100,)), "milestones is 100"),
-    (dict(check_every=0), "check_every is 0")])
+    (dict(check_every=0), "check_every is 0"), (dict(lr="fast"), "lr is 'fast'"), (dict(lr=float("inf")), "lr is inf"), (dict(clip="1"), "clip is '1'"),
+    (dict(milestones=.5), "milestones is 0.5"), (dict(gamma=-1.), "gamma is -1"), (dict(epochs=True), "epochs is True"), (dict(precision=["float16"]), "precision is")])
 def test_options_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message): fit(make(), SMALL, **settings)
 
@@ -369,6 +373,121 @@ def test_a_step_on_a_gpu_waits_for_nothing():
     try:
         for x, y in found: training.train_step(x, y)
     finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("row", [False, True])
+@pytest.mark.parametrize("maker", [None, LeastAction, partial(LeastAction, controller=AugmentedLagrangian, target=.5, average=.9), partial(LeastAction, controller=FixedWeight),
+                                   partial(LeastAction, controller=ProportionalIntegral, accumulate=2, weights={"*": 2.})])
+def test_a_step_reads_no_value_from_the_device(monkeypatch, row, maker):
+    "On the meta device tensors have no values, so any read would raise. Two epochs, each with a step whose energies are kept, and a last batch that is smaller."
+    from lap_nb import ensembles, training
+    cpu = lambda self, seeds, device: self.__dict__.update(generators=[torch.Generator().manual_seed(s) for s in seeds])
+    monkeypatch.setattr(ensembles.Ensemble, "_seed", cpu)   # meta has no generators
+    monkeypatch.setattr(training, "make_optimiser", lambda params, recipe: torch.optim.SGD(list(params), lr=.1, momentum=.9, foreach=False))   # nor fused optimisers
+    split = copy(digits().splits(60, [0, 1]) if row else SMALL)
+    for part in ("x", "y", "train", "val", "test"): object.__setattr__(split, part, getattr(split, part).to("meta"))   # unchecked: to check is to read
+    model = (Ensemble([make(), make()]) if row else make()).to("meta")
+    la = maker and (ensembles._attached([maker] * 2, model) if row else maker(model))
+    gens = [torch.Generator().manual_seed(s) for s in range(1 + row)]
+    loop = training.Training(model, split, la, gens, training.Recipe(batch_size=25, epochs=2, eval_every=1, clip=1., schedule="cosine"))
+    for _ in range(2):
+        for x, y in training.batches(split, gens, 25): loop.train_step(x, y)
+        loop.epoch, loop.at = loop.epoch + 1, 0
+    assert loop.step == 6 and loop.last["loss"].device.type == "meta" == loop.last["energy"].device.type
+    with pytest.raises(RuntimeError, match="meta"): loop.check()   # what reads, raises
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_on_the_cpu_a_step_reads_the_sign_of_the_loss_and_nothing_else(precision):
+    from lap_nb.training import Recipe, Training, batches
+    class Reads(TorchDispatchMode):
+        count = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default): self.count += 1
+            return func(*args, **(kwargs or {}))
+    for maker, reads in ((None, 0), (LeastAction, 3)):
+        model = make()
+        gens = [torch.Generator().manual_seed(0)]
+        loop, found = Training(model, SMALL, maker and maker(model), gens, Recipe(precision=precision, clip=1.)), Reads()
+        loop.train_step(SMALL.x[:5], SMALL.y[:5])   # makes the state of the optimiser
+        with found:
+            for x, y in batches(SMALL, gens, 25): loop.train_step(x, y)
+        assert found.count == reads
+
+
+# What a user may get wrong
+def small_norm():
+    "Batch norm over samples alone."
+    field = lambda: nn.Sequential(nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64))
+    return ResidualNet(Flow([field(), field()]), nn.Linear(64, 10))
+
+
+class Answer(nn.Module):
+    "A network in a wrapper that makes something else of its logits."
+    def __init__(self, of): super().__init__(); self.net, self.of = make(), of
+    def forward(self, x): return self.of(self.net(x))
+
+
+@pytest.mark.parametrize("model, message", [
+    (dense_net(64, 5, 2, 8), r"gave \[60, 5\], expected logits \[60, 10\]"), (Answer(lambda z: {"logits": z}), "gave an object of type dict"),
+    (Answer(lambda z: z[:, 0]), r"gave \[60\], expected"), (Answer(lambda z: z[:30]), r"gave \[30, 10\]"),
+    (nn.Flatten(), "Flatten has no parameters to train"), (make().requires_grad_(False), "ResidualNet has no parameters to train")])
+def test_models_that_cannot_be_trained_here(model, message):
+    with pytest.raises(ValueError, match=message): fit(model, SMALL, epochs=1)
+
+
+@pytest.mark.parametrize("model, data, told", [
+    (small_norm(), digits().split(61), r"shape \[1, 64\].*Batch norm cannot take one sample"), (dense_net(32, 10, 2, 8), SMALL, r"shape \[60, 64\], torch.float32"),
+    (make().double(), SMALL, "torch.float32, on cpu; its parameters are torch.float64")])
+def test_an_error_in_the_model_is_told_with_its_batch(model, data, told):
+    with pytest.raises((ValueError, RuntimeError)) as e: fit(model, data, LeastAction(model), epochs=1, batch_size=60)
+    assert re.search(told, e.value.__notes__[0])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(least_action=LeastAction), "only fit_many takes what makes it"), (dict(least_action=True), "least_action is True"), (dict(callbacks=print), "expected a list of functions"),
+    (dict(progress=1), "progress is 1"), (dict(model=print), "model is of type")])
+def test_arguments_of_another_kind(wrong, message):
+    with pytest.raises(TypeError, match=message): fit(**dict(model=make(), data=SMALL, epochs=1) | wrong)
+
+
+def test_what_is_attached_to_one_network_is_not_for_many():
+    with pytest.raises(TypeError, match="expected what makes one for each"): fit_many(make, digits().splits(60, [0, 1]), least_action=LeastAction(make()), epochs=1)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_frozen_parameters_stay_as_they_are(mode):
+    "Blocks of a network that was trained before, say; alone as in a row."
+    def half():
+        model = make()
+        model.flow.blocks[0].requires_grad_(False)
+        return model
+    runs = fit_many(half, digits().splits(60, [0, 1]), least_action=LeastAction, epochs=2, clip=1., mode=mode)
+    for i, seed in enumerate((0, 1)):
+        first = _made(half, seed).flow.blocks
+        assert torch.equal(runs[i].model.flow.blocks[0].velocity[0].weight, first[0].velocity[0].weight)
+        assert not torch.equal(runs[i].model.flow.blocks[1].velocity[0].weight, first[1].velocity[0].weight)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    for resume in (False, True):
+        with pytest.raises(IsADirectoryError, match="is a folder, expected a file"): fit(make(), SMALL, epochs=1, checkpoint=tmp_path, resume=resume)
+
+
+@pytest.mark.parametrize("least_action", [None, LeastAction])
+def test_a_training_goes_on_after_an_interruption_by_hand(least_action):
+    "Stopped inside the network, and the cell run again; a stray pass before it does not count either."
+    model = make()
+    la = least_action and least_action(model)
+    def stop(*args): raise KeyboardInterrupt
+    hooks = sum(len(m._forward_hooks) for m in model.modules())
+    hook = model.head.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt): fit(model, SMALL, la, epochs=1, batch_size=60)
+    hook.remove()
+    assert sum(len(m._forward_hooks) for m in model.modules()) == hooks, "no meter is left behind"
+    model(SMALL.x[:2])
+    again = fit(model, SMALL, la, epochs=2, eval_every=1)
+    assert again.last["loss"].isfinite() and (la is None or la.calls == 2)
 
 
 # What least action refuses, reported by the loop
