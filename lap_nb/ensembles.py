@@ -578,7 +578,7 @@ def read_modes(
         raise ValueError(f"{path} is no record of modes in format 1: read it with the version of lap_nb that wrote it, or write to another file")
     for i, row in enumerate(found["rows"]):
         wrong = [k for k, kind in _MODE_ROW.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
-        wrong = wrong or [k for k in ("wall", "processor") if not row[k] or not all(isinstance(v, (int, float)) for v in row[k])]
+        wrong = wrong or [k for k in ("wall", "processor") if not row[k] or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in row[k])]
         if wrong: raise ValueError(f"row {i} of {path} lacks {', '.join(wrong)} of the expected type: restore the file from its history")
     return found
 

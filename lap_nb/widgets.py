@@ -74,20 +74,26 @@ class Trial:
             self.model = init_velocities_(net, setting.gain)
 
     @property
-    def epochs(self)->int: return math.ceil(self.setting.steps * BATCH / N_TRAIN)
+    def epochs(self)->int:
+        "How many passes over the training samples the steps of the setting are."
+        return math.ceil(self.setting.steps * BATCH / N_TRAIN)
 
     @property
-    def sample(self)->tuple[Tensor, Tensor]: # at most 200 test samples `[B, D]` and their labels `[B]`
+    def sample(self)->tuple[Tensor, Tensor]: # `[B, D]` and their labels `[B]`
+        "At most 200 test samples."
         at = self.split.test[:200]
         return self.split.x[at], self.split.y[at]
 
-    def trajectory(self)->Trajectory: # of the sample
+    def trajectory(self)->Trajectory: # its positions `[K+1, B, D]`
+        "Where the sample goes."
         with torch.no_grad(): return self.model.trajectory(self.sample[0])
 
-    def accuracy(self)->float: # on the test part, between 0 and 1
+    def accuracy(self)->float: # between 0 and 1
+        "Share of the test part that is recognised."
         return evaluate(self.model, self.split).item()
 
-    def energy(self)->float: # per sample, mean over features
+    def energy(self)->float: # summed over blocks, mean over features
+        "Energy per sample."
         return block_energies(self.trajectory()).sum(0).mean().item()
 
 # %% ../nbs/10_playground.ipynb #b025e8f3
@@ -169,6 +175,7 @@ def draw_energies(
     ax.bar(range(1, len(energy) + 1), energy.tolist(), color=[colours()[k == layer] for k in range(1, len(energy) + 1)])
     ax.locator_params(nbins=4)
     ax.locator_params(axis="x", integer=True)
+    ax.ticklabel_format(axis="y", scilimits=(-2, 3))   # short numbers, whatever the size
     ax.set(xlabel="block", ylabel="energy per sample\n(mean over features)", title=f"in all {energy.sum():.3g}")
 
 def draw_price(
@@ -233,7 +240,7 @@ def picture(
     from matplotlib.figure import Figure
     with _drawing:
         figure = Figure(figsize=(width, height), dpi=80)
-        draw(figure.add_axes((.72 / width, .55 / height, 1 - .82 / width, 1 - .85 / height)))   # the same margins at every size
+        draw(figure.add_axes((.82 / width, .55 / height, 1 - .92 / width, 1 - .85 / height)))   # the same margins at every size
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         file = _png(canvas.buffer_rgba())
@@ -294,6 +301,7 @@ class Explorer:
         self.start.on_click(lambda _: self.train())
         self.halt.on_click(lambda _: self.stop.set())
         self.reset()
+        self.follower.join()   # all pictures are there before the panel is shown: a page that is still loading can miss a later one
 
 # %% ../nbs/10_playground.ipynb #42c04ff6
 @patch(as_prop=True)
@@ -395,7 +403,7 @@ def view(self:Explorer):
     flow = Layout(display="flex", flex_flow="row wrap", align_items="flex-start")
     controls = VBox([*self.controls.values(), HBox([self.start, self.halt]), self.bar, self.status, self.layer])
     pictures = HBox([self.places[name] for name in PICTURES], layout=flow)
-    return VBox([controls, pictures])
+    return VBox([controls, pictures], layout=Layout(flex="1 1 36em", min_width="20em")).add_class("explorer")
 
 # %% ../nbs/10_playground.ipynb #fdd7f64d
 def playground(

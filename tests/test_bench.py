@@ -172,6 +172,56 @@ def test_command_line(tmp_path):
     assert done.returncode == 2 and "no benchmark 'nothing'" in done.stderr and done.stderr.count("\n") == 1
 
 
+# The benchmarks themselves, small
+
+def costs(sides):
+    "What each side of each comparison costs, run once; all of it positive."
+    rows = {s.name: (s.top(), s.bottom()) for s in sides}
+    assert all(cost > 0 for pair in rows.values() for cost in pair)
+    return rows
+
+
+def test_loops_and_rows_of_networks_run():
+    assert list(costs(bench._fit_overhead(CPU, epochs=1))) == ["fit-overhead"]
+    assert list(costs(bench._ensemble_speedup(CPU, members=2, epochs=1))) == ["ensemble-speedup"]
+
+
+def test_both_routes_part_the_circles_or_say_so():
+    pytest.importorskip("torchdiffeq", reason="torchdiffeq is not installed: pip install torchdiffeq, then run this again")
+    costs(bench._ode_route(CPU))   # each side raises if it does not
+    with pytest.raises(RuntimeError, match="do not do the same work"): bench._ode_route(CPU, steps=1)[0].top()
+
+
+@pytest.mark.parametrize("name", ["trace-overhead", "step-overhead"])
+def test_steps_are_compared_in_time_and_in_memory(monkeypatch, name):
+    small = bench._Steps
+    monkeypatch.setattr(bench, "_Steps", lambda device, batch: small(device, width=4, batch=2))
+    rows = costs(BENCHMARKS[name](CPU))
+    assert list(rows) == [name, f"{name}-memory"]
+    top, bottom = rows[f"{name}-memory"]
+    assert top <= 1.05 * bottom
+
+
+def test_variants_of_a_gpu():
+    assert bench._settings(CPU, 16) == [("", dict(batch=16))]
+    assert [name for name, _ in bench._settings(torch.device("cuda"), 16)] == ["", "-bf16", "-compiled", "-compiled-bf16"]
+
+
+@pytest.mark.parametrize("name, n", [("exact-gap", 2048), ("exact-gap-4096", 4096)])
+def test_gaps_are_compared_with_two_solvers(monkeypatch, name, n):
+    few, threads = bench._moved_digits(60), torch.get_num_threads()
+    monkeypatch.setattr(bench, "_moved_digits", lambda points: few)
+    assert list(costs(BENCHMARKS[name](CPU))) == [f"exact-gap-{n}", f"exact-gap-{n}-pot", f"exact-gap-{n}-scipy"]
+    assert torch.get_num_threads() == threads
+
+
+def test_the_published_loop_is_compared(monkeypatch):
+    pictures, conv_net = bench._pictures, bench.conv_net
+    monkeypatch.setattr(bench, "_pictures", lambda n, test, device: pictures(40, 20, device))
+    monkeypatch.setattr(bench, "conv_net", lambda shape, classes, width: conv_net(shape, classes, K=2, width=4))
+    assert list(costs(BENCHMARKS["published-loop"](CPU))) == ["published-loop"]
+
+
 # What a step may not do
 
 @pytest.fixture(scope="module")

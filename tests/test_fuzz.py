@@ -3,6 +3,7 @@
 Damage is of two kinds: bytes changed anywhere, and contents changed under checksums that fit, which comes further.
 LAP_NB_FUZZ sets the number of damaged files for each reader.
 """
+import ast
 import dataclasses
 import gzip
 import io
@@ -16,6 +17,7 @@ import time
 import warnings
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from lap_nb import data, studies, training
 from lap_nb.compare import FORMAT, METHODS, Comparison
 from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
-from lap_nb.ensembles import _read_note
+from lap_nb.ensembles import _read_note, read_modes
 from lap_nb.studies import done, overview, read_lines, records
 from lap_nb.training import CheckpointError, load_checkpoint, save_checkpoint
 
@@ -202,6 +204,17 @@ def damaged_cifar(rng, content, others):
     return out.getvalue()
 
 
+def modes_file(folder):
+    "A record of measured modes with two rows."
+    row = {'net': 'dense', 'members': 2, 'mode': 'batched', 'device': 'cpu', 'device_name': 'a processor', 'threads': 1, 'wall': [.1, .2], 'processor': [.1, .3]}
+    return json.dumps({'format': 1, 'rows': [row, row | {'members': 5}]}).encode()
+
+
+def read_measured(path):
+    "A record of modes, and what a figure makes of it."
+    return {(r['net'], r['members'], r['mode']): torch.tensor(r['processor'], dtype=torch.float64).median().item() for r in read_modes(path)['rows']}
+
+
 @dataclasses.dataclass
 class Reader:
     make: object                 # folder -> bytes of whole files
@@ -221,6 +234,7 @@ READERS = {
     'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record], name='tiny.jsonl'),
     'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {}, 'ways': [['batched', None]], 'rows': [[0]]}).encode()],
                        _read_note, [damage, twisted_json]),
+    'modes': Reader(lambda f: [modes_file(f)], read_measured, [damage, twisted_json]),
     'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]),
 }
 
@@ -265,6 +279,24 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
     assert slowest < SECONDS, f'{slowest:.1f} s for one file'
     assert refused > COUNT / 4, f'only {refused} of {COUNT} damaged files were refused'
     print(f'{name}: {COUNT} files, {refused} refused, the slowest took {1000 * slowest:.0f} ms')
+
+
+OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
+# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_spread`),
+# settings through JSON and back (`_noted`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
+OPENING = {'compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
+           'ensembles._spread', 'ensembles.free_memory', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'training._check_archive',
+           'training._processor', 'training.load_checkpoint'}
+
+
+def test_no_reader_is_left_out():
+    "A new function that opens a file needs a reader above."
+    found = set()
+    for path in Path(studies.__file__).parent.glob('[a-z]*.py'):
+        text = path.read_text(encoding='utf-8')
+        opening = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and OPENS.search(ast.get_source_segment(text, n))]
+        found |= {f'{path.stem}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}   # the innermost one
+    assert found == OPENING
 
 
 def test_checkpoints_that_are_not_archives_are_refused_unread(tmp_path):

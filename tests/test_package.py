@@ -327,6 +327,7 @@ def test_workflows_use_the_targets_of_the_makefile():
         assert all(('uses' in step) != ('run' in step) for step in steps)
         made = {word for step in steps for word in re.findall(r'make (?:\w+=\S+ )?(\w+)', step.get('run', ''))}
         assert made and made <= targets, path.name
+        assert path.stem != 'test' or all(job['timeout-minutes'] <= 15 for job in flow['jobs'].values()), 'the tests are to end within a quarter of an hour'
 
 
 def test_declared_versions_are_those_of_the_workflow():

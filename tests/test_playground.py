@@ -1,6 +1,6 @@
 "The playground: its logic without a browser, and the app in a real one."
-import functools
 import html
+import json
 import os
 import re
 import socket
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lap_nb.widgets import PICTURES, Explorer, Setting, Trial, playground
+from test_site import AUDIT, AXE, LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = '--VoilaConfiguration.extension_denylist=jupyterlab-jupytext'   # as in the Makefile
@@ -81,6 +82,11 @@ def filled(panel, seconds=30):
     return {name: place.value for name, place in panel.places.items()}
 
 
+def test_a_new_panel_has_all_its_pictures(panel):
+    "A page that is still loading while they come could miss some."
+    assert all(place.value for place in panel.places.values())
+
+
 def test_the_other_views_follow_a_slider_that_rests(panel):
     panel.controls['gain'].value = .1
     panel.controls['lambda0'].value = 10.
@@ -145,7 +151,8 @@ def test_speed(panel):
     layers = min(seconds(lambda: setattr(panel.layer, 'value', k)) for k in (1, 2, 3, 4, 5, 6, 7))
     gains = min(seconds(lambda: setattr(panel.controls['gain'], 'value', 10 ** g)) for g in (-1.9, -1.5, -1., -.5, -.2))
     training = seconds(Trial(Setting(steps=300)).train)
-    assert layers < .1 and gains < .1 and training < 5, (layers, gains, training)
+    limit = .2 if 'LAP_NB_COVERAGE' in os.environ else .1   # counting lines takes time
+    assert layers < limit and gains < limit and training < 5, (layers, gains, training)
 
 
 def test_two_panels_side_by_side():
@@ -166,7 +173,8 @@ def app():
     command = [sys.executable, '-m', 'voila', 'nbs/_app/playground.ipynb', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', EXTENSIONS]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as voila:
         address, log = f'http://127.0.0.1:{port}/', []
-        threading.Thread(target=lambda: log.extend(voila.stdout), daemon=True).start()
+        reader = threading.Thread(target=lambda: log.extend(voila.stdout), daemon=True)
+        reader.start()
         try:
             for _ in range(300):
                 try: urllib.request.urlopen(address + 'voila/static/', timeout=1)
@@ -174,11 +182,39 @@ def app():
                 except OSError: time.sleep(.1)
                 if voila.poll() is not None: pytest.fail('voila did not start\n' + ''.join(log))
             yield address
-        finally: voila.terminate()
+        finally:
+            voila.terminate()
+            reader.join(10)
 
 
-@pytest.mark.browser
-def test_app(browser, app):
+PANEL = 'document.querySelector(".explorer")'   # the left one
+# Milliseconds from an event in the page to a change that it brings about, both seen by the page itself.
+ANSWER = """([event, seen]) => new Promise(answered => {
+  let start
+  const changed = new Function('return ' + seen)
+  addEventListener(event, () => start = performance.now(), {once: true, capture: true})
+  const watch = new MutationObserver(() => { if (start && changed()) { watch.disconnect(); answered(performance.now() - start) } })
+  watch.observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true})
+})"""
+
+
+def seconds_until(page, event, act, seen):
+    "Seconds from the `event` that `act` causes to the change that the JavaScript expression `seen` tells."
+    page.evaluate(f'args => {{ window.answer = ({ANSWER})(args) }}', [event, seen])
+    act()
+    return page.evaluate('window.answer') / 1000
+
+
+def quick_once(limit, tries, once):
+    "The seconds of each of at most `tries` tries, up to the first below `limit`: what else the machine does may delay some."
+    taken = []
+    while not taken or min(taken) >= limit and len(taken) < tries: taken.append(once())
+    return taken
+
+
+@pytest.fixture
+def app_page(browser, app):
+    "The app with all pictures of both panels; afterwards fails if there was an error."
     page, faults = browser.new_page(viewport={'width': 1500, 'height': 1100}), []
     page.on('console', lambda m: m.type == 'error' and faults.append(m.text))
     page.on('requestfailed', lambda r: faults.append(f'failed: {r.url}'))
@@ -187,27 +223,71 @@ def test_app(browser, app):
     page.route(re.compile(r'^https://cdn\.jsdelivr\.net/'), lambda route: route.fulfill(body='', content_type='text/css'))
     page.set_default_timeout(60_000)
     page.goto(app)
-    paths = page.locator('img[alt^="sample points"]').first
-    paths.wait_for()
-    changed = functools.partial(page.wait_for_function, '([alt, old]) => document.querySelector(`img[alt^="${alt}"]`)?.src != old')
-    status = lambda text: page.get_by_text(text).first.wait_for()
-
-    status('untrained')
-    before = paths.get_attribute('src')
-    page.get_by_role('slider').nth(1).focus()   # the initial gain
-    for _ in range(5): page.keyboard.press('ArrowLeft')
-    changed(arg=['sample points', before])
-    page.wait_for_function('n => document.querySelectorAll("img").length == n', arg=2 * len(PICTURES))   # both panels, untrained
-    views = {alt: page.locator(f'img[alt="{html.escape(alt)}"]').first.get_attribute('src') for _, alt in PICTURES.values()}
-    page.get_by_role('button', name='Train').first.click()
-    status(re.compile('^trained; test accuracy'))
-    for alt, src in views.items(): changed(arg=[alt, src])
-    trained = paths.get_attribute('src')
-    page.get_by_role('slider').nth(5).focus()   # the layer
-    page.keyboard.press('ArrowLeft')
-    changed(arg=['sample points', trained])
-    page.get_by_role('button', name='Train').first.click()
-    page.get_by_role('button', name='Stop').first.click()
-    status('stopped after epoch')
+    page.wait_for_function('n => document.querySelectorAll(".explorer img").length == n', arg=2 * len(PICTURES))
+    yield page
     page.close()
     assert not faults, faults
+
+
+def shown(panel): return {alt: panel.locator(f'img[alt="{html.escape(alt)}"]').get_attribute('src') for _, alt in PICTURES.values()}
+
+
+def picture(alt, unlike):
+    "A JavaScript expression: the left panel shows a picture with this text, another than `unlike`."
+    return f'(i => i && i.src != {json.dumps(unlike)})({PANEL}.querySelector(`img[alt^="{alt}"]`))'
+
+
+@pytest.mark.browser
+def test_app(app_page):
+    page, (left, right) = app_page, app_page.locator('.explorer').all()
+    status = lambda text: left.get_by_text(text).wait_for()
+    alts = [alt for _, alt in PICTURES.values()]
+    status('untrained')
+    gain, layer = (left.get_by_role('slider', name=name) for name in ('initial gain', 'layer'))
+
+    # a slider, by keyboard: the paths answer at once, the other pictures follow
+    def turn():
+        gain.focus()
+        return seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]]))
+    untrained, beside = shown(left), shown(right)
+    # within 100 ms on an idle machine; that it takes no more computing is in `test_speed`, here others may share the machine
+    turns = quick_once(.5, 12, lambda: (page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}'), turn())[1])
+    assert min(turns) < .5, f'the picture came {turns} seconds after the key'
+    page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}')
+    assert not [alt for alt, src in shown(left).items() if src == untrained[alt] and not alt.startswith('curves over')]
+
+    # training changes every picture of this panel and none of the other
+    before = shown(left)
+    left.get_by_role('button', name='Train').click()
+    status(re.compile('^trained; test accuracy'))
+    for alt, src in before.items(): page.wait_for_function(picture(alt, src))
+    assert shown(right) == beside
+
+    # the layer moves the points
+    layer.focus()
+    seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]]))
+
+    # Stop is answered within half a second, and what was reached stays
+    def stop():
+        left.get_by_role('button', name='Train').click()
+        status(re.compile('^epoch [0-9]+ of'))
+        return seconds_until(page, 'click', left.get_by_role('button', name='Stop').click, f'{PANEL}.innerText.includes("stopped after epoch")')
+    stops = quick_once(.5, 4, stop)
+    assert min(stops) < .5, f'stopped {stops} seconds after the click'
+    accuracy = re.search(r'stopped after epoch (\d+); test accuracy ([\d.]+) %', left.inner_text())
+    assert 0 < int(accuracy[1]) < 100 and float(accuracy[2]) > 0
+
+
+@pytest.mark.browser
+def test_app_stands_side_by_side_and_is_accessible(app_page):
+    "On a desktop two panels are beside each other, on a phone below each other; axe-core finds nothing of level A or AA."
+    boxes = lambda: [panel.bounding_box() for panel in app_page.locator('.explorer').all()]
+    one, two = boxes()
+    assert one['y'] == two['y'] and one['x'] + one['width'] <= two['x'] and two['x'] + two['width'] <= 1500
+    assert app_page.locator('h1').inner_text().startswith('The playground')
+    app_page.set_viewport_size({'width': 390, 'height': 844})
+    one, two = boxes()
+    assert one['y'] + one['height'] <= two['y'] and max(one['width'], two['width']) <= 390
+    if not AXE.exists(): pytest.skip("axe-core is missing: run `make test`, which installs it with npm (needs Node.js)")
+    app_page.add_script_tag(path=AXE)
+    assert not (found := app_page.evaluate(AUDIT, LEVELS)), '\n'.join(found)

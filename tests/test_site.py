@@ -1,4 +1,5 @@
 "The site and the scripts that make it: every page in a real browser, at two widths, from a server and from a folder."
+import csv
 import functools
 import http.server
 import importlib
@@ -124,6 +125,8 @@ def test_page(browser, address, name):
             page.set_viewport_size(viewport)
             wide = page.evaluate('document.scrollingElement.scrollWidth - innerWidth')
             assert wide <= 0, f'at {viewport["width"]} pixels the page is {wide} pixels wider than the window'
+            broken = page.evaluate('[...document.querySelectorAll("main table:not(.parameters) code")].filter(c => /^[\\w.]+$/.test(c.innerText) && c.getClientRects().length > 1).map(c => c.innerText)')
+            assert not broken, f'at {viewport["width"]} pixels names in tables are broken in two: {broken}'
         cut = page.evaluate('[...document.querySelectorAll("main pre")].filter(p => p.scrollWidth > p.clientWidth).map(p => p.innerText.slice(0, 80))')
         assert not cut, f'code or output that is cut off on a wide window: {cut}'
         images = page.evaluate('[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0, i.src.slice(0, 80)])')
@@ -162,6 +165,24 @@ def test_internal_links(contents, site):
     broken = [f'{name}: {link}' for name, page in contents.items() for link in page['links'] if not leads_somewhere(name, link)]
     assert not broken
     assert all(len(set(page['ids'])) == len(page['ids']) for page in contents.values()), 'an id stands twice on a page'
+
+
+def linkcheck(url, depth=-1):
+    "LinkChecker's rows for all that can be reached from a page within its site: address, where it stands, and whether it is there."
+    done = subprocess.run([sys.executable, '-m', 'linkcheck', '--no-status', '--verbose', '--threads=2', f'--recursion-level={depth}', '--output=csv', url], capture_output=True, text=True, timeout=300)
+    return [(row['urlname'], row['parentname'], row['valid'] == 'True')
+            for row in csv.DictReader((line for line in done.stdout.splitlines() if line and not line.startswith('#')), delimiter=';')]
+
+
+def test_links_by_linkchecker(address, site):
+    "A tool that knows nothing of this site finds each page from the first one, and no link that leads nowhere."
+    pytest.importorskip('linkcheck', reason='LinkChecker is missing: run `make test`, which installs it')
+    rows = linkcheck(address + 'index.html')
+    assert not [row for row in rows if not row[2]]
+    assert not set(PAGES) - {urllib.parse.urldefrag(name)[0].rpartition('/')[2] for name, _, _ in rows}, 'pages that no link leads to'
+    (site / 'broken.html').write_text('<a href="index.html">there</a><a href="nowhere.html">not there</a>', encoding='utf-8')
+    assert {name for name, _, valid in linkcheck(address + 'broken.html', 1) if not valid} == {'nowhere.html'}
+    (site / 'broken.html').unlink()
 
 
 def rare_word(contents, name):
@@ -329,6 +350,39 @@ def test_keyboard_reaches_the_text(browser, address):
         page.keyboard.press('Tab')
         assert page.evaluate('document.activeElement.closest("main") !== null')
         assert page.evaluate('getComputedStyle(document.activeElement).outlineStyle') == 'solid'
+
+
+FOCUSED = """() => { const e = document.activeElement, box = e.getBoundingClientRect(), style = getComputedStyle(e)
+  return e === document.body || e === document.documentElement ? null : {
+    what: (e.getAttribute('aria-label') || e.innerText || e.id || e.tagName).trim().slice(0, 40),
+    role: e.getAttribute('role') || e.tagName, seen: box.width > 0 && box.height > 0 && box.bottom > 0 && box.top < innerHeight && style.visibility === 'visible',
+    marked: style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) > 0 || style.boxShadow !== 'none' || style.borderColor !== getComputedStyle(e.parentElement).borderColor } }"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('name, among', [('index.html', {'A', 'BUTTON', 'combobox'}), ('playground.html', {'A', 'slider'}), ('guide.html', {'A', 'SUMMARY'})])
+def test_each_stop_of_the_tab_key_is_seen(browser, address, name, among):
+    "From the address bar through the whole page and out again: nothing that has the focus is hidden or unmarked, nothing is a trap."
+    with visit(browser, address + name) as page:
+        stops = []
+        while len(stops) < 1000:
+            page.keyboard.press('Tab')
+            if (stop := page.evaluate(FOCUSED)) is None: break
+            stops.append(stop)
+        assert 20 < len(stops) < 1000, 'the focus does not leave the page'
+        assert not [s for s in stops if not (s['seen'] and s['marked'])]
+        assert among <= {s['role'] for s in stops}, {s['role'] for s in stops}
+
+
+@pytest.mark.browser
+def test_the_book_is_opened_by_keyboard_on_a_phone(browser, address):
+    with visit(browser, address + 'index.html', viewport=PHONE) as page:
+        page.get_by_role('button', name='Chapters').focus()
+        page.keyboard.press('Enter')
+        chapter = page.locator('#book').get_by_role('link', name='The playground')
+        chapter.wait_for()
+        page.keyboard.press('Escape')
+        assert chapter.is_hidden()
 
 
 @pytest.mark.browser
