@@ -497,7 +497,7 @@ def lap_bench(
 ):
     "Measure what least action and this library cost, in pairs; write a record with one row per comparison."
     with _one_line_errors("lap_bench"):
-        if list: print("\n".join(BENCHMARKS)); return
+        if list: print("\n".join(f"{n}{' (slow: only if named)' * b.slow}" for n, b in BENCHMARKS.items())); return
         if threads: torch.set_num_threads(threads)
         record = run_benchmarks(names, device, seconds, out, force, report=partial(print, flush=True))
         print(f"wrote {out} after {record['wall_seconds']:.0f} s")

@@ -91,6 +91,7 @@ class Comparison:
         method:str, # as in `METHODS`
         key:str,    # of a row
     )->torch.Tensor: # one per seed, `[S]`, in the order of the seeds
+        "One number per seed."
         return torch.tensor([r[key] for r in self.rows if r["method"] == method], dtype=torch.float64)
 
     def advantage(self,

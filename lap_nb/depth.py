@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -290,7 +290,9 @@ class Elastic(nn.Module):
         for s in schedules: self.schedules[len(s)] = self.check(s)
 
     @property
-    def K(self)->int: return len(self.gates)   # residual blocks
+    def K(self)->int:
+        "Number of residual blocks."
+        return len(self.gates)
 
     def forward(self, *args,
         depth:int|DepthSchedule|None=None,  # number of blocks that run, or which and how far; None: all
@@ -423,6 +425,7 @@ class DepthCurve:
     def of(self,
         way:str, # `"skip"`, `"lengthened"` or `"best"`
     )->list[dict]: # rows of that way, from few blocks to all
+        "Rows of one way to leave blocks out."
         ways = list(dict.fromkeys(r["way"] for r in self.rows))
         if way not in ways: raise ValueError(f"way is {way!r}, expected one of {', '.join(ways)}")
         return sorted((r for r in self.rows if r["way"] == way), key=lambda r: r["blocks"])
@@ -434,7 +437,9 @@ class DepthCurve:
         return statistics.fmean(r["accuracy"] for r in self.of(way))
 
     @property
-    def largest_share(self)->float: return (self.energies.max() / self.energies.sum()).item()
+    def largest_share(self)->float:
+        "The largest block's share of the action."
+        return (self.energies.max() / self.energies.sum()).item()
 
 # %% ../nbs/09_depth.ipynb #b5b1abb9
 @patch
@@ -577,7 +582,7 @@ def latency(
     models:Mapping[str, nn.Module], # by name
     x,                              # what one pass gets: a tensor, a tuple of arguments or a mapping of named ones
     repeats:int=20,                 # timed passes of each, in turn, after three that are not timed
-    clock=time.perf_counter,        # seconds; `time.process_time` counts the processor's alone, of all threads
+    clock:Callable=time.perf_counter, # seconds; `time.process_time` counts the processor's alone, of all threads
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
     times = {name: [] for name in models}
@@ -862,9 +867,14 @@ class Penalty(nn.Module):
         return task + self.weight * penalty
 
     @property
-    def blocks(self)->dict[str, nn.Module]: return self.meter.blocks
-    def check(self): pass   # a constant weight cannot go wrong
-    def remove(self): self.meter.remove()
+    def blocks(self)->dict[str, nn.Module]:
+        "Blocks that are watched, by name."
+        return self.meter.blocks
+    def check(self):
+        "Nothing to check: a constant weight cannot go wrong."
+    def remove(self):
+        "Stop watching the blocks."
+        self.meter.remove()
     def extra_repr(self)->str: return f"kind={self.kind}, weight={self.weight:g}, blocks={len(self.meter.blocks)}"
 
 # %% ../nbs/09_depth.ipynb #374ebbef

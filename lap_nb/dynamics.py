@@ -66,17 +66,29 @@ class Trajectory:
             raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
 
     @property
-    def K(self)->int: return sum(len(x) - 1 for x, _ in self._stages)
+    def K(self)->int:
+        "Number of blocks, over all stages."
+        return sum(len(x) - 1 for x, _ in self._stages)
     @property
-    def B(self)->int: return self._stages[0][0].shape[1]
+    def B(self)->int:
+        "Number of samples."
+        return self._stages[0][0].shape[1]
     @property
-    def x(self)->Tensor: return self._only("x")[0]
+    def x(self)->Tensor:
+        "Positions of the only stage, `[K+1, B, ...]`; raises `ValueError` if there are several."
+        return self._only("x")[0]
     @property
-    def h(self)->float: return self._only("h")[1]
+    def h(self)->float:
+        "Step of the only stage; raises `ValueError` if there are several."
+        return self._only("h")[1]
     @property
-    def steps(self)->Tensor: return self.x[1:] - self.x[:-1]
+    def steps(self)->Tensor:
+        "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`."
+        return self.x[1:] - self.x[:-1]
     @property
-    def velocities(self)->Tensor: return self.steps / self.h
+    def velocities(self)->Tensor:
+        "Steps over $h$, `[K, B, ...]`."
+        return self.steps / self.h
     def _only(self, what:str)->tuple[Tensor, float]:
         if len(self._stages) == 1: return self._stages[0]
         raise AttributeError(f"a trajectory of {len(self._stages)} stages has no single {what}: look at each stage, "
@@ -122,6 +134,7 @@ class Flow(nn.Module):
 
     @property
     def h(self)->float: # the step of all blocks
+        "The step, if all blocks have the same."
         steps = [block.h for block in self.blocks]
         if len(set(steps)) == 1: return steps[0]
         raise ValueError(f"the blocks have steps {', '.join(f'{h:g}' for h in steps)}, expected a uniform flow: give all blocks the same h")
@@ -135,6 +148,7 @@ class Flow(nn.Module):
     def trajectory(self,
         x:Tensor,    # positions at time 0, `[B, ...]`
     )->Trajectory:   # every position on the way; differentiable
+        "Every position on the way through the blocks."
         xs = [x]
         for block in self.blocks: xs.append(block(xs[-1]))
         return Trajectory(torch.stack(xs), self.h)
@@ -317,6 +331,7 @@ class ResidualNet(nn.Module):
     def trajectory(self,
         x:Tensor,    # inputs, `[B, ...]`
     )->Trajectory:   # of the encoded inputs through the flow
+        "The way of the encoded inputs through the flow."
         return self.flow.trajectory(self.encoder(x))
 
 # %% ../nbs/01_dynamics.ipynb #85309f44
@@ -425,6 +440,7 @@ class StagedFlow(nn.Module):
     def trajectory(self,
         x:Tensor,    # positions at the start, `[B, ...]`
     )->Trajectory:   # with a stage for each flow
+        "The way through all stages."
         stages = [self.flows[0].trajectory(x)]
         for flow, change in zip(self.flows[1:], self.transitions): stages.append(flow.trajectory(change(stages[-1].x[-1])))
         return Trajectory([s.x for s in stages], [s.h for s in stages])

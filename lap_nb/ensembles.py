@@ -627,9 +627,12 @@ class Runs(Run):
         return Run(self.model.member(i), curves, self.provenance | self.members[i])
 
     @property
-    def members(self)->list[dict]: return self.provenance["members"] # seed and values of the grid of each
+    def members(self)->list[dict]:
+        "Seed and values of the grid of each member."
+        return self.provenance["members"]
     @property
     def diverged(self)->dict[int, int]: # member to the epoch in which it was frozen; its curves are `nan` from there on
+        "Members that were frozen and the epoch; their curves are NaN from there on."
         return {i: m["diverged"] for i, m in enumerate(self.members) if "diverged" in m}
 
     def where(self,

@@ -73,15 +73,24 @@ class EnergyLedger:
 
     @property
     def cells(self)->Tensor: # sum over the samples of a class, `[K, C]`
+        "Energy by block and class."
         return self.energies @ F.one_hot(self.y, len(self.labels)).double()
     @property
-    def blocks(self)->Tensor: return self.energies.sum(1)   # `[K]`
+    def blocks(self)->Tensor:
+        "Energy of each block, over all samples, `[K]`."
+        return self.energies.sum(1)
     @property
-    def classes(self)->Tensor: return self.cells.sum(0)     # `[C]`
+    def classes(self)->Tensor:
+        "Energy of each class, over all blocks, `[C]`."
+        return self.cells.sum(0)
     @property
-    def samples(self)->Tensor: return self.energies.sum(0)  # action of each sample, `[B]`
+    def samples(self)->Tensor:
+        "Action of each sample, `[B]`."
+        return self.energies.sum(0)
     @property
-    def total(self)->float: return self.energies.sum().item()
+    def total(self)->float:
+        "Energy of all samples in all blocks."
+        return self.energies.sum().item()
 
 # %% ../nbs/03_kinetic_bias.ipynb #ea04e7e3
 @patch

@@ -439,7 +439,9 @@ class KKT:
     curves: Mapping = field(default_factory=dict) # what was judged
 
     @property
-    def advice(self)->str: return ADVICE[self.verdict]
+    def advice(self)->str:
+        "What to do about the verdict."
+        return ADVICE[self.verdict]
 
 def kkt(
     curves:Mapping[str, Tensor], # `loss`, `lambda` and `action`, each `[T]`: of a `Run`, or from `LeastAction.curves`

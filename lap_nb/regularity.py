@@ -42,7 +42,9 @@ class LocalLipschitz:
     change:Tensor      # relative change in the last iteration, `[B]`
     tolerance:float    # change that counts as converged
     @property
-    def converged(self)->float: return (self.change <= self.tolerance).float().mean().item()  # share of the points
+    def converged(self)->float:
+        "Share of the points at which the number has settled."
+        return (self.change <= self.tolerance).float().mean().item()
     def __repr__(self)->str:
         return (f"LocalLipschitz at {len(self.values)} points: median {self.values.median():.4g}, largest {self.values.max():.4g}, "
                 f"{self.converged:.0%} converged to {self.tolerance:g}")
@@ -94,9 +96,12 @@ class LipschitzProfile:
     whole:Tensor           # from the start to the end, `[B]`
     converged:float        # share of all these numbers that the power method settled
     @property
-    def product(self)->Tensor: return self.blocks.prod(0)  # the chain rule's bound, `[B]`
+    def product(self)->Tensor:
+        "The chain rule's bound for all blocks, `[B]`."
+        return self.blocks.prod(0)
     @property
     def warning(self)->str: # empty if there is nothing to warn of
+        "What to mind; empty if there is nothing to warn of."
         return "" if self.converged > .99 else f"Only {self.converged:.1%} of the numbers have settled, the others are too low; raise iterations."
     def __repr__(self)->str:
         text = (f"LipschitzProfile of {len(self.names)} blocks at {self.blocks.shape[1]} samples: blocks up to {self.blocks.max():.4g}, "
@@ -171,9 +176,12 @@ class Holder:
     shift:float                   # how far off the support, in radii of the cloud; 0: on it
     n:int                         # samples
     @property
-    def span(self)->float: return (self.r[-1] / self.r[0]).item()  # longest distance over shortest
+    def span(self)->float:
+        "Longest distance over shortest."
+        return (self.r[-1] / self.r[0]).item()
     @property
     def warning(self)->str: # empty if there is nothing to warn of
+        "What to mind; empty if there is nothing to warn of."
         narrow = f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (self.span < 4)
         wide = "The interval is wider than 0.5. " * (not self.interval[1] - self.interval[0] < .5)
         return (narrow + wide).strip()

@@ -88,7 +88,9 @@ class Schedule:
     weight_decay:float=.01   # unless the method has its own
     others:tuple=()          # further settings of `fit`, a mapping or pairs: optimiser, schedule, milestones, crop, flip, ...
     def __post_init__(self): object.__setattr__(self, "others", _frozen(self.others))
-    def length(self, n:int)->int: return self.epochs or max(1, round(self.steps / math.ceil(n / min(self.batch_size, n))))
+    def length(self, n:int)->int:
+        "Epochs for `n` samples."
+        return self.epochs or max(1, round(self.steps / math.ceil(n / min(self.batch_size, n))))
 
 # %% ../nbs/08_replication.ipynb #50643d2d
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class Cell:
     thin:int=1                   # every so many test samples are used
     version:int=1                # of the study's numbers, see `Study`
     @property
-    def name(self)->str: return f"{self.data}/{self.n}/{self.net}/{self.method.name}"
+    def name(self)->str:
+        "Data, size, network and method, with slashes between."
+        return f"{self.data}/{self.n}/{self.net}/{self.method.name}"
 
 @dataclass(frozen=True)
 class Grid:
@@ -141,6 +145,7 @@ class Study:
     def cells(self,
         only:str="",        # patterns of cell names like `digits/300/*`, separated by commas; empty: all
     )->list[tuple[Cell, int]]: # cells with their number of seeds
+        "The cells whose names match, with their number of seeds."
         cells = [(Cell(d, n, m, g.net, g.schedule, g.measures, g.curve, g.thin, self.version), g.seeds)
                  for g in self.grids for d in g.data for n in g.sizes for m in g.methods]
         patterns = [p.strip() for p in only.split(",") if p.strip()]
@@ -631,11 +636,14 @@ class Records:
     def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
 
     @property
-    def device(self)->str: return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
+    def device(self)->str:
+        "Devices on which the rows were made."
+        return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
 
     def where(self,
         **columns, # column = value, or a list of values
     )->"Records":  # the rows that have them
+        "The rows that have these values."
         wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
         unknown = [k for k in wanted if self.rows and k not in self.rows[0]]
         if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(self.rows[0])}")
@@ -644,6 +652,7 @@ class Records:
     def by(self,
         *columns:str, # to group by
     )->dict:          # value of the column, or tuple of values -> `Records`
+        "Groups of rows."
         groups = {}
         for row in self.rows: groups.setdefault(tuple(row[c] for c in columns), []).append(row)
         return {key[0] if len(columns) == 1 else key: Records(rows, self.runs) for key, rows in groups.items()}
@@ -659,6 +668,7 @@ def _device(run:dict)->str:
 def values(self:Records,
     column:str,  # of numbers
 )->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
+    "A column as numbers."
     return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
 
 @patch
@@ -858,13 +868,13 @@ def _one_line_errors(command:str):
 
 @call_parse
 def lap_study(
-    name:_positional(str, "study to run; none: list them", "?")="", # study to run; none: list them
-    seeds:str="",        # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
+    name:_positional(str, "study to run; none: list them", "?")=None, # study to run; none: list them
+    seeds:str=None,      # 20 for 0 to 19, or 0,3,5, or 10:20 (default: those of the study)
     device:str="auto",   # where to train: auto, cpu, cuda, cuda:0, ...
     out:str=None,        # folder of the records (default: nbs/results, or results)
     resume:bool=False,   # go on with a record that exists
-    scheduler:str="",    # local, or the address tcp://... of a Dask scheduler (default: this process)
-    only:str="",         # patterns of cell names, like 'digits/300/*', separated by commas
+    scheduler:str=None,  # local, or the address tcp://... of a Dask scheduler (default: this process)
+    only:str=None,       # patterns of cell names, like 'digits/300/*', separated by commas (default: all)
     scale:str="auto",    # sizes for which machine: auto (as the device), cpu or gpu
     threads:int=None,    # CPU threads of PyTorch (default: its own choice)
     root:str=None,       # folder with the files of larger data sets (default: the variable LAP_NB_DATA)
@@ -875,7 +885,7 @@ def lap_study(
         if list or not name: print(_table(overview(out))); return
         if threads: torch.set_num_threads(threads)
         chosen = study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
-        written = run_study(chosen, out, _seeds(seeds), device, only, resume, root, scheduler, progress=True)
+        written = run_study(chosen, out, _seeds(seeds or ""), device, only or "", resume, root, scheduler or "", progress=True)
         print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
 
 # %% ../nbs/08_replication.ipynb #3627d882

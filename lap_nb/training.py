@@ -136,6 +136,7 @@ class Run:
 
     @property
     def last(self)->dict[str, Tensor]: # every curve at its end, `[...]` each
+        "Every curve at its end."
         return {name: curve[-1] for name, curve in self.curves.items()}
 
     @property

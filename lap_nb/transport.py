@@ -263,11 +263,16 @@ class Gap:
     reduction:str                 # squared distances over features: `"mean"` or `"sum"`
     solver:str                    # which exact solver ran
     @property
-    def gap(self)->float: return self.displacement - self.w2
+    def gap(self)->float:
+        "Displacement minus $W_2^2$: what the assignment wastes, in squared units of the positions."
+        return self.displacement - self.w2
     @property
-    def relative(self)->float: return self.gap / self.displacement if self.displacement else 0.   # share of the displacement's cost
+    def relative(self)->float:
+        "The gap's share of the displacement; 0 if nothing moves."
+        return self.gap / self.displacement if self.displacement else 0.
     @property
     def warning(self)->str: # empty if there is nothing to warn of
+        "What to mind; empty if there is nothing to warn of."
         blind = (f"{self.n} samples are too few to tell in {self.dim} dimensions: only {self.sensitivity:.1%} of them would gain by an exchange "
                  "even if these displacements were dealt out at random. The gap is a lower bound, and nearly nobody found a better partner: use more "
                  "held-out samples, or project to fewer dimensions.") if self.sensitivity < BLIND and self.self_share > 1 - BLIND else ""
@@ -391,11 +396,15 @@ class ActionSplit:
     gaps:tuple[Gap, ...]                        # of all samples, one per stage
     reduction:str                               # squared distances over features: `"mean"` or `"sum"`
     notes:tuple[str, ...]=()                    # what the reader must know of single rows
-    def total(self, row:str="all")->float: return sum(self.parts[row])
+    def total(self, row:str="all")->float:
+        "Sum of the three parts: action times time."
+        return sum(self.parts[row])
     def shares(self, row:str="all")->tuple[float, float, float]: # of the three parts; they add up to 1 if anything moves
+        "Shares of the three parts; they add up to 1 if anything moves."
         return tuple(part / self.total(row) if self.total(row) else 0. for part in self.parts[row])
     @property
     def warning(self)->str: # empty if there is nothing to warn of
+        "What to mind; empty if there is nothing to warn of."
         stage = lambda s: f"Stage {s}: " * (len(self.gaps) > 1)
         return " ".join([*(stage(s) + g.warning for s, g in enumerate(self.gaps, 1) if g.warning), *self.notes])
 
@@ -563,9 +572,13 @@ class McCann:
     to_end:Tensor      # from that of layer k to the last, `[K+1]`
     n:int              # samples
     @property
-    def length(self)->float: return self.from_start[-1].item()  # from the first cloud to the last, $W_2(\alpha_0, \alpha_K)$
+    def length(self)->float:
+        r"Distance of the first cloud from the last, $W_2(\alpha_0, \alpha_K)$."
+        return self.from_start[-1].item()
     @property
-    def detour(self)->Tensor: return (self.from_start + self.to_end - self.length).clamp_min(0)  # through layer k, `[K+1]`
+    def detour(self)->Tensor:
+        "By how much the way through each layer is longer than the straight one, `[K+1]`."
+        return (self.from_start + self.to_end - self.length).clamp_min(0)
     def __repr__(self)->str:
         return (f"McCann: {len(self.distance) - 1} layers of {self.n} samples, W2 of the ends {self.length:.4g}, farthest from the interpolation "
                 f"{self.distance.max():.4g}, longest detour {self.detour.max():.4g}")

@@ -161,7 +161,8 @@ def test_finished_rows_outlive_a_failure(fake, tmp_path):
 
 def test_list(capsys):
     lap_bench(list=True)
-    assert capsys.readouterr().out.split()[:2] == ["trace-overhead", "step-overhead"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["trace-overhead", "step-overhead"] and "published-loop (slow: only if named)" in lines
 
 
 def test_command_line(tmp_path):

@@ -91,3 +91,19 @@ def test_a_tensor_without_a_shape_is_found():
     ): "Nothing."
 
     assert list(shapeless('f', f)) == ['f: x: some numbers']
+
+
+def speechless(exported):
+    "Public methods and properties without a docstring; those that PyTorch or another library defines are left out."
+    for full, thing in exported.items():
+        theirs = {name for base in thing.__mro__[1:] if not base.__module__.startswith('lap_nb') for name in vars(base)} if inspect.isclass(thing) else {}
+        for name, member in vars(thing).items() if inspect.isclass(thing) else ():
+            code = isinstance(member, property | staticmethod | classmethod) or inspect.isfunction(member)
+            if code and not name.startswith('_') and name not in theirs and not inspect.getdoc(member): yield f'{full}.{name}'
+
+
+def test_every_method_says_what_it_does(exported):
+    class Mute:
+        def method(self): ...
+    assert list(speechless({'Mute': Mute})) == ['Mute.method']
+    no(list(speechless(exported)), 'a docstring')
