@@ -260,6 +260,16 @@ def test_gap_curve_rises_and_ends_at_the_gap():
     assert_close(curve.gaps[-1], torch.full((8,), exact_gap(x, y).relative))
 
 
+def test_placebo_deals_the_displacements_out_anew():
+    x = cloud(12, 2, 0)
+    y = x + torch.tensor([[0., 0.]] * 6 + [[4., 1.]] * 6)
+    g = torch.Generator().manual_seed(3)
+    at, deal = torch.randperm(12, generator=g), torch.randperm(12, generator=g)
+    by_hand = exact_gap(x[at], x[at] + (y - x)[at][deal]).relative
+    assert by_hand > .1
+    assert_close(gap_curve(x, y, sizes=[12], repeats=1, seed=3).placebo, torch.tensor([[by_hand]], dtype=torch.float32))
+
+
 # Tensors in, tensors out
 
 def test_half_precision_pictures_and_graphs():
@@ -343,6 +353,7 @@ def test_displacement_interpolation_is_recognised_and_an_uneven_clock_is_seen():
     late, = mccann(at(0, .1, .2, .3, 1))
     assert even.distance.max() < 1e-6 and even.detour.max() < 1e-9
     assert late.detour.max() < 1e-9 and late.distance.max() > .4 * late.length
+    assert even.n == 60 and len(even.distance) == len(even.detour) == 5
 
 
 def test_mccann_takes_the_mean_or_the_sum_over_features():
