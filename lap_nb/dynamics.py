@@ -75,20 +75,12 @@ class Trajectory:
         return self._stages[0][0].shape[1]
     @property
     def x(self)->Tensor:
-        "Positions of the only stage, `[K+1, B, ...]`; raises `ValueError` if there are several."
+        "Positions of the only stage, `[K+1, B, ...]`; raises `AttributeError` if there are several."
         return self._only("x")[0]
     @property
     def h(self)->float:
-        "Step of the only stage; raises `ValueError` if there are several."
+        "Step of the only stage; raises `AttributeError` if there are several."
         return self._only("h")[1]
-    @property
-    def steps(self)->Tensor:
-        "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`."
-        return self.x[1:] - self.x[:-1]
-    @property
-    def velocities(self)->Tensor:
-        "Steps over $h$, `[K, B, ...]`."
-        return self.steps / self.h
     def _only(self, what:str)->tuple[Tensor, float]:
         if len(self._stages) == 1: return self._stages[0]
         raise AttributeError(f"a trajectory of {len(self._stages)} stages has no single {what}: look at each stage, "
@@ -107,6 +99,16 @@ def _check_stages(xs:Sequence[Tensor], hs:Sequence[float]):
         if not 0 < h < math.inf: raise ValueError(f"step h is {h!r}, expected a positive number")
     if len({x.shape[1] for x in xs}) > 1:
         raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
+
+@patch(as_prop=True)
+def steps(self:Trajectory)->Tensor:
+    "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`; of the only stage."
+    return self.x[1:] - self.x[:-1]
+
+@patch(as_prop=True)
+def velocities(self:Trajectory)->Tensor:
+    "Steps over $h$, `[K, B, ...]`; of the only stage."
+    return self.steps / self.h
 
 @patch(as_prop=True)
 def stages(self:Trajectory)->tuple[Trajectory, ...]: # of one stage each, in order

@@ -443,6 +443,7 @@ class KKT:
         "What to do about the verdict."
         return ADVICE[self.verdict]
 
+# %% ../nbs/05_least_action.ipynb #a2e7c291
 def kkt(
     curves:Mapping[str, Tensor], # `loss`, `lambda` and `action`, each `[T]`: of a `Run`, or from `LeastAction.curves`
     target:float=0.,             # level asked of the loss

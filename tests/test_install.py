@@ -127,7 +127,7 @@ def test_commands_work_with_the_next_fastcore(installed, tmp_path):
             'print(fastcore.__version__.split(".")[0], read(bench.lap_bench).names, *read(bench.lap_bench, "a", "b", "--force").names,\n'
             '      repr(read(studies.lap_study).name), read(studies.lap_study, "c", "--seeds", "3").name, read(compare.lap_compare, "--n", "7").n)')
     names = [Path(name).stem for name in MODULES if name != '__init__.py']
-    assert check(installed / 'python', '-c', code, tmp_path / 'next', *names, cwd=tmp_path).split('\n')[0] == "2 () a b '' c 7"
+    assert check(installed / 'python', '-c', code, tmp_path / 'next', *names, cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
 
 
 def test_compare_writes_the_record(compared):
