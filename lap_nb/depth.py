@@ -425,7 +425,7 @@ class DepthCurve:
     def of(self,
         way:str, # `"skip"`, `"lengthened"` or `"best"`
     )->list[dict]: # rows of that way, from few blocks to all
-        "Rows of one way to leave blocks out."
+        "Rows of one way to leave blocks out; raises `ValueError` on a way that was not measured."
         ways = list(dict.fromkeys(r["way"] for r in self.rows))
         if way not in ways: raise ValueError(f"way is {way!r}, expected one of {', '.join(ways)}")
         return sorted((r for r in self.rows if r["way"] == way), key=lambda r: r["blocks"])
@@ -818,7 +818,8 @@ class _Steps:
         if block.training and torch.is_grad_enabled(): self.seen.append(self.each(_first(args), _first(out)))
 
     def take(self)->Tensor: # `[K]`, or what was put
-        seen, given, self.seen, self.given = self.seen, self.given, [], None
+        seen, given = self.seen, self.given
+        self.forget()
         if given is not None: return given
         if len(seen) == len(self.blocks): return self.together(seen)
         raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
@@ -826,9 +827,10 @@ class _Steps:
     @property
     def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
+    def forget(self): self.seen, self.given = [], None
     def remove(self):
         for hook in self.hooks: hook.remove()
-        self.hooks, self.seen = [], []
+        self.hooks = []; self.forget()
 
 def _gap(steps:list[Tensor])->Tensor:
     "Path gap of each stage, shared out over its steps: $K|\\delta_k|^2 - \\delta_k\\cdot\\sum_j \\delta_j$, mean over features and samples."

@@ -135,8 +135,8 @@ class Flow(nn.Module):
         if not self.blocks: raise ValueError("a flow needs at least one velocity, found none")
 
     @property
-    def h(self)->float: # the step of all blocks
-        "The step, if all blocks have the same."
+    def h(self)->float:
+        "The step of all blocks; raises `ValueError` if they differ."
         steps = [block.h for block in self.blocks]
         if len(set(steps)) == 1: return steps[0]
         raise ValueError(f"the blocks have steps {', '.join(f'{h:g}' for h in steps)}, expected a uniform flow: give all blocks the same h")

@@ -631,8 +631,8 @@ class Runs(Run):
         "Seed and values of the grid of each member."
         return self.provenance["members"]
     @property
-    def diverged(self)->dict[int, int]: # member to the epoch in which it was frozen; its curves are `nan` from there on
-        "Members that were frozen and the epoch; their curves are NaN from there on."
+    def diverged(self)->dict[int, int]: # member -> epoch
+        "Members that diverged, with the epoch in which they were frozen; their curves are NaN from there on."
         return {i: m["diverged"] for i, m in enumerate(self.members) if "diverged" in m}
 
     def where(self,

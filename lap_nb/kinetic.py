@@ -72,8 +72,8 @@ class EnergyLedger:
             raise ValueError(f"block {bad[0]!r} is the first whose energy is not finite: look at its weights and its input")
 
     @property
-    def cells(self)->Tensor: # sum over the samples of a class, `[K, C]`
-        "Energy by block and class."
+    def cells(self)->Tensor: # `[K, C]`
+        "Energy by block and class, summed over the samples of the class."
         return self.energies @ F.one_hot(self.y, len(self.labels)).double()
     @property
     def blocks(self)->Tensor:
@@ -231,8 +231,8 @@ class EnergyMeter:
 
     def remove(self):
         "Take the hooks off; the model is as it was."
-        self._end()
-        self.on, self.passes, self.seen, self._open = False, 0, [], []
+        self._end(); self.forget()
+        self.on = False
 
     def __getstate__(self): return self.__dict__ | dict(on=False, passes=0, seen=[], _open=[])   # of a copy: it is on no model
 
@@ -324,13 +324,18 @@ def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else
 def take(self:EnergyMeter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
     "The energies of the last forward pass, once; raises `RuntimeError` if there is not exactly one."
-    passes, seen = self.passes, self.seen
-    self.passes, self.seen, self._open, sums = 0, [], [], {}
+    passes, seen, sums = self.passes, self.seen, {}
+    self.forget()
     for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
     if passes < 2 and len(sums) == len(self.blocks) and (passes or len(seen) == len(sums)):
         return torch.stack([sums[name] for name in self.blocks], -1)
     raise RuntimeError(f"found energies of {len(sums)} blocks, expected {len(self.blocks)}, in {'more than one pass' if passes > 1 else 'one pass'}: "
                        f"call the model once, in training mode and with gradients on, then take them once{_advice(self, passes, sums)}")
+
+@patch
+def forget(self:EnergyMeter):
+    "Drop what passes so far have left, taken or not."
+    self.passes, self.seen, self._open = 0, [], []
 
 @patch
 def put(self:EnergyMeter,

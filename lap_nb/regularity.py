@@ -100,7 +100,7 @@ class LipschitzProfile:
         "The chain rule's bound for all blocks, `[B]`."
         return self.blocks.prod(0)
     @property
-    def warning(self)->str: # empty if there is nothing to warn of
+    def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
         return "" if self.converged > .99 else f"Only {self.converged:.1%} of the numbers have settled, the others are too low; raise iterations."
     def __repr__(self)->str:
@@ -180,7 +180,7 @@ class Holder:
         "Longest distance over shortest."
         return (self.r[-1] / self.r[0]).item()
     @property
-    def warning(self)->str: # empty if there is nothing to warn of
+    def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
         narrow = f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (self.span < 4)
         wide = "The interval is wider than 0.5. " * (not self.interval[1] - self.interval[0] < .5)

@@ -144,7 +144,7 @@ class Study:
 
     def cells(self,
         only:str="",        # patterns of cell names like `digits/300/*`, separated by commas; empty: all
-    )->list[tuple[Cell, int]]: # cells with their number of seeds
+    )->list[tuple[Cell, int]]:
         "The cells whose names match, with their number of seeds."
         cells = [(Cell(d, n, m, g.net, g.schedule, g.measures, g.curve, g.thin, self.version), g.seeds)
                  for g in self.grids for d in g.data for n in g.sizes for m in g.methods]
@@ -642,8 +642,8 @@ class Records:
 
     def where(self,
         **columns, # column = value, or a list of values
-    )->"Records":  # the rows that have them
-        "The rows that have these values."
+    )->"Records":
+        "The rows that have these values; raises `ValueError` on an unknown column."
         wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
         unknown = [k for k in wanted if self.rows and k not in self.rows[0]]
         if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(self.rows[0])}")
@@ -798,7 +798,9 @@ def plot(self:Records,
     if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
     groups = self.by(by)
     ordered = sorted(groups.items()) if all(isinstance(value, (int, float)) for value in groups) else groups.items()
-    for i, (value, group) in enumerate(ordered):
+    line = {"default": 0, "least": 1} if by == "method" else {}   # plain networks and least action look the same in all figures
+    for value, group in ordered:
+        i = line.setdefault(value, len(line))
         values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
         lost = sum(int(v.isnan().sum()) for v in values.values())
         points = {at: interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}

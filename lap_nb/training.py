@@ -135,7 +135,7 @@ class Run:
     provenance:dict           # settings, device, versions, commit, seconds
 
     @property
-    def last(self)->dict[str, Tensor]: # every curve at its end, `[...]` each
+    def last(self)->dict[str, Tensor]: # `[...]` each
         "Every curve at its end."
         return {name: curve[-1] for name, curve in self.curves.items()}
 
@@ -286,8 +286,7 @@ class Training:
         _check_fits(split, recipe)
         _check_attached(model, least_action, split.train.shape[:-1])
         self.model, self.split, self.least_action, self.recipe = model, split, least_action, recipe
-        if least_action is not None:
-            with suppress(RuntimeError): least_action.meter.take() # what passes before this training have left
+        if least_action is not None: least_action.meter.forget()   # passes before this training
         self.generators, self.seeds = list(generators), [g.initial_seed() for g in generators]
         self.device, self.row = split.x.device, split.train.ndim == 2
         if recipe.channels_last: model.to(memory_format=torch.channels_last)

@@ -271,7 +271,7 @@ class Gap:
         "The gap's share of the displacement; 0 if nothing moves."
         return self.gap / self.displacement if self.displacement else 0.
     @property
-    def warning(self)->str: # empty if there is nothing to warn of
+    def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
         blind = (f"{self.n} samples are too few to tell in {self.dim} dimensions: only {self.sensitivity:.1%} of them would gain by an exchange "
                  "even if these displacements were dealt out at random. The gap is a lower bound, and nearly nobody found a better partner: use more "
@@ -399,11 +399,11 @@ class ActionSplit:
     def total(self, row:str="all")->float:
         "Sum of the three parts: action times time."
         return sum(self.parts[row])
-    def shares(self, row:str="all")->tuple[float, float, float]: # of the three parts; they add up to 1 if anything moves
+    def shares(self, row:str="all")->tuple[float, float, float]:
         "Shares of the three parts; they add up to 1 if anything moves."
         return tuple(part / self.total(row) if self.total(row) else 0. for part in self.parts[row])
     @property
-    def warning(self)->str: # empty if there is nothing to warn of
+    def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
         stage = lambda s: f"Stage {s}: " * (len(self.gaps) > 1)
         return " ".join([*(stage(s) + g.warning for s, g in enumerate(self.gaps, 1) if g.warning), *self.notes])

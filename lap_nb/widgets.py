@@ -242,7 +242,7 @@ def picture(
         figure = Figure(figsize=(width, height), dpi=80)
         ax = figure.add_axes((.82 / width, .55 / height, 1 - .92 / width, 1 - .85 / height))   # the same margins at every size
         draw(ax)
-        ax.set_title(ax.get_title(), y=1.02)   # a fixed place, which need not be looked for: half the time of drawing
+        ax.set_title(ax.get_title(), y=1.02)   # a fixed place, which matplotlib need not look for at each drawing
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         file = _png(canvas.buffer_rgba())
