@@ -1075,10 +1075,9 @@ def _cifar_low_data(scale:str)->Study:
 @_register
 def _cifar_large(scale:str)->Study:
     big = scale == "gpu"
-    methods = _rivals(True) if big else (Method("default"), SMALL, _least("published", gain=.05))
-    schedule = replace(PUBLISHED, epochs=200 if big else 3, others=dict(PUBLISHED.others) | dict(crop=4, flip=True, clip=5.))
+    schedule = replace(PUBLISHED, epochs=200 if big else 6, others=dict(PUBLISHED.others) | dict(crop=4, flip=True, clip=5.))
     return Study("cifar-large", "Does least action help on the largest exact part of CIFAR-10, in networks of both kinds?", tuple(
-        Grid(("cifar10_part" if big else "cifar10_part:pool=2",), (7000,), methods, 5 if big else 2, Net(kind, 27 if big else 6, 32 if big else 8), schedule)
+        Grid(("cifar10_part" if big else "cifar10_part:pool=2",), (7000,), _rivals(True), 5, Net(kind, 27 if big else 6, 32 if big else 8), schedule)
         for kind in ("resnet", "resnext")), scale)
 
 @_register
