@@ -478,11 +478,12 @@ def bench_table(
     record:dict, # as `run_benchmarks` returns it
 )->str:          # Markdown
     "The rows as a table."
+    said = lambda row: ", open" if row["pairs"] > 1 and row["ratio_low"] < row["goal"] < row["ratio_high"] else "" if row["met"] else ", not met"
     cost = lambda row, side: f"{row[side]:.3g} s" if row["unit"] == "seconds" else f"{row[side] / 2**20:.3g} MiB"
-    goal = lambda row: "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{'' if row['met'] else ', not met'}"
-    span = lambda row: "one pair" if row["pairs"] == 1 else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
-    rows = [f"| `{r['name']}` | {r['what']} | {r['ratio_median']:.3f} | {span(r)} | {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |" for r in record["rows"]]
-    return "\n".join(["| row | what | ratio | 95 % interval | goal | costs | pairs |", "|---|---|---|---|---|---|---|", *rows])
+    goal = lambda row: "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{said(row)}"
+    span = lambda row: "one pair" if row["pairs"] == 1 else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" + " (range)" * (row["pairs"] < 6)
+    rows = [f"| `{r['name']}` | {r['what']} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} | {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |" for r in record["rows"]]
+    return "\n".join(["| row | what | ratio | 95 % interval | best | goal | costs | pairs |", "|---|---|---|---|---|---|---|---|", *rows])
 
 # %% ../nbs/11_performance.ipynb #f21a282e
 @call_parse

@@ -134,8 +134,8 @@ def _check_record(found:dict):
 @patch
 def table(self:Comparison
 )->str: # of fixed-width lines
-    "Means over seeds with 95 % intervals; the paired difference is least action minus the row's method, in points."
-    head = ("method", "gain", "test acc. %", "best epoch %", "paired difference", "energy/sample", "straightness", "lambda")
+    "Means over seeds with 95 % intervals, energy per sample; the paired difference is least action minus the row's method, in points."
+    head = ("method", "gain", "test acc. %", "best epoch %", "paired difference", "energy", "straightness", "lambda")
     lines = [head]
     for method in METHODS:
         mean = lambda key: self.values(method, key).mean().item()
