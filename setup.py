@@ -1,6 +1,7 @@
 "Packaging shim: every value comes from settings.ini."
 from configparser import ConfigParser
 from pathlib import Path
+import re
 import shlex
 import sys
 
@@ -15,6 +16,13 @@ ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 words = lambda key: shlex.split(cfg.get(key) or '')
 licences = dict(apache2='Apache-2.0', mit='MIT', bsd3='BSD-3-Clause')
+
+
+def readme():
+    "README.md with addresses that hold outside the repository."
+    text, top = Path('README.md').read_text(encoding='utf-8'), r'(?!https?:|#)'
+    text = re.sub(rf'(!\[[^\]]*\]\(){top}', rf"\g<1>{cfg['git_url']}/raw/{cfg['branch']}/", text)
+    return re.sub(rf'(?<!!)(\[[^\]]*\]\(){top}', rf"\g<1>{cfg['git_url']}/blob/{cfg['branch']}/", text)
 
 
 class Build(build_py):
@@ -33,7 +41,7 @@ setup(
     package_data={cfg['lib_path']: ['py.typed']}, cmdclass={'build_py': Build},
     install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
     python_requires='>=' + cfg['min_python'],
-    long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=readme(), long_description_content_type='text/markdown',
     classifiers=['Intended Audience :: ' + cfg['audience'], 'Typing :: Typed', 'Programming Language :: Python :: 3',
                  *(f'Programming Language :: Python :: {version}' for version in words('pythons'))],
     entry_points={'console_scripts': words('console_scripts'),

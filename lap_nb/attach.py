@@ -6,6 +6,7 @@
 __all__ = ['Blocks', 'find_blocks', 'Trace', 'Tracer', 'trace', 'trace_energies']
 
 # %% ../nbs/02_attach.ipynb #8dc89c3d
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .dynamics import ResidualBlock, Trajectory
+from .dynamics import ResidualBlock, Trajectory, _wide
 
 # %% ../nbs/02_attach.ipynb #399866a1
 _SAME = {"CloneBackward0", "AliasBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
@@ -68,6 +69,8 @@ def _swap(value, old:Tensor, new:Tensor):
     return value
 
 # %% ../nbs/02_attach.ipynb #2600a1f3
+def _version(x:Tensor): return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
 @dataclass
 class _Call:
     "What one call of a module showed."
@@ -76,6 +79,7 @@ class _Call:
     sums: frozenset = None  # the additions on the way from input to output, if there is an unchanged one
     inplace: bool = False   # it writes to its input
     moved: float = None     # size of output minus input over size of input
+    written: bool = False   # its output is written to later
 
 def _shapes(x:Tensor, y:Tensor)->str:
     "Both shapes in words, without the batch if that is the same."
@@ -91,9 +95,10 @@ def _unroll(sums)->frozenset:
 # %% ../nbs/02_attach.ipynb #383781fa
 class _Probe:
     "Hooks for one pass in which every module is judged."
-    def __init__(self): self.calls, self.open, self.grad = {}, [], []
+    def __init__(self): self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
 
     def enter(self, module, args, kwargs):
+        self.look()
         x = _first((args, kwargs))
         self.grad.append(torch.is_grad_enabled())
         torch.set_grad_enabled(True)   # reentrant checkpoints switch it off
@@ -103,24 +108,36 @@ class _Probe:
         return _swap(args, x, mark), _swap(kwargs, x, mark)
 
     def leave(self, module, args, kwargs, out):
-        self.calls.setdefault(module, []).append(self.judge(*self.open.pop(), _first(out)))
+        self.look()
+        y = _first(out)
+        self.calls.setdefault(module, []).append(call := self.judge(*self.open.pop(), y))
+        if call.shape and not _layer(module):
+            self.outs.append((call, weakref.ref(y), _version(y)))
+            self.last = y   # held until the next call of a module, so that nobody writes to it unseen
         torch.set_grad_enabled(self.grad.pop())
 
-    def judge(self, x, start, version, y):
-        if x is None or y is None: return _Call("no floating-point tensor goes " + ("in" if x is None else "out"))
-        if x.shape != y.shape: return _Call(_shapes(x, y))
-        if start is None: return _Call("a single layer", shape=True)
-        sums, after, bars = _identity_path(y.grad_fn, start)
-        inplace = x._version != version
-        if sums is None:
-            bars = f": {', '.join(sorted(bars))} in the way" if bars else ""
-            return _Call(f"its input is no summand of its output{bars}", True, None, inplace)
-        with torch.no_grad(): moved = None if inplace else ((y - x).float().norm() / x.float().norm()).item()
-        sums = _unroll(sums)
-        why = f"{len(sums)} addition{'s' * (len(sums) > 1)}" + (f", then {after}" if after else "")
-        return _Call(why, True, sums, inplace, moved)
+    def look(self):
+        "Whose output, if it is still there, was written to since?"
+        for call, y, version in self.outs: call.written |= (y := y()) is not None and _version(y) != version
+        self.outs, self.last = [o for o in self.outs if o[1]() is not None and not o[0].written], None
 
 def _layer(module:nn.Module)->bool: return type(module).__module__.startswith("torch.nn.") and not list(module.children())
+
+# %% ../nbs/02_attach.ipynb #4c1d09ab
+@patch
+def judge(self:_Probe, x, start, version, y):
+    if x is None or y is None: return _Call("no floating-point tensor goes " + ("in" if x is None else "out"))
+    if x.shape != y.shape: return _Call(_shapes(x, y))
+    if start is None: return _Call("a single layer", shape=True)
+    sums, after, bars = _identity_path(y.grad_fn, start)
+    inplace = x._version != version
+    if sums is None:
+        bars = f": {', '.join(sorted(bars))} in the way" if bars else ""
+        return _Call(f"its input is no summand of its output{bars}", True, None, inplace)
+    with torch.no_grad(): moved = None if inplace else ((y - x).float().norm() / x.float().norm()).item()
+    sums = _unroll(sums)
+    why = f"{len(sums)} addition{'s' * (len(sums) > 1)}" + (f", then {after}" if after else "")
+    return _Call(why, True, sums, inplace, moved)
 
 # %% ../nbs/02_attach.ipynb #5295d5bf
 @contextmanager
@@ -176,6 +193,7 @@ def _probe(root:nn.Module, x)->dict: # module to its calls
               torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t)): _run(root, x)
     finally:
         for hook in hooks: hook.remove()
+    probe.look()
     return probe.calls
 
 # %% ../nbs/02_attach.ipynb #ec31693d
@@ -220,12 +238,12 @@ class _Judge:
 
 # %% ../nbs/02_attach.ipynb #a0407b1f
 class Blocks(dict):
-    "Residual blocks by name, in order of registration, with the reasons; a table in a notebook."
+    "Residual blocks by name, in order of registration, with the reasons; a table in a notebook. `inplace`, `written`: those whose input, whose output is written to."
     def __init__(self,
         blocks:Mapping|tuple=(), # name to module
     ):
         super().__init__(blocks)
-        self.why, self.skipped, self.moved, self.inplace = {}, {}, {}, set()
+        self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
 
     def table(self)->list[dict]: # a row per module, keys `name`, `kind`, `verdict`, `moved`, `why`
         "Matched blocks, then what was skipped, with the reasons."
@@ -261,6 +279,8 @@ def _matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
     "Names that fit a pattern; raises `ValueError` for a pattern that fits none."
     names, found = list(names), set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        if not isinstance(pattern, str):
+            raise TypeError(f"found a {type(pattern).__name__} among the patterns, expected names of modules: strings, or a mapping of names to modules")
         if not (hits := {n for n in names if fnmatchcase(n, pattern)}):
             near = get_close_matches(pattern, names, cutoff=.3) or names[1:4]
             raise ValueError(f"pattern {pattern!r} matches no module; the nearest names are {', '.join(near)}")
@@ -277,6 +297,8 @@ def find_blocks(
     "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand."
     root = _unwrap(model)
     names, _ = _named(root), _check_batch(x)
+    if include is not None and not isinstance(include, str) and not (include := list(include)):
+        raise ValueError("no pattern is given, expected at least one name of a block; None: all blocks that are found")
     wanted, barred = _matching(names, include), _matching(names, exclude)
     judge, blocks, reasons = _Judge(root, {} if x is None else _probe(root, x)), Blocks(), {}
     closed = {}   # names whose inside is decided, with the reason
@@ -298,16 +320,20 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
         calls = judge.calls.get(module, [])
         blocks.moved[name] = next((c.moved for c in calls if c.moved is not None), None)
         if any(c.inplace for c in calls): blocks.inplace.add(name)
+        if any(c.written for c in calls): blocks.written.add(name)
         if len(calls) > 1: blocks.why[name] += f"; called {len(calls)} times"
-    ends = []   # skipped modules without a block inside
+    if any(c.inplace for calls in judge.calls.values() for c in calls): blocks.written |= set(blocks)   # it was to a copy that they wrote
+    ends, mute = [], ("not called", "no floating-point tensor goes")   # skipped modules without a block inside; verdicts that say nothing of what is inside
     for name, why in reasons.items():
         holds = any(_within(b, name) for b in blocks)
+        if why and why.startswith(mute) and any(_within(n, name) and w and not w.startswith(mute) for n, w in reasons.items()): continue
         if why is None or any(_within(name, e) for e in ends): continue
         if holds and not why.startswith(("a chain", "the whole network, ")): continue
         if not holds and name != "(model)" and not any(_within(name, b) for b in blocks): ends.append(name)
         if not any(_within(name, b) for b in blocks) or why.startswith("inside"): blocks.skipped[name] = why
     if blocks: return blocks
-    seen = "; ".join(f"{name}: {why}" for name, why in list(blocks.skipped.items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
+    near = {name: why for name, why in blocks.skipped.items() if why.startswith("its input")}   # they keep the shape: the likeliest first
+    seen = "; ".join(f"{name}: {why}" for name, why in list((near | blocks.skipped).items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
     raise ValueError(f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus something of the same shape; "
                      + ("pass an example input x, so that the others can be judged, or " if not judge.calls else "")
                      + "name the blocks by patterns (include, or blocks where a model is measured)")
@@ -323,13 +349,9 @@ class _Step:
     before: Tensor = None   # position before, `[B, ...]`
     after: Tensor = None    # position after
 
-def _wide(x:Tensor, copy:bool=False)->Tensor: return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
-
 def _recomputing()->bool:
     "Whether a backward pass is running: then a checkpointed block is called for the second time."
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-def _version(x:Tensor): return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 # %% ../nbs/02_attach.ipynb #fdbc30a1
 @dataclass(frozen=True)

@@ -262,7 +262,11 @@ def with_test(
     seed: int = 0, # decides which samples are set aside
 ) -> Dataset:
     "A `Dataset` of arrays that come without a test part"
-    x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.int64)
+    x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
+    if y.ndim != 1 or len(y) == 0 or y.is_floating_point() or y.min() < 0:
+        raise ValueError(f"labels must be whole numbers 0, 1, ... [N], one for each sample, found {describe(y)}: class numbers in floats become whole with .long(), a regression needs a loop of your own with LeastAction")
+    y, n_test = y.long(), whole("n_test", n_test, least=1)
+    if n_test >= len(y): raise ValueError(f"n_test is {n_test}, expected fewer than the {len(y)} samples")
     classes = int(y.max()) + 1
     test, _ = draw(shuffled(torch.arange(len(y)), seed), y, n_test, classes)
     return Dataset(x, y, test.sort().values, name, classes)

@@ -138,7 +138,7 @@ def lipschitz(
 class Stretch(nn.Module):
     r"A residual block whose step is `scale` times as long, $x + s\,(f(x) - x)$; with `scale` 0 it is not run."
     def __init__(self,
-        block:nn.Module,    # output of the input's shape; a tuple's first tensor counts, the rest is passed on
+        block:nn.Module,    # output of the input's shape; a tuple's first tensor counts, the rest is passed on, `None` for each where the block is not run
         scale:float=1.,     # factor on its step
         copies:bool=False,  # the block writes to its input, so keep a copy
     ):
@@ -288,6 +288,7 @@ class Elastic(nn.Module):
         self.names, self.gates = list(gates), list(gates.values())
         self.schedules = {m: even(m, self.sizes) for m in range(len(self.sizes), self.K + 1)}
         for s in schedules: self.schedules[len(s)] = self.check(s)
+        if x is not None: self._try_shortest(x)
 
     @property
     def K(self)->int:
@@ -335,6 +336,18 @@ def at(self:Elastic,
         for gate, s in zip(self.gates, old): gate.scale = s
 
 # %% ../nbs/09_depth.ipynb #41a10b8e
+@patch
+def _try_shortest(self:Elastic, x):
+    "Where a block that returns a tuple is left out its other places are `None`: does the network take that?"
+    wide = {name: gate.width for name, gate in zip(self.names, self.gates) if gate.width}
+    if not wide: return
+    try:
+        with torch.no_grad(), _evaluating(self.model), self.at(len(self.sizes)): _run(self.model, x)
+    except (TypeError, AttributeError) as e:
+        name, width = next(iter(wide.items()))
+        raise ValueError(f"block {name!r} returns {width} values, and all but the first are None where it is left out, which the network does not take ({e}): "
+                         "leave such blocks out of blocks") from e
+
 @patch
 def _statistics(self:Elastic, schedule:DepthSchedule)->list:
     "Each batch norm, and the statistics it has at this schedule where they were taken."

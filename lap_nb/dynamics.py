@@ -100,10 +100,13 @@ def _check_stages(xs:Sequence[Tensor], hs:Sequence[float]):
     if len({x.shape[1] for x in xs}) > 1:
         raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
 
+def _wide(x:Tensor, copy:bool=False)->Tensor: return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)   # half precision overflows
+
 @patch(as_prop=True)
 def steps(self:Trajectory)->Tensor:
-    "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`; of the only stage."
-    return self.x[1:] - self.x[:-1]
+    "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`, in float32 or wider; of the only stage."
+    x = _wide(self.x)
+    return x[1:] - x[:-1]
 
 @patch(as_prop=True)
 def velocities(self:Trajectory)->Tensor:
@@ -189,13 +192,13 @@ def coarsen(self:Flow
 # %% ../nbs/01_dynamics.ipynb #34d27046
 def _norms(x:Tensor)->Tensor:
     "Length of each sample, `[K, B, ...]` to `[K, B]`, in float32 or wider."
-    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2).norm(dim=2)
+    return _wide(x).flatten(2).norm(dim=2)
 
 @patch
 def displacement(self:Trajectory
 )->Tensor: # distance from start to end of each sample, summed over stages, `[B]`
     "Length of the chord, $|x_K - x_0|$; of several stages, the sum of their chords."
-    return sum(_norms(s.x[-1:] - s.x[:1])[0] for s in self.stages)
+    return sum(_norms(_wide(s.x[-1:]) - _wide(s.x[:1]))[0] for s in self.stages)
 
 @patch
 def path_length(self:Trajectory

@@ -51,7 +51,7 @@ def _reduce(step:Tensor, reduction:str)->Tensor:
 def relative_energy(
     traj:Trajectory, # `K` steps of `B` samples, in one stage or several
 )->Tensor:           # per step and sample, `[K, B]`; no unit
-    "Energy of a step over the squared size of where it starts, $|x_{k+1}-x_k|^2/(h\\,|x_k|^2)$; infinite at the origin."
+    "Energy of a step over the squared size of where it starts, $|x_{k+1}-x_k|^2/(h\\,|x_k|^2)$; infinite at the origin, nan for a sample that rests there."
     return block_energies(traj, "sum") / torch.cat([_reduce(stage.x[:-1].flatten(2), "sum") for stage in traj.stages])
 
 # %% ../nbs/03_kinetic_bias.ipynb #c36a2bb8
@@ -172,6 +172,9 @@ class _LargeMeanSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         after, before = ctx.saved_tensors
+        if torch.is_grad_enabled():   # a second derivative is wanted
+            push = (after - before) * (grad * 2 / after.numel())
+            return push, -push if ctx.needs_input_grad[1] else None
         pushes, factor = (torch.empty_like(after), torch.empty_like(before)), grad * 2 / after.numel()
         for a, b, push, pull in zip(*_pieces(after, before, *pushes)):
             push.copy_(step := (a - b).mul_(factor)); pull.copy_(step.neg_())
@@ -213,7 +216,7 @@ class EnergyMeter:
         blocks:Mapping[str, nn.Module]|Iterable[str]|None=None, # name to module, or names and patterns; None: its `ResidualBlock`s
         reduction:str="mean",                     # over the features of a sample: `"mean"` or `"sum"`
         velocity:str|Mapping[str, str|nn.Module]="displacement", # or `"branch"`; or, for each block, the module in it that gives the branch
-        copy:bool=False,                          # keep a copy of each step: for networks that write to a block's output later
+        copy:bool=False,                          # keep a copy of each step, for networks that write to a block's output later; `find_blocks(model, x)` notices those by itself
     ):
         _check_reduction(reduction)
         root = _unwrap(model)
@@ -301,7 +304,7 @@ def _leave(self:EnergyMeter, name, block, args, out):
                          "expected the same shape: leave it out, find_blocks(model, x) does")
     if _version(before) != version:
         raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
-    self._note(name, after, _mean_square(after, before, self.copy), 1 / _step(block))
+    self._note(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
@@ -335,7 +338,7 @@ def take(self:EnergyMeter
 @patch
 def forget(self:EnergyMeter):
     "Drop what passes so far have left, taken or not."
-    self.passes, self.seen, self._open = 0, [], []
+    self.passes, self.ended, self.seen, self._open = 0, False, [], []
 
 @patch
 def put(self:EnergyMeter,

@@ -493,6 +493,8 @@ def report(self:LeastAction,
     return kkt(self.curves(), c.target, c.cap, c.low, tolerance, residual=residual, balance=balance, notes=notes)
 
 # %% ../nbs/05_least_action.ipynb #36eb49f9
+def _percent(value:float, how:str)->str: return "-" if math.isnan(value) else format(value, how)   # too short to tell
+
 @patch
 def table(self:KKT
 )->list[tuple[str, str, str]]: # quantity, value, what it should be
@@ -500,7 +502,7 @@ def table(self:KKT
     rows = [("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"), ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
             ("lambda", f"{self.lam:.4g}", "price of a unit of loss, in action"),
             ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
-            ("drift of lambda", f"{self.drift:+.0%}", "zero: settled"), ("swing of lambda", f"{self.swing:.0%}", "small: no oscillation"),
+            ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"), ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
             ("action", f"{self.action:.4g}", "as small as the task allows"),
             ("action / lambda, of the loss", f"{self.share:.1%}", "what the action weighs in the objective")]
     if self.residual is not None:

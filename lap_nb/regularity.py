@@ -15,8 +15,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attach import find_blocks
+from .attach import _first, _swap, find_blocks
 from .dynamics import colours
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
@@ -31,8 +32,9 @@ def _check_map(f, x:Tensor):
         raise ValueError(f"x is {found}, expected real points [B, ...] with at least one sample and one feature")
     if not x.isfinite().all(): raise ValueError("x has entries that are not finite; look for the block that makes them, or leave these samples out")
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    if isinstance(f, nn.Module) and (bad := [name for name, m in f.named_modules() if m.training and isinstance(m, mixing)]):
-        raise ValueError(f"{', '.join(bad)} in training mode: the map is random or mixes the samples of a batch; call model.eval() first")
+    moody = lambda m: isinstance(m, mixing) and (m.training or getattr(m, "running_mean", 0) is None)
+    if isinstance(f, nn.Module) and (bad := [name or type(m).__name__ for name, m in f.named_modules() if moody(m)]):
+        raise ValueError(f"{', '.join(bad)} in training mode, or without statistics of its own: the map is random or mixes the samples of a batch; call model.eval() first")
 
 # %% ../nbs/04a_regularity.ipynb #17bb4af6
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LocalLipschitz:
     "The largest stretch of small differences at each point, approached from below."
     values:Tensor      # largest singular value of the Jacobian, `[B]`
     change:Tensor      # relative change in the last iteration, `[B]`
-    tolerance:float    # change that counts as converged
+    tolerance:float    # relative change that counts as converged
     @property
     def converged(self)->float:
         "Share of the points at which the number has settled."
@@ -56,7 +58,7 @@ def local_lipschitz(
     tolerance:float=1e-4,          # relative change at which all points stop
     seed:int=0,                    # of the first directions
 )->LocalLipschitz:
-    r"Spectral norm of $Df(x)$ by the power method on $Df^\top Df$, no matrix formed; `ValueError` on unusable points or a map that mixes samples."
+    r"Spectral norm of $Df(x)$ by the power method on $Df^\top Df$, no matrix formed; `ValueError` on unusable points, or on layers that are random or mix samples (a plain function cannot be checked)."
     _check_map(f, x)
     if not (isinstance(iterations, int) and iterations > 0): raise ValueError(f"iterations is {iterations!r}, expected a positive whole number")
     x = x.detach()
@@ -64,7 +66,7 @@ def local_lipschitz(
     _, back = vjp(f, x)
     value = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        _, w = jvp(f, (x,), (u,))
+        with sdpa_kernel(SDPBackend.MATH): _, w = jvp(f, (x,), (u,))   # fused attention has no derivative in this direction
         last, value = value, torch.maximum(value, _norm(w.detach()))
         change = (value - last) / value.clamp_min(torch.finfo(x.dtype).tiny)
         if (change <= tolerance).all(): break
@@ -77,8 +79,8 @@ def _calls(model:nn.Module, x:Tensor, blocks:Mapping[str, nn.Module])->list:
     calls, hooks = [], []
     def note(name):
         def hook(block, args, kwargs):
-            f = lambda z: (lambda out: out[0] if isinstance(out, tuple) else out)(block(z, *args[1:], **kwargs))
-            calls.append((name, f, args[0].detach()))
+            at = _first((args, kwargs))
+            calls.append((name, lambda z: _first(block(*_swap(args, at, z), **_swap(kwargs, at, z))), at.detach()))
         return hook
     try:
         for name, block in blocks.items(): hooks.append(block.register_forward_pre_hook(note(name), with_kwargs=True))
@@ -249,7 +251,7 @@ def measure_regularity(
     for name, values in (("block", profile.blocks), ("whole", profile.whole[None])):
         for q in (.5, .95, 1.): record[f"lipschitz {name} {q:g}"] = values.float().quantile(q, dim=1).tolist()
     record["lipschitz converged"] = profile.converged
-    flow, (_, _, start) = getattr(model, "flow", model), _calls(model, x, {"whole": getattr(model, "flow", model)})[0]
+    (_, flow, start), = _calls(model, x, {"whole": getattr(model, "flow", model)})[:1]
     for where, s in (("on", 0.), ("off", shift)):
         h = holder_exponent(flow, start, s, seed=seed)
         record[f"holder {where}"], record[f"holder {where} interval"], record[f"holder {where} warning"] = h.exponent, list(h.interval), h.warning

@@ -273,11 +273,12 @@ class Gap:
     @property
     def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
+        still = "Nothing moves: there is no assignment to judge." if not self.displacement else ""
         blind = (f"{self.n} samples are too few to tell in {self.dim} dimensions: only {self.sensitivity:.1%} of them would gain by an exchange "
-                 "even if these displacements were dealt out at random. The gap is a lower bound, and nearly nobody found a better partner: use more "
-                 "held-out samples, or project to fewer dimensions.") if self.sensitivity < BLIND and self.self_share > 1 - BLIND else ""
+                 "even if these displacements were dealt out at random. The gap of a sample is on average too small, and nearly nobody found a better partner: use more "
+                 "held-out samples, or project to fewer dimensions.") if not still and self.sensitivity < BLIND and self.self_share > 1 - BLIND else ""
         twins = f"{self.twins} samples start where another starts; exchanges between such twins count as matched to themselves." if self.twins else ""
-        return " ".join(filter(None, (blind, twins)))
+        return " ".join(filter(None, (still, blind, twins)))
 
 # %% ../nbs/04_transport.ipynb #ecfae08d
 @patch
@@ -318,7 +319,7 @@ def exact_gap(
     best = optimal_coupling(x, y, w, w, solver, max_bytes=max_bytes)
     scale = x.shape[1] if reduction == "mean" else 1
     moved, least = (w * own).sum().item(), best.cost if best.target is None else (w * (x - y[best.target]).square().sum(1)).sum().item()
-    slack = own - best.f - best.g
+    slack = own - best.f - best.g if moved else torch.zeros_like(own)
     slack = torch.where(slack > _rounding(x, y), slack, 0.) / scale
     low, high = _bootstrap(slack, w, resamples, level, seed)
     return Gap(moved / scale, min(least, moved) / scale, (low, high), _self_share(x, y, best), _sensitivity(x, y, seed),

@@ -284,20 +284,27 @@ def _controls()->dict: # field of `Setting` to widget
         tau=FloatSlider(s.tau, min=0, max=10, step=.1, description="tau", **wide),
         target=FloatSlider(s.target, min=0, max=.5, step=.01, description="target loss", **wide))
 
+def _put(control, name:str, value):
+    "Set a control; a slider takes what lies beyond it to its end."
+    control.value = value
+    if control.value == value or math.isclose(control.value, value, rel_tol=1e-4): return
+    end = "ends" if value > control.value else "starts"
+    raise ValueError(f"{name} is {value:g}, its slider {end} at {control.value:g}: train it as a `Trial`")
+
 class Explorer:
     "One panel: set, train, stop, look. `view` is what to display."
     def __init__(self,
-        setting:Setting=Setting(), # where the controls start
+        setting:Setting=Setting(), # where the controls start; `ValueError` for what lies beyond a slider
     ):
         from ipywidgets import Button, HTML, IntProgress, IntSlider, Layout
         self.controls = _controls()
         self.start, self.halt = Button(description="Train", button_style="primary"), Button(description="Stop", disabled=True)
         self.layer = IntSlider(setting.blocks, 0, setting.blocks, description="layer")
-        self.bar, self.status = IntProgress(0, 0, 1), HTML()
+        self.bar, self.status = IntProgress(0, 0, 1), HTML().add_class("explorer-status")
         self.places = {name: HTML(layout=Layout(min_width="272px", min_height="240px")) for name in PICTURES}
         self.stop, self.worker, self.follower, self.base = threading.Event(), None, None, setting
         for name, control in self.controls.items():
-            control.value = getattr(setting, name)
+            _put(control, name, getattr(setting, name))
             control.observe(lambda _: self.reset(), "value")
         self.layer.observe(lambda _: self.show(*BY_LAYER), "value")
         self.start.on_click(lambda _: self.train())

@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / 'nbs' / '_site'))   # the modules that make the site
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
@@ -41,10 +43,33 @@ def copy_checkout(to):
     return to
 
 
+def run(*args, cwd=ROOT, timeout=600):
+    "Run `args` with nothing of the checkout, and none of the settings of tests, in the environment."
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'LAP_NB_DATA', 'VIRTUAL_ENV', 'IN_TEST')} | {'OMP_NUM_THREADS': '1'}
+    return subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def check(*args, cwd=ROOT):
+    "Standard output of `run`; a failure shows what was printed."
+    done = run(*args, cwd=cwd)
+    if done.returncode: pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}', pytrace=False)
+    return done.stdout
+
+
+def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture
+def seed():
+    import torch
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope='session')
 def transformers():
     "The library of that name, where it works with the PyTorch that is installed."
-    library = pytest.importorskip('transformers', reason='transformers is not installed: pip install transformers, then run this again')
+    if importlib.util.find_spec('transformers') is None: pytest.skip('transformers is not installed: pip install transformers, then run this again')
+    import transformers as library
     if not library.is_torch_available(): pytest.skip('transformers refuses this version of PyTorch: install a newer PyTorch, or an older transformers')
     library.logging.set_verbosity_error()
     return library
@@ -52,10 +77,10 @@ def transformers():
 
 @pytest.fixture(scope='session')
 def forked():
-    "Starts processes that have imported the library already: forks of a server that does nothing else."
+    "Starts processes that have imported the library, and what it imports late, already: forks of a server that does nothing else."
     from multiprocessing.forkserver import ensure_running
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['distributed', 'nbdev.test', 'lap_nb.studies'])
+    context.set_forkserver_preload(['distributed', 'nbdev.test', 'lap_nb.studies', 'scipy.stats', 'sklearn.datasets', 'torch._dynamo'])
     ensure_running()
     return context
 

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from importlib.metadata import distribution, version
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
+
 GUIDE = ROOT / '.github' / 'MAINTAINING.md'
 # What `lap_nb` imports from a package, where that is not the package by its own name
 MODULES = {'POT': 'ot', 'scikit-learn': 'sklearn.datasets', 'scipy': 'scipy.optimize, scipy.spatial.distance, scipy.stats', 'pillow': 'PIL.Image',

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from conftest import hook_count
 from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
 from lap_nb.bench import memory
 from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
@@ -16,8 +17,7 @@ from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
 BATCH = 4
 
 
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seed')
 
 
 # Networks as libraries write them
@@ -129,7 +129,6 @@ class Inplace(nn.Module):
 def images(): return torch.randn(BATCH, 3, 8, 8)
 def energies(traj, reduction="mean"): return torch.cat([getattr(s.steps.square().flatten(2), reduction)(2) / s.h for s in traj.stages])
 def tokens(length=6): return torch.randint(11, (BATCH, length))
-def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def by_hand(model, x, blocks, branch):
@@ -848,3 +847,46 @@ def test_the_trajectory_can_be_kept(tmp_path):
     assert again.names == found.names == ("layer1.0", "layer1.1", "layer2.1") and again.output is None
     assert_close(energies(again), energies(found))
     assert {n for t in (found[1:], found.samples(0), found.to(torch.float64)) for n in t.names} <= set(found.names)
+
+
+class Adds(nn.Module):
+    "A residual block that is no `ResidualBlock`, with or without a write to its input."
+    def __init__(self, writes=False):
+        super().__init__()
+        self.field, self.writes = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)), writes
+    def forward(self, x):
+        v = self.field(x.clone() if self.writes else x)
+        return x.add_(v) if self.writes else x + v
+
+
+def test_the_probe_sees_outputs_that_are_written_to_later():
+    x = torch.randn(5, 4)
+    net = nn.Sequential(Adds(), nn.ReLU(inplace=True), Adds(), Adds())
+    assert find_blocks(net, x).written == {"0"}
+    assert find_blocks(net, x, include=["?"], exclude="1").written == {"0"}
+    assert not find_blocks(nn.Sequential(Adds(), nn.ReLU(), Adds()), x).written
+    # who writes to its input is probed on a copy, so any block may have been before it
+    assert find_blocks(nn.Sequential(Adds(), Adds(writes=True)), x).written == {"0", "1"}
+
+
+def test_no_pattern_and_no_name():
+    net, x = nn.Sequential(Adds(), Adds()), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="no pattern is given"): find_blocks(net, x, include=[])
+    assert list(find_blocks(net, x, exclude=[])) == ["0", "1"]
+    for patterns in ([net[0]], net): # a sequence is a list of its modules
+        with pytest.raises(TypeError, match="found a Adds among the patterns, expected names"): find_blocks(net, x, include=patterns)
+
+
+def test_reasons_inside_what_is_not_called_are_told():
+    class Post(nn.Module):
+        def __init__(self): super().__init__(); self.f, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        def forward(self, x): return self.norm(x + self.f(x))
+
+    class Listed(nn.Module):
+        def __init__(self): super().__init__(); self.layers = nn.ModuleList([Post(), Post()])
+        def forward(self, x):
+            for layer in self.layers: x = layer(x)
+            return x
+
+    with pytest.raises(ValueError, match=r"layers.0: its input is no summand of its output: NativeLayerNorm in the way") as e: find_blocks(Listed(), torch.randn(5, 4))
+    assert "layers: not called" not in str(e.value)

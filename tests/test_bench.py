@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lap_nb import bench
-from lap_nb.bench import BENCHMARKS, Sides, benchmark, clock, lap_bench, measure, memory, run_benchmarks
+from lap_nb.bench import BENCHMARKS, Sides, benchmark, lap_bench, measure, memory, run_benchmarks
 from lap_nb.kinetic import EnergyMeter
-from lap_nb.least_action import LeastAction
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from conftest import ROOT
 from lap_nb import data
 from lap_nb.data import Dataset, IdxSource, Split, apportion, download_file, parse_idx, read_source
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(25)
 
 
@@ -783,3 +783,14 @@ def test_real_cifar_part():
     assert hashlib.md5(bytes_[8068:].tobytes()).hexdigest() == '0c4c38dfa836385de34b32047bf21481'
     assert dataset.y[:5].tolist() == [6, 9, 9, 4, 1] and dataset.test.tolist() == list(range(8068, 9085))
     assert dataset.classes == 10 and dataset.split(8000, n_val=68).val.shape == (68,)
+
+
+@pytest.mark.parametrize("y", [torch.rand(20), torch.full((20,), -1), torch.zeros(20, 1, dtype=torch.long), torch.eye(20), torch.zeros(0, dtype=torch.long)])
+def test_labels_that_are_no_classes_are_refused(y):
+    with pytest.raises(ValueError, match=r"labels must be whole numbers 0, 1, .* found (float32|int64) \["): data.with_test(torch.randn(len(y), 2), y, 4, "mine")
+
+
+def test_a_test_part_that_cannot_be():
+    x, y = torch.randn(20, 2), torch.arange(20) % 2
+    for n, error in ((0, ValueError), (-1, ValueError), (20, ValueError), (21, ValueError), (2.5, TypeError), (.3, TypeError)):
+        with pytest.raises(error, match="n_test"): data.with_test(x, y, n, "mine")

@@ -34,7 +34,7 @@ def compare(folder, device="cpu"):
     "Weights of this process's own at the start: those of the first are taken by all."
     rank = os.environ["RANK"]
     run, la = train(folder / "run.pt", int(rank), device)
-    plain, _ = train(folder / "resumed.pt", 0, device, epochs=2)
+    train(folder / "resumed.pt", 0, device, epochs=2)
     resumed, _ = train(folder / "resumed.pt", 7, device, resume=True)
     weights = {name: p.cpu() for name, p in run.model.state_dict().items()}
     torch.save(dict(weights=weights, curves=run.curves, lam=la.lam.cpu(), resumed=resumed.curves, share=(dist.get_rank(), dist.get_world_size())), folder / f"{rank}.pt")
@@ -64,7 +64,7 @@ def check_two(folder, device="cpu"):
     assert job.returncode == 0, said
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     assert [r["share"] for r in ranks] == [(0, 2), (1, 2)]
-    alone, la = train(folder / "alone.pt", 0, device)
+    alone, _ = train(folder / "alone.pt", 0, device)
     for name, curve in alone.curves.items():
         tolerance = dict(rtol=0, atol=.01) if "accuracy" in name else dict(rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(ranks[0]["curves"][name], curve, **tolerance)

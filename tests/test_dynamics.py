@@ -488,3 +488,10 @@ def test_the_slider_has_a_picture_for_each_layer():
     slider, stack = traj.slider(torch.arange(10) % 2).children
     assert len(stack.children) == 4 and (slider.min, slider.max, stack.selected_index) == (0, 3, 3)
     assert all('alt="samples at layer' in frame.value for frame in stack.children)
+
+
+def test_steps_of_half_precision_do_not_overflow():
+    a = torch.full((2, 4), 5e4).half()
+    path = Trajectory(torch.stack([a, -a]))
+    torch.testing.assert_close(kinetic_energy(path), torch.full((2,), 1e10), rtol=1e-3, atol=0)
+    torch.testing.assert_close(path.straightness(), torch.ones(2)); torch.testing.assert_close(path.displacement(), path.path_length())

@@ -19,7 +19,6 @@ from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
 from lap_nb.ensembles import (Ensemble, _by_hand, _clock, _made, _noise, choose_mode, fit_many, forward_flops, free_memory, interval, measure_modes,
                               member_memory, read_modes, record_modes, seeded)
-from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit, load_checkpoint
 

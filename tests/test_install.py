@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import venv
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import copy_checkout
+from conftest import ROOT, check, copy_checkout, run
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p.name for p in (ROOT / 'lap_nb').glob('*.py'))
 DEV_PACKAGES = 'nbdev pytest jupyterlab jupytext playwright'.split()
 OPTIONS = '--data --n --seeds --epochs --device --out --force --lambda0 --tau --every'.split()
@@ -23,21 +21,6 @@ METHODS = {'plain', 'plain-tuned', 'least-action'}
 MEASURES = ['test_accuracy_last', 'test_accuracy_best', 'energy_per_sample', 'straightness']
 
 pytestmark = pytest.mark.install
-
-
-def run(*args, cwd, timeout=600):
-    "Run `args` with nothing of the checkout in the environment."
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'LAP_NB_DATA', 'VIRTUAL_ENV')}
-    env['OMP_NUM_THREADS'] = '1'
-    return subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-
-
-def check(*args, cwd):
-    "Standard output of `run`; a failure shows everything that was printed."
-    done = run(*args, cwd=cwd)
-    if done.returncode:
-        pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}', pytrace=False)
-    return done.stdout
 
 
 def build(source, kind, to):
@@ -96,6 +79,17 @@ def test_wheel_contents(dists):
 def test_sdist_contents(dists):
     with tarfile.open(dists[1]) as archive: names = {name.partition('/')[2] for name in archive.getnames()}
     assert {f'lap_nb/{name}' for name in MODULES} | {'LICENSE', 'README.md', 'settings.ini', 'setup.py', 'stubs.py'} <= names
+    assert not [name for name in names if name.startswith('tests')], 'tests need the checkout: notebooks, records, git'
+
+
+def test_the_description_holds_outside_the_repository(dists):
+    "Where PyPI shows the README, links and pictures have whole addresses: of files that are there."
+    text, = (part.decode() for name, part in contents(dists[0]).items() if name.endswith('.dist-info/METADATA'))
+    home = re.search(r'^Home-page: (\S+)$', text, re.M)[1]
+    targets = re.findall(r'\]\(([^)\s]*)', text)
+    assert not [target for target in targets if not target.startswith(('https://', 'http://', '#'))]
+    files = [re.fullmatch(rf'{re.escape(home)}/(blob|raw)/main/(.*)', target) for target in targets if target.startswith(home + '/')]
+    assert len(files) > 20 and not [found[0] for found in files if not (ROOT / found[2]).exists() or (found[1] == 'raw') != found[2].endswith('.png')]
 
 
 def test_sdist_builds_the_same_wheel(dists):

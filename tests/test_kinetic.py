@@ -1,7 +1,6 @@
 "Energies: the meter in training passes of every kind, the ledger's arithmetic, and the properties the definitions promise."
 import copy
 import gc
-import pickle
 import weakref
 from functools import partial
 
@@ -15,6 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from conftest import hook_count
 from lap_nb import kinetic
 from lap_nb.attach import find_blocks, trace, trace_energies
 from lap_nb.dynamics import ResidualBlock, Trajectory, dense_net
@@ -24,14 +24,10 @@ BATCH = 4
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 
-@pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seed')
 
 
 def small(h=1., K=3): return dense_net(3, 2, K=K, hidden=5, h=h), torch.randn(BATCH, 3)
-
-
-def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def by_hand(net, x, reduction="mean"): return block_energies(net.trajectory(x), reduction).mean(1)
@@ -204,7 +200,6 @@ def test_who_looks_at_the_blocks_on_the_side_changes_nothing(look, velocity):
             net(x); aside()
             assert_close(meter.take(), want)
             look(net, 9 * x)
-        assert meter.seen == []
         net(x)
         assert_close(meter.take(), want)
 
@@ -555,3 +550,23 @@ def test_rank_correlation_bad_input():
     with pytest.raises(ValueError, match="found 1 values in a group"): rank_correlation(range(4), range(4), groups=[0, 0, 0, 1])
     with pytest.raises(ValueError, match="finite"): rank_correlation([1, 2, float("nan")], [1, 2, 3])
     with pytest.raises(ValueError, match="nothing varies"): rank_correlation([1, 2, 3], [1, 1, 1])
+
+
+def test_blocks_called_by_themselves_before_and_after_the_models_own_pass():
+    "A loop that calls the features by hand is measured, whether or not the model itself was called before."
+    torch.manual_seed(0)
+    net, x = dense_net(4, 3, K=2, hidden=8), torch.randn(6, 4)
+    with EnergyMeter(net) as meter:
+        net.flow(x); alone = meter.take()
+        net(x); whole = meter.take()
+        net.flow(x); again = meter.take()
+    assert_close(alone, whole); assert_close(again, whole)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_second_derivatives_of_the_mean_square(big):
+    shape = (2 ** 15, 80) if big else (6, 4)
+    after, before = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    push, pull = torch.autograd.grad(kinetic._mean_square(after, before, False), (after, before), create_graph=True)
+    second, = torch.autograd.grad(push.square().sum(), after)
+    assert_close(pull, -push); assert_close(second, 8 * (after - before).detach() / after.numel() ** 2)

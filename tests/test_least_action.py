@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lap_nb.attach import find_blocks
 from lap_nb.data import digits
-from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net
+from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import fit_many
 from lap_nb.kinetic import block_energies
 from lap_nb.least_action import (ADVICE, AugmentedLagrangian, DualAscent, FixedWeight, LeastAction,
@@ -711,3 +711,33 @@ def test_removed_hooks_leave_the_model_as_it_was(net):
 @pytest.mark.parametrize("average", [0., 1., -.5, 1, True])
 def test_a_decay_lies_strictly_between_0_and_1(net, average):
     with pytest.raises(ValueError, match=f"average is {average!r}"): LeastAction(net, average=average)
+
+
+class Adds(nn.Module):
+    def __init__(self): super().__init__(); self.field = nn.Linear(4, 4)
+    def forward(self, x): return x + self.field(x)
+
+
+def test_activations_in_place_after_the_blocks():
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(Adds(), nn.ReLU(inplace=True), Adds(), nn.ReLU(inplace=True), nn.Linear(4, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    first = x + net[0].field(x); middle = first.relu(); second = middle + net[2].field(middle)
+    task = F.cross_entropy(net[4](second.relu()), y)
+    by_hand = task + ((first - x).square().mean() + (second - middle).square().mean()) / (1 + task.item())
+    expected = torch.autograd.grad(by_hand, list(net.parameters()))
+    la = LeastAction(net, x=x)
+    loss = la(F.cross_entropy(net(x), y)); loss.backward()
+    torch.testing.assert_close(loss, by_hand)
+    for p, g in zip(net.parameters(), expected): torch.testing.assert_close(p.grad, g)
+
+
+def test_blocks_without_a_name_are_refused():
+    net, x = nn.Sequential(Adds(), Adds(), nn.Linear(4, 3)), torch.randn(6, 4)
+    with pytest.raises(ValueError, match="no pattern is given"): LeastAction(net, x=x, blocks=[])
+    with pytest.raises(TypeError, match="mapping of names to modules"): LeastAction(net, x=x, blocks=[net[0]])
+
+
+def test_a_report_too_short_for_a_trend_has_no_numbers_for_it(net):
+    la = LeastAction(net)
+    for _ in range(3): la(F.cross_entropy(net(torch.randn(6, 8)), torch.zeros(6, dtype=torch.long)))
+    assert "nan" not in str(la.report())

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
+
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-WORKERS = 2
+WORKERS, LIMIT = 2, 300   # processes; seconds for each notebook
 # The chapters that take longest start first, so that both cores are busy until the end.
 LONG = '09_depth 05_least_action 14_own_network 04_transport 03_kinetic_bias 04a_regularity 13_guide'.split()
 LOCAL = ('127.', '::1', 'localhost')
+REFUSED = re.compile(r'^ImportError:\s+\w+ requires .*PyTorch', re.M)   # by transformers, at the first use of a network
 
 
 def count_cells_as_modules():
@@ -68,11 +70,14 @@ def run_forked(notebook, log):
 
 
 def run_apart(forked, notebook, log):
-    "Run `notebook` in a process of its own, a fork of one that has imported the library already; its exit status."
+    "Run `notebook` in a process of its own, a fork of one that has imported the library already; what went wrong, or nothing."
     process = forked.Process(target=run_forked, args=(notebook, log))
     process.start()
-    process.join()
-    return process.exitcode
+    process.join(LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        return f'was not at its end after {LIMIT} s'
+    return process.exitcode and f'stopped with status {process.exitcode}'
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +96,9 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(runs, notebook):
-    status, log = runs[notebook]
-    if status.result(): pytest.fail(f'{notebook.name} stopped\n{log.read_text(encoding="utf-8")[-8000:]}', pytrace=False)
+def test_runs(request, runs, notebook):
+    fault, log = runs[notebook]
+    if not fault.result(): return
+    said = log.read_text(encoding='utf-8')
+    if REFUSED.search(said): request.getfixturevalue('transformers')   # skips if it refuses this PyTorch
+    pytest.fail(f'{notebook.name} {fault.result()}\n{said[-8000:]}', pytrace=False)

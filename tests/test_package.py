@@ -1,6 +1,5 @@
 "The notebooks are the only source: what is generated from them is in step with them, and the package keeps its manners."
 import ast
-import functools
 import http.server
 import importlib
 import inspect
@@ -12,39 +11,29 @@ import subprocess
 import sys
 import threading
 from dataclasses import is_dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
 import yaml
 from fastcore.docments import docments
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT, check, run
+from cells import MACHINE_PATH   # of nbs/_site
+
 NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
-ORDER = ('data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies plots widgets '
-         'compare bench').split()
+ORDER = ('data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies widgets compare '
+         'bench').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
-LAZY = 'pandas ot matplotlib sklearn ipywidgets'.split()
+LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask lightning torchdiffeq transformers'.split()
 EXPORTED = {'export', 'exports', 'exporti'}
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
-MACHINE_PATH = re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/|[A-Za-z]:\\+Users')
 MAX_BYTES, MAX_LINES, MAX_IMPORT_SECONDS = 1_000_000, 40, .2
 
 
-def run(*args, cwd=ROOT):
-    "Run this Python with `args`, its modules taken from `cwd`."
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'IN_TEST')}
-    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def check(*args, cwd=ROOT):
-    "Standard output of `run`; a failure shows everything that was printed."
-    done = run(*args, cwd=cwd)
-    if done.returncode: pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout}\n{done.stderr}', pytrace=False)
-    return done.stdout
+python = partial(check, sys.executable)   # modules are taken from `cwd`
 
 
 def no(offenders, rule):
@@ -86,7 +75,7 @@ def test_export_is_in_step(copy):
     before = python_files(copy / 'lap_nb')
     for name in before:
         if name != '__init__.py': (copy / 'lap_nb' / name).unlink()
-    check('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
+    python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
     after = python_files(copy / 'lap_nb')
     no((name for name in sorted(before | after) if before.get(name) != after.get(name)),
        'lap_nb/ differs from what the notebooks export (run nbdev_export; remove modules without a notebook)')
@@ -102,17 +91,17 @@ def test_modules_and_notebooks_match():
 
 def test_notebooks_are_clean(copy):
     before = {p.name: p.read_bytes() for p in (copy / 'nbs').glob('*.ipynb')}
-    check('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
+    python('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
     no((name for name, text in sorted(before.items()) if (copy / 'nbs' / name).read_bytes() != text), 'run nbdev_clean')
 
 
 def test_readme_is_generated(copy):
-    check('nbs/_site/readme.py', '--check', cwd=copy)
+    python('nbs/_site/readme.py', '--check', cwd=copy)
 
 
 def test_compiles_without_warnings(tmp_path):
     shutil.copytree(ROOT / 'lap_nb', tmp_path / 'lap_nb', ignore=shutil.ignore_patterns('__pycache__'))
-    check('-W', 'error', '-m', 'compileall', '-q', '-f', 'lap_nb', cwd=tmp_path)
+    python('-W', 'error', '-m', 'compileall', '-q', '-f', 'lap_nb', cwd=tmp_path)
 
 
 # Notebooks
@@ -140,10 +129,10 @@ def test_saved_outputs_are_presentable():
                 if output.get('name') == 'stderr': yield f'{where}: saved stderr {"".join(output["text"])[:80]!r}'
                 for text in texts(output):
                     if 'Traceback (most recent call last)' in text: yield f'{where}: traceback'
-                    if found := MACHINE_PATH.search(text): yield f'{where}: machine path {text[found.start():][:60]!r}'
+                    if found := MACHINE_PATH.search(text): yield f'{where}: machine path {found[0][:60]!r}'
         for notebook in NOTEBOOKS:
             for text in texts(load(notebook)['metadata']):
-                if found := MACHINE_PATH.search(text): yield f'{notebook.name} metadata: {text[found.start():][:60]!r}'
+                if found := MACHINE_PATH.search(text): yield f'{notebook.name} metadata: {found[0][:60]!r}'
 
     no(faults(), 'saved outputs hold no error, warning, traceback or machine path')
 
@@ -197,17 +186,18 @@ def test_exported_cells_are_short():
 def test_import_is_light():
     code = ('import sys, time; start = time.perf_counter(); import lap_nb; seconds = time.perf_counter() - start; '
             'print("torch" in sys.modules, seconds)')
-    results = [check('-c', code).split() for _ in range(3)]
+    results = [python('-c', code).split() for _ in range(3)]
     assert all(torch == 'False' for torch, _ in results), 'import lap_nb imports torch'
     best = min(float(seconds) for _, seconds in results)
     assert best < MAX_IMPORT_SECONDS, f'import lap_nb takes {best:.2f} s'
 
 
 def test_heavy_packages_wait_until_needed():
-    code = ('import importlib, json, sys\nseen = {}\nfor name in sys.argv[2:]:\n    importlib.import_module("lap_nb." + name)\n'
+    code = ('import importlib, json, sys, torch\nseen = dict.fromkeys(sys.modules)\n'
+            'for name in sys.argv[2:]:\n    importlib.import_module("lap_nb." + name)\n'
             '    for heavy in sys.argv[1].split(","):\n        if heavy in sys.modules: seen.setdefault(heavy, name)\n'
-            'print(json.dumps(seen))')
-    first = json.loads(check('-c', code, ','.join(LAZY), *filter(modules().__contains__, ORDER)))
+            'print(json.dumps({heavy: name for heavy, name in seen.items() if name}))')
+    first = json.loads(python('-c', code, ','.join(LAZY), *filter(modules().__contains__, ORDER)))
     no((f'lap_nb.{name} imports {heavy}' for heavy, name in first.items()), 'imported before it is needed')
 
 
@@ -251,7 +241,7 @@ def test_public_names_are_documented():
 
 
 def test_installed_packages_agree():
-    check('-m', 'pip', 'check')
+    python('-m', 'pip', 'check')
 
 
 # Configuration
@@ -285,7 +275,7 @@ def test_a_machine_without_a_card_gets_the_cpu_build(tmp_path):
     if shutil.which('make') is None or sys.platform != 'linux': pytest.skip('needs make on Linux: apt-get install make')
     (tmp_path / 'site' / 'torch').mkdir(parents=True)
     (tmp_path / 'site' / 'torch' / 'index.html').touch()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
 
     def named(path, port):
         "Whether pip is given the index on this port."
@@ -313,8 +303,9 @@ def test_spelling(tmp_path):
     for notebook in NOTEBOOKS:
         text = '\n\n'.join(''.join(cell['source']) for cell in load(notebook)['cells'])
         (tmp_path / f'{notebook.stem}.md').write_text(text, encoding='utf-8')
-    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.[pjh]*'), *(NBS / 'results').glob('*.md'), ROOT / '_quarto.yml', *(ROOT / 'tests').glob('*.py')]
-    done = run('-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path, *(d for d in documents if 'lock' not in d.name))
+    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.[pjh]*'), *(NBS / 'results').glob('*.md'), *(ROOT / 'tests').glob('*.py'),
+                 *(ROOT / '.github').rglob('*.[my]*'), *(ROOT / name for name in ('_quarto.yml', 'Makefile', 'setup.py', 'stubs.py'))]
+    done = run(sys.executable, '-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path, *(d for d in documents if 'lock' not in d.name))
     assert not done.stdout + done.stderr, done.stdout + done.stderr
 
 

@@ -1,6 +1,7 @@
 "The playground: its logic without a browser, and the app in a real one."
 import html
 import json
+import math
 import os
 import re
 import socket
@@ -9,15 +10,14 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT
 from lap_nb.widgets import PICTURES, Explorer, Setting, Trial, playground
-from test_site import AUDIT, AXE, LEVELS
+from test_site import AUDIT, AXE, LEVELS, sliders_say_what_they_show
 
-ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = '--VoilaConfiguration.extension_denylist=jupyterlab-jupytext'   # as in the Makefile
 
 
@@ -44,6 +44,21 @@ def panel():
     (dict(lambda0=0.), 'positive'), (dict(tau=-.1), 'zero or more'), (dict(target=-1.), 'zero or more')])
 def test_bad_settings(wrong, says):
     with pytest.raises(ValueError, match=says): Setting(**wrong)
+
+
+@pytest.mark.parametrize('beyond, says', [
+    (dict(gain=0.), 'gain is 0, its slider starts at 0.01'), (dict(gain=3.17), 'gain is 3.17, its slider ends at 3.16228'),
+    (dict(blocks=30), 'blocks is 30, its slider ends at 20'), (dict(lambda0=1000.), 'lambda0 is 1000, its slider ends at 100'),
+    (dict(tau=20.), 'tau is 20, its slider ends at 10'), (dict(target=1.), 'target is 1, its slider ends at 0.5')])
+def test_what_lies_beyond_a_slider_is_refused(beyond, says):
+    with pytest.raises(ValueError, match=says): Explorer(Setting(**beyond))
+
+
+@pytest.mark.parametrize('ends', [dict(gain=.01, lambda0=.01, tau=0, target=0, blocks=1), dict(gain=10 ** .5, lambda0=100., tau=10, target=.5, blocks=20)])
+def test_the_ends_of_the_sliders_can_be_set(ends):
+    panel = Explorer(Setting(**ends))
+    assert panel.setting == Setting(**ends)
+    panel.close()
 
 
 def test_same_setting_same_network():
@@ -111,7 +126,10 @@ def test_stop_is_heard_and_keeps_what_was_reached(panel):
     panel.base = Setting(steps=30_000)
     panel.reset()
     panel.train()
-    while not panel.trial.curves: time.sleep(.01)
+    end = time.monotonic() + 30
+    while not panel.trial.curves:
+        assert panel.worker.is_alive() and time.monotonic() < end, panel.status.value
+        time.sleep(.01)
     panel.train()   # a second press changes nothing
     start, computed = time.perf_counter(), time.process_time()
     panel.stop.set()
@@ -188,10 +206,11 @@ def app():
 
 
 PANEL = 'document.querySelector(".explorer")'   # the left one
-# Milliseconds from an event in the page to a change that it brings about, both seen by the page itself.
+# Milliseconds from an event in the page to a change that it brings about, both seen by the page itself; infinite if none comes in a minute.
 ANSWER = """([event, seen]) => new Promise(answered => {
   let start
   const changed = new Function('return ' + seen)
+  setTimeout(() => answered(Infinity), 60_000)
   addEventListener(event, () => start = performance.now(), {once: true, capture: true})
   const watch = new MutationObserver(() => { if (start && changed()) { watch.disconnect(); answered(performance.now() - start) } })
   watch.observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true})
@@ -239,6 +258,7 @@ def picture(alt, unlike):
 
 @pytest.mark.browser
 def test_app(app_page):
+    from playwright.sync_api import TimeoutError
     page, (left, right) = app_page, app_page.locator('.explorer').all()
     status = lambda text: left.get_by_text(text).wait_for()
     alts = [alt for _, alt in PICTURES.values()]
@@ -265,13 +285,18 @@ def test_app(app_page):
 
     # the layer moves the points
     layer.focus()
-    seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]]))
+    assert seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]])) < 60
 
     # Stop is answered within half a second, and what was reached stays
+    left.get_by_role('slider', name='blocks').press('End')   # a long training
+    status('untrained')
     def stop():
         left.get_by_role('button', name='Train').click()
-        status(re.compile('^epoch [0-9]+ of'))
-        return seconds_until(page, 'click', left.get_by_role('button', name='Stop').click, f'{PANEL}.innerText.includes("stopped after epoch")')
+        halt = left.get_by_role('button', name='Stop')
+        try:
+            status(re.compile('^epoch [0-9]+ of'))
+            return seconds_until(page, 'click', lambda: halt.click(timeout=5_000), f'{PANEL}.innerText.includes("stopped after epoch")')
+        except TimeoutError: return math.inf   # the training was over before the click
     stops = quick_once(.5, 4, stop)
     assert min(stops) < .5, f'stopped {stops} seconds after the click'
     accuracy = re.search(r'stopped after epoch (\d+); test accuracy ([\d.]+) %', left.inner_text())
@@ -285,6 +310,9 @@ def test_app_stands_side_by_side_and_is_accessible(app_page):
     one, two = boxes()
     assert one['y'] == two['y'] and one['x'] + one['width'] <= two['x'] and two['x'] + two['width'] <= 1500
     assert app_page.locator('h1').inner_text().startswith('The playground')
+    assert sliders_say_what_they_show(app_page) == 2 * 6
+    told = app_page.locator('.explorer').get_by_role('status').evaluate_all('lines => lines.map(line => [line.ariaLive, line.innerText])')
+    assert [(live, text.split(';')[0]) for live, text in told] == [('polite', 'untrained')] * 2
     app_page.set_viewport_size({'width': 390, 'height': 844})
     one, two = boxes()
     assert one['y'] + one['height'] <= two['y'] and max(one['width'], two['width']) <= 390

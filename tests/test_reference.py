@@ -4,6 +4,7 @@ import builtins
 import importlib
 import inspect
 import re
+from dataclasses import is_dataclass
 
 import pytest
 from fastcore.docments import docments
@@ -91,6 +92,41 @@ def test_a_tensor_without_a_shape_is_found():
     ): "Nothing."
 
     assert list(shapeless('f', f)) == ['f: x: some numbers']
+
+
+# What could be counted in more than one way: a word of the unit stands beside it.
+UNITS = dict(accuracy_drop='share', batch_size='samples', check_every='steps', chunk='samples|networks', crop='pixels|zeros', drop='share|probability|chance',
+             eval_every='epochs', every='steps', height='inches', label_smoothing='share', length='samples|tuple', memory='bytes', noise='standard deviation',
+             patience='points', save_every='steps', seconds='time', shift='radii', side='pixels', steps='steps|gradient', timeout='seconds', tolerance='part|relative|mass',
+             warmup='steps|share', width='units|channels|inches|tuple')
+
+
+def unitless(full, thing):
+    "Parameters, of a class those of its methods too, that do not say what they are counted in."
+    for name, member in vars(thing).items() if inspect.isclass(thing) else ():
+        written = not name.startswith('_') or name == '__init__' and not is_dataclass(thing)
+        if inspect.isfunction(member) and written: yield from unitless(f'{full}.{name}', member)
+    if inspect.isclass(thing) and not is_dataclass(thing): return
+    for name, p in docments(thing, full=True, returns=False).items():
+        number = re.search(r'\b(int|float)\b', str(p.anno))
+        if name in UNITS and number and p.docment and not re.search(UNITS[name], p.docment): yield f'{full}: {name}: {p.docment}'
+
+
+def test_numbers_say_their_unit(exported):
+    no((fault for full, thing in exported.items() for fault in unitless(full, thing)), 'a unit in the comment: ' + ', '.join(UNITS))
+
+
+def test_a_number_without_a_unit_is_found():
+    class Bell:
+        def __init__(self,
+            width: float,  # inches
+        ): self.width = width
+
+        def ring(self,
+            timeout: float,  # how long to wait
+        ): "Nothing."
+
+    assert list(unitless('Bell', Bell)) == ['Bell.ring: timeout: how long to wait']
 
 
 def speechless(exported):

@@ -117,3 +117,30 @@ def test_a_record_is_plain_json():
 ])
 def test_unusable_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_layers_that_mix_samples_are_refused_whatever_their_mode():
+    with pytest.raises(ValueError, match="BatchNorm1d in training mode, or without statistics of its own"):
+        local_lipschitz(nn.BatchNorm1d(5, track_running_stats=False).eval(), torch.randn(4, 5))
+
+
+class Attends(nn.Module):
+    "A transformer that returns a mapping, and calls its blocks by keyword."
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(3, 8), nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0., batch_first=True, norm_first=True) for _ in range(2))
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers: x = layer(src=x)
+        return {"logits": x.mean(1)}
+
+
+def test_attention_keywords_and_mappings():
+    torch.manual_seed(0)
+    net, x = Attends().double().eval(), numbers(6, 5, 3)
+    profile = lipschitz_profile(net, x, tolerance=1e-6, iterations=500)
+    assert profile.names == ("layers.0", "layers.1")
+    start = net.first(x).detach()
+    jacobian = torch.autograd.functional.jacobian(lambda z: net.layers[0](z), start[:1]).reshape(40, 40)
+    assert_close(profile.blocks[0, 0], torch.linalg.matrix_norm(jacobian, 2), rtol=1e-3, atol=0)
+    assert set(measure_regularity(net, numbers(60, 5, 3))) >= {"lipschitz whole 0.5", "holder on"}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lap_nb import training
-from lap_nb.data import Dataset, digits
+from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import Ensemble, _attached, _made
 from lap_nb.least_action import LeastAction

@@ -5,7 +5,6 @@ import http.server
 import importlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,11 +12,10 @@ import threading
 import urllib.parse
 from contextlib import closing, contextmanager
 from dataclasses import is_dataclass
-from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, copy_checkout
+from conftest import ROOT, copy_checkout, run
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 PAGES = [re.sub(r'^\d+[a-z]?_', '', notebook.stem) + '.html' for notebook in NOTEBOOKS]
@@ -27,8 +25,7 @@ PHONE, WIDE = {'width': 390, 'height': 844}, {'width': 1440, 'height': 900}
 
 def script(copy, name, *args):
     "Run a script of nbs/_site in a checkout."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-    return subprocess.run([sys.executable, f'nbs/_site/{name}', *map(str, args)], cwd=copy, env=env, capture_output=True, text=True)
+    return run(sys.executable, f'nbs/_site/{name}', *args, cwd=copy)
 
 
 # The pages
@@ -280,6 +277,15 @@ def test_every_link_of_a_name_leads_to_its_entry(contents, entries):
     assert {'trace', 'kkt'} <= set(namesakes), 'nothing is tested here any more'
 
 
+def sliders_say_what_they_show(page):
+    "A screen reader is told the label and the number beside each slider; how many sliders there are."
+    found = page.locator('[role=slider]').evaluate_all("""handles => handles.map(handle => [
+      ['label', 'readout'].map(part => handle.closest('.widget-slider').querySelector('.widget-' + part).textContent),
+      ['aria-label', 'aria-valuetext'].map(name => handle.getAttribute(name))])""")
+    assert not [(shown, told) for shown, told in found if shown != told or not all(shown)], found
+    return len(found)
+
+
 def move_slider(page):
     "Alternative texts of the picture before and after three steps to the left."
     picture = page.locator('.cell-widget img:visible')
@@ -295,7 +301,7 @@ def move_slider(page):
 def test_slider_changes_the_picture(browser, address, viewport):
     with visit(browser, address + 'dynamics.html', viewport=viewport) as page:
         before, after = move_slider(page)
-        assert before != after
+        assert before != after and sliders_say_what_they_show(page)
         assert page.evaluate('document.scrollingElement.scrollWidth <= innerWidth')
 
 
@@ -311,6 +317,7 @@ def test_playground_is_scrubbed_without_a_kernel(browser, address):
             page.keyboard.press('ArrowRight')
             page.wait_for_function('old => [...document.querySelectorAll(".cell-widget p")].some(p => p.offsetParent && p.innerText !== old)', arg=seen[-1][0])
             seen.append((numbers.inner_text(), shown()))
+            assert sliders_say_what_they_show(page) == 2
         assert len({text for text, _ in seen}) == len({str(images) for _, images in seen}) == 3
         assert all(len(images) == 5 for _, images in seen)
 
@@ -353,10 +360,14 @@ def test_keyboard_reaches_the_text(browser, address):
 
 
 FOCUSED = """() => { const e = document.activeElement, box = e.getBoundingClientRect(), style = getComputedStyle(e)
-  return e === document.body || e === document.documentElement ? null : {
+  if (e === document.body || e === document.documentElement) return null
+  const look = () => [style.outlineStyle === 'none' ? '' : style.outlineWidth, style.boxShadow, style.borderColor, style.backgroundColor].join()
+  const focused = look(), rest = e.blur() ?? look()
+  e.focus()
+  return {
     what: (e.getAttribute('aria-label') || e.innerText || e.id || e.tagName).trim().slice(0, 40),
     role: e.getAttribute('role') || e.tagName, seen: box.width > 0 && box.height > 0 && box.bottom > 0 && box.top < innerHeight && style.visibility === 'visible',
-    marked: style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) > 0 || style.boxShadow !== 'none' || style.borderColor !== getComputedStyle(e.parentElement).borderColor } }"""
+    marked: focused !== rest } }"""
 
 
 @pytest.mark.browser
@@ -364,6 +375,7 @@ FOCUSED = """() => { const e = document.activeElement, box = e.getBoundingClient
 def test_each_stop_of_the_tab_key_is_seen(browser, address, name, among):
     "From the address bar through the whole page and out again: nothing that has the focus is hidden or unmarked, nothing is a trap."
     with visit(browser, address + name) as page:
+        page.add_style_tag(content='* { transition: none !important }')
         stops = []
         while len(stops) < 1000:
             page.keyboard.press('Tab')
@@ -402,11 +414,9 @@ def test_works_from_a_folder_without_network(browser, site):
 @pytest.fixture(scope='session')
 def scripts():
     "The modules of nbs/_site that can be imported."
-    sys.path.insert(0, str(ROOT / 'nbs' / '_site'))
     import pages
     import render
-    yield {'pages': pages, 'render': render}
-    sys.path.remove(str(ROOT / 'nbs' / '_site'))
+    return {'pages': pages, 'render': render}
 
 
 def test_broken_links_are_found(scripts, tmp_path):

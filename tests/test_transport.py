@@ -6,7 +6,6 @@ import subprocess
 import sys
 from itertools import permutations
 
-import numpy as np
 import ot
 import pytest
 import torch
@@ -596,3 +595,10 @@ def test_record_measures_mccann_against_the_way_walked():
     assert walk.length < .5 and walk.distance.max() > 0
     assert record['mccann_distance'] == [pytest.approx((walk.distance.max() / walk.length).item())]
     assert record['mccann_detour'] == [pytest.approx((walk.detour.max() / walk.length).item())]
+
+
+def test_where_nothing_moves_there_is_nothing_to_judge():
+    for points in (torch.ones(30, 7), torch.randn(30, 7, generator=torch.Generator().manual_seed(0))):
+        gap = exact_gap(points, points)
+        assert gap.displacement == gap.gap == gap.relative == 0 and gap.interval == (0, 0) and not gap.slack.any()
+        assert gap.warning.startswith("Nothing moves") and "too few" not in gap.warning

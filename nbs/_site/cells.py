@@ -19,6 +19,7 @@ LINKS = 'links'  # where execute.py keeps the models of links between widgets
 PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg'}
 RICHEST_FIRST = [VIEW, 'text/html', 'image/svg+xml', *PICTURES, 'text/markdown', 'text/latex', 'text/plain']
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
+MACHINE_PATH = re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/[^\s"\']*|[A-Za-z]:\\+Users[^\s"\']*')
 
 
 def notebook_markdown(

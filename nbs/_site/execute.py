@@ -20,13 +20,12 @@ from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from PIL import Image
 
-from cells import LINKS, STATE
+from cells import LINKS, MACHINE_PATH, STATE
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK_MODELS = {'LinkModel', 'DirectionalLinkModel'}
 MODEL_ID = re.compile(r'(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])')
-UNPRESENTABLE = {'a machine path': re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/[^\s"\']*'),
-                 'a traceback': re.compile(r'Traceback \(most recent call last\)')}
+UNPRESENTABLE = {'a machine path': MACHINE_PATH, 'a traceback': re.compile(r'Traceback \(most recent call last\)')}
 
 
 class Runner(NotebookClient):

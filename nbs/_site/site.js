@@ -46,12 +46,17 @@ function openToKeyboard() {
   mark()
 }
 
-// The widgets' script gives a slider's handle no name: its label stands beside it.
+// The widgets' script gives a slider's handle no name, and a position or a logarithm for its value: label and value stand beside it.
 function nameSliders() {
-  const name = () => document.querySelectorAll('[role=slider]:not([aria-label])').forEach(handle => {
-    handle.setAttribute('aria-label', handle.closest('.jupyter-widgets')?.querySelector('.widget-label')?.textContent || 'Value')
+  const name = () => document.querySelectorAll('[role=slider]').forEach(handle => {
+    const box = handle.closest('.widget-slider') ?? handle.closest('.jupyter-widgets')
+    const label = box?.querySelector('.widget-label')?.textContent || 'Value', value = box?.querySelector('.widget-readout')?.textContent
+    if (handle.getAttribute('aria-label') !== label) handle.setAttribute('aria-label', label)
+    if (value && handle.getAttribute('aria-valuetext') !== value) handle.setAttribute('aria-valuetext', value)
   })
-  new MutationObserver(name).observe(document.body, {childList: true, subtree: true})
+  new MutationObserver(name).observe(document.body,
+    {childList: true, subtree: true, characterData: true, attributes: true, attributeFilter: ['aria-valuetext']})
+  name()
 }
 
 function markSectionInView() {
