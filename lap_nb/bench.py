@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
@@ -109,6 +109,7 @@ class Sides:
     warm:bool = True            # run both sides once before
 
     def __post_init__(self):
+        if self.unit not in ("seconds", "bytes"): raise ValueError(f"unit is {self.unit!r}, expected 'seconds' or 'bytes'")
         if self.better not in ("lower", "higher"): raise ValueError(f"better is {self.better!r}, expected 'lower' or 'higher'")
 
 # %% ../nbs/11_performance.ipynb #2c352a48
@@ -129,7 +130,8 @@ def measure(
     if sides.warm: sides.top(), sides.bottom()
     costs, start = [], time.perf_counter()
     while len(costs) < (1 if sides.exact else sides.least) or not sides.exact and time.perf_counter() - start < seconds:
-        costs.append((sides.top(), sides.bottom()))
+        costs.append((float(sides.top()), float(sides.bottom())))
+        if not all(0 < cost < float("inf") for cost in costs[-1]): raise ValueError(f"{sides.name}: the sides cost {costs[-1][0]:g} and {costs[-1][1]:g}, expected positive, finite numbers")
     ratios, (tops, bottoms) = [a / b for a, b in costs], zip(*costs)
     median, (low, high) = statistics.median(ratios), _median_interval(ratios)
     met = None if sides.goal is None else median <= sides.goal if sides.better == "lower" else median >= sides.goal
@@ -268,13 +270,11 @@ def _fit_overhead(device, epochs=20):
                   f"fit / a loop written by hand, {epochs} epochs of digits, n = 1000", 1.05, least=25)]
 
 # %% ../nbs/11_performance.ipynb #dd977ecf
-def _member(split, i:int): return replace(split, train=split.train[i], val=split.val[i], seeds=split.seeds[i:i+1])
-
 @benchmark("ensemble-speedup")
 def _ensemble_speedup(device, members=50, epochs=10):
     split, seeds = load("digits").splits(300, range(members)).to(device), range(members)
     def one_by_one():
-        for seed in seeds: plain_loop(_fresh((64,), 10, seed, device), _member(split, seed), epochs, seed)
+        for seed in seeds: plain_loop(_fresh((64,), 10, seed, device), split.member(seed), epochs, seed)
     together = lambda: fit_many(partial(make_net, (64,), 10), split, device=device, epochs=epochs)
     return [Sides("ensemble-speedup", lambda: clock(one_by_one, device), lambda: clock(together, device),
                   f"{members} runs of a plain loop / {members} networks at once, {epochs} epochs of digits, n = 300", 20 if device.type == "cuda" else 3,
@@ -423,7 +423,7 @@ def _exact_gap_4096(device): return _gap_sides(4096, 1.)
 FORMAT = 1
 
 def _select(names:Iterable[str])->list[str]:
-    "The benchmarks to run; raises `ValueError` for a name that is none, `ModuleNotFoundError` where a package is missing."
+    "The benchmarks to run; raises `ValueError` for a name that is none, or where a package is missing."
     names = list(dict.fromkeys(names))
     for name in names:
         if name not in BENCHMARKS:

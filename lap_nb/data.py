@@ -265,10 +265,10 @@ def with_test(
     x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
     if y.ndim != 1 or len(y) == 0 or y.is_floating_point() or y.min() < 0:
         raise ValueError(f"labels must be whole numbers 0, 1, ... [N], one for each sample, found {describe(y)}: class numbers in floats become whole with .long(), a regression needs a loop of your own with LeastAction")
-    y, n_test = y.long(), whole("n_test", n_test, least=1)
+    y, n_test = y.long(), whole("n_test", n_test, len(y.unique()), "one sample for each class")
     if n_test >= len(y): raise ValueError(f"n_test is {n_test}, expected fewer than the {len(y)} samples")
     classes = int(y.max()) + 1
-    test, _ = draw(shuffled(torch.arange(len(y)), seed), y, n_test, classes)
+    test, _ = draw(shuffled(torch.arange(len(y), device=y.device), seed), y, n_test, classes)
     return Dataset(x, y, test.sort().values, name, classes)
 
 # %% ../nbs/00_data.ipynb #9f83949c
@@ -377,7 +377,7 @@ def read_source(
     missing = [name for name in source.md5 if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{source.name}: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
-                                f"to the folder that holds {source.folder}/, or pass download=True to fetch the files")
+                                f"to the folder that holds {source.folder}/, or fetch the files with {source.name}(download=True), on a command line lap_compare --download")
     x, y, x_test, y_test = (read_idx(folder / name, md5, ndim)
                             for (name, md5), ndim in zip(source.md5.items(), (3, 1, 3, 1)))
     for a, b in ((x, y), (x_test, y_test)):

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import Blocks, _first, _run, _swap, _unwrap, find_blocks
+from .attach import Blocks, _first, _recomputing, _run, _swap, _unwrap, _version, find_blocks
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
+from .kinetic import _Hook
 from .training import fit
 
 # %% ../nbs/09_depth.ipynb #267d4e52
@@ -172,11 +173,15 @@ def recompute_statistics(
     if len(x) < 2: raise ValueError(f"found {len(x)} samples, expected at least two to take a variance over")
     norms = _norms(model)
     old = [(m, m.momentum, m.num_batches_tracked, m.running_mean, m.running_var) for m in norms]
-    with _evaluating(model):
-        for m in norms:
-            m.running_mean, m.running_var, m.num_batches_tracked = (t.clone() for t in (m.running_mean, m.running_var, m.num_batches_tracked))
-            m.reset_running_stats(); m.momentum, m.training = None, True   # a plain average over the chunks
-        for part in x.tensor_split(max(1, len(x) // chunk)) if norms else (): model(part)
+    try:
+        with _evaluating(model):
+            for m in norms:
+                m.running_mean, m.running_var, m.num_batches_tracked = (t.clone() for t in (m.running_mean, m.running_var, m.num_batches_tracked))
+                m.reset_running_stats(); m.momentum, m.training = None, True   # a plain average over the chunks
+            for part in x.tensor_split(max(1, len(x) // chunk)) if norms else (): model(part)
+    except BaseException:   # all as it was
+        for m, m.momentum, m.num_batches_tracked, m.running_mean, m.running_var in old: pass
+        raise
     for m, momentum, count, mean, var in old:
         if m.num_batches_tracked == 0: m.running_mean, m.running_var = mean, var   # it did not run
         m.momentum, m.num_batches_tracked = momentum, count
@@ -189,7 +194,7 @@ class _Gone:
 def _ours(hook)->bool:
     "Whether a hook was put on by this package: a meter, a tracer, random depth."
     owner = getattr(hook, "__self__", getattr(hook, "func", hook))
-    return not isinstance(owner, nn.Module) and str(getattr(owner, "__module__", "")).startswith("lap_nb.")
+    return isinstance(owner, _Gone) or not isinstance(owner, nn.Module) and str(getattr(owner, "__module__", "")).startswith("lap_nb.")
 
 def _copy(model:nn.Module)->nn.Module:
     "A copy of the network inside wrappers, without this package's hooks."
@@ -599,7 +604,8 @@ def latency(
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
     times = {name: [] for name in models}
-    sync = torch.cuda.synchronize if any(p.is_cuda for net in models.values() for p in net.parameters()) else lambda: None
+    devices = {p.device for net in models.values() for p in net.parameters() if p.is_cuda}
+    sync = lambda: [torch.cuda.synchronize(d) for d in devices]
     with _evaluating(*models.values()):
         for i in range(repeats + 3):
             for name, net in models.items():
@@ -635,7 +641,9 @@ def shorten(
     else: row = _by_latency(elastic, rows, budget_ms, x)
     small = elastic.cut(row["schedule"])
     if recompute and row["blocks"] < elastic.K: recompute_statistics(small, data.x[data.train])
+    mode = small.training
     if epochs: fit(small, data, epochs=epochs, lr=lr, eval_every=epochs)
+    small.train(mode)
     small.shortened = _report(elastic.cut(), small, data, rows[-1], row, x)
     if verbose: print(_line(small.shortened))
     return small
@@ -755,7 +763,7 @@ def _doors(self:Elastic, after)->set[int]:
 @patch
 def _margins(self:Elastic, z:Tensor)->Tensor:
     "Of the head, computed anew when its weights have changed."
-    key = [(id(t), t._version) for t in [*self.model.head.parameters(), *self.model.head.buffers()]]
+    key = [(id(t), t._version, t.dtype, t.device) for t in [*self.model.head.parameters(), *self.model.head.buffers()]]
     if self.__dict__.get("_known", (None,))[0] != key: self.__dict__["_known"] = key, _pairs(self.model.head, z[:16])
     return self.__dict__["_known"][1]
 
@@ -788,17 +796,27 @@ class RandomDepth:
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
         self.random, self.schedule = random.Random(seed), None
         self.hooks = [model.register_forward_pre_hook(self._draw)]
-        self.hooks += [b.register_forward_hook(partial(self._stretch, k)) for k, b in enumerate(blocks.values())]
+        self.inplace = {k for k, name in enumerate(blocks) if name in getattr(blocks, "inplace", ())}
+        self._open = []
+        for k, b in enumerate(blocks.values()):
+            self.hooks += [b.register_forward_pre_hook(partial(self._enter, k), with_kwargs=True), b.register_forward_hook(partial(self._stretch, k))]
 
     def _draw(self, model, args):
-        self.schedule = None
+        self.schedule, self._open = None, []
         if not model.training: return
         s = even(self.random.randint(len(self.sizes), sum(self.sizes)), self.sizes)
         self.schedule = dict(zip(s.kept, s.scale))
 
+    def _enter(self, k, block, args, kwargs):
+        if self.schedule is None or not block.training: return
+        x = _first((args, kwargs))
+        if k in self.inplace: x = x.clone()
+        self._open.append((x, _version(x)))
+
     def _stretch(self, k, block, args, out):
         if self.schedule is None or not block.training: return None
-        x, y = _first(args), _first(out)
+        (x, version), y = self._open.pop(), _first(out)
+        if _version(x) != version: raise RuntimeError(f"block {k} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
         return _swap(out, y, x + self.schedule.get(k, 0.) * (y - x))
 
     def remove(self):
@@ -823,12 +841,22 @@ def sliced_wasserstein(
 class _Steps:
     "A meter of a penalty: what each block contributes, from the forward pass that trains it."
     def __init__(self, model, blocks, each, together):
-        self.blocks, self.each, self.together = dict(find_blocks(model) if blocks is None else blocks), each, together
-        self.seen, self.given = [], None
-        self.hooks = [b.register_forward_hook(self._note) for b in self.blocks.values()]
+        self.blocks, self.each, self.together = find_blocks(model) if blocks is None else blocks, each, together
+        self.paused, self.seen, self.given, self._open, self.hooks = False, [], None, [], []
+        for name, b in self.blocks.items():
+            self.hooks += [b.register_forward_pre_hook(_Hook(self, _Steps._enter, name), with_kwargs=True),
+                           b.register_forward_hook(_Hook(self, _Steps._note, name))]
 
-    def _note(self, block, args, out):
-        if block.training and torch.is_grad_enabled(): self.seen.append(self.each(_first(args), _first(out)))
+    def _enter(self, name, block, args, kwargs):
+        x = _first((args, kwargs))
+        if name in getattr(self.blocks, "inplace", ()): x = x.clone()
+        self._open.append((x, _version(x)))
+
+    def _note(self, name, block, args, out):
+        x, version = self._open.pop()
+        if _version(x) != version: raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+        step = self.each(x, _first(out))
+        if not _recomputing(): self.seen.append(step)
 
     def take(self)->Tensor: # `[K]`, or what was put
         seen, given = self.seen, self.given
@@ -840,11 +868,12 @@ class _Steps:
     @property
     def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
-    def forget(self): self.seen, self.given = [], None
+    def forget(self): self.seen, self.given, self._open = [], None, []
     def remove(self):
         for hook in self.hooks: hook.remove()
         self.hooks = []; self.forget()
 
+# %% ../nbs/09_depth.ipynb #667a8036
 def _gap(steps:list[Tensor])->Tensor:
     "Path gap of each stage, shared out over its steps: $K|\\delta_k|^2 - \\delta_k\\cdot\\sum_j \\delta_j$, mean over features and samples."
     stages = []

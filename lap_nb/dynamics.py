@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.utils.parametrize
 from fastcore.basics import patch
 from torch import Tensor, nn
 
@@ -296,6 +297,7 @@ def save(self:Trajectory,
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file: np.savez(file, note=np.array(json.dumps(note)), **arrays)
+        os.chmod(part, 0o644)   # as other files; a temporary one is for its owner alone
         os.replace(part, path)
     except BaseException:
         os.unlink(part)
@@ -503,6 +505,8 @@ def init_velocities_(
     for block in residual_blocks(model).values():
         for layer in block.velocity.modules():
             if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+                if nn.utils.parametrize.is_parametrized(layer, "weight"):
+                    raise ValueError("the weights of a velocity are computed by a parametrization, expected plain ones: initialise before it is put on")
                 _INITS[kind](layer, gain)
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
     return model
@@ -551,7 +555,7 @@ def portrait(self:Flow,
     ax = traj.plot(y, until=k, ax=ax, coloured=True)
     if k < len(self.blocks):
         grid = torch.cartesian_prod(*(torch.linspace(a, b, arrows) for a, b in zip(low, high))).to(traj.x)
-        with torch.no_grad(): v = self.blocks[k].velocity(grid)
+        with torch.no_grad(): v = deepcopy(self.blocks[k].velocity).eval()(grid)   # the grid is no data: no statistics of it, no dropout
         ax.quiver(*grid.cpu().numpy().T, *v.cpu().numpy().T, color="0.45", width=.004, zorder=3)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     return ax

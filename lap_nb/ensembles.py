@@ -36,11 +36,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from .data import Split
+from .data import Split, whole
 from .dynamics import conv_net, dense_net
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, provenance, train_loop, write_atomically
+from .transport import _free_memory
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -82,10 +83,10 @@ def _rows(self:_Inside, f):
     return _Row.apply(f, self.anchor)
 
 @patch
-def _draw(self:_Inside, like:Tensor, fill:str, *args)->Tensor:
+def _draw(self:_Inside, like:Tensor, fill:str, *args, **settings)->Tensor:
     "A tensor of the shape of `like`, filled for each member by its own generator."
     shape, kind = like.shape, dict(dtype=like.dtype, device=like.device)
-    return self._rows(lambda _: torch.stack([getattr(torch.empty(shape, **kind), fill)(*args, generator=g) for g in self.generators]))
+    return self._rows(lambda _: torch.stack([getattr(torch.empty(shape, **kind), fill)(*args, generator=g, **settings) for g in self.generators]))
 
 @patch
 def _dropout(self:_Inside, axes, x, p=.5, training=True, inplace=False):
@@ -165,8 +166,9 @@ def _seed(self:Ensemble, seeds:Sequence[int], device):
 def get_extra_state(self:Ensemble)->dict: return dict(steps=self.steps, generators=[g.get_state() for g in self.generators])
 @patch
 def set_extra_state(self:Ensemble, state:dict):
-    self._seed([0] * len(self), self.stacks[0].device)
-    for g, saved in zip(self.generators, state["generators"]): g.set_state(saved.cpu())
+    self._seed([g.initial_seed() for g in self.generators], self.stacks[0].device)
+    for g, saved in zip(self.generators, state["generators"]):
+        if len(saved) == len(g.get_state()): g.set_state(saved.cpu())   # that of another kind of device cannot go on here
     self.steps, self.frozen = state["steps"], bool((self.died >= 0).any())
 
 # %% ../nbs/07_ensembles.ipynb #5813daf1
@@ -191,9 +193,12 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
     "Logits, and what each meter took, `[S, K]`."
     meters = self.meters if self.training and torch.is_grad_enabled() else []
     def one(state, x):
+        before = dict(state)
         watched = (self.training and self.draws) or self.conv != "grouped"
         with _Inside(x, self.generators, self.conv) if watched else nullcontext() as inside:
-            out = functional_call(self.skeleton, state, (x,))
+            out = functional_call(self.skeleton, state, (x,))   # puts back into `state` what the network assigned anew
+        lost = next((name for name in self.buffer_names if self.training and state[name] is not before[name]), None)
+        if lost: raise RuntimeError(f"this network assigns its buffer {lost} anew, which a row would lose: write into it, with copy_ or add_, or choose mode='sequential'")
         if watched and self.training: self.draws = inside.drawn
         return out, [meter.take() for meter in meters]
     try: return vmap(one, randomness="error")(self._state(), x)
@@ -209,7 +214,9 @@ def member(self:Ensemble,
 )->nn.Module:    # an ordinary module with the parameters of network `i`, copied
     "Network `i` of the row on its own."
     model = deepcopy(self.blank).to(self.stacks[0].device)
-    model.load_state_dict({name: stack[i].detach() for name, stack in self._state().items()}, strict=False)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())   # a state dict lacks buffers that are not persistent
+    with torch.no_grad():
+        for name, stack in self._state().items(): own[name].copy_(stack[i])
     return model.train(self.training)
 
 @patch
@@ -250,7 +257,7 @@ def grid_members(
     grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    seeds, grid = list(seeds), {} if grid is None else {name: list(values) for name, values in _checked(grid).items()}
+    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: v.tolist() if hasattr(v, "tolist") else list(v) for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
         twice = [v for i, v in enumerate(values) if v in values[:i]]
@@ -259,6 +266,8 @@ def grid_members(
 
 def _checked(grid)->Mapping:
     if not grid: raise ValueError("grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out")
+    if not isinstance(grid, Mapping): raise ValueError(f"grid is of type {type(grid).__name__}, expected a mapping, as in grid=dict(lr=[1e-3, 1e-2])")
+    if "seed" in grid: raise ValueError("grid has 'seed', but seeds are not a setting: each of seeds=[...] is trained with every combination")
     for name, values in grid.items():
         if isinstance(values, (str, Mapping)) or not hasattr(values, "__iter__"):
             raise ValueError(f"grid[{name!r}] is {values!r}, expected a list of values")
@@ -287,12 +296,19 @@ def seeded(
     seed:int, # of the weights, dropout and whatever else is drawn inside
 ):
     "Inside, the global generator starts at `seed`; afterwards it is as before."
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        yield
+    started = torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if started else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if not started: torch.cuda.manual_seed_all(torch.initial_seed())   # it was set, too, for when CUDA starts
 
 def _made(make_model, seed:int)->nn.Module:
     with seeded(seed): return make_model()
+
+def _check_apart(models:Sequence[nn.Module]):
+    if len(set(map(id, models))) < len(models): raise ValueError("make_model gave the same network twice, expected a new one at each call: lambda: MyNet(), not lambda: net")
 
 # %% ../nbs/07_ensembles.ipynb #1e216de1
 def member_memory(
@@ -314,12 +330,7 @@ def free_memory(
 )->int:                  # bytes
     "What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    read = lambda name: Path(name).read_text()
-    try: found = [int(read("/proc/meminfo").split("MemAvailable:")[1].split()[0]) << 10]
-    except (OSError, IndexError): found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
-    try: found.append(int(read("/sys/fs/cgroup/memory.max")) - int(read("/sys/fs/cgroup/memory.current")))
-    except (OSError, ValueError): pass
-    return max(0, min(found))
+    return int(min(_free_memory(), 2 ** 62))
 
 # %% ../nbs/07_ensembles.ipynb #ba2d3fc1
 SHORTEST = 10 # networks in a row, at least, if rows are to be trained abreast
@@ -363,16 +374,19 @@ def _alone(job:_Job, bar=None)->tuple[list[nn.Module], dict, list[int]]:
         points, step = {}, -1
         with seeded(seed):
             try: points = fit(model, split, la, seed=seed, progress=bar, **dict(job.settings), **keep).curves
-            except FloatingPointError as e: step = max(getattr(e, "step", 0), 0)
+            except FloatingPointError as e: step, points = max(getattr(e, "step", 0), 0), getattr(e, "curves", {})
         if la is not None: la.remove()
         models.append(model); curves.append(points); died.append(step)
+        _check_apart(models)
     return models, _side_by_side(curves), died
 
 def _side_by_side(curves:list[dict[str, Tensor]])->dict[str, Tensor]: # `[E, S, ...]`
     "Curves of single networks as those of a row; of one that has none: not a number."
-    whole = max(curves, key=len)
-    blank = {name: torch.full_like(c, math.nan, dtype=torch.float32) for name, c in whole.items()}
-    return {name: whole[name] if name == "epoch" else torch.stack([(c or blank)[name] for c in curves], 1) for name in whole}
+    whole = max(curves, key=lambda c: len(c.get("epoch", ())))
+    def filled(c, name): # what a network that diverged did not reach is not a number
+        blank = torch.full_like(whole[name], math.nan, dtype=torch.float32)
+        return torch.cat([c[name].float(), blank[len(c[name]):]]) if name in c else blank
+    return {name: whole[name] if name == "epoch" else torch.stack([filled(c, name) for c in curves], 1) for name in whole}
 
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
@@ -393,6 +407,7 @@ def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
 def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
     "The members of the job in one row, with least action on it."
     models = [_made(job.make_model, seed) for seed in job.seeds]
+    _check_apart(models)
     ensemble = (Graphed if job.mode == "graph" else Ensemble)(models, job.seeds, job.conv).to(job.device)
     return ensemble, _attached(job.least_action, ensemble)
 
@@ -433,7 +448,8 @@ class Graphed(Ensemble):
         Ensemble._mapped(self, x)
         if any(not torch.equal(g.get_state(), old) for g, old in zip(self.generators, drawn)):
             raise RuntimeError("this network draws random numbers in training, and a CUDA graph would repeat them: choose mode='batched'")
-        graph = torch.cuda.make_graphed_callables(_Passes(self), (x.clone(),))
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False):   # a graph cannot use the cache
+            graph = torch.cuda.make_graphed_callables(_Passes(self), (x.clone(),))
         for t, old in zip(self._tensors(), before): t.data.copy_(old)   # running statistics, moved by the recording
         return graph
 
@@ -653,7 +669,7 @@ class Runs(Run):
 
 # %% ../nbs/07_ensembles.ipynb #4733a5be
 def fit_many(
-    make_model:Callable[..., nn.Module],  # makes a network, as the global generator and its values of the grid decide; called with the member's seed
+    make_model:Callable[..., nn.Module],  # makes a new network from its values of the grid alone, while the global generator stands at the member's seed
     data:Split,                           # with a row for each seed: training indices `[S, n]`
     seeds:Sequence[int]|None=None,        # of weights, batches and dropout, `S` of them; None: those of the split
     least_action:Callable[[nn.Module], LeastAction]|None=None, # e.g. `LeastAction`; None: the task's loss alone
@@ -677,13 +693,13 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:
     "Train one network per seed and combination, many at once; each does what `fit` would do alone."
-    _check_split(data); _check_maker(least_action)
+    _check_split(data); _check_maker(make_model, least_action)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
     _check_many(data, seeds, grid, settings, mode, conv, workers, chunk)
     folder = None if checkpoint is None else Path(checkpoint)
-    note = _noted(folder, resume, save_every, members, settings)
+    note = _noted(folder, resume, save_every, members, settings, least_action)
     plan = _plan(make_model, data, least_action, members, settings, str(torch.device(device)), mode, conv, chunk, memory, workers, note)
     if folder is not None: plan = _kept(plan, folder, note, resume, save_every)
     found = _run_all(plan, mode, workers, _Bar(_progress(progress, epochs), epochs, len(members)))
@@ -695,7 +711,11 @@ def fit_many(
 # %% ../nbs/07_ensembles.ipynb #76060e33
 MODES = ("auto", "sequential", "batched", "graph", "processes")
 
-def _check_maker(least_action):
+def _check_maker(make_model, least_action):
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(f"make_model is of type {type(make_model).__name__}, expected what makes a network for each seed: a class, or partial(dense_net, 2, 2)")
+    if not (least_action is None or callable(least_action)):
+        raise TypeError(f"least_action is {least_action!r}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
     if isinstance(least_action, nn.Module):
         raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
 
@@ -724,6 +744,7 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
     kinds = {repr((of(m, "make_model"), m.get("batch_size"))): m for m in members}   # networks and batches that differ
     probes = [(partial(make_model, **of(m, "make_model")), data.x[:min(m.get("batch_size", settings["batch_size"]), data.train.shape[-1])])
               for m in kinds.values()]
+    _check_alike([_made(make, 0) for make, _ in probes], "grouped")   # they all end in one row: before anything is trained
     need, probe, x = max(((member_memory(*probe), *probe) for probe in probes), key=lambda found: found[0])   # the largest decides for all
     row = min(chunk or len(members), keys.count(keys[0]))
     way, form = choose_mode(probe, x, row, device) if mode in ("auto", "processes") else (mode, "grouped")
@@ -810,17 +831,22 @@ def _end_to_end(curves:list[dict], sizes:list[int])->dict[str, Tensor]: # `[E, S
             for name in whole}
 
 # %% ../nbs/07_ensembles.ipynb #bc03a87f
-def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settings:dict)->dict|None:
+def _told(make):
+    "A maker as plain JSON values: its name, and what a `partial` binds."
+    if isinstance(make, partial): return [_told(make.func), repr(make.args), repr(sorted(make.keywords.items()))]
+    return None if make is None else getattr(make, "__qualname__", type(make).__qualname__)
+
+def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settings:dict, least_action=None)->dict|None:
     "What a folder of checkpoints says about its rows; raises rather than mix two ensembles."
     if folder is None:
         if resume or save_every is not None: raise ValueError("resume and save_every need a folder: name it with checkpoint=")
         return None
     if folder.is_file(): raise ValueError(f"checkpoint {folder} is a file, expected a folder for the checkpoints of all rows: name another one")
-    note, this = folder / "members.json", json.loads(json.dumps(dict(format=1, members=members, settings=settings)))
+    note, this = folder / "members.json", json.loads(json.dumps(dict(format=1, members=members, settings=settings, least_action=_told(least_action))))
     if not note.exists(): return this
     if not resume: raise FileExistsError(f"{folder} holds checkpoints: go on from them with resume=True, or choose another folder")
     then = _read_note(note)
-    differ = [name for name in this if this[name] != then.get(name)]
+    differ = [name for name in this if this[name] != then.get(name, this[name] if name == "least_action" else None)]   # older notes have none
     if differ: raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
 
@@ -860,6 +886,7 @@ def interval(
 )->Interval:
     "Student's t-interval of the mean; raises `ValueError` on fewer than two values."
     from scipy.stats import t
+    if not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a share between 0 and 1, as .95")
     values = torch.as_tensor(values, dtype=torch.float64)
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"found {values.tolist()}, expected at least two finite values in one row")

@@ -134,7 +134,7 @@ class _Sensor(nn.Module):
         super().__init__()
         self.every, self.warmup, self.accumulate, self.average = every, warmup, accumulate, average
         self.count = {"calls": 0, "added": 0}
-        for name in ("total", "level"): self.register_buffer(name, torch.zeros_like(like))
+        for name in ("total", "level", "mass"): self.register_buffer(name, torch.zeros_like(like))
 
     @torch.no_grad()
     def see(self, loss:Tensor)->Tensor|None:
@@ -149,7 +149,8 @@ class _Sensor(nn.Module):
         if isinstance(self.average, float):
             finite = value.isfinite()   # another value is passed on as it is, for the controller to count
             self.level = torch.where(finite, self.average * self.level + (1 - self.average) * value, self.level)
-            value = torch.where(finite, self.level / (1 - self.average ** step), value)   # unbiased from the first step on
+            self.mass = torch.where(finite, self.average * self.mass + (1 - self.average), self.mass)
+            value = torch.where(finite, self.level / self.mass, value)   # unbiased from the first step on
         if due or self.average != "mean": self.total, n["added"] = torch.zeros_like(self.total), 0
         return value if due else None
 
@@ -273,7 +274,10 @@ def forward(self:LeastAction,
     task:Tensor, # loss of the task on this batch: `[]`, or `[S]` for `S` networks at once
 )->Tensor:       # the objective to differentiate, of the same shape
     "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step moves lambda first."
-    self._check_task(task)
+    try: self._check_task(task)
+    except Exception:
+        self.meter.ended = False   # a pass made anew takes the place of this one
+        raise
     energies, loss, one = self.meter.take(), task.detach(), self.sensor.accumulate == 1
     action = self._weigh(energies)
     self._check_action(action)
@@ -293,6 +297,8 @@ def ascend(self:LeastAction,
     loss:Tensor, # of the task, measured in any way: over all training samples, say
 ):
     "Move lambda by this loss now."
+    loss = torch.as_tensor(loss, dtype=self.lam.dtype, device=self.lam.device)
+    if loss.shape != self.lam.shape: raise ValueError(f"loss has shape {tuple(loss.shape)}, expected {tuple(self.lam.shape)}: one number per network")
     self.controller.update(_over_ranks(loss.detach()))
 
 @patch
@@ -462,7 +468,7 @@ def kkt(
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()
     return KKT(verdict, float(target), mean(loss), mean(lam), mean(action), mean(loss) - target, mean(lam * (loss - target)),
-               mean(action / lam) / mean(loss), drift, swing, curves=curves, **more)
+               mean(action / lam) / (mean(loss) or math.nan), drift, swing, curves=curves, **more)
 
 # %% ../nbs/05_least_action.ipynb #108fc575
 @patch

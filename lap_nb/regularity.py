@@ -18,7 +18,7 @@ from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attach import _first, _swap, find_blocks
-from .dynamics import colours
+from .dynamics import StochasticDepth, colours
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
 def _norm(x:Tensor)->Tensor: return x.flatten(1).norm(dim=1)
@@ -31,7 +31,7 @@ def _check_map(f, x:Tensor):
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x is {found}, expected real points [B, ...] with at least one sample and one feature")
     if not x.isfinite().all(): raise ValueError("x has entries that are not finite; look for the block that makes them, or leave these samples out")
-    mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
     moody = lambda m: isinstance(m, mixing) and (m.training or getattr(m, "running_mean", 0) is None)
     if isinstance(f, nn.Module) and (bad := [name or type(m).__name__ for name, m in f.named_modules() if moody(m)]):
         raise ValueError(f"{', '.join(bad)} in training mode, or without statistics of its own: the map is random or mixes the samples of a batch; call model.eval() first")
@@ -140,10 +140,12 @@ def plot(self:LipschitzProfile,
     "Median over samples with the range from 5 to 95 %; the whole flow stands at the right."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
-    low, middle, high = self.blocks.cpu().quantile(torch.tensor([.05, .5, .95]).to(self.blocks), dim=1)
+    blocks, whole = self.blocks.cpu(), self.whole.cpu()
+    shares = torch.tensor([.05, .5, .95], dtype=blocks.dtype)
+    low, middle, high = blocks.quantile(shares, dim=1)
     k, c = torch.arange(1, len(self.names) + 1), colours()[colour]
     ax.plot(k, middle, marker="os^D"[colour % 4], color=c, label=label); ax.fill_between(k, low, high, color=c, alpha=.2, lw=0)
-    low, middle, high = self.whole.cpu().quantile(torch.tensor([.05, .5, .95]).to(self.whole)).tolist()
+    low, middle, high = whole.quantile(shares).tolist()
     ax.errorbar(len(k) + 1.3 + .25 * colour, middle, [[middle - low], [high - middle]], marker="os^D"[colour % 4], color=c, capsize=3)
     ax.set(xlabel="block (right: whole flow)", ylabel="local Lipschitz constant", yscale="log")
     ax.legend(frameon=False)

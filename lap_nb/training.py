@@ -27,6 +27,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from numbers import Real
@@ -107,14 +108,18 @@ def count_right(
     share:tuple[int, int]=(0, 1), # `(rank, world)`: count the samples `rank`, `rank + world`, ...
 )->Tensor:                        # samples classified rightly, per network, `[...]`
     "Samples of a part that the model classifies rightly in evaluation mode."
-    index, networks, training = getattr(split, part)[..., share[0]::share[1]], split.train.shape[:-1], model.training
+    index, networks = getattr(split, part)[..., share[0]::share[1]], split.train.shape[:-1]
+    training, modes = model.training, [(m, m.training) for m in model.modules()]
     right = torch.zeros(networks, dtype=torch.long, device=split.y.device)
-    model.eval()
-    for at in index.split(chunk, -1) if index.numel() else ():
-        x, y = split.x[at], split.y[at]
-        if index.ndim == 1: x, y = x.expand(*networks, *x.shape), y.expand(*networks, *y.shape)
-        right += (model(x).argmax(-1) == y).sum(-1)
-    model.train(training)
+    try:
+        model.eval()
+        for at in index.split(chunk, -1) if index.numel() else ():
+            x, y = split.x[at], split.y[at]
+            if index.ndim == 1: x, y = x.expand(*networks, *x.shape), y.expand(*networks, *y.shape)
+            right += (model(x).argmax(-1) == y).sum(-1)
+    finally:
+        model.train(training)
+        for m, mode in modes: m.training = mode   # also of layers that were frozen by hand
     return right
 
 def evaluate(
@@ -164,7 +169,8 @@ def _commit()->str|None:
     "Of the checkout that this module was imported from; None if it was installed. Asked once, it is the code that runs."
     root = Path(lap_nb.__file__).resolve().parents[1]
     if not (root / ".git").exists(): return None
-    return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    try: return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    except OSError: return None   # a checkout on a machine without git
 
 @cache
 def _processor(cpuinfo:str="/proc/cpuinfo")->str:
@@ -500,10 +506,17 @@ def load_state_dict(self:Training,
                          "is not: attach it alike, or choose another checkpoint file")
     if (before := state["recipe"]["optimiser"]) != self.recipe.optimiser:
         raise ValueError(f"the checkpoint is of a training with {before}, now it is {self.recipe.optimiser}, which cannot go on from its state: use {before}")
-    for part, saved in ((self.model, state["model"]), (self.least_action, state["least_action"])):
-        try: part is None or part.load_state_dict(saved)
-        except RuntimeError as e: raise ValueError(f"the checkpoint is of another network: {e}") from e
+    parts = [(p, saved) for p, saved in ((self.model, state["model"]), (self.least_action, state["least_action"])) if p is not None]
+    before = [deepcopy(p.state_dict()) for p, _ in parts]
+    try:
+        for part, saved in parts: part.load_state_dict(saved)
+    except Exception as e:   # PyTorch has copied what did fit
+        for (part, _), old in zip(parts, before): part.load_state_dict(old)
+        if isinstance(e, RuntimeError): raise ValueError(f"the checkpoint is of another network: {e}") from e
+        raise
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in self.opt.param_groups]
     self.opt.load_state_dict(state["opt"])
+    for group, settings in zip(self.opt.param_groups, ours): group.update(settings)   # those of this recipe
     if state["scaler"]: self.scaler.load_state_dict(state["scaler"]) # empty, unless it was trained in float16
     self.step, self.epoch, self.at = state["step"], state["epoch"], 0 if other else state["at"]
     self.lr_scale, self.points, self.last, self.trail = state["lr_scale"], list(state["points"]), dict(state["last"]), []
@@ -569,7 +582,7 @@ def load_checkpoint(
         found = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = (found.get("kind"), found.get("format")) if isinstance(found, dict) else (None, None)
         whole = kind == CHECKPOINT and isinstance(found.get("state"), dict) and digest(found["state"]) == found.get("sha256")
-    except FileNotFoundError: raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError): raise
     except Exception as e: raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
     if kind != CHECKPOINT: raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
     if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
@@ -588,10 +601,12 @@ class Diverged(FloatingPointError):
         block:str|None,      # the first block it was seen in, where that is known
         checkpoint:str|None, # the last good one, if there is one
     ):
-        self.step, self.block, self.checkpoint = step, block, checkpoint
+        self.what, self.step, self.block, self.checkpoint = what, step, block, checkpoint
         where = f"{what} at step {step}" + (f", first in {block}" if block else "")
         super().__init__(f"{where}: the training diverged; lower lr, or start from a smaller initial gain" +
                          (f"; the last good checkpoint is {checkpoint}" if checkpoint else ""))
+
+    def __reduce__(self): return type(self), (self.what, self.step, self.block, self.checkpoint)   # to go from process to process
 
 @patch
 def check(self:Training):
@@ -667,6 +682,10 @@ def open(self:Training,
     if self.saved is None: self.epoch_start = [g.get_state() for g in self.generators]; self.save()
 
 # %% ../nbs/06_training.ipynb #08cfe11d
+def _is_true(said)->bool:
+    "True, also as a tensor's or an array's single element; anything else does not stop a training."
+    return said is True or str(getattr(said, "dtype", "")).endswith("bool") and bool(said)
+
 @patch
 def run(self:Training,
     callbacks:Sequence[Callable]=(), # called with this training at each point of the curves; one that returns True stops it
@@ -685,7 +704,7 @@ def run(self:Training,
         self.epoch, self.at, self.epoch_start = self.epoch + 1, 0, None
         if self._is_point(self.epoch):
             self.check(); self.points.append(self._observe())
-            self.stopped = any([callback(self) is True for callback in callbacks])
+            self.stopped = any([_is_true(callback(self)) for callback in callbacks])
             self._start_epoch(); self.save()
         if bar is not None: bar.update(1)
         self.shown = self.epoch
@@ -751,6 +770,7 @@ def train_loop(
         while True:
             try: return training.run(callbacks, bar)
             except Diverged as e:
+                e.curves = training.curves()
                 if rollback == 0: raise
                 rollback -= 1; training.roll_back(e)
 
@@ -835,6 +855,8 @@ def fit(
 )->Run:
     "Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers are no longer finite."
     _check_split(data); _check_model(model)
+    if data.train.ndim > 1:
+        raise ValueError(f"data has rows for {len(data.train)} networks, expected those of one: take data.member(i), or train all with fit_many")
     recipe, start = Recipe(**kwargs), time.perf_counter()
     device = join_processes(next(model.parameters()).device)
     for module in (model, least_action): isinstance(module, nn.Module) and module.to(device)

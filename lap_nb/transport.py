@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
@@ -24,12 +25,15 @@ from .kinetic import REDUCTIONS
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
 
 def _free_memory()->float:
-    "Bytes free for a new array; infinite where the system does not say."
-    try:
-        with open("/proc/meminfo") as f: return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration): pass
-    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError): return math.inf
+    "Bytes free for a new array, of the machine's or the container's; infinite where the system does not say."
+    read = lambda name: Path(name).read_text()
+    try: found = [int(read("/proc/meminfo").split("MemAvailable:")[1].split()[0]) << 10]
+    except (OSError, IndexError):
+        try: found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+        except (AttributeError, ValueError, OSError): found = [math.inf]
+    try: found.append(int(read("/sys/fs/cgroup/memory.max")) - int(read("/sys/fs/cgroup/memory.current")))
+    except (OSError, ValueError): pass
+    return max(0, min(found))
 
 def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None):
     need, free = 8. * n * m * matrices, _free_memory() if max_bytes is None else max_bytes

@@ -51,8 +51,8 @@ class Setting:
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= low): raise ValueError(f"{name} is {value!r}, expected a whole number from {low} on")
         for name in ("gain", "tau", "target"):
-            if not getattr(self, name) >= 0: raise ValueError(f"{name} is {getattr(self, name)!r}, expected zero or more")
-        if not self.lambda0 > 0: raise ValueError(f"lambda0 is {self.lambda0!r}, expected a positive number: the action is divided by it")
+            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} is {getattr(self, name)!r}, expected zero or more")
+        if not 0 < self.lambda0 < math.inf: raise ValueError(f"lambda0 is {self.lambda0!r}, expected a positive number: the action is divided by it")
 
 # %% ../nbs/10_playground.ipynb #b86ae739
 N_TRAIN, BATCH, LR = 300, 100, 3e-3
@@ -371,19 +371,22 @@ def train(self:Explorer):
 
 @patch
 def _work(self:Explorer):
-    last = time.monotonic()
+    last, trial = time.monotonic(), self.trial   # another one may take its place
     def watch(epoch):
         nonlocal last
-        if time.monotonic() < last + .3: return
+        if self.trial is not trial or time.monotonic() < last + .3: return
         self.bar.value = epoch
         self.show("price")
-        self.status.value = f"epoch {epoch} of {self.trial.epochs}"
+        self.status.value = f"epoch {epoch} of {trial.epochs}"
         last = time.monotonic()
     try:
-        done = self.trial.train(self.stop, watch)
-        self.bar.value = int(self.trial.curves["epoch"][-1])
+        done = trial.train(self.stop, watch)
+        if self.trial is not trial: return
+        self.bar.value = int(trial.curves["epoch"][-1])
         self.say("trained" if done else f"stopped after epoch {self.bar.value}")
-    except Exception as e: self.status.value = f"<b>stopped:</b> {html_escape(str(e))}"
+    except Exception as e:
+        if self.trial is not trial: return
+        self.status.value = f"<b>stopped:</b> {html_escape(str(e))}"
     self.start.disabled, self.halt.disabled = False, True
     self.show()
 
@@ -430,6 +433,7 @@ def scrub(
     **others,                        # of the `Setting`
 ):                                   # an ipywidgets box that works on a static page; its attribute `trials` has the trained networks, `[gain][lambda]`
     "Pictures of trained settings, chosen by two sliders without a kernel."
+    if not gains or not lambdas: raise ValueError("gains or lambdas is empty, expected at least one of each")
     from ipywidgets import HTML, SelectionSlider, Stack, VBox, jslink
     trials = [[Trial(Setting(gain=gain, least_action=la is not None, lambda0=la or 1., **others)) for la in lambdas] for gain in gains]
     for trial in (t for row in trials for t in row): trial.train()

@@ -794,3 +794,9 @@ def test_a_test_part_that_cannot_be():
     x, y = torch.randn(20, 2), torch.arange(20) % 2
     for n, error in ((0, ValueError), (-1, ValueError), (20, ValueError), (21, ValueError), (2.5, TypeError), (.3, TypeError)):
         with pytest.raises(error, match="n_test"): data.with_test(x, y, n, "mine")
+
+
+def test_a_test_part_has_a_sample_of_each_class():
+    x, y = torch.randn(100, 2), torch.arange(100) % 10
+    with pytest.raises(ValueError, match="n_test.*one sample for each class"): data.with_test(x, y, 9, "mine")
+    assert len(data.with_test(x, y, 10, "mine").test) == 10

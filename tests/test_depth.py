@@ -763,3 +763,34 @@ def test_blocks_whose_other_values_the_network_needs():
     net = Elastic(Pairs(uses=False), x)
     assert net(x, depth=1).shape == x.shape
     with pytest.raises(ValueError, match=r"block 'blocks.0' returns 2 values, and all but the first are None where it is left out"): Elastic(Pairs(uses=True), x)
+
+
+class Writes(nn.Module):
+    "A residual block that adds to its input in place."
+    def __init__(self): super().__init__(); self.f = nn.Linear(4, 4)
+    def forward(self, x): return x.add_(self.f(x.clone()))
+
+
+def test_penalty_and_random_depth_see_blocks_that_write_to_their_input():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 4), Writes(), Writes(), Writes()).train(), torch.randn(5, 4)
+    with torch.no_grad(): full = net(x)
+    named = {n: m for n, m in net.named_children() if n != "0"}
+    found = find_blocks(net, x)
+    gap = Penalty(net, 1., blocks=found)
+    net(x); assert gap.meter.take().abs().sum() > 0
+    gap.remove()
+    gap = Penalty(net, 1., blocks=named)
+    with pytest.raises(RuntimeError, match="writes to its input: pass blocks=find_blocks"): net(x)
+    gap.remove()
+    random = RandomDepth(net, blocks=found, sizes=[3])
+    with torch.no_grad(): outs = [net(x) for _ in range(12)]
+    random.remove()
+    assert any(not torch.allclose(out, full) for out in outs)
+
+
+def test_statistics_after_an_error_are_as_before():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)); net(torch.randn(9, 4))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(RuntimeError): recompute_statistics(net, torch.randn(9, 3))
+    assert net[1].momentum == .1 and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

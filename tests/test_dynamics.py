@@ -495,3 +495,19 @@ def test_steps_of_half_precision_do_not_overflow():
     path = Trajectory(torch.stack([a, -a]))
     torch.testing.assert_close(kinetic_energy(path), torch.full((2,), 1e10), rtol=1e-3, atol=0)
     torch.testing.assert_close(path.straightness(), torch.ones(2)); torch.testing.assert_close(path.displacement(), path.path_length())
+
+
+def test_drawing_changes_no_statistics():
+    torch.manual_seed(0)
+    flow = Flow([nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))]).train()
+    x = torch.randn(20, 2)
+    traj = flow.eval().trajectory(x); flow.train()
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    flow.portrait(traj, k=0)
+    assert flow.training and all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+
+
+def test_weights_under_a_parametrization_are_refused():
+    net = dense_net(3, 2, K=1)
+    nn.utils.parametrizations.weight_norm(net.flow.blocks[0].velocity[0])
+    with pytest.raises(ValueError, match="computed by a parametrization"): init_velocities_(net, .1)

@@ -17,7 +17,7 @@ from torch import nn
 import lap_nb.ensembles
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import (Ensemble, _by_hand, _clock, _made, _noise, choose_mode, fit_many, forward_flops, free_memory, interval, measure_modes,
+from lap_nb.ensembles import (Ensemble, _by_hand, _clock, _made, _noise, choose_mode, fit_many, forward_flops, free_memory, grid_members, interval, measure_modes,
                               member_memory, read_modes, record_modes, seeded)
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit, load_checkpoint
@@ -108,7 +108,7 @@ def test_a_diverged_network_is_left_as_it_was_when_last_seen_well():
 
 def test_all_diverged_is_an_error():
     with pytest.raises(FloatingPointError, match="all networks diverged"):
-        fit_many(partial(init_velocities_, make(), 1e30), digits().splits(60, [0, 1]), epochs=2)
+        fit_many(lambda: init_velocities_(make(), 1e30), digits().splits(60, [0, 1]), epochs=2)
 
 
 # --- random numbers in training -------------------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def test_free_memory_is_the_least_that_is_announced(files, room, monkeypatch):
         def read_text(self):
             if self.name not in files: raise FileNotFoundError(self.name)
             return files[self.name]
-    monkeypatch.setattr("lap_nb.ensembles.Path", Announced)
+    monkeypatch.setattr("lap_nb.transport.Path", Announced)
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4000}.__getitem__)
     assert free_memory(torch.device("cpu")) == room
 
@@ -584,17 +584,26 @@ def test_members_are_shared_among_rows(settings, rows, monkeypatch):
         assert dict(job.settings)["lr"] == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
 
 
-def test_the_largest_network_of_a_grid_decides_what_fits(monkeypatch):
+def test_the_largest_batch_of_a_grid_decides_what_fits(monkeypatch):
     row, maker = digits().splits(60, range(4)), partial(dense_net, 64, 10)
-    of = lambda K, B: member_memory(partial(maker, K=K), row.x[:B])
-    assert of(1, 60) < of(9, 20) < of(9, 60)
-    for grid, need in ((dict(K=[9, 1]), of(9, 60)), (dict(K=[1, 9]), of(9, 60)), (dict(batch_size=[20, 60]), of(9, 60)), (dict(batch_size=[20], K=[1, 9]), of(9, 20))):
+    of = lambda B: member_memory(maker, row.x[:B])
+    assert of(20) < of(60)
+    for sizes, need in (([20, 60], of(60)), ([60, 20], of(60)), ([20], of(20))):
+        grid = dict(batch_size=sizes)
         plan = planned(monkeypatch, maker, row, epochs=1, mode="batched", grid=grid, memory=int(2.5 * need))
         assert {len(at) for at, _ in plan} == {2}
         with pytest.raises(MemoryError, match="one network needs"): fit_many(maker, row, epochs=1, grid=grid, memory=need - 1)
-    monkeypatch.setattr("lap_nb.ensembles.SMALL", forward_flops(maker(K=5), row.x[:60]))
-    for Ks, way in (([1, 5], "batched"), ([9, 1], "sequential"), ([1, 9], "sequential")):
-        assert {job.mode for _, job in planned(monkeypatch, maker, row, epochs=1, grid=dict(K=Ks))} == {way}
+    for sizes, way in (([20, 60], "sequential"), ([60, 20], "sequential"), ([20], "batched")):
+        monkeypatch.setattr("lap_nb.ensembles.SMALL", forward_flops(maker(), row.x[:20]))
+        assert {job.mode for _, job in planned(monkeypatch, maker, row, epochs=1, grid=dict(batch_size=sizes))} == {way}
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+@pytest.mark.parametrize("grid", [dict(K=[1, 9]), dict(h=[1., .5]), dict(drop=[0., .5]), dict(skip_init=[False, True])])
+def test_a_grid_of_architectures_is_refused_before_anything_is_trained(mode, grid, monkeypatch):
+    monkeypatch.setattr("lap_nb.ensembles._run_all", lambda *args: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match="network 1 is another architecture than network 0"):
+        fit_many(partial(dense_net, 64, 10), digits().splits(60, range(4)), epochs=1, mode=mode, grid=grid)
 
 
 @pytest.mark.parametrize("threads, settings, lengths, at_once", [
@@ -712,3 +721,62 @@ def test_a_recorded_graph_is_replayed_and_leaves_no_trace(monkeypatch):
     with pytest.raises(RuntimeError, match="a CUDA graph would repeat them"):
         lap_nb.ensembles.Graphed([noisy_net(), noisy_net()])._mapped(torch.rand(2, 4, 64).as_subclass(OnGPU))
     assert torch.equal(rows[0].eval()(x), rows[1].eval()(x)) and len(recorded) == 2
+
+
+class RandomFeatures(nn.Module):
+    def __init__(self): super().__init__(); self.register_buffer("w", torch.randn(64, 16), persistent=False); self.head = nn.Linear(16, 10)
+    def forward(self, x): return self.head(torch.tanh(x @ self.w))
+
+
+def test_members_have_their_own_buffers_even_if_those_are_not_saved():
+    models = [_made(RandomFeatures, seed) for seed in range(3)]
+    row, x = Ensemble(models).eval(), torch.randn(5, 64)
+    for i, m in enumerate(models): torch.testing.assert_close(row.member(i)(x), m.eval()(x))
+
+
+def test_values_of_a_grid_as_a_tensor(tmp_path):
+    members = grid_members([0], dict(lambda0=torch.tensor([1., 2.])))
+    assert [m["lambda0"] for m in members] == [1., 2.] and json.dumps(members)
+
+
+class Averages(nn.Module):
+    "A network that keeps a running mean, written or assigned."
+    def __init__(self, assigns): super().__init__(); self.head, self.assigns = nn.Linear(64, 10), assigns; self.register_buffer("mean", torch.zeros(64))
+    def forward(self, x):
+        if self.training:
+            mean = .9 * self.mean + .1 * x.detach().mean(0)
+            if self.assigns: self.mean = mean
+            else: self.mean.copy_(mean)
+        return self.head(x - self.mean)
+
+
+def test_a_buffer_that_is_assigned_is_not_lost_without_a_word():
+    split, run = digits().splits(60, range(2)), partial(fit_many, epochs=2, batch_size=20)
+    alone, row = (run(partial(Averages, False), split, mode=mode) for mode in ("sequential", "batched"))
+    for i in range(2): torch.testing.assert_close(alone[i].model.mean, row[i].model.mean)
+    run(partial(Averages, True), split, mode="sequential")
+    with pytest.raises(RuntimeError, match="assigns its buffer mean anew.*choose mode='sequential'"): run(partial(Averages, True), split, mode="batched")
+
+
+def test_resuming_with_another_least_action_is_refused(tmp_path):
+    split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1, checkpoint=tmp_path / "row")
+    run(split, least_action=LeastAction)
+    run(split, least_action=LeastAction, resume=True)
+    for other in (None, partial(LeastAction, tau=.1)):
+        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
+
+
+def test_what_is_no_maker_and_no_grid():
+    split, run = digits().splits(60, range(2)), partial(fit_many, epochs=1)
+    with pytest.raises(TypeError, match="make_model is of type ResidualNet, expected what makes a network"): run(make(), split)
+    with pytest.raises(TypeError, match="least_action is True, expected what makes one"): run(make, split, least_action=True)
+    with pytest.raises(ValueError, match="seeds are not a setting"): run(make, split, grid=dict(seed=[7, 8]))
+    with pytest.raises(ValueError, match="expected a mapping"): run(make, split, grid=[("lr", [1.])])
+    same = make()
+    for mode in ("sequential", "batched"):
+        with pytest.raises(ValueError, match="gave the same network twice"): run(lambda: same, split, mode=mode)
+
+
+@pytest.mark.parametrize("level", [0, 1, 95])
+def test_a_level_is_a_share(level):
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"): interval(torch.rand(5), level)

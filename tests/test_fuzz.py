@@ -283,10 +283,10 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
 
 OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_spread`),
-# settings through JSON and back (`_noted`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
+# settings through JSON and back (`_noted`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
 OPENING = {'compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
-           'ensembles._spread', 'ensembles.free_memory', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'training._check_archive',
-           'training._processor', 'training.load_checkpoint'}
+           'ensembles._spread', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'training._check_archive',
+           'training._processor', 'training.load_checkpoint', 'transport._free_memory'}
 
 
 def test_no_reader_is_left_out():

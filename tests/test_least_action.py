@@ -741,3 +741,31 @@ def test_a_report_too_short_for_a_trend_has_no_numbers_for_it(net):
     la = LeastAction(net)
     for _ in range(3): la(F.cross_entropy(net(torch.randn(6, 8)), torch.zeros(6, dtype=torch.long)))
     assert "nan" not in str(la.report())
+
+
+def test_ascend_takes_one_number_per_network(net):
+    la = LeastAction(net)
+    la.ascend(.5)
+    assert la.lam.item() == 1.5
+    with pytest.raises(ValueError, match=r"loss has shape \(7,\), expected \(\)"): la.ascend(torch.rand(7))
+    assert la.lam.shape == () and la.lam.item() == 1.5
+
+
+def test_an_average_of_the_loss_starts_with_the_first_finite_one(net):
+    la, x, y = LeastAction(net, average=.9, tau=1.), torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
+    for value in (float("nan"), 2., 2., 2.):
+        task = F.cross_entropy(net(x), y)
+        la(task * 0 + value)
+    assert la.lam.item() == pytest.approx(1 + 3 * 2)
+
+
+def test_after_a_refused_loss_the_cell_can_be_run_again(net):
+    la, x, y = LeastAction(net), torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(ValueError): la(F.cross_entropy(net(x), y, reduction="none"))
+    assert la(F.cross_entropy(net(x), y)).isfinite()
+
+
+def test_a_report_of_a_loss_of_zero(net):
+    la, x = LeastAction(net), torch.randn(6, 8)
+    for _ in range(10): la(net(x).sum() * 0)
+    assert str(la.report())

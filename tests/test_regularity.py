@@ -144,3 +144,7 @@ def test_attention_keywords_and_mappings():
     jacobian = torch.autograd.functional.jacobian(lambda z: net.layers[0](z), start[:1]).reshape(40, 40)
     assert_close(profile.blocks[0, 0], torch.linalg.matrix_norm(jacobian, 2), rtol=1e-3, atol=0)
     assert set(measure_regularity(net, numbers(60, 5, 3))) >= {"lipschitz whole 0.5", "holder on"}
+
+
+def test_stochastic_depth_is_random_too():
+    with pytest.raises(ValueError, match="in training mode"): lipschitz_profile(dense_net(3, 2, K=2, drop=.5).train(), torch.randn(5, 3))

@@ -332,3 +332,34 @@ def test_roll_back_halves_the_rate_until_it_holds(tmp_path):
     with pytest.warns(UserWarning, match="0.5 of the learning rate") as told: run = rescued(tmp_path / "run.pt", 12)
     assert run.last["loss"].isfinite() and load_checkpoint(tmp_path / "run.pt")["lr_scale"] == .5 ** len(told)
     with pytest.warns(UserWarning), pytest.raises(Diverged): rescued(tmp_path / "other.pt", len(told) - 1)
+
+
+# What a refusal and an error leave behind
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    torch.manual_seed(0)
+    narrow, wide = dense_net(64, 10, K=2, hidden=32), dense_net(64, 10, K=2, hidden=64)
+    fit(narrow, digits().split(100), epochs=1, checkpoint=tmp_path / "run.pt")
+    before = {name: t.clone() for name, t in wide.state_dict().items()}
+    with pytest.raises(ValueError, match="the checkpoint is of another network"):
+        fit(wide, digits().split(100), epochs=2, checkpoint=tmp_path / "run.pt", resume=True)
+    assert all(torch.equal(t, before[name]) for name, t in wide.state_dict().items())
+
+
+@pytest.mark.parametrize("before, after", [(dict(weight_decay=.01), dict(weight_decay=.5)), (dict(optimiser="sgd", momentum=.9), dict(optimiser="sgd", momentum=.1))])
+def test_resuming_takes_the_settings_that_are_given(tmp_path, before, after):
+    model, seen = dense_net(64, 10, K=2), {}
+    split, key = digits().split(100), list(after)[-1]
+    fit(model, split, epochs=1, checkpoint=tmp_path / "run.pt", **before)
+    def note(training): seen.update({k: v for k, v in training.opt.param_groups[0].items() if k != "params"})
+    run = fit(model, split, epochs=2, checkpoint=tmp_path / "run.pt", resume=True, callbacks=[note], **after)
+    assert seen[key] == run.provenance[key] == after[key]
+
+
+def test_divergence_goes_from_process_to_process():
+    e = pickle.loads(pickle.dumps(Diverged("the objective is nan", 3, "blocks.1", "run.pt")))
+    assert (e.step, e.block, e.checkpoint) == (3, "blocks.1", "run.pt") and str(e) == str(Diverged("the objective is nan", 3, "blocks.1", "run.pt"))
+
+
+def test_a_folder_is_not_a_damaged_checkpoint(tmp_path):
+    with pytest.raises(IsADirectoryError): load_checkpoint(tmp_path)

@@ -360,3 +360,26 @@ def test_seeds_of_the_command(text, seeds): assert studies._seeds(text) == seeds
 
 def test_seeds_of_the_command_that_are_none():
     with pytest.raises(ValueError, match='expected a number like 20'): studies._seeds('many')
+
+
+@pytest.mark.parametrize("spec, says", [("digits:flip=-0.1", "out of range"), ("digits:flip=1.5", "out of range"), ("circles:noise=.1,noise=.2", "twice"), ("digits:noise=.3", "only circles and moons"),
+                                        ("circles:noise", "expected variations like"), ("circles:pool=2", "is for pictures"), ("digits:turn=3", "expected noise, flip or pool")])
+def test_variations_that_cannot_be(spec, says):
+    with pytest.raises(ValueError, match=says): dataset(spec)
+
+
+def test_descriptions_that_cannot_be_meant(tmp_path):
+    grid = TINY.grids[0]
+    for changed, says in ((dict(data="circles"), "expected a tuple of names"), (dict(schedule=Schedule(points=0)), "points is 0"), (dict(thin=0), "thin is 0"),
+                          (dict(net=Net("resnet", 10, 8)), "expected a multiple of its 3 stages")):
+        with pytest.raises(ValueError, match=says): replace(TINY, grids=(replace(grid, **changed),))
+    for changed, says in ((dict(measures=("transports",)), "no measure 'transports'"), (dict(net=Net("densee")), "no network 'densee'")):
+        with pytest.raises(ValueError, match=says): run_study(replace(TINY, grids=(replace(grid, **changed),)), tmp_path, device="cpu")
+    for settings, says in ((dict(gain=.1), "which the default initialisation does not take"), (dict(h=0.), "expected a positive number"), (dict(lr=0.), "expected a positive number")):
+        with pytest.raises(ValueError, match=says): Method("mine", **settings)
+
+
+def test_columns_that_there_are_not():
+    found = Records([dict(data="a", n=1, net="d", method="m", family="m", seed=s, test_accuracy_last=.5, diverged=False) for s in range(3)], {})
+    for read in (lambda: found.by("way"), lambda: found.values("test_acc"), lambda: found.interval("test_acc"), lambda: found.where(way="m")):
+        with pytest.raises(ValueError, match="no column"): read()

@@ -539,3 +539,40 @@ def test_a_parameter_that_is_not_finite_is_found_in_any_network(row):
 def test_a_data_set_that_was_not_split_is_named():
     for train in (lambda: fit(make(), digits()), lambda: fit_many(make, digits(), range(2), epochs=1)):
         with pytest.raises(TypeError, match=r'type Dataset, expected a Split: data.split\(n\)'): train()
+
+
+class Trips(nn.Module):
+    "Raises in evaluation."
+    def __init__(self): super().__init__(); self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
+    def forward(self, x):
+        if not self.training: raise KeyboardInterrupt
+        return self.head(self.norm(x))
+
+
+def test_evaluation_puts_every_mode_back():
+    from lap_nb.training import evaluate
+    split, model = digits().split(100), nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 10)).train()
+    model[0].eval()   # frozen by hand
+    evaluate(model, split)
+    assert model.training and not model[0].training
+    trips = Trips().train()
+    with pytest.raises(KeyboardInterrupt): evaluate(trips, split)
+    assert trips.training and trips.norm.training
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_rows_for_several_networks_are_refused(seeds):
+    with pytest.raises(ValueError, match=f"data has rows for {seeds} networks, expected those of one"): fit(make(), digits().splits(60, range(seeds)), epochs=1)
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    from lap_nb import training
+    def gone(*args, **kwargs): raise FileNotFoundError("git")
+    monkeypatch.setattr("subprocess.run", gone)
+    assert training._commit.__wrapped__() is None
+
+
+@pytest.mark.parametrize("said, stops", [(True, True), (torch.tensor(True), True), (torch.tensor(False), False), (1, False), (torch.tensor(1.), False)])
+def test_what_stops_a_training(said, stops):
+    run = fit(make(), digits().split(60), epochs=3, eval_every=1, callbacks=[lambda training: said])
+    assert len(run.curves["epoch"]) == (1 if stops else 3)
