@@ -383,3 +383,18 @@ def test_columns_that_there_are_not():
     found = Records([dict(data="a", n=1, net="d", method="m", family="m", seed=s, test_accuracy_last=.5, diverged=False) for s in range(3)], {})
     for read in (lambda: found.by("way"), lambda: found.values("test_acc"), lambda: found.interval("test_acc"), lambda: found.where(way="m")):
         with pytest.raises(ValueError, match="no column"): read()
+
+
+def test_a_study_of_ones_own_in_a_new_session(tmp_path):
+    run_study(replace(TINY, name="mine"), tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="is there, but no description of a study 'mine'.*stale=True"): records("mine", tmp_path)
+    assert len(records("mine", tmp_path, stale=True)) == len(WANTED)
+
+
+def test_a_measure_that_cannot_be_kept_fails_its_cells_only(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.MEASURES, "odd", lambda model, split: dict(odd=object()))
+    monkeypatch.setitem(studies.MEASURES, "norm", lambda model, split: dict(norm=sum(p.norm() for p in model.parameters())))
+    first, second = (replace(TINY.grids[0], sizes=(n,), measures=(name,)) for n, name in ((20, "odd"), (30, "norm")))
+    with pytest.raises(RuntimeError, match="cells failed, the others are recorded"): run_study(replace(TINY, grids=(first, second)), tmp_path, device="cpu")
+    rows = [row for row in read_lines(tmp_path / "tiny.jsonl") if row.get("kind") != "run"]
+    assert rows and all(isinstance(row["norm"], float) for row in rows)
