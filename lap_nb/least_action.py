@@ -510,7 +510,7 @@ def table(self:KKT
             ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
             ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"), ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
             ("action", f"{self.action:.4g}", "as small as the task allows"),
-            ("action / lambda, of the loss", f"{self.share:.1%}", "what the action weighs in the objective")]
+            ("action / lambda, of the loss", _percent(self.share, ".1%"), "what the action weighs in the objective")]
     if self.residual is not None:
         rows += [("stationarity residual", f"{self.residual:.2f}", "zero: the gradients balance"),
                  ("balancing lambda", f"{self.balance:.4g}", "lambda itself, when stationary")]

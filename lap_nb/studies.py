@@ -665,6 +665,11 @@ def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple
     return run_cell(cell, seeds, pick_device(device), root)
 
 # %% ../nbs/08_replication.ipynb #56178303
+def _check_columns(rows:list[dict], columns:Iterable[str]):
+    there = dict.fromkeys(k for row in rows for k in row)   # rows of networks that diverged have fewer
+    unknown = [c for c in columns if rows and c not in there]
+    if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
+
 @dataclass(frozen=True, repr=False)
 class Records:
     "Rows of a study, one per network, and where they came from."
@@ -683,17 +688,14 @@ class Records:
     )->"Records":
         "The rows that have these values; raises `ValueError` on an unknown column."
         wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
-        there = dict.fromkeys(k for row in self.rows for k in row)   # rows of networks that diverged have fewer
-        unknown = [k for k in wanted if self.rows and k not in there]
-        if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
+        _check_columns(self.rows, wanted)
         return Records([row for row in self.rows if all(row.get(k) in v for k, v in wanted.items())], self.runs)
 
     def by(self,
         *columns:str, # to group by
     )->dict:          # value of the column, or tuple of values -> `Records`
         "Groups of rows; those without a column are under None. Raises `ValueError` on an unknown column."
-        unknown = [c for c in columns if self.rows and not any(c in row for row in self.rows)]
-        if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(self.rows[0])}")
+        _check_columns(self.rows, columns)
         groups = {}
         for row in self.rows: groups.setdefault(tuple(row.get(c) for c in columns), []).append(row)
         return {key[0] if len(columns) == 1 else key: Records(rows, self.runs) for key, rows in groups.items()}
@@ -710,8 +712,7 @@ def values(self:Records,
     column:str,  # of numbers
 )->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
     "A column as numbers; raises `ValueError` if no network that was trained to the end has it."
-    whole = [row for row in self.rows if not row.get("diverged")]
-    if whole and not any(column in row for row in whole): raise ValueError(f"no column {column}; there are {', '.join(whole[0])}")
+    _check_columns([row for row in self.rows if not row.get("diverged")], [column])
     return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
 
 @patch

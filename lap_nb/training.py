@@ -770,8 +770,9 @@ def train_loop(
         while True:
             try: return training.run(callbacks, bar)
             except Diverged as e:
-                e.curves = training.curves()
-                if rollback == 0: raise
+                if rollback == 0:
+                    e.curves = training.curves()   # what was reached
+                    raise
                 rollback -= 1; training.roll_back(e)
 
 # %% ../nbs/06_training.ipynb #13e4cf8b
