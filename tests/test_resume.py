@@ -146,23 +146,38 @@ import test_resume
 for line in sys.stdin:
     path, epochs, seed = line.split()
     if (pid := os.fork()) == 0:
-        try: test_resume.train(path, int(epochs), resume=True, seed=int(seed))
+        def tell(training): os.write(1, b"point\\n")
+        try: test_resume.train(path, int(epochs), resume=True, seed=int(seed), callbacks=[tell])
         except BaseException as e: print(repr(e), file=sys.stderr); os._exit(1)
         os._exit(0)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
+    os.write(1, b"started %d\\n" % pid)
+    os.write(1, b"ended %d\\n" % os.waitpid(pid, 0)[1])
 """
+
+
+class Nursery:
+    "A process that has everything imported and runs each training in a new process, one after the other."
+    def __init__(self, process): self.process = process
+
+    def __call__(self, path, epochs, seed=0, kill_after=None, delay=0):
+        "Train; kill it `delay` seconds after that many of its points (None: never). The status: 0, or the signal that ended it."
+        self.process.stdin.write(f"{path} {epochs} {seed}\n"); self.process.stdin.flush()
+        points = pid = 0
+        while True:
+            word, *number = self.process.stdout.readline().split()
+            if word == "ended": return int(number[0])
+            if word == "started": pid = int(number[0])
+            points += word == "point"
+            if pid and points == kill_after:
+                time.sleep(delay); kill_after = None
+                with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def nursery():
-    "A process that has everything imported and starts each training in a new process: returns its id, and a function that waits for its status."
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, "-c", NURSERY, Path(__file__).parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
-        def start(path, epochs, seed=0):
-            process.stdin.write(f"{path} {epochs} {seed}\n"); process.stdin.flush()
-            return int(process.stdout.readline()), lambda: int(process.stdout.readline())
-        yield start
+        yield Nursery(process)
         process.stdin.close()
 
 
@@ -170,27 +185,23 @@ def test_resumed_training_has_the_same_bits(tmp_path, nursery):
     "Two N steps, against N steps, an interruption, another process with other weights, N steps."
     straight = train(tmp_path / "straight.pt")
     with pytest.raises(Stop): train(tmp_path / "halved.pt", callbacks=[stopper(6)])
-    _, status = nursery(tmp_path / "halved.pt", 12, seed=5)
-    assert status() == 0
+    assert nursery(tmp_path / "halved.pt", 12, seed=5) == 0
     first, second = load_checkpoint(tmp_path / "straight.pt"), load_checkpoint(tmp_path / "halved.pt")
     assert first["step"] == 48 and not same(first, second)
     for name, p in straight.model.state_dict().items(): assert torch.equal(second["model"][name], p)
 
 
 def test_killed_at_twenty_random_moments(tmp_path, nursery):
-    whole, killed, epochs = tmp_path / "whole.pt", tmp_path / "killed.pt", 30
-    begun = time.perf_counter()
-    assert nursery(whole, epochs)[1]() == 0
-    seconds, draw, kills, steps = time.perf_counter() - begun, torch.Generator().manual_seed(0), 0, set()
+    "Up to 20 ms, a few steps, after a point of the training that is drawn."
+    whole, killed, epochs, draw, kills, steps = tmp_path / "whole.pt", tmp_path / "killed.pt", 30, torch.Generator().manual_seed(0), 0, [0]
+    assert nursery(whole, epochs) == 0
     while kills < 20:
-        pid, status = nursery(killed, epochs)
-        time.sleep(torch.rand((), generator=draw).item() * seconds / 4)
-        with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-        if status() == signal.SIGKILL: kills += 1
-        if killed.exists(): steps.add(load_checkpoint(killed)["step"])
-        if killed.exists() and max(steps) > .9 * 4 * epochs: killed.unlink() # nearly done: once more from the start
-    assert nursery(killed, epochs)[1]() == 0
-    assert len(steps) > 5, "the kills hit the training at different steps"
+        if steps[-1] > .8 * 4 * epochs: killed.unlink() # nearly done: once more from the start
+        after, delay = torch.randint(3, (), generator=draw).item(), .02 * torch.rand((), generator=draw).item()
+        kills += nursery(killed, epochs, kill_after=after, delay=delay) == signal.SIGKILL
+        steps.append(load_checkpoint(killed)["step"] if killed.exists() else 0)
+    assert nursery(killed, epochs) == 0
+    assert len(set(steps)) > 5, "the kills hit the training at different steps"
     assert not same(load_checkpoint(whole), load_checkpoint(killed))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.pt", "whole.pt"], "half-written neighbours are swept up"
 
