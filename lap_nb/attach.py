@@ -7,11 +7,12 @@ __all__ = ['Blocks', 'find_blocks', 'Trace', 'Tracer', 'trace', 'trace_energies'
 
 # %% ../nbs/02_attach.ipynb #8dc89c3d
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -408,6 +409,23 @@ def _repr_markdown_(self:Trace):
             for k, (name, s, e) in enumerate(zip(self.names, self.steps, self.energies().detach().mean(1).tolist()))]
     return "\n".join(["| step | block | shape | energy |", "|---|---|---|---|", *rows])
 
+# %% ../nbs/02_attach.ipynb #b0a7c51e
+def _going_in(name:str, args, kwargs, copy:Callable|None)->tuple[Tensor, int|None]: # what goes into a block, or a copy of it, and its version
+    x = _first((args, kwargs))
+    if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
+    x = x if copy is None else copy(x)
+    return x, _version(x)
+
+def _coming_out(name:str, before:tuple[Tensor, int|None], out)->tuple[Tensor, Tensor]:
+    "What went into a block and what comes out of it; raises if they cannot be subtracted, or the block wrote to what went in."
+    (x, version), y = before, _first(out)
+    if y is None or y.shape != x.shape:
+        raise ValueError(f"block {name!r} gives {None if y is None else tuple(y.shape)} for an input of {tuple(x.shape)}, "
+                         "expected the same shape: leave it out, find_blocks(model, x) does")
+    if _version(x) != version:
+        raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+    return x, y
+
 # %% ../nbs/02_attach.ipynb #91906f45
 class Tracer:
     "Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, or the end of `with`."
@@ -429,7 +447,7 @@ class Tracer:
         self.hooks = [root.register_forward_pre_hook(_Hook(self, self._begin))]
         for name, m in self.blocks.items():
             self.hooks += [m.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True),
-                           m.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True)]
+                           m.register_forward_hook(_Hook(self, self._leave, name))]
         self.hooks.append(root.register_forward_hook(_Hook(self, self._close)))
 
     def remove(self):
@@ -457,19 +475,12 @@ def _rests(self:Tracer)->bool:
 @patch
 def _enter(self:Tracer, name, module, args, kwargs):
     if self._rests(): return
-    x = _first((args, kwargs))
-    if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
-    self._open[name] = (_wide(x, copy=True) if name in self.copies else x), _version(x)
+    self._open[name] = _going_in(name, args, kwargs, partial(_wide, copy=True) if name in self.copies else None)
 
 @patch
-def _leave(self:Tracer, name, module, args, kwargs, out):
+def _leave(self:Tracer, name, module, args, out):
     if self._rests(): return
-    (before, version), after, x = self._open.pop(name), _first(out), _first((args, kwargs))
-    if after is None or after.shape != before.shape:
-        raise ValueError(f"block {name!r} gives {None if after is None else tuple(after.shape)} for an input of {tuple(before.shape)}, "
-                         "expected the same shape: leave it out, find_blocks(model, x) does")
-    if name not in self.copies and _version(x) != version:
-        raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+    before, after = _coming_out(name, self._open.pop(name), out)
     squares = (_wide(after) - _wide(before)).square().sum(tuple(range(1, after.ndim)))
     h = module.h if isinstance(module, ResidualBlock) else 1.
     step = _Step(name, squares, tuple(after.shape[1:]), h)

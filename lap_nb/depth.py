@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import Blocks, _first, _recomputing, _run, _swap, _unwrap, _version, find_blocks
+from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
 from .kinetic import _Hook
@@ -796,8 +796,7 @@ class RandomDepth:
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
         self.random, self.schedule = random.Random(seed), None
         self.hooks = [model.register_forward_pre_hook(self._draw)]
-        self.inplace = {k for k, name in enumerate(blocks) if name in getattr(blocks, "inplace", ())}
-        self._open = []
+        self.names, self.inplace, self._open = list(blocks), set(getattr(blocks, "inplace", ())), []
         for k, b in enumerate(blocks.values()):
             self.hooks += [b.register_forward_pre_hook(partial(self._enter, k), with_kwargs=True), b.register_forward_hook(partial(self._stretch, k))]
 
@@ -809,14 +808,11 @@ class RandomDepth:
 
     def _enter(self, k, block, args, kwargs):
         if self.schedule is None or not block.training: return
-        x = _first((args, kwargs))
-        if k in self.inplace: x = x.clone()
-        self._open.append((x, _version(x)))
+        self._open.append(_going_in(self.names[k], args, kwargs, torch.clone if self.names[k] in self.inplace else None))
 
     def _stretch(self, k, block, args, out):
         if self.schedule is None or not block.training: return None
-        (x, version), y = self._open.pop(), _first(out)
-        if _version(x) != version: raise RuntimeError(f"block {k} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+        x, y = _coming_out(self.names[k], self._open.pop(), out)
         return _swap(out, y, x + self.schedule.get(k, 0.) * (y - x))
 
     def remove(self):
@@ -848,14 +844,10 @@ class _Steps:
                            b.register_forward_hook(_Hook(self, _Steps._note, name))]
 
     def _enter(self, name, block, args, kwargs):
-        x = _first((args, kwargs))
-        if name in getattr(self.blocks, "inplace", ()): x = x.clone()
-        self._open.append((x, _version(x)))
+        self._open.append(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
 
     def _note(self, name, block, args, out):
-        x, version = self._open.pop()
-        if _version(x) != version: raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
-        step = self.each(x, _first(out))
+        step = self.each(*_coming_out(name, self._open.pop(), out))
         if not _recomputing(): self.seen.append(step)
 
     def take(self)->Tensor: # `[K]`, or what was put

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
+from types import LambdaType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -832,9 +832,12 @@ def _end_to_end(curves:list[dict], sizes:list[int])->dict[str, Tensor]: # `[E, S
 
 # %% ../nbs/07_ensembles.ipynb #bc03a87f
 def _told(make):
-    "A maker as plain JSON values: its name, and what a `partial` binds."
+    "A maker as plain JSON values: its name, what a `partial` binds, and the constants, names and bound numbers and texts of a lambda."
     if isinstance(make, partial): return [_told(make.func), repr(make.args), repr(sorted(make.keywords.items()))]
-    return None if make is None else getattr(make, "__qualname__", type(make).__qualname__)
+    if not isinstance(make, LambdaType) or make.__name__ != "<lambda>": return None if make is None else getattr(make, "__qualname__", type(make).__qualname__)
+    code, bound = make.__code__, [cell.cell_contents for cell in make.__closure__ or ()]
+    plain = [v for v in (*code.co_consts, *bound, *(make.__defaults__ or ())) if isinstance(v, (bool, int, float, str))]
+    return [make.__qualname__, repr(code.co_names), repr(plain)]
 
 def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settings:dict, least_action=None)->dict|None:
     "What a folder of checkpoints says about its rows; raises rather than mix two ensembles."

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import _first, _recomputing, _unwrap, _version, find_blocks
+from .attach import _coming_out, _first, _going_in, _recomputing, _unwrap, find_blocks
 from .dynamics import ResidualBlock, Trajectory, colours, residual_blocks
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -290,20 +290,12 @@ def _aside(self:EnergyMeter)->bool:
 @patch
 def _enter(self:EnergyMeter, name, block, args, kwargs):
     if self._aside(): return
-    x = _first((args, kwargs))
-    if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
-    if name in getattr(self.blocks, "inplace", ()): x = x.clone()
-    self._open.append((x, _version(x)))
+    self._open.append(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
 
 @patch
 def _leave(self:EnergyMeter, name, block, args, out):
     if self._aside(): return
-    (before, version), after = self._open.pop(), _first(out)
-    if after is None or after.shape != before.shape:
-        raise ValueError(f"block {name!r} gives {None if after is None else tuple(after.shape)} for an input of {tuple(before.shape)}, "
-                         "expected the same shape: leave it out, find_blocks(model, x) does")
-    if _version(before) != version:
-        raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+    before, after = _coming_out(name, self._open.pop(), out)
     self._note(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
 
 @patch

@@ -787,6 +787,16 @@ def test_penalty_and_random_depth_see_blocks_that_write_to_their_input():
     with torch.no_grad(): outs = [net(x) for _ in range(12)]
     random.remove()
     assert any(not torch.allclose(out, full) for out in outs)
+    random = RandomDepth(net, blocks=named, sizes=[3])
+    with pytest.raises(RuntimeError, match="block '1' writes to its input"): net(x)
+    random.remove()
+
+
+def test_random_depth_of_a_block_that_changes_the_shape():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5)).train()
+    random = RandomDepth(net, blocks={"0": net[0], "1": net[1]}, sizes=[2])
+    with pytest.raises(ValueError, match=r"block '1' gives \(3, 5\) for an input of \(3, 4\)"): net(torch.randn(3, 4))
+    random.remove()
 
 
 def test_statistics_after_an_error_are_as_before():

@@ -766,6 +766,15 @@ def test_resuming_with_another_least_action_is_refused(tmp_path):
         with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
 
 
+def test_lambdas_are_told_apart_by_what_they_hold(tmp_path):
+    split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1, checkpoint=tmp_path / "row")
+    bound = lambda tau: lambda model: LeastAction(model, tau=tau, every=2)
+    run(split, least_action=bound(.1))
+    run(split, least_action=bound(.1), resume=True)
+    for other in (bound(.2), lambda model: LeastAction(model, tau=.1, every=3)):
+        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
+
+
 def test_what_is_no_maker_and_no_grid():
     split, run = digits().splits(60, range(2)), partial(fit_many, epochs=1)
     with pytest.raises(TypeError, match="make_model is of type ResidualNet, expected what makes a network"): run(make(), split)
