@@ -155,7 +155,7 @@ def draw_regions(
         p = trial.model(torch.cartesian_prod(u, v)).softmax(1)[:, 1].view(grid, grid).T
     ax.contourf(u, v, p, levels=[0, .1, .3, .5, .7, .9, 1], cmap="cividis", alpha=.7)
     for c in (0, 1): ax.scatter(*x[y == c].T, s=8, color=colours()[c], marker="os"[c], edgecolors="white", linewidths=.3)
-    ax.set(xlabel="x₁", ylabel="x₂", title="probability of class 1")
+    ax.set(xlabel="x₁", ylabel="x₂", title="P(class 1)")
 
 def _draw_recall(trial:Trial, ax):
     at = trial.split.test
@@ -190,7 +190,9 @@ def draw_price(
     if "lambda" in c:
         ax.semilogy(c["epoch"], c["lambda"], "--", color=colours()[1], label="$\\lambda$")
         ax.semilogy(c["epoch"], c["action"] / c["lambda"], ":", color=colours()[3], label="action / $\\lambda$")
-    ax.legend(frameon=False, fontsize=8)
+    low, high = (math.log10(limit) for limit in ax.get_ylim())
+    ax.set_ylim(top=10 ** (high + .6 * (high - low)))   # room for the legend
+    ax.legend(frameon=False, fontsize=7, loc="upper left")
 
 # %% ../nbs/10_playground.ipynb #e8e7754d
 def draw_split(
@@ -203,7 +205,8 @@ def draw_split(
         ax.barh(0, share, left=left, color=colours()[colour], label=f"{name}: {100 * share:.0f} %")
         left += share
     ax.set(xlabel="share of $K\\Sigma_k|x_{k+1}-x_k|^2$", xlim=(0, 1), ylim=(-.6, 1.6), yticks=[], title=f"in all {split.total():.3g}")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    ax.set_xticks((0, .5, 1), ("0", "0.5", "1"))
+    ax.legend(frameon=False, fontsize=7, loc="upper left", handlelength=1)
 
 def draw_depth(
     trial:Trial, # trained or not
@@ -215,7 +218,8 @@ def draw_depth(
         rows = curve.of(way)
         ax.plot([r["blocks"] for r in rows], [100 * r["accuracy"] for r in rows], marker=marker, label=way, color=colours()[way == "skip"])
     ax.set(xlabel="blocks kept", ylabel="test accuracy (%)", ylim=(0, 103), title="other depths")
-    ax.legend(frameon=False, fontsize=8)
+    ax.locator_params(axis="x", nbins=5, integer=True)
+    ax.legend(frameon=False, fontsize=7)
 
 # %% ../nbs/10_playground.ipynb #d1e3e8f7
 _drawing = threading.Lock()   # matplotlib draws one picture at a time
@@ -450,5 +454,5 @@ def scrub(
 def _summary(trial:Trial)->str:
     "Pictures of a trained setting and its numbers."
     args = lambda name: (trial.setting.blocks,) if name == "paths" else ()
-    pictures = "".join(picture(lambda ax: PICTURES[name][0](trial, ax, *args(name)), PICTURES[name][1], 2.6, 2.4) for name in ("paths", "regions", "energies", "price", "split"))
+    pictures = "".join(picture(lambda ax: draw(trial, ax, *args(name)), alt, 2.6, 2.4) for name, (draw, alt) in PICTURES.items())
     return f"<p>test accuracy {100 * trial.accuracy():.1f} %, energy per sample {trial.energy():.3g}</p>{pictures}"

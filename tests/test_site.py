@@ -1,6 +1,7 @@
 "The site and the scripts that make it: every page in a real browser, at two widths, from a server and from a folder."
 import csv
 import functools
+import html
 import http.server
 import importlib
 import inspect
@@ -235,12 +236,16 @@ def test_public_names_are_documented(contents):
 
 
 def entry_lacks(article, thing, file):
-    "What is missing in the entry of a function: the link to its source, or an argument's row with its meaning."
+    "What is missing in the entry of a function: the link to its source, or an argument's row with its whole type and its meaning."
     if not re.search(rf'<a href="[^"]*/{re.escape(file)}#L\d+" class="api-source">', article): yield 'source'
-    rows = re.findall(r'<tr>\s*<td>\s*<code>(\w+)</code>\s*</td>.*?<td>([^<]*(?:<(?!/td>)[^<]*)*)</td>\s*</tr>', article, re.S)
-    meanings = {name: re.sub(r'<[^>]+>', '', text).strip() for name, text in rows}
-    named = [p.name for p in inspect.signature(thing).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    yield from (name for name in named if not meanings.get(name))
+    cells = [re.findall(r'<td>(.*?)</td>', row, re.S) for row in re.findall(r'<tr>(.*?)</tr>', article, re.S)]
+    texts = [[html.unescape(re.sub(r'<[^>]+>', '', cell)).strip() for cell in row] for row in cells if row]
+    rows = {name.strip('`'): (kind, meaning) for name, kind, _, meaning in texts}
+    for p in inspect.signature(thing).parameters.values():
+        name = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '') + p.name
+        kind, meaning = rows.get(name, ('', ''))
+        if not meaning: yield name
+        if kind.count('[') != str(p.annotation).count('['): yield f'{name}: {kind}'
 
 
 @pytest.fixture(scope='session')
@@ -319,7 +324,7 @@ def test_playground_is_scrubbed_without_a_kernel(browser, address):
             seen.append((numbers.inner_text(), shown()))
             assert sliders_say_what_they_show(page) == 2
         assert len({text for text, _ in seen}) == len({str(images) for _, images in seen}) == 3
-        assert all(len(images) == 5 for _, images in seen)
+        assert all(len(images) == 6 for _, images in seen)
 
 
 @pytest.mark.browser

@@ -107,7 +107,8 @@ def documented(name, page):
     modules = import_module(f'{library}._modidx').d['syms']
     thing = import_module(next(m for m, names in modules.items() if any(at.startswith(f'{page}#') for at, _ in names.values())))
     for part in name.split('.'): thing = inspect.getattr_static(thing, part) if inspect.isclass(thing) else getattr(thing, part)
-    return thing.fget if isinstance(thing, property) else getattr(thing, '__func__', thing)
+    wrapped = next((name for name in ('fget', '__func__', 'f') if hasattr(thing, name)), None)   # a property; a class method, of Python and of fastcore
+    return getattr(thing, wrapped) if wrapped and not inspect.isclass(thing) else thing
 
 
 def api_entry(text, thing):
@@ -118,7 +119,7 @@ def api_entry(text, thing):
     if source and inspect.isfunction(thing) and f'/{file}#' not in source:  # nbdev knows one module for a name
         source = re.sub(r'\w+/\w+[.]py#L\d+$', f'{file}#L{thing.__code__.co_firstlineno}', source)
     link = f'[source]({source}){{.api-source}}\n\n' if source else ''
-    signature, table = signature_and_table(code, comments_of(thing))
+    signature, table = signature_and_table(code, comments_of(thing), types_of(thing))
     doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M)
     return f'<article class="api">\n\n{link}{heading}\n\n{fence(signature, ".python .signature")}\n\n{doc}\n\n{table}\n\n</article>'
 
@@ -127,36 +128,48 @@ def comments_of(thing):
     "What stands beside the arguments of a function, or the fields of a class and of those it derives from, by name."
     library = thing.__module__.partition('.')[0]
     parts = [c for c in reversed(thing.__mro__) if c.__module__.partition('.')[0] == library] if inspect.isclass(thing) else [thing]
-    return {name: text for part in parts for name, text in docments(part, returns=False).items() if text}
+    found = {name: text for part in parts for name, text in docments(part, returns=False).items() if text}
+    if inspect.isfunction(thing): found |= dict(re.findall(r'^ +[*]{1,2}(\w+)\b.*?# (.*)$', inspect.getsource(thing), re.M))   # docments leaves these out
+    return found
 
 
-def signature_and_table(code, more):
-    "From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments; `more` of them by name."
+def types_of(thing):
+    "The types of the arguments by name, as they are written where Python can tell; the one returned under `return`."
+    try: signature = inspect.signature(thing)
+    except ValueError: return {}   # an exception without an __init__ of its own
+    types = {name: p.annotation for name, p in signature.parameters.items()} | {'return': signature.return_annotation}
+    return {name: inspect.formatannotation(a) for name, a in types.items() if a not in (inspect.Signature.empty, None)}
+
+
+def signature_and_table(code, more, types):
+    "From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments; `more` of both by name."
     code = re.sub(r'^( {4}\w+:\w+) <.*?>(?==)', r'\1', code, flags=re.M)  # fastcore's help of an argument
     code = re.sub(r'=<[^<>]*>', '=...', code)                             # a function as a default value
     comments = {name: NbdevLookup().linkify(text) for name, text in more.items()} | dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))
     returned = ''.join(re.findall(r'^(?:def \w+\(|)\).*?: # (.*)$', code, re.M))
     try: function = ast.parse(re.sub(r' # .*$', '', code, flags=re.M) + ' pass').body[0]
     except SyntaxError: return code, ''  # a default value without a literal form
-    rows = [(f'`{a.arg}`', kind(a.annotation), default, comments.get(a.arg, '')) for a, default in arguments(function.args)]
-    rows += [('*returns*', kind(function.returns), '', returned)] if returned else []
-    for a, _ in arguments(function.args): a.annotation = None
+    written = lambda name, annotation: types.get(name) or annotation and ast.unparse(annotation)
+    rows = [(f'`{stars}{a.arg}`', kind(written(a.arg, a.annotation)), default, comments.get(a.arg, '')) for a, default, stars in arguments(function.args)]
+    rows += [('*returns*', kind(written('return', function.returns)), '', returned)] if returned else []
+    for a, *_ in arguments(function.args): a.annotation = None
     call = f'{function.name}({ast.unparse(function.args)})'
     return call, parameter_table(rows) if comments or returned else ''
 
 
 def arguments(args):
-    "Each argument with the text of its default value."
+    "Each argument with the text of its default value and the stars before its name."
     plain = args.posonlyargs + args.args
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults + args.kw_defaults
-    for a, default in zip(plain + args.kwonlyargs, defaults): yield a, f'`{ast.unparse(default)}`' if default else ''
-    for a in filter(None, (args.vararg, args.kwarg)): yield a, ''
+    for a, default in zip(plain + args.kwonlyargs, defaults): yield a, f'`{ast.unparse(default)}`' if default else '', ''
+    for a, stars in ((args.vararg, '*'), (args.kwarg, '**')):
+        if a: yield a, '', stars
 
 
 def kind(annotation):
     "A type without the modules it comes from, linked where nbdev knows it."
-    if annotation is None or ast.unparse(annotation) == 'NoneType': return ''
-    return NbdevLookup().linkify(f'`{re.sub(r"(?:[a-z_]+[.])+", "", ast.unparse(annotation))}`')
+    if annotation in (None, '', 'None', 'NoneType'): return ''
+    return NbdevLookup().linkify(f'`{re.sub(r"(?:[a-z_]+[.])+", "", annotation)}`')
 
 
 def parameter_table(rows):
