@@ -433,6 +433,8 @@ def test_a_negative_loss_elsewhere_is_found_later(net, batch, monkeypatch):
     la = LeastAction(net)
     la(F.cross_entropy(net(x), y))
     la.check()
+    la.lowest = torch.tensor(0.)
+    la.check()
     la.lowest = torch.tensor(-.25)   # what a step on a GPU would have noted
     for look in (la.check, la.report):
         with pytest.raises(ValueError, match="the task loss was -0.25, expected zero or more"): look()
@@ -597,6 +599,20 @@ def test_verdicts_of_bare_cases():
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
     with pytest.raises(ValueError, match="have 20, 19 and 20 points"): kkt({"loss": t, "lambda": t[1:], "action": t})
     with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
+
+
+@pytest.mark.parametrize("sides, verdict", [([1., -1., 1., -1.], "oscillates"), ([1., -1., 1.], "satisfied")])
+def test_three_changes_of_side_are_an_oscillation(sides, verdict):
+    lam = 5 + .8 * torch.tensor(sides).repeat_interleave(24 // len(sides))
+    found = kkt(curve(loss=torch.full((48,), .2), lam=torch.cat([lam, lam])), target=.2)
+    assert found.verdict == verdict and .1 < found.swing < .25
+
+
+def test_eight_points_have_a_drift_and_a_swing():
+    found = kkt(curve(loss=torch.ones(8), lam=torch.tensor([1., 1, 1, 1, 2, 3, 4, 5])))
+    assert found.drift == pytest.approx(3 / 3.5, abs=1e-12) and found.swing == pytest.approx(0, abs=1e-12)
+    short = kkt(curve(loss=torch.ones(7), lam=torch.ones(7)))
+    assert torch.tensor([short.drift, short.swing]).isnan().all()
 
 
 # Refused

@@ -259,6 +259,13 @@ def test_gap_curve_rises_and_ends_at_the_gap():
     assert_close(curve.gaps[-1], torch.full((8,), exact_gap(x, y).relative))
 
 
+def test_gap_curve_of_few_points_and_of_points_at_rest():
+    pair, swapped = torch.tensor([[0.], [1.]]), torch.tensor([[1.], [0.]])
+    assert_close(gap_curve(pair, swapped, repeats=2).gaps, torch.ones(1, 2))   # all of the motion was needless
+    assert_close(gap_curve(x := cloud(9, 2, 0), x, repeats=3).gaps, torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="expected at least 2 points"): gap_curve(pair[:1], swapped[:1])
+
+
 def test_placebo_deals_the_displacements_out_anew():
     x = cloud(12, 2, 0)
     y = x + torch.tensor([[0., 0.]] * 6 + [[4., 1.]] * 6)
