@@ -471,15 +471,17 @@ def _gather_rng(self:Training)->list: # the state of the global generators, one 
 
 # %% ../nbs/06_training.ipynb #51a73c26
 def _feed(sha, value):
+    say = lambda text: sha.update(f"{len(text)} {text} ".encode())   # with its length, so that no two sequences read alike
     if isinstance(value, Tensor):
-        sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        say(f"{value.dtype} {tuple(value.shape)}")
         sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, dict):
-        for key, item in value.items(): sha.update(repr(key).encode()); _feed(sha, item)
+        say(f"dict {len(value)}")
+        for key, item in value.items(): say(repr(key)); _feed(sha, item)
     elif isinstance(value, (list, tuple)):
-        sha.update(f"{type(value).__name__} {len(value)}".encode())
+        say(f"{type(value).__name__} {len(value)}")
         for item in value: _feed(sha, item)
-    else: sha.update(repr(value).encode())
+    else: say(repr(value))
 
 def digest(
     value, # tensors and plain values, in any nest of dictionaries, lists and tuples
@@ -551,7 +553,7 @@ def write_atomically(
         finally: os.close(folder)
 
 # %% ../nbs/06_training.ipynb #8f1b8cd4
-CHECKPOINT, CHECKPOINT_FORMAT = "lap_nb checkpoint", 1
+CHECKPOINT, CHECKPOINT_FORMAT = "lap_nb checkpoint", 2   # 1 had another checksum
 class CheckpointError(ValueError): "A file that is not a whole checkpoint of this format."
 
 def save_checkpoint(
