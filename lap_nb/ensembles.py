@@ -296,13 +296,14 @@ def seeded(
     seed:int, # of the weights, dropout and whatever else is drawn inside
 ):
     "Inside, the global generator starts at `seed`; afterwards it is as before."
-    started = torch.cuda.is_initialized()
+    elsewhere, started = any(kind.is_available() for kind in (torch.cuda, torch.backends.mps, torch.xpu)), torch.cuda.is_initialized()
+    seed_all = torch.manual_seed if elsewhere else torch.default_generator.manual_seed   # to remember seeds for devices that are not there is slow
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count()) if started else []):
-            torch.manual_seed(seed)
+            seed_all(seed)
             yield
     finally:
-        if not started: torch.cuda.manual_seed_all(torch.initial_seed())   # it was set, too, for when CUDA starts
+        if elsewhere and not started: torch.cuda.manual_seed_all(torch.initial_seed())   # it was set, too, for when CUDA starts
 
 def _made(make_model, seed:int)->nn.Module:
     with seeded(seed): return make_model()
