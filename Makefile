@@ -16,6 +16,7 @@ CPU_TORCH = $(shell command -v nvidia-smi >/dev/null || { [ "$$(uname -s)" = Lin
 
 # Idle threads spin only briefly before they sleep: beside other work, small networks train several times faster.
 export GOMP_SPINCOUNT := 1000
+export PIP_RETRIES := 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

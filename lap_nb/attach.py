@@ -111,7 +111,7 @@ class _Probe:
     def leave(self, module, args, kwargs, out):
         self.look()
         y = _first(out)
-        self.calls.setdefault(module, []).append(call := self.judge(*self.open.pop(), y))
+        self.calls.setdefault(module, []).append(call := self._judge(*self.open.pop(), y))
         if call.shape and not _layer(module):
             self.outs.append((call, weakref.ref(y), _version(y)))
             self.last = y   # held until the next call of a module, so that nobody writes to it unseen
@@ -126,7 +126,13 @@ def _layer(module:nn.Module)->bool: return type(module).__module__.startswith("t
 
 # %% ../nbs/02_attach.ipynb #4c1d09ab
 @patch
-def judge(self:_Probe, x, start, version, y):
+def _judge(self:_Probe,
+    x,       # marked input of the module, or None
+    start,   # node of the graph that made the mark; None: a single layer
+    version, # of the mark, before the module ran: it counts writes in place
+    y,       # output of the module, or None
+)->_Call:    # the verdict, in words and numbers
+    "What one call of a module shows: whether its output contains its input, unchanged, as a summand."
     if x is None or y is None: return _Call("no floating-point tensor goes " + ("in" if x is None else "out"))
     if x.shape != y.shape: return _Call(_shapes(x, y))
     if start is None: return _Call("a single layer", shape=True)
@@ -350,10 +356,6 @@ class _Step:
     before: Tensor = None   # position before, `[B, ...]`
     after: Tensor = None    # position after
 
-def _recomputing()->bool:
-    "Whether a backward pass is running: then a checkpointed block is called for the second time."
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
 # %% ../nbs/02_attach.ipynb #fdbc30a1
 @dataclass(frozen=True)
 class Trace:
@@ -388,7 +390,8 @@ def _continues(last:_Step, step:_Step)->bool:
     return last.after.shape == step.before.shape and last.h == step.h and torch.equal(last.after, step.before)
 
 @patch(as_prop=True)
-def trajectory(self:Trace)->Trajectory: # in float32 or wider, with the names of the blocks and the model's output
+def trajectory(self:Trace,
+)->Trajectory: # in float32 or wider, with the names of the blocks and the model's output
     "The positions of the pass; raises `RuntimeError` if they were not kept."
     if self.energies_only: raise RuntimeError("only energies were kept, expected positions: trace again with energies_only=False")
     stages = [[self.steps[0]]]
@@ -459,6 +462,10 @@ class Tracer:
     def __exit__(self, *exc): self.remove()
 
 # %% ../nbs/02_attach.ipynb #09a95cf0
+def _recomputing()->bool:
+    "Whether a backward pass is running: then a checkpointed block is called for the second time."
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
 @patch
 def _begin(self:Tracer, name, module, args):
     if not (self.paused or _recomputing()): self.ended, self.steps, self._open = False, [], {}
@@ -489,7 +496,8 @@ def _leave(self:Tracer, name, module, args, out):
 
 # %% ../nbs/02_attach.ipynb #ec40d5b7
 @patch
-def take(self:Tracer)->Trace: # of the last forward pass
+def take(self:Tracer,
+)->Trace: # of the last forward pass
     "What was noted, once; raises `RuntimeError` if there is nothing."
     steps, self.steps = self.steps, []
     if steps: return Trace(steps, self.energies_only)

@@ -324,12 +324,15 @@ def check(self:Elastic,
     return depth
 
 @patch
-@contextmanager
 def at(self:Elastic,
     depth:int|DepthSchedule|None, # number of blocks, schedule, or None for all blocks
-):
+):                                # a context manager that gives the schedule
     "Inside, the gates stand as the schedule says."
-    schedule = self.check(depth)
+    return self._set(self.check(depth))
+
+@patch
+@contextmanager
+def _set(self:Elastic, schedule:DepthSchedule):
     old, stats = [g.scale for g in self.gates], self._statistics(schedule)
     scale = dict(zip(schedule.kept, schedule.scale))
     for k, gate in enumerate(self.gates): gate.scale = scale.get(k, 0.)
@@ -720,7 +723,6 @@ def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
 
 # %% ../nbs/09_depth.ipynb #99503ec1
 @patch
-@torch.no_grad()
 def early_exit(self:Elastic,
     x:Tensor,           # inputs, `[B, ...]`
     slack:float=.5,     # allowed change of velocity on the rest of the way, as a share of the speed observed last
@@ -728,7 +730,7 @@ def early_exit(self:Elastic,
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
-    with _evaluating(net):
+    with torch.no_grad(), _evaluating(net):
         z, alive = net.encoder(x), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):

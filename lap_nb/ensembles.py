@@ -163,9 +163,16 @@ def _seed(self:Ensemble, seeds:Sequence[int], device):
     self.__dict__["generators"] = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 @patch
-def get_extra_state(self:Ensemble)->dict: return dict(steps=self.steps, generators=[g.get_state() for g in self.generators])
+def get_extra_state(self:Ensemble,
+)->dict: # steps done, and where each member's generator stands
+    "What a state dict holds besides parameters and buffers, so that a training can go on."
+    return dict(steps=self.steps, generators=[g.get_state() for g in self.generators])
+
 @patch
-def set_extra_state(self:Ensemble, state:dict):
+def set_extra_state(self:Ensemble,
+    state:dict, # as `get_extra_state` gives it
+):
+    "Go on from there: random numbers, too, unless they come from another kind of device."
     self._seed([g.initial_seed() for g in self.generators], self.stacks[0].device)
     for g, saved in zip(self.generators, state["generators"]):
         if len(saved) == len(g.get_state()): g.set_state(saved.cpu())   # that of another kind of device cannot go on here
@@ -178,6 +185,7 @@ EVALUATED = 10_000 # samples of all networks together in one forward pass of an 
 def forward(self:Ensemble,
     x:Tensor, # samples of each network, `[S, B, ...]`
 )->Tensor:    # its logits, `[S, B, classes]`
+    "One pass of all networks: with the random numbers of each in training, in parts that fit the cache in evaluation."
     if not self.training:
         return torch.cat([self._mapped(part)[0] for part in x.split(max(1, EVALUATED // len(self)), 1)], 1)
     if self.generators[0].device != x.device: self._seed([g.initial_seed() for g in self.generators], x.device)
@@ -228,7 +236,10 @@ def watch(self:Ensemble,
 
 # %% ../nbs/07_ensembles.ipynb #8e6c40d0
 @patch
-def train(self:Ensemble, mode:bool=True):
+def train(self:Ensemble,
+    mode:bool=True, # training mode, or evaluation mode
+)->Ensemble:        # itself
+    "Choose the mode; where training ends, healthy networks are copied, and those that diverged go back to their copies."
     if self.training and not mode: self._settle()
     self.skeleton.train(mode)
     return nn.Module.train(self, mode)
@@ -692,7 +703,7 @@ def fit_many(
     resume:bool=False,                    # go on from the checkpoints if they exist
     save_every:int|None=None,             # steps between two saves; None: at the points of the curves only
     **recipe,                             # other settings of `training.Recipe`
-)->Runs:
+)->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone."
     _check_split(data); _check_maker(make_model, least_action)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)

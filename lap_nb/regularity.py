@@ -119,7 +119,7 @@ def lipschitz_profile(
     x:Tensor,                                 # inputs of the model, `[B, ...]`
     blocks:Mapping[str, nn.Module]|None=None, # name to module, each keeping its input's shape; None: found by `find_blocks`
     **settings,                               # of `local_lipschitz`: `iterations`, `tolerance`, `seed`
-)->LipschitzProfile:
+)->LipschitzProfile:                          # constants of the blocks and of the whole
     "Spectral norms of the Jacobians along the way; compare Theorems 1 to 3 of arXiv 2306.04252. Errors as in `local_lipschitz`."
     _check_map(model, x)
     whole = getattr(model, "flow", model)
@@ -137,17 +137,20 @@ def plot(self:LipschitzProfile,
     label="blocks",    # name in the legend
     colour:int=0,      # which of `colours()`
 ):                     # the axes
-    "Median over samples with the range from 5 to 95 %; the whole flow stands at the right."
+    "Median over samples with the range from 5 to 95 %; the whole flow stands at the right, behind a line."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     blocks, whole = self.blocks.cpu(), self.whole.cpu()
     shares = torch.tensor([.05, .5, .95], dtype=blocks.dtype)
     low, middle, high = blocks.quantile(shares, dim=1)
-    k, c = torch.arange(1, len(self.names) + 1), colours()[colour]
+    K, c = len(self.names), colours()[colour]
+    k = range(1, K + 1)
     ax.plot(k, middle, marker="os^D"[colour % 4], color=c, label=label); ax.fill_between(k, low, high, color=c, alpha=.2, lw=0)
     low, middle, high = whole.quantile(shares).tolist()
-    ax.errorbar(len(k) + 1.3 + .25 * colour, middle, [[middle - low], [high - middle]], marker="os^D"[colour % 4], color=c, capsize=3)
-    ax.set(xlabel="block (right: whole flow)", ylabel="local Lipschitz constant", yscale="log")
+    ax.errorbar(K + 1.4 + .3 * colour, middle, [[middle - low], [high - middle]], marker="os^D"[colour % 4], color=c, capsize=3)
+    ax.axvline(K + .8, color="0.85", lw=.8, zorder=0)
+    ax.set_xticks([*k[::-(-K // 12)], K + 1.55], [*map(str, k[::-(-K // 12)]), "whole\nflow"])
+    ax.set(xlabel="block", ylabel="local Lipschitz constant", yscale="log")
     ax.legend(frameon=False)
     return ax
 
@@ -235,9 +238,12 @@ def plot(self:Holder,
 ):                 # the axes
     "The modulus of continuity on logarithmic axes."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     ax.plot(self.r, self.modulus, marker="os^D"[colour % 4], color=colours()[colour], label=label or f"exponent {self.exponent:.2f}")
-    ax.set(xscale="log", yscale="log", xlabel="distance of two inputs", ylabel="largest distance of their images"); ax.legend(frameon=False)
+    ax.set(xscale="log", yscale="log", xlabel="distance of two inputs (feature units)", ylabel="largest distance of their images (feature units)")
+    for axis in (ax.xaxis, ax.yaxis): axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/04a_regularity.ipynb #a62a40a5

@@ -855,7 +855,7 @@ def fit(
     save_every:int|None=None,            # steps between two saves; None: at the points of the curves only
     rollback:int=0,                      # times to go back to the checkpoint and halve the learning rate when it diverges
     **kwargs,                            # of the `Recipe`
-)->Run:
+)->Run:                                  # the trained network with its curves, and how it was trained
     "Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers are no longer finite."
     _check_split(data); _check_model(model)
     if data.train.ndim > 1:
@@ -876,8 +876,7 @@ def plot(self:Run,
     axes=None, # axes by panel, from an earlier plot; None: a new figure
     label="",  # name of the run in the legend
 )->dict:       # the axes: `loss`, `accuracy`, `lambda`, `action`, `energy`, as far as there is something to show
-    "Curves over the epochs; networks in a row as their mean. Energies of the blocks from the first (dark) to the last (bright)."
-    import matplotlib.pyplot as plt
+    "Curves over the epochs, from the first one evaluated; networks in a row as their mean. Energies of the blocks from the first (dark) to the last (pale)."
     axes = _panels(self.curves) if axes is None else axes
     mean = {name: c.float().flatten(1, c.ndim - 1 - (name == "energy")).mean(1) if c.ndim > 1 + (name == "energy") else c.float()
             for name, c in self.curves.items()}
@@ -885,18 +884,24 @@ def plot(self:Run,
     style = dict(color=line.get_color(), label=label)
     axes["accuracy"].plot(mean["epoch"], mean["test_accuracy"], color=line.get_color(), label=f"{label} test".strip())
     axes["accuracy"].plot(mean["epoch"], mean["val_accuracy"], "--", color=line.get_color(), label=f"{label} validation".strip())
-    axes["accuracy"].legend(frameon=False)
     if "lambda" in mean and "lambda" in axes:
         axes["lambda"].plot(mean["epoch"], mean["lambda"], **style)
         axes["action"].plot(mean["epoch"], mean["action"] / mean["lambda"], **style)
     if "energy" in mean and "energy" in axes:
-        drawn = len(axes["energy"].lines) > 0
-        shades = plt.get_cmap("viridis")(torch.linspace(0, .9, mean["energy"].shape[1]).numpy())
-        for energy, shade in zip(mean["energy"].T, shades): axes["energy"].plot(mean["epoch"], energy, "--" if drawn else "-", color=shade)
-    for ax in [ax for name, ax in axes.items() if name != "accuracy"]: _logarithmic(ax)
+        for k, (energy, shade) in enumerate(zip(mean["energy"].T, _shades(line.get_color(), mean["energy"].shape[1]))):
+            axes["energy"].plot(mean["epoch"], energy, color=shade, label="" if k else label)
+    for name, ax in axes.items():
+        if name != "accuracy": _logarithmic(ax)
+        place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2) if name == "energy" else {}   # a panel full of curves
+        if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, **place)
     return axes
 
 # %% ../nbs/06_training.ipynb #e15d4049
+def _shades(colour, n:int)->list[tuple]:
+    "The colour and ever paler ones, `n` in all."
+    from matplotlib.colors import to_rgb
+    return [tuple(c + (1 - c) * .6 * k / max(1, n - 1) for c in to_rgb(colour)) for k in range(n)]
+
 def _logarithmic(ax):
     "A logarithmic axis where positive values span more than a factor of thirty."
     values = torch.cat([torch.as_tensor(line.get_ydata()) for line in ax.lines]) if ax.lines else torch.ones(1)

@@ -384,8 +384,8 @@ def plot(self:GapCurve,
     "Mean over the subsets, with the range of the middle 80 %."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
-    for values, name, c, marker in ((self.gaps, label, 0, "o"), (self.placebo, "placebo", 1, "s")):
-        ax.plot(self.n, values.mean(1), marker=marker, color=colours()[c], label=name)
+    for values, name, c, style in ((self.gaps, label, 0, dict(marker="o", ms=9, mfc="none", zorder=3)), (self.placebo, "placebo", 1, dict(marker="s", ms=4))):
+        ax.plot(self.n, values.mean(1), color=colours()[c], label=name, **style)
         ax.fill_between(self.n, *values.quantile(torch.tensor([.1, .9]), dim=1), color=colours()[c], alpha=.25, lw=0)
     ax.set(xscale="log", xlabel="samples $n$", ylabel="gap / displacement cost", title=f"{self.dim} dimensions")
     ax.legend(frameon=False)
@@ -415,7 +415,7 @@ class ActionSplit:
 
 # %% ../nbs/04_transport.ipynb #1235aa8a
 def _ends(x:Tensor, reduction:str, settings:dict)->tuple[float, float]:
-    "W2^2 and assignment gap of positions `[K+1, n, d]`; one sample has nothing to exchange with."
+    "$W_2^2$ and assignment gap of positions `[K+1, n, d]`; one sample has nothing to exchange with."
     if x.shape[1] > 1: return (g := exact_gap(x[0], x[-1], reduction=reduction, **settings)).w2, g.gap
     return ((x[-1] - x[0]).square().sum() / (x.shape[2] if reduction == "mean" else 1)).item(), 0.
 
@@ -442,7 +442,7 @@ def action_split(
     y:Tensor|None=None,    # labels, `[B]`: adds a row for each class
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
     **settings,            # of `exact_gap`: `seed`, `resamples`, `level`, `max_bytes`
-)->ActionSplit:
+)->ActionSplit:            # the three parts, of all samples, of each class and of each stage
     r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance identity
     and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
     stages = traj.stages
@@ -476,7 +476,7 @@ def plot_splits(
     "Bars of the three parts; the nearer to all optimal, the nearer to least action."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6.4, .5 + .45 * len(splits)), layout="constrained")
-    names = [f"{name}\n({s.total(row):.3g})" if shares else name for name, s in splits.items()]
+    names = [f"{name}\n({float(f'{s.total(row):.3g}'):,.12g})" if shares else name for name, s in splits.items()]   # three digits, no exponent
     left = [0.] * len(splits)
     for p, (part, hatch) in enumerate(zip(("optimal, $W_2^2$", "assignment gap", "path gap"), ("", "//", ".."))):
         width = [(s.shares(row) if shares else s.parts[row])[p] for s in splits.values()]

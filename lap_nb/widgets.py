@@ -366,7 +366,9 @@ def _follow(self:Explorer, trial:Trial, rest:float=.15):
 @patch
 def train(self:Explorer):
     "Start training in a thread; does nothing while one is under way."
-    if self.worker is not None and self.worker.is_alive(): return
+    if self.worker is not None and self.worker.is_alive():
+        if self.start.disabled: return
+        self.worker.join()   # it draws what it has reached
     if self.trial.curves: self.reset()
     self.stop.clear()
     self.start.disabled, self.halt.disabled = True, False

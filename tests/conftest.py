@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile('same', derandomize=True, database=None)   # the same examples each time: a change makes a test fail, not chance
+settings.load_profile('same')
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'nbs' / '_site'))   # the modules that make the site
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)

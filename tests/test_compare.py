@@ -135,6 +135,6 @@ def test_command_runs_on_the_plane(tmp_path):
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_pictures_of_the_real_sets(name):
     root = os.environ.get("LAP_NB_DATA") or Path(__file__).parents[2] / "shared" / "data"
-    if not Path(root).is_dir(): pytest.skip("no folder with the larger data sets: set LAP_NB_DATA")
+    if not all((Path(root) / name).is_dir() for name in ("mnist", "fashion-mnist")): pytest.skip("no folder with the larger data sets: set LAP_NB_DATA")
     rows = compare(name, n=100, seeds=2, epochs=2, root=str(root)).rows
     assert len(rows) == 6 and all(len(r["energy_per_block"]) == 9 for r in rows)

@@ -60,7 +60,8 @@ def torchrun(*args, **options):
 
 def check_two(folder, device="cpu"):
     job = torchrun("compare", folder, device)
-    said, _ = job.communicate(timeout=200)
+    try: said, _ = job.communicate(timeout=900)
+    finally: job.kill()
     assert job.returncode == 0, said
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     assert [r["share"] for r in ranks] == [(0, 2), (1, 2)]
@@ -104,9 +105,9 @@ def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path, rank)
         assert points >= 6, "the job ended by itself"
         os.kill(children(job.pid)[rank], signal.SIGKILL)
         begun = time.perf_counter()
-        said, _ = job.communicate(timeout=60)
+        said, _ = job.communicate(timeout=300)
     finally: job.kill()
-    assert job.returncode != 0 and time.perf_counter() - begun < 60
+    assert job.returncode != 0 and time.perf_counter() - begun < 300
     assert re.search(f"process {1 - rank} of 2 (lost contact with the others|was told to stop) at step", said), said
     assert "long.pt (step" in said and "start again with resume=True" in said and "SIGKILL" in said, said
     state = load_checkpoint(tmp_path / "long.pt")

@@ -332,15 +332,26 @@ def test_rows_abreast_give_the_numbers_of_one_row(two_threads, monkeypatch):
     assert both.members == one.members
 
 
-def test_rows_abreast_are_interrupted_and_resumed_together(two_threads, tmp_path):
+def test_rows_abreast_are_interrupted_and_resumed_together(two_threads, tmp_path, monkeypatch):
     class Impatient:
         epochs = 0
         def update(self, n):
             assert threading.current_thread() is threading.main_thread()
             self.epochs += n
-            if self.epochs >= 3: raise KeyboardInterrupt
+            if self.epochs >= 3: interrupted.set(); raise KeyboardInterrupt
+    interrupted, original = threading.Event(), lap_nb.ensembles.train_loop
+    def waiting(ensemble, split, la, generators, bar, **settings):
+        "Half of a training, and the rest slowly after the interruption."
+        epochs = []
+        def update(n):
+            epochs.append(n)
+            if sum(epochs) >= 50: interrupted.wait(60); time.sleep(.05)
+            bar.update(n)
+        return original(ensemble, split, la, generators, SimpleNamespace(update=update), **settings)
     before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt): abreast(tmp_path / "kept", make, progress=Impatient(), epochs=100, eval_every=25)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("lap_nb.ensembles.train_loop", waiting)
+        abreast(tmp_path / "kept", make, progress=Impatient(), epochs=100, eval_every=25)
     for row in (tmp_path / "kept").glob("row-*"): assert load_checkpoint(row)["epoch"] < 100
     assert {t.name for t in set(threading.enumerate()) - before} <= {"tqdm_monitor"}   # which watches all bars of the process
     whole, resumed = (abreast(tmp_path / name, make, epochs=100, eval_every=25, resume=True) for name in ("whole", "kept"))

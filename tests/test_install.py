@@ -113,7 +113,7 @@ def test_every_module_imports_without_warnings(installed, tmp_path):
 
 def test_commands_work_with_the_next_fastcore(installed, tmp_path):
     "The environment has fastcore 1, which development needs; beside it stands fastcore 2, which declares options in another way."
-    check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check', '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2', cwd=tmp_path)
+    check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check', '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2,<3', cwd=tmp_path)
     code = ('import importlib, sys; sys.path.insert(0, sys.argv[1]); import fastcore; from fastcore.script import anno_parser\n'
             'for name in sys.argv[2:]: importlib.import_module(f"lap_nb.{name}")\n'
             'from lap_nb import bench, compare, studies\n'

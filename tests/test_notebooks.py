@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-WORKERS, LIMIT = 2, 300   # processes; seconds for each notebook
+WORKERS, LIMIT = 2, 1200   # processes; seconds for each notebook
 # The chapters that take longest start first, so that both cores are busy until the end.
 LONG = '09_depth 05_least_action 14_own_network 04_transport 03_kinetic_bias 04a_regularity 13_guide'.split()
 LOCAL = ('127.', '::1', 'localhost')

@@ -62,7 +62,7 @@ def visit(browser, url, **options):
     "A settled page; afterwards fails if there was a script error, a failed request, or one beyond the site."
     home, faults = url.rpartition('/')[0] + '/', []
     context = browser.new_context(**{'viewport': WIDE} | options)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     page.on('console', lambda message: message.type == 'error' and faults.append(f'console: {message.text}'))
     page.on('pageerror', lambda error: faults.append(f'error: {error}'))

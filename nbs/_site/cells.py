@@ -44,7 +44,7 @@ def code_cell(nb, cell, source, files, page):
     if options.get('output') is False: return
     for number, output in enumerate(cell['outputs']):
         text = output_markdown(nb, output, options, files / f'{cell["id"]}-{number}')
-        yield api_entry(text, documented(code[len('show_doc('):-1], page)) if code.startswith('show_doc(') else text
+        yield api_entry(text, name := code[len('show_doc('):-1], *documented(name, page)) if code.startswith('show_doc(') else text
 
 
 def split_options(source):
@@ -102,26 +102,30 @@ def picture(content, options, path):
 
 
 def documented(name, page):
-    "The object `name` of the module whose names stand on `page`."
+    "The object `name` of the module whose names stand on `page`, and whether it is a property."
     library = get_config().lib_path.name
     modules = import_module(f'{library}._modidx').d['syms']
     thing = import_module(next(m for m, names in modules.items() if any(at.startswith(f'{page}#') for at, _ in names.values())))
     for part in name.split('.'): thing = inspect.getattr_static(thing, part) if inspect.isclass(thing) else getattr(thing, part)
     wrapped = next((name for name in ('fget', '__func__', 'f') if hasattr(thing, name)), None)   # a property; a class method, of Python and of fastcore
-    return getattr(thing, wrapped) if wrapped and not inspect.isclass(thing) else thing
+    return (thing if not wrapped or inspect.isclass(thing) else getattr(thing, wrapped)), wrapped == 'fget'
 
 
-def api_entry(text, thing):
-    "What `show_doc` wrote of `thing`, with the signature on top and the commented arguments as a table."
-    source, heading, code, doc = re.fullmatch(
-        r'---\n\n(?:\[source\]\((.*?)\).*?\n\n)?(### .*?)\n\n```python\n(.*?)\n```\s*(.*)', text, re.S).groups()
-    file = thing.__module__.replace('.', '/') + '.py'
-    if source and inspect.isfunction(thing) and f'/{file}#' not in source:  # nbdev knows one module for a name
-        source = re.sub(r'\w+/\w+[.]py#L\d+$', f'{file}#L{thing.__code__.co_firstlineno}', source)
-    link = f'[source]({source}){{.api-source}}\n\n' if source else ''
+def api_entry(text, name, thing, is_property):
+    "What `show_doc` wrote of `thing`, with the signature on top and the commented arguments as a table; nothing of a method of Python's own kind without words."
+    code, doc = re.fullmatch(r'---\n\n(?:\[source\]\(.*?\).*?\n\n)?### .*?\n\n```python\n(.*?)\n```\s*(.*)', text, re.S).groups()
+    doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M) if thing.__doc__ else ''   # else what Python or PyTorch says of the method it stands for
+    if not doc and name.rpartition('.')[2].startswith('_'): return ''
+    link = f'[source]({source_of(thing)}){{.api-source}}\n\n'
     signature, table = signature_and_table(code, comments_of(thing), types_of(thing))
-    doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M)
-    return f'<article class="api">\n\n{link}{heading}\n\n{fence(signature, ".python .signature")}\n\n{doc}\n\n{table}\n\n</article>'
+    if is_property: signature = f'{name}   # a property'
+    return f'<article class="api">\n\n{link}### {name}\n\n{fence(signature, ".python .signature")}\n\n{doc}\n\n{table}\n\n</article>'
+
+
+def source_of(thing):
+    "Address of the line where a function or class of the library begins."
+    config, function = get_config(), inspect.unwrap(thing)
+    return f'{config.git_url}/blob/{config.branch}/{thing.__module__.replace(".", "/")}.py#L{inspect.getsourcelines(function)[1]}'
 
 
 def comments_of(thing):
@@ -147,6 +151,7 @@ def signature_and_table(code, more, types):
     code = re.sub(r'=<[^<>]*>', '=...', code)                             # a function as a default value
     comments = {name: NbdevLookup().linkify(text) for name, text in more.items()} | dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))
     returned = ''.join(re.findall(r'^(?:def \w+\(|)\).*?: # (.*)$', code, re.M))
+    if returned in more.values(): returned = ''   # fastcore takes the comment of a starred argument for it
     try: function = ast.parse(re.sub(r' # .*$', '', code, flags=re.M) + ' pass').body[0]
     except SyntaxError: return code, ''  # a default value without a literal form
     written = lambda name, annotation: types.get(name) or annotation and ast.unparse(annotation)
@@ -169,7 +174,7 @@ def arguments(args):
 def kind(annotation):
     "A type without the modules it comes from, linked where nbdev knows it."
     if annotation in (None, '', 'None', 'NoneType'): return ''
-    return NbdevLookup().linkify(f'`{re.sub(r"(?:[a-z_]+[.])+", "", annotation)}`')
+    return NbdevLookup().linkify(f'`{re.sub(r"(?:[A-Za-z_]+[.])+", "", annotation)}`')
 
 
 def parameter_table(rows):

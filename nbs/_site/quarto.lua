@@ -48,6 +48,27 @@ local function reference(cite)
   end
 end
 
-local function scroll(tbl) return pandoc.Div(tbl, {class = 'table-scroll'}) end
+-- A cell of numbers is broken before a bracket only: "3.0 [2.4, 3.6]", "51.3 ± 2.3", "0 of 20".
+local function whole(cell)
+  local text = pandoc.utils.stringify(cell.contents):gsub('of', '')
+  if not text:match('%d') or text:match('%a') then return end
+  cell.contents = cell.contents:walk{Inlines = function(inlines)
+    for i, inline in ipairs(inlines) do
+      local after = inlines[i + 1] and pandoc.utils.stringify(inlines[i + 1]) or ''
+      if inline.t == 'Space' and not after:match('^[%[%(]') then inlines[i] = pandoc.Str('\u{a0}') end
+    end
+    return inlines
+  end}
+  return cell
+end
+
+local function scroll(tbl)
+  for _, body in ipairs(tbl.bodies) do
+    for _, row in ipairs(body.body) do
+      for _, cell in ipairs(row.cells) do whole(cell) end
+    end
+  end
+  return pandoc.Div(tbl, {class = 'table-scroll'})
+end
 
 return {{Div = callout, Table = scroll}, {Figure = figure, Inlines = equation}, {Cite = reference}}
