@@ -278,7 +278,7 @@ def _ensemble_speedup(device, members=50, epochs=10):
     together = lambda: fit_many(partial(make_net, (64,), 10), split, device=device, epochs=epochs)
     return [Sides("ensemble-speedup", lambda: clock(one_by_one, device), lambda: clock(together, device),
                   f"{members} runs of a plain loop / {members} networks at once, {epochs} epochs of digits, n = 300", 20 if device.type == "cuda" else 3,
-                  better="higher", least=3)]
+                  better="higher", least=9)]
 
 # %% ../nbs/11_performance.ipynb #589e1546
 def published_loop(
