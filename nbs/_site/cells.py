@@ -151,9 +151,10 @@ def signature_and_table(code, more, types):
     code = re.sub(r'=<[^<>]*>', '=...', code)                             # a function as a default value
     comments = {name: NbdevLookup().linkify(text) for name, text in more.items()} | dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))
     returned = ''.join(re.findall(r'^(?:def \w+\(|)\).*?: # (.*)$', code, re.M))
-    if returned in more.values(): returned = ''   # fastcore takes the comment of a starred argument for it
     try: function = ast.parse(re.sub(r' # .*$', '', code, flags=re.M) + ' pass').body[0]
     except SyntaxError: return code, ''  # a default value without a literal form
+    starred = [more.get(a.arg) for a in (function.args.vararg, function.args.kwarg) if a]
+    if returned in starred: returned = ''   # fastcore takes the comment of a starred argument for that of the value
     written = lambda name, annotation: types.get(name) or annotation and ast.unparse(annotation)
     rows = [(f'`{stars}{a.arg}`', kind(written(a.arg, a.annotation)), default, comments.get(a.arg, '')) for a, default, stars in arguments(function.args)]
     rows += [('*returns*', kind(written('return', function.returns)), '', returned)] if returned else []
