@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .least_action import LeastAction
-from .training import global_mean, load_checkpoint, save_checkpoint
+from .files import load_checkpoint, save_checkpoint
+from .training import global_mean
 
 # %% ../nbs/06a_adapters.ipynb #422c6458
 def _with_action(step, least_action:LeastAction):

@@ -33,11 +33,12 @@ from .compare import make_net
 from .data import Split, load, pick_device
 from .dynamics import conv_net, dense_net
 from .ensembles import fit_many, seeded
+from .files import write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .studies import _one_line_errors, _positional
 from .transport import exact_gap
-from .training import evaluate, fit, provenance, write_atomically
+from .training import evaluate, fit, provenance
 
 # %% ../nbs/11_performance.ipynb #2ea004b9
 def clock(

@@ -22,10 +22,11 @@ from torch import nn
 from .data import load, pick_device
 from .dynamics import Trajectory, colours, dense_net, init_velocities_
 from .ensembles import Interval, Runs, fit_many, interval
+from .files import write_atomically
 from .kinetic import block_energies
 from .least_action import LeastAction
 from .studies import _one_line_errors
-from .training import provenance, write_atomically
+from .training import provenance
 
 # %% ../nbs/12_compare.ipynb #4c490615
 METHODS = ("plain", "plain-tuned", "least-action")

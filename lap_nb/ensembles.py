@@ -38,9 +38,10 @@ from torch.overrides import TorchFunctionMode
 
 from .data import Split, whole
 from .dynamics import conv_net, dense_net
+from .files import write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
-from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, provenance, train_loop, write_atomically
+from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, provenance, train_loop
 from .transport import _free_memory
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f

@@ -23,13 +23,13 @@ import numpy as np
 import pytest
 import torch
 
-from lap_nb import data, studies, training
+from lap_nb import data, files, studies
 from lap_nb.compare import FORMAT, METHODS, Comparison
 from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
 from lap_nb.ensembles import _read_note, read_modes
 from lap_nb.studies import done, overview, read_lines, records
-from lap_nb.training import CheckpointError, load_checkpoint, save_checkpoint
+from lap_nb.files import CheckpointError, load_checkpoint, save_checkpoint
 
 COUNT = int(os.environ.get('LAP_NB_FUZZ', 400))
 MEMORY = 512 << 20   # bytes that reading a file of a few kB may ask for
@@ -285,8 +285,8 @@ OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_spread`),
 # settings through JSON and back (`_noted`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
 OPENING = {'compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
-           'ensembles._spread', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'training._check_archive',
-           'training._processor', 'training.load_checkpoint', 'transport._free_memory'}
+           'ensembles._spread', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'files._check_archive',
+           'training._processor', 'files.load_checkpoint', 'transport._free_memory'}
 
 
 def test_no_reader_is_left_out():
@@ -301,5 +301,5 @@ def test_no_reader_is_left_out():
 
 def test_checkpoints_that_are_not_archives_are_refused_unread(tmp_path):
     "PyTorch's older formats allocate what they announce before they read it."
-    torch.save({'kind': training.CHECKPOINT, 'format': 1, 'state': {}, 'sha256': ''}, tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
+    torch.save({'kind': files.CHECKPOINT, 'format': 1, 'state': {}, 'sha256': ''}, tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match='damaged, or not a checkpoint .BadZipFile'): load_checkpoint(tmp_path / 'old.pt')

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from lap_nb import training
+from lap_nb import files, training
 from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import Ensemble, _attached, _made
 from lap_nb.least_action import LeastAction
-from lap_nb.training import CheckpointError, Diverged, digest, fit, load_checkpoint, save_checkpoint, train_loop, write_atomically
+from lap_nb.files import CheckpointError, digest, load_checkpoint, save_checkpoint, write_atomically
+from lap_nb.training import Diverged, fit, train_loop
 
 PLACES = ("model", "opt", "least_action", "generators", "rng", "points", "step", "epoch", "at")
 
@@ -233,7 +234,7 @@ def test_any_flipped_byte_of_a_weight_is_noticed(tmp_path):
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     class Attack:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "attacked"),)
-    torch.save({"kind": training.CHECKPOINT, "format": 1, "state": Attack()}, tmp_path / "run.pt")
+    torch.save({"kind": files.CHECKPOINT, "format": 1, "state": Attack()}, tmp_path / "run.pt")
     with pytest.raises(CheckpointError): load_checkpoint(tmp_path / "run.pt")
     assert not (tmp_path / "attacked").exists()
 
@@ -273,7 +274,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as m:
-            m.setattr(training.os, name, full)
+            m.setattr(files.os, name, full)
             with pytest.raises(OSError, match="No space left"): write_atomically(path, b"new")
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -281,7 +282,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_checkpoint_that_cannot_be_written_stops_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no folder"): train(tmp_path / "missing" / "run.pt")
     def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(training, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     with pytest.raises(OSError, match="No space left"): train(tmp_path / "run.pt")
 
 
