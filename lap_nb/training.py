@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import lap_nb
 from .data import Split, describe, whole
-from .files import CheckpointError, digest, load_checkpoint, save_checkpoint
+from .files import CheckpointError, check_storable, claim, digest, load_checkpoint, save_checkpoint, tidy
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .state import Memory, number, sequences, set_sequences
@@ -406,6 +406,7 @@ class Training:
         self.callbacks, self.memory = [], None # called at points; what they and the modules remember, where a checkpoint is kept
         self.points, self.trail, self.last = [], [], {} # of the curves; numbers not looked at yet; numbers of the last step
         self.path, self.save_every, self.saved = None, None, None # checkpoint; steps between two; step of the last
+        self.free = None # gives the checkpoint free
 
 # %% ../nbs/06_training.ipynb #cf09b0ee
 def _check_fits(split:Split, r:Recipe):
@@ -702,10 +703,10 @@ def save(self:Training):
     state = self.state_dict()
     if self.share[0] == 0:
         try: save_checkpoint(self.path, state)
-        except OSError as e:
+        except (OSError, TypeError) as e:
             if self.saved is None: raise
-            warnings.warn(f"{self.path} could not be written at step {self.step} ({e.strerror or e}): the training goes on, the file "
-                          f"still holds step {self.saved}; make room for it, the next save tries again")
+            warnings.warn(f"{self.path} could not be written at step {self.step} ({getattr(e, 'strerror', None) or e}): the training goes on, the file "
+                          f"still holds step {self.saved}; the next save tries again")
             return
     self.saved = self.step
 
@@ -715,16 +716,38 @@ def open(self:Training,
     resume:bool|str=False,    # go on from the checkpoint if it exists; `"force"`: even with other samples or batch size
     save_every:int|None=None, # steps between two saves; None: at the points of the curves only
 ):
-    "Keep a checkpoint at `path`; raises `FileExistsError` rather than replace the one of an earlier training."
+    """Keep a checkpoint at `path`, for this training alone until `close`. Raises `FileExistsError` rather than replace the one of an earlier
+    training, `BlockingIOError` if another is under way there, and `TypeError` for a state that a checkpoint cannot hold."""
+    self.close(); self._claim(path)
     self.path, self.save_every = Path(path), save_every
     if self.path.exists():
         if not resume: raise FileExistsError(f"{path} exists: go on from it with resume=True, or choose another file")
         self.load_state_dict(load_checkpoint(path), resume == "force")
         self.saved = self.step
     if self.share[1] > 1: dist.barrier()
+    if self.share[0] == 0: tidy(self.path)
+    if self.saved is None:
+        self.epoch_start = [g.get_state() for g in self.generators]; self.save()
+        if self.share[0] == 0: load_checkpoint(self.path)   # what is written can be read: seen before any work
+    else:
+        state = self.state_dict()
+        if self.share[0] == 0: check_storable(state)
+
+@patch
+def _claim(self:Training, path):
+    "For all processes of this training; the first one holds the claim."
+    refused = [None]
     if self.share[0] == 0:
-        for partial in self.path.parent.glob(f".{self.path.name}.*.partial"): partial.unlink(missing_ok=True)
-    if self.saved is None: self.epoch_start = [g.get_state() for g in self.generators]; self.save()
+        try: self.free = claim(path)
+        except OSError as e: refused = [e]
+    if self.share[1] > 1: dist.broadcast_object_list(refused, 0)
+    if refused[0] is not None: raise refused[0]
+
+@patch
+def close(self:Training):
+    "Give the checkpoint free for another training."
+    if self.free is not None: self.free()
+    self.free = None
 
 # %% ../nbs/06_training.ipynb #08cfe11d
 def _is_true(said)->bool:
@@ -829,7 +852,7 @@ def train_loop(
     training.callbacks = _check_callbacks(callbacks)
     save_every, rollback = save_every if save_every is None else number("save_every", save_every, int), number("rollback", rollback, int)
     _check_rescue(checkpoint, resume, save_every, rollback)
-    with _alone(model), _lost_processes(training):
+    with _alone(model), _lost_processes(training), closing(training):
         training._wake()
         if checkpoint is not None: training.open(checkpoint, resume, save_every)
         while True:
@@ -863,6 +886,8 @@ def _check_rescue(checkpoint, resume, save_every, rollback):
     if resume not in (False, True, "force"): raise ValueError(f"resume is {resume!r}, expected True, False or 'force'")
     if save_every is not None: _check_training(save_every=save_every)
     if not (isinstance(rollback, int) and rollback >= 0): raise ValueError(f"rollback is {rollback!r}, expected a whole number, 0 or more")
+    if not (checkpoint is None or isinstance(checkpoint, (str, os.PathLike)) and "\0" not in os.fspath(checkpoint)):
+        raise TypeError(f"checkpoint is {checkpoint!r}, expected the name of a file, as text or Path")
     if checkpoint is not None and Path(checkpoint).is_dir(): raise IsADirectoryError(f"{checkpoint} is a folder, expected a file: say {Path(checkpoint) / 'run.pt'}")
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {Path(checkpoint).parent} for the checkpoint: make it first")
