@@ -444,6 +444,8 @@ def _wrapped(model:nn.Module, r:Recipe)->nn.Module:
     device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(call, device_ids=[device.index] if device.type == "cuda" else None)
 
+def _own_settings(group:dict)->dict: return {k: v for k, v in group.items() if k != "params"}
+
 # %% ../nbs/06_training.ipynb #7426593e
 @patch
 def autocast(self:Training):
@@ -559,8 +561,6 @@ def state_dict(self:Training)->dict: # of tensors and plain values, on the CPU o
                 mean=[self.total, self.counted], stopped=self.stopped, own=self._gather(sequences() | {"memory": self._memory().state_dict()}),
                 turned=[{k: v for k, v in _own_settings(g).items() if k != "lr" and v != given[k]} for g, given in zip(self.opt.param_groups, self.groups)],
                 fixed=self._fixed(), recipe=asdict(self.recipe))
-
-def _own_settings(group:dict)->dict: return {k: v for k, v in group.items() if k != "params"}
 
 @patch
 def _memory(self:Training)->Memory:
