@@ -817,6 +817,9 @@ class RandomDepth:
         x, y = _coming_out(self.names[k], self._open.pop(), out)
         return _swap(out, y, x + self.schedule.get(k, 0.) * (y - x))
 
+    def state_dict(self)->dict: return dict(random=list(self.random.getstate()))   # a checkpoint of `fit` holds it
+    def load_state_dict(self, state:dict): self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
+
     def remove(self):
         "Take the hooks off."
         for hook in self.hooks: hook.remove()

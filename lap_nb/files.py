@@ -262,7 +262,7 @@ def find_unstorable(
 )->str|None:     # where it is and what, as `model.scale of type numpy.float64`; None: all can be stored
     "The first value in a nest that a checkpoint cannot hold."
     try: _packed(state); return None
-    except RecursionError: return f"{name or 'the state'}, nested too deep"
+    except RecursionError: return f"{name[:200] or 'the state'}, nested too deep"
     except Exception as e: reason = f" ({e})" if isinstance(e, _Foreign) and isinstance(state, (Tensor, list, dict)) else ""
     inside = []
     if type(state) in (dict, OrderedDict):
@@ -271,7 +271,7 @@ def find_unstorable(
     elif type(state) in (list, tuple, set): inside = [(item, f"{name}[{i}]") for i, item in enumerate(state)]
     found = next((f for value, where in inside if (f := find_unstorable(value, where))), None)
     kind = type(state).__qualname__ if type(state).__module__ == "builtins" else f"{type(state).__module__}.{type(state).__qualname__}"
-    return found or f"{name or 'the state'} of type {kind}{reason}"
+    return found or f"{name[:200] or 'the state'} of type {kind}{reason}"
 
 # %% ../nbs/00a_files.ipynb #084d9a41
 class CheckpointError(ValueError): "A file that is not a whole checkpoint of this format."
