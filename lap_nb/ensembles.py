@@ -8,6 +8,7 @@ __all__ = ['DROPOUTS', 'DRAWS', 'CONVS', 'EVALUATED', 'SIDE_BY_SIDE', 'SHORTEST'
            'read_modes', 'forward_flops', 'choose_mode', 'Runs', 'fit_many', 'Interval', 'interval']
 
 # %% ../nbs/07_ensembles.ipynb #6ff7dfbc
+import ctypes
 import inspect
 import io
 import itertools
@@ -15,17 +16,21 @@ import json
 import math
 import os
 import pickle
+import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from numbers import Real
 from pathlib import Path
 from types import LambdaType, SimpleNamespace
 
@@ -41,7 +46,7 @@ from .dynamics import conv_net, dense_net
 from .files import write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
-from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, provenance, train_loop
+from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, load_checkpoint, provenance, train_loop
 from .transport import _free_memory
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
@@ -257,6 +262,15 @@ def _settle(self:Ensemble):
 
 @patch
 @torch.no_grad()
+def bury(self:Ensemble,
+    step:Tensor, # at which each network died, `[S]`; -1: it lives
+):
+    "Freeze networks that died at these steps, unless they had died before."
+    self.died = torch.where((self.died < 0) & (step >= 0), step, self.died)
+    self.frozen = bool((self.died >= 0).any())
+
+@patch
+@torch.no_grad()
 def _hold(self:Ensemble):
     "Put the frozen networks back."
     for i, stack in enumerate(self._tensors()):
@@ -269,12 +283,17 @@ def grid_members(
     grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: v.tolist() if hasattr(v, "tolist") else list(v) for n, v in _checked(grid).items()}
+    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [_plain(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
         twice = [v for i, v in enumerate(values) if v in values[:i]]
         if twice: raise ValueError(f"{name} has {twice[0]!r} twice, expected each value once: a copy of a network teaches nothing")
     return [dict(zip(grid, point), seed=int(seed)) for point in itertools.product(*grid.values()) for seed in seeds]
+
+def _plain(value):
+    "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
+    if hasattr(value, "tolist"): return value.tolist()
+    return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
 
 def _checked(grid)->Mapping:
     if not grid: raise ValueError("grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out")
@@ -377,29 +396,42 @@ class _Job:
     keep:dict                  # checkpoint, resume and save_every, for the training
 
 # %% ../nbs/07_ensembles.ipynb #c7f883f9
-def _alone(job:_Job, bar=None)->tuple[list[nn.Module], dict, list[int]]:
-    "The members of the job one after the other: networks, curves `[E, S, ...]`, step at which each was frozen."
-    models, curves, died = [], [], []
+def _alone(job:_Job, bar=None)->Iterator[tuple[nn.Module, dict, int]]: # each network, its curves, the step at which it died or -1
+    "The members of the job, trained one after the other."
+    models = []
     for i, seed in enumerate(job.seeds):
         model, split = _made(job.make_model, seed).to(job.device), job.split.member(i) if job.split.train.ndim == 2 else job.split
+        models.append(model); _check_apart(models)
         la = job.least_action[i](model).to(job.device) if job.least_action else None
         keep = job.keep and job.keep | {"checkpoint": f"{job.keep['checkpoint']}-{i:03d}"}
-        points, step = {}, -1
+        well = _Well(model)
         with seeded(seed):
-            try: points = fit(model, split, la, seed=seed, progress=bar, **dict(job.settings), **keep).curves
-            except FloatingPointError as e: step, points = max(getattr(e, "step", 0), 0), getattr(e, "curves", {})
+            try: points, step = fit(model, split, la, seed=seed, progress=bar, callbacks=[well], **dict(job.settings), **keep).curves, -1
+            except FloatingPointError as e: points, step = _death(e); well.put_back(keep)
         if la is not None: la.remove()
-        models.append(model); curves.append(points); died.append(step)
-        _check_apart(models)
-    return models, _side_by_side(curves), died
+        yield model, points, step
 
-def _side_by_side(curves:list[dict[str, Tensor]])->dict[str, Tensor]: # `[E, S, ...]`
-    "Curves of single networks as those of a row; of one that has none: not a number."
-    whole = max(curves, key=lambda c: len(c.get("epoch", ())))
-    def filled(c, name): # what a network that diverged did not reach is not a number
-        blank = torch.full_like(whole[name], math.nan, dtype=torch.float32)
-        return torch.cat([c[name].float(), blank[len(c[name]):]]) if name in c else blank
-    return {name: whole[name] if name == "epoch" else torch.stack([filled(c, name) for c in curves], 1) for name in whole}
+def _death(error:FloatingPointError, step:int=0)->tuple[dict, int]:
+    "The curves up to a death, and its step."
+    return getattr(error, "curves", {}), max(getattr(error, "step", step), 0)
+
+class _Well:
+    "A network alone as it was at the last evaluation, which it goes back to when it diverges, like one of a row."
+    def __init__(self, model:nn.Module): self.model, self.seen = model, False; self.copy()
+    def copy(self): self.kept = [(t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())]
+    def __call__(self, training): self.copy(); self.seen = True
+    def put_back(self, keep:dict):
+        "As last seen; one that diverged before it was seen in this process, as its checkpoint has it."
+        if keep and keep["resume"] and not self.seen: return self.model.load_state_dict(load_checkpoint(keep["checkpoint"])["model"])
+        with torch.no_grad():
+            for t, old in self.kept: t.copy_(old)
+
+def _in_order(found:tuple|list[tuple])->tuple: # networks, curves `[E, S, ...]`, steps of death `[S]`
+    "The result of a row, or of so many networks of it that were trained alone."
+    if isinstance(found, tuple): return found
+    models, curves, died = zip(*found)
+    with_axis = [{name: c if name == "epoch" else c[:, None] for name, c in each.items()} for each in curves]
+    return list(models), _end_to_end(with_axis, [1] * len(models)), list(died)
 
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
@@ -425,10 +457,12 @@ def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
     return ensemble, _attached(job.least_action, ensemble)
 
 def _trained(job:_Job, ensemble:Ensemble, la:LeastAction|None, bar=None)->tuple[Ensemble, dict, list[int]]:
-    "Train the row; returns the same as `_alone`, the networks in a row."
+    "Train the row; returns the networks, their curves `[E, S, ...]`, and the step at which each died, or -1."
     generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
     try: curves = train_loop(ensemble, job.split.to(job.device), la, generators, bar, **dict(job.settings), **job.keep)
-    except FloatingPointError: curves, ensemble.died = {}, ensemble.died.clamp(min=0)
+    except FloatingPointError as e:   # none is left
+        curves, step = _death(e, ensemble.steps)
+        ensemble.bury(torch.full_like(ensemble.died, step)); ensemble._hold()
     finally: la is None or la.remove(); ensemble.meters.clear()
     return ensemble, curves, ensemble.died.tolist()
 
@@ -477,50 +511,75 @@ class _Passes(nn.Module):
         return out, *energies
 
 # %% ../nbs/07_ensembles.ipynb #03b00a49
+def _live_with(parent:Connection, threads:int):
+    "In a worker: its threads, and an end as soon as the other end of the pipe is closed."
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
+    def watch():
+        with suppress(EOFError, OSError): parent.recv_bytes()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 def _work(content:bytes)->bytes:
     "A job in a worker: the job comes, and networks, curves and deaths go, as bytes."
     job = pickle.loads(content)
-    models, *found = (_alone if job.mode == "sequential" else _together)(job)
+    models, *found = _in_order(list(_alone(job)) if job.mode == "sequential" else _together(job))
     out = io.BytesIO()
     torch.save(([m.state_dict() for m in _networks(models)], *found), out)
     return out.getvalue()
 
-def _spread(jobs:Sequence[_Job], workers:int, done:Callable)->list[tuple]:
-    "The results of all jobs, from `workers` processes."
+def _unpacked(job:_Job, content:bytes)->tuple:
+    "What a worker sent."
+    states, curves, died = torch.load(io.BytesIO(content), weights_only=True)
+    models = [_made(job.make_model, seed).to(job.device) for seed in job.seeds]
+    for model, state in zip(models, states): model.load_state_dict(state)
+    return models, curves, died
+
+def _ended(results:Mapping[Future, int])->dict:
+    "What those that came to their end have found, by job."
+    return {r: f.result() for f, r in results.items() if f.done() and not f.cancelled() and f.exception() is None}
+
+# %% ../nbs/07_ensembles.ipynb #3d414baf
+def _spread(jobs:Sequence[_Job], workers:int, done:Callable, found:dict):
+    "Put the results of all jobs into `found`, from `workers` processes."
     try: packed = [pickle.dumps(job) for job in jobs]
     except Exception as e:
         raise ValueError(f"mode 'processes' needs make_model and least_action as functions of a module or partials of such, found {e}") from e
-    threads, results = max(1, (os.cpu_count() or 1) // workers), []
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        try:
-            for job, found in zip(jobs, pool.map(_work, packed)):
-                states, curves, died = torch.load(io.BytesIO(found), weights_only=True)
-                models = [_made(job.make_model, seed).to(job.device) for seed in job.seeds]
-                for model, state in zip(models, states): model.load_state_dict(state)
-                results.append((models, curves, died)); done(len(job.seeds))
-        except BrokenProcessPool as e:
-            raise RuntimeError("a worker process ended abruptly, perhaps for want of memory: use fewer workers or a smaller chunk; "
-                               "with checkpoint= call again with resume=True") from e
-    return results
+    context, threads, results = get_context("spawn"), max(1, (os.cpu_count() or 1) // workers), {}
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _live_with, (theirs, threads))
+    try:
+        for r, content in enumerate(packed): results[pool.submit(_work, content)] = r
+        for future in as_completed(results): future.result(); done(len(jobs[results[future]].seeds))
+        pool.shutdown()
+    except BrokenProcessPool as e:
+        raise RuntimeError("a worker process ended abruptly, perhaps for want of memory: use fewer workers or a smaller chunk; "
+                           "with checkpoint= call again with resume=True") from e
+    finally:
+        ours.close()   # whoever is still at work ends
+        pool.shutdown(cancel_futures=True); theirs.close()
+        found |= {r: _unpacked(jobs[r], content) for r, content in _ended(results).items()}
 
 # %% ../nbs/07_ensembles.ipynb #fa338abd
 ABREAST = 2 # rows that are trained at the same time on a CPU
 
-def _abreast(jobs:Sequence[_Job], bar)->list[tuple]:
-    "The results of all jobs, so many at a time, each with its share of PyTorch's threads."
-    threads, rows = torch.get_num_threads(), [_built(job) for job in jobs]
+def _abreast(jobs:Sequence[_Job], bar, found:dict):
+    "Put the results of all jobs into `found`, so many at a time, each with its share of PyTorch's threads."
+    threads, rows, results = torch.get_num_threads(), [_built(job) for job in jobs], {}
     pool = ThreadPoolExecutor(jobs[0].abreast, initializer=torch.set_num_threads, initargs=(threads // jobs[0].abreast,))
     try:
-        results = [pool.submit(_trained, job, *row, bar.row(len(job.seeds), show=False)) for job, row in zip(jobs, rows)]
-        while True:
+        for r, (job, row) in enumerate(zip(jobs, rows)): results[pool.submit(_trained, job, *row, bar.row(len(job.seeds), show=False))] = r
+        left = True
+        while left:
             done, left = wait(results, .1, FIRST_EXCEPTION)
             bar.show()
             for result in done: result.result()   # raises what stopped a row
-            if not left: return [result.result() for result in results]
     finally:
         bar.stopped = True
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+        found |= _ended(results)
 
 # %% ../nbs/07_ensembles.ipynb #68e51641
 def _by_hand(make_model, split:Split, steps:int):
@@ -705,7 +764,7 @@ def fit_many(
     save_every:int|None=None,             # steps between two saves; None: at the points of the curves only
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
-    "Train one network per seed and combination, many at once; each does what `fit` would do alone."
+    "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
     _check_split(data); _check_maker(make_model, least_action)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
@@ -715,11 +774,26 @@ def fit_many(
     note = _noted(folder, resume, save_every, members, settings, least_action)
     plan = _plan(make_model, data, least_action, members, settings, str(torch.device(device)), mode, conv, chunk, memory, workers, note)
     if folder is not None: plan = _kept(plan, folder, note, resume, save_every)
-    found = _run_all(plan, mode, workers, _Bar(_progress(progress, epochs), epochs, len(members)))
-    ensemble, curves, members = _joined(plan, found, members, settings)
-    note = provenance(torch.device(device), data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in members], members=members,
-                      modes=sorted({job.mode for _, job in plan}), **settings)
-    return Runs(ensemble, curves, note | {"seconds": time.perf_counter() - start})
+    found = {}
+    def trained()->Runs:
+        results = {r: _in_order(result) for r, result in found.items()}
+        part = [(plan[r][0][:len(died)], plan[r][1]) for r, (*_, died) in sorted(results.items())]   # of a row trained one by one, the first
+        ensemble, curves, kept = _joined(part, [result for _, result in sorted(results.items())], members, settings)
+        note = provenance(torch.device(device), data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in kept], members=kept,
+                          modes=sorted({job.mode for _, job in plan}), **settings)
+        return Runs(ensemble, curves, note | {"seconds": time.perf_counter() - start})
+    try: _run_all(plan, mode, workers, _Bar(_progress(progress, settings["epochs"]), settings["epochs"], len(members)), found)
+    except BaseException as e:
+        _save_what_is_done(e, trained, len(members))
+        raise
+    return trained()
+
+# %% ../nbs/07_ensembles.ipynb #ced20350
+def _save_what_is_done(error:BaseException, trained:Callable[[], Runs], members:int):
+    "Give an error that ends a training the networks that had come to their end before."
+    with suppress(Exception): error.runs = trained()
+    if hasattr(error, "runs"):
+        error.add_note(f"{len(error.runs)} of {members} networks were trained to the end; they are kept in this error as runs: in a notebook, sys.last_value.runs")
 
 # %% ../nbs/07_ensembles.ipynb #76060e33
 MODES = ("auto", "sequential", "batched", "graph", "processes")
@@ -763,7 +837,9 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
     way, form = choose_mode(probe, x, row, device) if mode in ("auto", "processes") else (mode, "grouped")
     abreast = ABREAST if way == "batched" and mode != "processes" and device == "cpu" and torch.get_num_threads() >= ABREAST and _share()[1] == 1 else 1
     if mode == "processes": chunk = min(chunk or len(members), -(-keys.count(keys[0]) // (workers or os.cpu_count() or 1)))
-    rows = note["rows"] if note and "rows" in note else _rows(keys, need, room, len(members) if way == "sequential" else chunk, abreast)
+    rows = note["rows"] if note and "rows" in note else _rows(keys, need, room, len(members) if way == "sequential" and mode != "processes" else chunk, abreast)
+    if any(len({keys[i] for i in row}) > 1 for row in rows):
+        raise ValueError("members.json in the folder of checkpoints has networks of different settings in one row: restore it, or choose another folder")
     abreast = max(1, min(abreast, len(rows), (chunk or room // need) // max(map(len, rows))))
     plan = []
     for at in rows:
@@ -794,21 +870,25 @@ class _Bar:
         moved, self.shown = self.done // self.members - self.shown, self.done // self.members
         if self.bar is not None and moved: self.bar.update(moved)
 
-def _run_all(plan, mode:str, workers:int|None, bar:_Bar)->list[tuple]:
-    "Results of all jobs, in order."
+def _run_all(plan, mode:str, workers:int|None, bar:_Bar, found:dict):
+    "Put the results of all jobs into `found`, by job, each as soon as it is there."
     jobs = [job for _, job in plan]
-    if mode == "processes": return _spread(jobs, min(len(jobs), workers or os.cpu_count() or 1), lambda S: bar.row(S).update(bar.epochs))
-    if jobs[0].abreast > 1: return _abreast(jobs, bar)
-    return [_alone(job, bar.row(1)) if job.mode == "sequential" else _together(job, bar.row(len(job.seeds))) for job in jobs]
+    if mode == "processes": return _spread(jobs, min(len(jobs), workers or os.cpu_count() or 1), lambda S: bar.row(S).update(bar.epochs), found)
+    if jobs[0].abreast > 1: return _abreast(jobs, bar, found)
+    for r, job in enumerate(jobs):
+        if job.mode != "sequential": found[r] = _together(job, bar.row(len(job.seeds)))
+        else:
+            for one in _alone(job, bar.row(1)): found.setdefault(r, []).append(one)
 
 # %% ../nbs/07_ensembles.ipynb #62805c19
 def _joined(plan, found:list[tuple], members:list[dict], settings:dict)->tuple[Ensemble, dict, list[dict]]:
-    "One row of all members in their order, their curves, and who diverged when."
-    order = torch.tensor([i for at, _ in plan for i in at]).argsort()
-    curves = _end_to_end([c for _, c, _ in found], [len(at) for at, _ in plan])
+    "One row of the members of the plan in their order, their curves, and who diverged when."
+    at = torch.tensor([i for at, _ in plan for i in at])
+    order, members = at.argsort(), [dict(members[i]) for i in sorted(at.tolist())]
+    curves = _end_to_end([c for _, c, _ in found], [len(at) for at, _ in plan], _points(settings))
+    if not curves: raise FloatingPointError("all networks diverged: lower lr, or start from a smaller initial gain")
     died = [step for each in found for step in each[2]]
     curves = {name: c if name == "epoch" else c[:, order] for name, c in curves.items()}
-    members = [dict(m) for m in members]
     for i, member in enumerate(members):
         if died[order[i]] < 0: continue
         steps = -(-plan[0][1].split.train.shape[-1] // member.get("batch_size", settings["batch_size"]))
@@ -835,15 +915,22 @@ def _one_row(rows:list[Ensemble], order:Tensor, members:list[dict])->Ensemble:
     return whole
 
 # %% ../nbs/07_ensembles.ipynb #d3ec1982
-def _end_to_end(curves:list[dict], sizes:list[int])->dict[str, Tensor]: # `[E, S, ...]`
-    "Curves of all rows; those of a row that has none are not numbers."
-    whole = next((c for c in curves if c), None)
-    if whole is None: raise FloatingPointError("all networks diverged: lower lr, or start from a smaller initial gain")
-    blank = lambda name, S: torch.full((len(whole[name]), S, *whole[name].shape[2:]), math.nan)
-    return {name: whole[name] if name == "epoch" else torch.cat([c.get(name, blank(name, S)) if c else blank(name, S) for c, S in zip(curves, sizes)], 1)
-            for name in whole}
+def _points(settings:Mapping)->list[int]:
+    "Epochs of the points of a recipe."
+    return sorted({*range(settings["eval_every"], settings["epochs"] + 1, settings["eval_every"]), settings["epochs"]})
 
-# %% ../nbs/07_ensembles.ipynb #bc03a87f
+def _end_to_end(curves:Sequence[dict], sizes:Sequence[int], epochs:Sequence[int]=())->dict[str, Tensor]: # `[E, S, ...]`
+    "Curves of all rows over all their epochs and these; what a row did not reach is not a number. Empty if no row has curves."
+    if not any(curves): return {}
+    epochs = torch.tensor(sorted({*epochs, *(e for c in curves if c for e in c["epoch"].tolist())}))
+    like = {name: value for c in curves for name, value in c.items() if name != "epoch"}
+    def filled(c, name, S):
+        whole = torch.full((len(epochs), S, *like[name].shape[2:]), math.nan, dtype=like[name].dtype)
+        if name in c: whole[torch.isin(epochs, c["epoch"])] = c[name]
+        return whole
+    return {"epoch": epochs} | {name: torch.cat([filled(c, name, S) for c, S in zip(curves, sizes)], 1) for name in like}
+
+# %% ../nbs/07_ensembles.ipynb #c8ca7bed
 def _told(make):
     "A maker as plain JSON values: its name, what a `partial` binds, and the constants, names and bound numbers and texts of a lambda."
     if isinstance(make, partial): return [_told(make.func), repr(make.args), repr(sorted(make.keywords.items()))]
@@ -861,19 +948,30 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
     note, this = folder / "members.json", json.loads(json.dumps(dict(format=1, members=members, settings=settings, least_action=_told(least_action))))
     if not note.exists(): return this
     if not resume: raise FileExistsError(f"{folder} holds checkpoints: go on from them with resume=True, or choose another folder")
-    then = _read_note(note)
+    then, begun = _read_note(note), settings["epochs"]
+    if isinstance(before := then["settings"].get("epochs"), int) and before > begun:
+        raise ValueError(f"{folder} holds checkpoints of a training of {before} epochs, now they are {begun}: choose at least as many, or another folder")
+    then["settings"]["epochs"] = begun   # it may be lengthened
     differ = [name for name in this if this[name] != then.get(name, this[name] if name == "least_action" else None)]   # older notes have none
     if differ: raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
 
 def _read_note(note:Path)->dict:
     "The note in a folder of checkpoints."
-    try:
-        found = json.loads(note.read_bytes())
-        whole = isinstance(found, dict) and all(isinstance(w, list) and w for w in found.get("ways", [[None]]) or [0])
-    except (ValueError, TypeError, RecursionError): whole = False
-    if not whole: raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
+    try: found = json.loads(note.read_bytes())
+    except (ValueError, RecursionError): found = None
+    if not (isinstance(found, dict) and isinstance(found.get("settings"), dict) and isinstance(found.get("members"), list) and _is_plan(found)):
+        raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
     return found
+
+def _is_plan(note:dict)->bool:
+    "Does each member of a note stand in one row, and has each row a way in which it is trained? A note from before anything was begun has no rows."
+    rows, ways = note.get("rows"), note.get("ways")
+    if rows is None and ways is None: return True
+    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)): return False
+    if not all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows): return False
+    known = [[mode, conv] for mode in MODES for conv in CONVS]
+    return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known for way in ways)
 
 def _kept(plan, folder:Path, note:dict, resume:bool, save_every:int|None):
     "The plan with a checkpoint for each row, and a note in the folder of what the rows are."
@@ -881,7 +979,8 @@ def _kept(plan, folder:Path, note:dict, resume:bool, save_every:int|None):
     if note.get("ways", ways) != ways:
         raise ValueError(f"{folder} holds checkpoints of {note['ways'][0][0]} trainings, now they are {ways[0][0]}: name the mode, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if "ways" not in note: write_atomically(folder / "members.json", json.dumps(note | {"ways": ways, "rows": [at for at, _ in plan]}).encode())
+    path, content = folder / "members.json", json.dumps(note | {"ways": ways, "rows": [at for at, _ in plan]}).encode()
+    if not path.exists() or path.read_bytes() != content: write_atomically(path, content)
     keep = lambda r: dict(checkpoint=str(folder / f"row-{r:03d}"), resume=resume, save_every=save_every)
     return [(at, replace(job, keep=keep(r))) for r, (at, job) in enumerate(plan)]
 

@@ -10,15 +10,18 @@ __all__ = ['INITS', 'STAGES', 'NETS', 'TEST_CAP', 'EXACT_CAP', 'MEASURES', 'FORM
            'Records', 'records', 'standings', 'verdict', 'standings_table', 'overview', 'lap_study']
 
 # %% ../nbs/08_replication.ipynb #94463d2f
+import errno
 import fnmatch
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,12 +31,14 @@ import torch
 from fastcore import script
 from fastcore.basics import patch
 from fastcore.script import call_parse
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .data import Dataset, Split, load, pick_device
 from .depth import Penalty, RandomDepth, measure_depth, measure_pruning, measure_speed
 from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, fit_many, interval
+from .files import in_words
 from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
 from .regularity import measure_regularity
@@ -434,12 +439,36 @@ def read_lines(
 )->list[dict]:     # of provenance (`kind` is `"run"`) and rows, in the order they were written
     "The lines of a record; a last line without its end, from a process that was killed, is passed over."
     path = Path(path)
-    whole, _, _ = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
-    lines = [_parsed(line, f"line {i} of {path.name}") for i, line in enumerate(whole.split(b"\n"), 1) if line]
+    whole, _, _ = (path.read_bytes() if _is_there(path) else b"").rpartition(b"\n")
+    lines = _once([(i, _parsed(line, f"line {i} of {path.name}")) for i, line in enumerate(whole.split(b"\n"), 1) if line], path.name)
     runs = {line["id"] for line in lines if "id" in line}
     lost = next((line["run"] for line in lines if "seed" in line and line["run"] not in runs), None)
     if lost is not None: raise ValueError(f"{path.name} has rows of the run {lost}, but not its provenance: restore the file from its history")
     return lines
+
+def _is_there(path:Path)->bool:
+    "Is there a record? Raises `OSError` if there is something else."
+    if path.exists() and not path.is_file(): raise OSError(f"{path} is not a file, expected a record: move it away, or choose another folder")
+    return path.exists()
+
+def _once(lines:list[tuple[int, dict]], name:str)->list[dict]:
+    "The lines, those that say the same twice once; raises `ValueError` where two contradict each other."
+    first, twice = {}, []
+    for i, line in lines:
+        key = ("run", line["id"]) if line.get("kind") == "run" else (line["config"], line["seed"])
+        at, said = first.setdefault(key, (i, line))
+        if at == i: continue
+        other = [k for k in said | line if k != "run" and said.get(k) != line.get(k)]
+        if other: raise ValueError(f"lines {at} and {i} of {name} contradict each other: of {_whose(line)}, one has {other[0]} {said.get(other[0])!r}, "
+                                   f"the other {line.get(other[0])!r}. Keep one of the two and delete the other, or restore the file from its history")
+        twice.append((at, i))
+    if twice: warnings.warn(f"{name} says {len(twice)} things twice, as after a merge, and each is taken once; the first, line {twice[0][1]}, repeats line {twice[0][0]}. "
+                            "Delete the repeated lines, then this is not said again")
+    repeated = {i for _, i in twice}
+    return [line for i, line in lines if i not in repeated]
+
+def _whose(line:dict)->str:
+    return f"the run {line['id']}" if line.get("kind") == "run" else f"{line['data']}/{line['n']}/{line['net']}/{line['method']}, seed {line['seed']}"
 
 # %% ../nbs/08_replication.ipynb #2416475b
 @contextmanager
@@ -447,13 +476,15 @@ def _held(
     path:Path,       # of a lock file, made if missing
     wait:bool=True,  # for another process; else yield False where it is held
 )->Iterator[bool]:   # is it held by us?
-    "Hold a lock; it ends with the process, however that ends."
-    from fcntl import LOCK_EX, LOCK_NB, flock
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try: flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
-        except BlockingIOError: yield False
-        else: yield True
+    "Hold a lock; it ends with the process, however that ends. Raises `OSError`, in words, where there can be none."
+    lock = FileLock(path, thread_local=False)
+    with in_words(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(blocking=wait)
+        except Timeout: pass
+        except NotImplementedError as e: raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older versions of filelock
+    try: yield lock.is_locked
+    finally: lock.release()
 
 def done(
     path:str|Path, # of a record
@@ -464,24 +495,78 @@ def done(
     return {(line["config"], line["seed"]): device[line["run"]] for line in lines if "seed" in line}
 
 # %% ../nbs/08_replication.ipynb #494a9b3f
+class _Index:
+    "Which networks a record holds, and where it ends, kept up to date by reading what was added; to be used under the lock of the record."
+    def __init__(self, path:Path): self.path = path; self._forget()
+    def _forget(self): self.known, self.file, self.end, self.lines, self.last = set(), None, 0, 0, b""
+
+    def look(self)->set[tuple[str, int]]: # (config of the cell, seed)
+        "What is there now; raises `ValueError` if the last line is damaged."
+        if not _is_there(self.path): self._forget(); return self.known
+        with open(self.path, "rb") as file:
+            if not self._goes_on(file): self._forget()
+            self.file = os.fstat(file.fileno()).st_ino
+            file.seek(self.end); new = file.read()
+        end = new.rfind(b"\n") + 1
+        if end:
+            new = new[:end]
+            lines, last = self.lines + new.count(b"\n"), new[new.rfind(b"\n", 0, end - 1) + 1:]
+            if last.strip(): _parsed(last, f"line {lines} of {self.path.name}")
+            self.known |= self._networks(new)
+            self.end, self.lines, self.last = self.end + end, lines, new[-4096:]
+        return self.known
+
+    def _goes_on(self, file)->bool:
+        "Is it the file that was seen before, perhaps with more at its end?"
+        status = os.fstat(file.fileno())
+        if status.st_ino != self.file or status.st_size < self.end: return False
+        file.seek(self.end - len(self.last))
+        return file.read(len(self.last)) == self.last
+
+    def _networks(self, lines:bytes)->set[tuple[str, int]]:
+        "Of the rows among these lines. As `append_rows` writes them they are found by their look; lines of another form are parsed, which takes ten times as long."
+        found = re.findall(rb'"config":"(\w+)","seed":(\d+),', lines)
+        if len(found) == lines.count(b'"seed":'): return {(config.decode(), int(seed)) for config, seed in found}
+        parsed = [_parsed(line, f"line {self.lines + i} of {self.path.name}") for i, line in enumerate(lines.split(b"\n"), 1) if line]
+        return {(line["config"], line["seed"]) for line in parsed if "seed" in line}
+
+    def append(self, text:bytes):
+        "Write at the end, in place of a half-written line; all of it or nothing."
+        with open(self.path, "r+b" if self.end else "wb", buffering=0) as file:
+            file.seek(self.end); file.truncate()
+            try:
+                left = memoryview(text)
+                while left: left = left[file.write(left):]
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError): file.truncate(self.end)
+                raise
+
+_index = lru_cache(maxsize=64)(_Index)
+
+def _known(path:Path)->set[tuple[str, int]]:
+    "(config of the cell, seed) of the networks in a record."
+    with _locked(path): return _index(path.absolute()).look()
+
+def _locked(path:Path): return _held(path.with_name(f".{path.name}.lock"))
+
+# %% ../nbs/08_replication.ipynb #ef5577c7
 def append_rows(
     path:str|Path,    # of a record, made if missing
     note:dict,        # provenance, as from `run_cell`
     rows:list[dict],  # one per seed
     columns:dict,     # of every row, before the others
 )->int:               # rows that were new
-    "Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left out."
+    "Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left out. Raises `OSError`, in words, and then has written nothing."
     path = Path(path)
-    with _held(path.with_name(f".{path.name}.lock")):
-        known = done(path)
+    with _locked(path), in_words(path):
+        index = _index(path.absolute())
+        known = index.look()
         rows = [row for row in rows if (note["config"], row["seed"]) not in known]
         if not rows: return 0
         run = _plain(dict(kind="run", format=FORMAT, **{k: columns[k] for k in ("study", "scale")}, **note))
         run["id"] = _digest([run, time.time_ns(), os.getpid()])
-        text = _line(run) + "".join(_line(dict(columns, run=run["id"], config=note["config"], **row)) for row in rows)
-        with open(path, "r+b" if path.exists() else "w+b") as file:
-            end = file.read().rfind(b"\n") + 1
-            file.seek(end); file.truncate(); file.write(text.encode()); file.flush(); os.fsync(file.fileno())
+        index.append((_line(run) + "".join(_line(dict(columns, run=run["id"], config=note["config"], **row)) for row in rows)).encode())
     return len(rows)
 
 # %% ../nbs/08_replication.ipynb #e057a136
@@ -553,6 +638,17 @@ def _check_known(study:Study):
         unknown = [name for name in g.measures if name not in MEASURES]
         if unknown: raise ValueError(f"no measure {', '.join(map(repr, unknown))}; there are {', '.join(MEASURES)}")
 
+def _written(path:Path, study:Study, waiting:dict, failed:dict)->int: # rows
+    "Write what was measured of cells; what the system refuses stays among the waiting."
+    written = 0
+    for cell, outcome in list(waiting.items()):
+        try: written += append_rows(path, *outcome, _columns(study, cell))
+        except OSError as e: failed[cell.name] = e; continue
+        except TypeError as e: failed[cell.name] = e   # a measure that JSON cannot keep
+        else: failed.pop(cell.name, None)
+        del waiting[cell]
+    return written
+
 def run_study(
     study:Study,                    # what to run
     out:str|Path|None=None,         # folder of the record, `NAME.jsonl`; None: as in `results`
@@ -571,13 +667,12 @@ def run_study(
     if path.parent.exists() and not path.parent.is_dir(): raise NotADirectoryError(f"{path.parent} is a file, expected a folder for the records: choose another one with --out")
     if path.exists() and not resume: raise FileExistsError(f"{path} exists: go on with it by --resume, or choose another --out")
     with _workers(scheduler, device, root, study.data(only)) as (work, name):
-        tasks, written, failed = _todo(study, path, seeds, only, name), 0, {}
+        tasks, written, failed, waiting = _todo(study, path, seeds, only, name), 0, {}, {}
         with tqdm(total=sum(t.cost for t in tasks), disable=not progress, mininterval=1, smoothing=0, bar_format=BAR) as bar:
             for task, outcome in work(study, tasks, path, bar):
                 if isinstance(outcome, Exception): failed[task.cell.name] = outcome
-                elif outcome is not None:
-                    try: written += append_rows(path, *outcome, _columns(study, task.cell))
-                    except TypeError as e: failed[task.cell.name] = e   # a measure that JSON cannot keep
+                elif outcome is not None: waiting[task.cell] = outcome
+                written += _written(path, study, waiting, failed)
     if failed: raise RuntimeError(f"{len(failed)} cells failed, the others are recorded; the first, {next(iter(failed))}: {next(iter(failed.values()))}")
     return written
 
@@ -608,12 +703,13 @@ def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task]
         cell, share = task.cell, _Share(bar, task.cost, task.cell.schedule.length(task.cell.n))
         bar.set_description(cell.name)
         lock = path.parent / ".claims" / f"{study.name}-{cell.config}"
-        with _held(lock, wait=False) as mine:
-            known = done(path)
-            seeds = [s for s in task.seeds if (cell.config, s) not in known]
-            try: yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
-            except Exception as e: yield task, e # the next cell may be sound
-            if mine: lock.unlink(missing_ok=True)
+        try:
+            with _held(lock, wait=False) as mine:
+                known = _known(path)
+                seeds = [s for s in task.seeds if (cell.config, s) not in known]
+                yield task, run_cell(cell, seeds, device, root, share) if mine and seeds else None
+                if mine: lock.unlink(missing_ok=True)
+        except Exception as e: yield task, e # the next cell may be sound
         share.finish()
 
 # %% ../nbs/08_replication.ipynb #83a766b1
@@ -649,14 +745,27 @@ def _common_device(client, device:str, root:str|None, specs:list[str])->str:
         if problem: raise ValueError(f"worker {worker} cannot run this study: {problem}")
     names = {name for name, _ in found.values()}
     if len(names) > 1: raise ValueError(f"the workers' devices differ: {', '.join(sorted(names))}; a study runs on one kind, choose it with --device")
+    for worker, theirs in client.run(_versions).items(): _check_versions(theirs, f"worker {worker}")
     return names.pop()
+
+def _versions()->dict[str, str|None]:
+    "What decides the numbers besides the device."
+    note = provenance(torch.device("cpu"))
+    return {name: note[name] for name in ("lap_nb", "torch", "commit")}
+
+def _check_versions(theirs:Mapping, who:str):
+    "Raise if somebody has other versions than this process; a commit is compared where both have one."
+    differ = [f"{name} {theirs[name]}, here {mine}" for name, mine in _versions().items() if theirs.get(name) != mine and None not in (theirs.get(name), mine)]
+    if differ: raise ValueError(f"{who} has other versions: {'; '.join(differ)}. A study is trained by one code: install the same on all, and start the workers anew")
 
 def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task], path:Path, bar)->Iterator[tuple[_Task, object]]:
     "All cells to the workers; a cell whose worker dies goes to another."
     from dask.distributed import as_completed
     futures = {client.submit(_run_there, t.cell, t.seeds, device, root, pure=False): t for t in tasks}
     for future in as_completed(futures):
-        try: outcome = future.result()
+        try:
+            outcome = future.result()
+            _check_versions(outcome[0], "the worker that trained it")
         except Exception as e: outcome = e
         yield futures[future], outcome
         bar.update(futures[future].cost)
@@ -676,12 +785,20 @@ class Records:
     rows:list[dict]       # one per network, columns as `nbs/results/README.md` lists them
     runs:dict[str, dict]  # provenance of the rows, by their column `run`
     def __len__(self)->int: return len(self.rows)
-    def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}"
+    def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}{self._mixed()}"
 
     @property
     def device(self)->str:
         "Devices on which the rows were made."
         return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
+
+    @property
+    def versions(self)->list[str]:
+        "Of `lap_nb` and PyTorch with which the rows were made, as `lap_nb 0.1.0 with torch 2.13.0+cpu`."
+        runs = [self.runs[run] for run in {row["run"] for row in self.rows}]
+        return sorted({f"lap_nb {run.get('lap_nb')} with torch {run.get('torch')}" for run in runs})
+
+    def _mixed(self)->str: return f"; several versions: {', '.join(self.versions)}" if len(self.versions) > 1 else ""
 
     def where(self,
         **columns, # column = value, or a list of values
@@ -828,7 +945,7 @@ def caption(self:Records
     seeds = sorted({len(group) for group in self.by("data", "n", "net", "method").values()})
     epochs = sorted({self.runs[row["run"]]["epochs"] for row in self.rows})
     return (f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs; "
-            f"{' and '.join(scales)} scale; {self.device}")
+            f"{' and '.join(scales)} scale; {self.device}{self._mixed()}")
 
 @patch
 def plot(self:Records,

@@ -1,11 +1,14 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -109,6 +112,196 @@ def test_a_diverged_network_is_left_as_it_was_when_last_seen_well():
 def test_all_diverged_is_an_error():
     with pytest.raises(FloatingPointError, match="all networks diverged"):
         fit_many(lambda: init_velocities_(make(), 1e30), digits().splits(60, [0, 1]), epochs=2)
+
+
+class Mortal(nn.Module):
+    "A network that dies at a step of its own: those of the seeds 0, 1, ... at the steps `deaths`, 0 for never."
+    def __init__(self, deaths):
+        super().__init__()
+        self.net = make()
+        self.register_buffer("steps", torch.zeros(())); self.register_buffer("last", torch.tensor(float(deaths[torch.initial_seed()] or 1e9)))
+    def forward(self, x):
+        if self.training: self.steps.add_(1)
+        return self.net(x) * torch.where(self.steps < self.last, 1., math.nan)
+
+
+def mortals(deaths, mode, **settings):
+    "Three steps an epoch, points at epochs 2, 4, 6."
+    with warnings.catch_warnings(record=True, action="always") as told:
+        runs = fit_many(partial(Mortal, deaths), digits().splits(60, range(len(deaths))), mode=mode, **dict(epochs=6, batch_size=20, eval_every=2) | settings)
+    assert len([w for w in told if "diverged and were frozen" in str(w.message)]) == any(deaths)
+    return runs
+
+
+def assert_same(one, other):
+    assert one.members == other.members and one.curves.keys() == other.curves.keys() and one.curves["epoch"].tolist() == [2, 4, 6]
+    for name in one.curves: torch.testing.assert_close(one.curves[name], other.curves[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+    for i in range(len(one)):
+        for a, b in zip(one[i].model.state_dict().values(), other[i].model.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("deaths, settings", [
+    *((deaths, {}) for deaths in [(7, 0, 0), (0, 1, 0), (8, 9, 7), (13, 7, 1), (18, 18, 0), (7, 7, 7), (10, 12, 16), (1, 18, 2), (6, 6, 13)]),
+    *((deaths, settings) for deaths in [(13, 7, 1), (8, 0, 8)] for settings in [dict(check_every=1), dict(check_every=4, least_action=LeastAction)]),
+    ((7, 13), dict(grid=dict(lr=[1e-3, 2e-3])))])
+def test_a_network_dies_at_the_same_step_in_every_mode(deaths, settings):
+    "Whoever else dies, and whenever: epochs of death, curves up to it, and the network as it was last seen well."
+    alone, row = (mortals(deaths, mode, **settings) for mode in ("sequential", "batched"))
+    assert_same(alone, row)
+    whole = mortals((0,) * len(deaths), "batched", **settings)
+    for i, member in enumerate(alone.members):
+        death = deaths[member["seed"]]
+        assert member.get("diverged") == (-(-death // 3) if death else None)
+        reached = [death == 0 or epoch < -(-death // 3) for epoch in (2, 4, 6)]
+        assert alone.curves["loss"][:, i].isfinite().tolist() == reached
+        torch.testing.assert_close(alone.curves["test_accuracy"][reached, i], whole.curves["test_accuracy"][reached, i])
+        assert alone[i].model.steps == (6 * sum(reached))
+        best = alone.curves["val_accuracy"][reached, i]
+        assert alone[i].best_test_accuracy.isnan() if not any(reached) else alone[i].best_test_accuracy == alone.curves["test_accuracy"][best.argmax(), i]
+        torch.testing.assert_close(alone.best_test_accuracy[i], alone[i].best_test_accuracy, equal_nan=True)
+
+
+@pytest.mark.parametrize("deaths", [(1, 2, 6), (4, 4, 4)])
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_if_all_die_before_the_first_point_nothing_is_left(deaths, mode):
+    with pytest.raises(FloatingPointError, match="all networks diverged"): mortals(deaths, mode)
+
+
+def test_deaths_in_processes_are_those_in_one():
+    deaths = (7, 0, 13, 1)
+    assert_same(mortals(deaths, "sequential"), mortals(deaths, "processes", workers=2))
+
+
+class Stop:
+    "A bar that interrupts after so many epochs of all."
+    def __init__(self, after): self.left = after
+    def update(self, n):
+        self.left -= n
+        if self.left <= 0: raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:.*diverged and were frozen")
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_deaths_are_the_same_after_interruptions(mode, tmp_path):
+    deaths, keep = (7, 0, 13), dict(checkpoint=tmp_path / "row", save_every=1)
+    for after in (1, 2, 3, 4):
+        with pytest.raises(KeyboardInterrupt): mortals(deaths, mode, progress=Stop(after), resume=True, **keep)
+    resumed, straight = mortals(deaths, mode, resume=True, **keep), mortals(deaths, mode)
+    assert resumed.members == straight.members and resumed.diverged == {0: 3, 2: 5}
+    for name in straight.curves: torch.testing.assert_close(straight.curves[name], resumed.curves[name], rtol=0, atol=0, equal_nan=True)
+
+
+# --- what is kept of a training that ends early ---------------------------------------------------------------------
+
+def failing(deaths):
+    "`Mortal`, of which that of seed 3 cannot be trained."
+    if torch.initial_seed() != 3: return Mortal(deaths)
+    model = Mortal(deaths)
+    model.register_forward_hook(lambda module, args, out: fail() if module.training and module.steps > 4 else None)
+    return model
+
+
+def fail(): raise OSError("a disk is full")
+
+
+@pytest.mark.parametrize("grid, after, kept", [(None, 3, 1), (None, 5, 3), (dict(lr=[1e-3, 1e-2]), 4, 5)])
+def test_an_interrupt_keeps_the_networks_that_are_trained(grid, after, kept):
+    settings = dict(grid=grid, mode="sequential")
+    whole = mortals((0,) * 4, **settings)
+    with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0,) * 4, progress=Stop(after), **settings)
+    runs = interrupt.value.runs
+    assert runs.members == whole.members[:kept] and f"{kept} of {len(whole)} networks were trained to the end" in interrupt.value.__notes__[0]
+    for name in runs.curves: assert torch.equal(runs.curves[name], whole.curves[name] if name == "epoch" else whole.curves[name][:, :kept])
+    assert len(runs) == kept and torch.equal(runs[kept - 1].model.net.head.weight, whole[kept - 1].model.net.head.weight)
+
+
+def test_an_interrupt_keeps_whole_rows():
+    settings = dict(grid=dict(lr=[1e-3, 1e-2]), mode="batched")
+    whole = mortals((0, 7), **settings)
+    with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0, 7), progress=Stop(4), **settings)
+    runs = interrupt.value.runs
+    assert runs.members == whole.members[:2] and runs.diverged == {1: 3}
+    torch.testing.assert_close(runs.curves["loss"], whole.curves["loss"][:, :2], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0, 7), progress=Stop(2), **settings)
+    assert not hasattr(interrupt.value, "runs") and not hasattr(interrupt.value, "__notes__")
+
+
+def test_an_error_in_one_network_keeps_those_before():
+    split = digits().splits(60, range(5))
+    with pytest.raises(OSError, match="a disk is full") as error: fit_many(partial(failing, (0,) * 5), split, epochs=3, batch_size=20, mode="sequential")
+    assert [m["seed"] for m in error.value.runs.members] == [0, 1, 2]
+    with pytest.raises(OSError, match="a disk is full") as error:
+        fit_many(partial(failing, (0,) * 5), split, epochs=3, batch_size=20, mode="processes", workers=1, chunk=1)
+    assert {0, 1, 2} <= {m["seed"] for m in error.value.runs.members} <= {0, 1, 2, 4}
+
+
+def test_an_interrupt_keeps_rows_abreast(two_threads, monkeypatch):
+    "The first row has ended, the second waits for the interrupt."
+    original, first = lap_nb.ensembles._trained, threading.Event()
+    def trained(job, ensemble, la, bar):
+        if job.seeds[0] == 0: found = original(job, ensemble, la, bar); first.set(); return found
+        first.wait(60)
+        while True: time.sleep(.01); bar.update(1)
+    class Impatient:
+        def update(self, n):
+            if first.is_set(): raise KeyboardInterrupt
+    monkeypatch.setattr("lap_nb.ensembles._trained", trained)
+    with pytest.raises(KeyboardInterrupt) as interrupt: abreast(maker=make, progress=Impatient())
+    assert [m["seed"] for m in interrupt.value.runs.members] == list(range(10))
+
+
+# --- children -------------------------------------------------------------------------------------------------------
+
+PARENT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_ensembles import endless
+if __name__ == "__main__": endless({folder!r})
+"""
+
+
+def announcing():
+    "Says which process it is in, once it is a worker."
+    if "MainProcess" != multiprocessing.current_process().name: print(os.getpid(), flush=True)
+    return make()
+
+
+def endless(folder):
+    torch.set_num_threads(1)
+    fit_many(announcing, digits().splits(20, range(2)), epochs=10 ** 7, eval_every=10 ** 7, batch_size=20, mode="processes", workers=2, chunk=1,
+             checkpoint=folder, save_every=20)
+
+
+@pytest.mark.parametrize("sign, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
+def test_workers_end_with_their_parent(sign, code, tmp_path):
+    "All that hold its output have ended when it closes: they would train for days, and write as they go."
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "row")))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        try:
+            workers = {int(parent.stdout.readline()) for _ in range(2)}
+            assert len(workers) == 2 and parent.pid not in workers
+            os.kill(parent.pid, sign)
+            _, errors = parent.communicate(timeout=120)                       # until nobody holds a pipe any more
+        except BaseException:
+            os.killpg(parent.pid, signal.SIGKILL)
+            raise
+    assert parent.returncode in (code, -sign), errors
+    if sign == signal.SIGINT: assert "KeyboardInterrupt" in errors
+
+
+def test_a_worker_ends_when_its_pipe_closes(tmp_path):
+    "The way that works where the system does not help."
+    reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    worker = multiprocessing.get_context("spawn").Process(target=living, args=(reader,))
+    worker.start(); reader.close(); writer.close(); worker.join(120)
+    assert worker.exitcode == 1
+
+
+def living(pipe):
+    sys.platform = "another"
+    lap_nb.ensembles._live_with(pipe, 1)
+    threading.Event().wait()
 
 
 # --- random numbers in training -------------------------------------------------------------------------------------
@@ -650,7 +843,7 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
     deaths = [[3, 4], [0, -1], [-1, 4], [9, 2]]
     members = [dict(seed=i, **({} if i < 4 else dict(batch_size=60))) for i in range(8)]
     with pytest.warns(UserWarning, match=r"6 of 8 networks diverged.*the first of them {'seed': 0, 'diverged': 1}"):
-        _, joined, told = lap_nb.ensembles._joined(plan, [(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)], members, dict(batch_size=20))
+        _, joined, told = lap_nb.ensembles._joined(plan, [(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)], members, dict(batch_size=20, epochs=3, eval_every=1))
     assert [m.get("diverged") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged" not in m for m in members)
     expected = [0., 10., 20., 30., 1., 11., 21., 31.]
     for i, m in enumerate(told):

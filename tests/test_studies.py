@@ -1,18 +1,26 @@
 "Records that survive kills, doubles and damage; studies in several processes and on Dask; the promises about bad input."
+import errno
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import lap_nb
 from lap_nb import studies
 from lap_nb.data import digits
 from lap_nb.dynamics import SkipInit, StochasticDepth
@@ -183,6 +191,153 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match='format 99'): append_rows(path, NOTE, [dict(seed=5)], COLUMNS)
 
 
+def three(path, **note):
+    "A record of three rows, as lines: the run and its rows."
+    append_rows(path, NOTE | note, [dict(seed=s, test_accuracy_last=s / 4, energy_per_block=[1., 2.]) for s in range(3)], COLUMNS)
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize('order', ['AA', 'AAA', 'ABAB', 'ABCA', 'BACB'])
+def test_rows_that_a_merge_doubled_are_taken_once(order, tmp_path):
+    "Line by line merges of branches with the same rows, whatever their order."
+    parts = {name: three(tmp_path / name, config=name) for name in 'ABC'}
+    (tmp_path / 'r.jsonl').write_bytes(b''.join(line for name in order for line in parts[name]))
+    with pytest.warns(UserWarning, match=rf'r.jsonl says {4 * (len(order) - len(set(order)))} things twice.* repeats line \d') as told: lines = read_lines(tmp_path / 'r.jsonl')
+    assert len(told) == 1
+    rows = [line for line in lines if 'seed' in line]
+    assert [(row['config'], row['seed']) for row in rows] == [(name, seed) for name in dict.fromkeys(order) for seed in range(3)]
+    assert len(lines) == 4 * len(set(order)) and Records(rows, {}).where(config='A').interval().n == 3
+
+
+@pytest.mark.parametrize('name, value', [('test_accuracy_last', .9), ('energy_per_block', [1., 2., 3.]), ('method', 'other'), ('new', None), ('new', 1)])
+def test_rows_that_contradict_each_other_are_named(name, value, tmp_path):
+    path = tmp_path / 'r.jsonl'
+    lines = three(path)
+    other = studies._parsed(lines[2], '') | {name: value}
+    path.write_bytes(b''.join(lines) + studies._line(other).encode())
+    for read in (read_lines, done):
+        if value is None: continue
+        with pytest.raises(ValueError, match=rf'lines 3 and 5 of r.jsonl contradict each other: of circles/20/dense/\w+, seed 1, one has {name} .*Keep one of the two'): read(path)
+    note = studies._parsed(lines[0], '') | dict(threads=7)
+    path.write_bytes(b''.join(lines) + studies._line(note).encode())
+    with pytest.raises(ValueError, match='lines 1 and 5 .* of the run .* one has threads 1, the other 7'): read_lines(path)
+
+
+def test_the_same_numbers_from_two_runs_are_one_row(tmp_path):
+    "Two machines did the same work, and their records were put together."
+    a, b = three(tmp_path / 'a'), three(tmp_path / 'b')
+    assert a[0] != b[0]
+    (tmp_path / 'r.jsonl').write_bytes(b''.join(a + b))
+    with pytest.warns(UserWarning, match='says 3 things twice'): rows = [line for line in read_lines(tmp_path / 'r.jsonl') if 'seed' in line]
+    assert [row['run'] for row in rows] == [studies._parsed(a[0], '')['id']] * 3
+
+
+def test_an_append_reads_what_was_added_and_no_more(tmp_path, monkeypatch):
+    "Counted, not timed: bytes looked through and lines parsed, in records of 30 and 3,000 rows."
+    counts = {}
+    original, parse = studies._Index._networks, studies._parsed
+    monkeypatch.setattr(studies._Index, '_networks', lambda self, lines: (counts.update(bytes=counts['bytes'] + len(lines)), original(self, lines))[1])
+    monkeypatch.setattr(studies, '_parsed', lambda *args: (counts.update(lines=counts['lines'] + 1), parse(*args))[1])
+    cost = {}
+    for n in (30, 3000):
+        path = tmp_path / f'{n}.jsonl'
+        counts.update(bytes=0, lines=0)
+        append_rows(path, NOTE, [dict(seed=s) for s in range(n)], COLUMNS)
+        for k in range(5):
+            assert append_rows(path, NOTE | dict(config=f'c{k}'), [dict(seed=s) for s in range(3)], COLUMNS) == 3
+            if k == 0: counts.update(bytes=0, lines=0)                      # the first time all is looked through
+        cost[n] = counts['lines'], counts['bytes']
+        assert append_rows(path, NOTE | dict(config='c3'), [dict(seed=s) for s in range(4)], COLUMNS) == 1
+        assert len(written(path)) == n + 16
+    assert cost[30] == cost[3000] and cost[30][0] == 4
+
+
+@given(st.lists(st.sampled_from(['append', 'others', 'half', 'cut', 'replace', 'delete', 'rewrite', 'spaces']), max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_what_a_writer_has_seen_does_not_mislead_it(steps):
+    "Whatever others do to a file between two appends: each append finds what a fresh look would find."
+    folder = Path(tempfile.mkdtemp())
+    try:
+        path = folder / 'r.jsonl'
+        for k, step in enumerate(['append', *steps]):
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')] if path.exists() else []
+            if step == 'others': path.write_bytes(b''.join(lines + three(folder / f'{k}', config=f'o{k}')))
+            if step == 'half': path.write_bytes(b''.join(lines) + b'{"study":"tiny","half')
+            if step == 'cut': path.write_bytes(b''.join(lines[:-1]))
+            if step == 'replace': (folder / 'new').write_bytes(b''.join(lines[:4])); (folder / 'new').replace(path)
+            if step == 'delete': path.unlink(missing_ok=True)
+            if step == 'rewrite': path.write_bytes(b''.join(reversed(lines)))
+            if step == 'spaces': path.write_bytes(b''.join(json.dumps(json.loads(line)).encode() + b'\n' for line in lines))
+            fresh = studies._Index(path.absolute()).look()
+            assert studies._known(path) == fresh
+            new = append_rows(path, NOTE | dict(config=f'c{k % 3}'), [dict(seed=s) for s in range(2)], COLUMNS)
+            assert new == 2 - len({(f'c{k % 3}', s) for s in range(2)} & fresh)
+            assert len(re.findall(rb'"config": ?"c%d", ?"seed"' % (k % 3), path.read_bytes())) == 2
+    finally: shutil.rmtree(folder)
+
+
+def full(*calls):
+    "`os.fsync` on a disk that is full at these calls."
+    count = itertools.count()
+    def fsync(file):
+        if next(count) in calls: raise OSError(errno.ENOSPC, 'No space left on device')
+    return fsync
+
+
+def test_a_full_disk_is_named_and_the_other_cells_are_tried(tmp_path, monkeypatch):
+    path, ran, original = tmp_path / 'tiny.jsonl', [], studies.run_cell
+    monkeypatch.setattr(studies, 'run_cell', lambda cell, *args: (ran.append(cell.name), original(cell, *args))[1])
+    run_study(TINY, tmp_path, device='cpu', only='*/20/*/default')
+    before = path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'fsync', full(*range(1000)))
+        with pytest.raises(RuntimeError, match=rf'5 cells failed.*No space left on device; make room on that disk.*{re.escape(str(path))}'): run_study(TINY, tmp_path, device='cpu')
+        with pytest.raises(OSError, match='No space left on device; make room') as error: append_rows(path, NOTE, [dict(seed=5)], COLUMNS)
+        assert error.value.errno == errno.ENOSPC and error.value.filename == str(path)
+    assert path.read_bytes() == before and ran == [cell.name for cell, _ in sorted(TINY.cells(), key=lambda c: c[0].name != ran[0])]
+    assert run_study(TINY, tmp_path, device='cpu') == 15 and written(path) == WANTED
+
+
+def test_what_a_full_disk_refused_is_written_when_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'fsync', full(1, 2))
+    assert run_study(TINY, tmp_path, device='cpu') == 18 and written(tmp_path / 'tiny.jsonl') == WANTED
+
+
+def test_half_of_a_write_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / 'r.jsonl'
+    three(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, 'fsync', full(0))
+    with pytest.raises(OSError): append_rows(path, NOTE | dict(config='d'), [dict(seed=s) for s in range(9)], COLUMNS)
+    assert path.read_bytes() == before
+    assert append_rows(path, NOTE | dict(config='d'), [dict(seed=s) for s in range(9)], COLUMNS) == 9
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_without_locks_is_named(number, tmp_path, monkeypatch):
+    def flock(*args): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr('fcntl.flock', flock)
+    monkeypatch.setattr(studies, 'run_cell', lambda *args: pytest.fail('it trained'))
+    with pytest.raises(RuntimeError, match=rf'6 cells failed.*has no locks.*{re.escape(str(tmp_path))}'): run_study(TINY, tmp_path, device='cpu')
+    with pytest.raises(OSError, match='has no locks') as error: append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=5)], COLUMNS)
+    assert error.value.errno == number and not list(tmp_path.glob('*.jsonl'))
+
+
+def test_a_record_is_a_file(tmp_path):
+    (tmp_path / 'r.jsonl').mkdir()
+    for use in (read_lines, lambda path: append_rows(path, NOTE, [dict(seed=0)], COLUMNS)):
+        with pytest.raises(OSError, match='is not a file, expected a record'): use(tmp_path / 'r.jsonl')
+
+
+def test_versions_in_one_table_are_told():
+    rows = [dict(data='a', n=1, net='d', method='m', seed=s, scale='cpu', run=str(s % 2)) for s in range(4)]
+    run = dict(device='cpu', device_name='x', threads=1, epochs=3, torch='2.13.0')
+    same, mixed = (Records(rows, {'0': run | dict(lap_nb='0.1.0'), '1': run | dict(lap_nb=other)}) for other in ('0.1.0', '0.2.0'))
+    assert same.versions == ['lap_nb 0.1.0 with torch 2.13.0'] and 'version' not in repr(same) + same.caption
+    for text in (repr(mixed), mixed.caption): assert text.endswith('; several versions: lap_nb 0.1.0 with torch 2.13.0, lap_nb 0.2.0 with torch 2.13.0')
+    assert 'version' not in mixed.where(run='1').caption
+
+
 def test_stale_rows_are_kept_but_not_read(tmp_path, registered, monkeypatch):
     run_study(TINY, tmp_path, device='cpu', only='*/default')
     monkeypatch.setitem(studies.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale, version=2))
@@ -299,6 +454,15 @@ def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch, forked):
         monkeypatch.setattr(studies, 'append_rows', append_and_kill)
         assert run_study(slow, tmp_path, scheduler=cluster.scheduler_address, device='cpu') == 18
         assert killed and written(path) == {(c.config, s) for c, k in slow.cells() for s in range(k)}
+        client.run(partial(setattr, lap_nb, '__version__', '0.0.7'), workers=[list(client.run(os.getpid))[0]])
+        more = replace(slow, name='more')
+        with pytest.raises(ValueError, match='worker tcp.* has other versions: lap_nb 0.0.7, here .*install the same on all'):
+            run_study(more, tmp_path, scheduler=cluster.scheduler_address, device='cpu')
+        client.run(partial(setattr, lap_nb, '__version__', '0.0.7'))        # after the start
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match='6 cells failed.*the worker that trained it has other versions: lap_nb 0.0.7'):
+            patched.setattr(studies, '_common_device', lambda *args: studies.provenance(torch.device('cpu'))['device_name'])
+            run_study(more, tmp_path, scheduler=cluster.scheduler_address, device='cpu')
+        assert not (tmp_path / 'more.jsonl').exists()
         lacking = Study('lacking', '?', (Grid(('mnist',), (20,), METHODS[:1], seeds=2, **SMALL),))
         with pytest.raises(ValueError, match='worker .* cannot run this study: .*mnist'):
             run_study(lacking, tmp_path, scheduler=cluster.scheduler_address, device='cpu', root=str(tmp_path))
@@ -309,6 +473,41 @@ def test_workers_of_different_kinds_are_refused():
         def wait_for_workers(self, *args, **kwargs): pass
         def run(self, *args): return {'tcp://a': ('GPU A', ''), 'tcp://b': ('GPU B', '')}
     with pytest.raises(ValueError, match="workers' devices differ: GPU A, GPU B"): studies._common_device(Client(), 'cuda', None, [])
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_studies import endless
+if __name__ == "__main__": endless({folder!r})
+"""
+
+
+def announcing(*args):
+    print(os.getpid(), flush=True)
+    return run_cell(*args)
+
+
+def endless(folder):
+    studies._run_there = announcing
+    run_study(replace(LONGER, grids=(replace(LONGER.grids[0], schedule=Schedule(steps=10 ** 7, points=1)),)), folder, scheduler='local', device='cpu')
+
+
+def test_local_workers_end_with_an_interrupt_of_their_parent(tmp_path):
+    "All that hold its output have ended when it closes: they would train for days."
+    script = tmp_path / 'parent.py'
+    script.write_text(PARENT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                          env=os.environ | dict(DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT='60s')) as parent:
+        try:
+            worker = int(parent.stdout.readline())
+            assert worker != parent.pid
+            os.kill(parent.pid, signal.SIGINT)
+            parent.communicate(timeout=120)
+        except BaseException:
+            os.killpg(parent.pid, signal.SIGKILL)
+            raise
+    assert parent.returncode == -signal.SIGINT and not (tmp_path / 'tiny.jsonl').exists()
 
 
 # The command.
