@@ -396,8 +396,8 @@ def _side_by_side(curves:list[dict[str, Tensor]])->dict[str, Tensor]: # `[E, S, 
     "Curves of single networks as those of a row; of one that has none: not a number."
     whole = max(curves, key=lambda c: len(c.get("epoch", ())))
     def filled(c, name): # what a network that diverged did not reach is not a number
-        blank = torch.full_like(whole[name], math.nan, dtype=torch.float32)
-        return torch.cat([c[name].float(), blank[len(c[name]):]]) if name in c else blank
+        blank = torch.full_like(whole[name], math.nan, dtype=torch.promote_types(whole[name].dtype, torch.float32))
+        return torch.cat([c[name].to(blank), blank[len(c[name]):]]) if name in c else blank
     return {name: whole[name] if name == "epoch" else torch.stack([filled(c, name) for c in curves], 1) for name in whole}
 
 # %% ../nbs/07_ensembles.ipynb #d779897e
@@ -411,7 +411,7 @@ def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
         own = {name for name, b in parts[0]._buffers.items() if b is not None} - parts[0]._non_persistent_buffers_set
         for name in own: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts], -1).to(device)
         differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
-        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
+        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], dtype=torch.float64, device=device))
     ensemble.watch(each[0].meter)
     return each[0].to(device)
 
