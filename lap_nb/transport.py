@@ -11,17 +11,25 @@ __all__ = ['SOLVERS', 'BLIND', 'PARTS', 'cost_matrix', 'Coupling', 'optimal_coup
 import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
 from .dynamics import Trajectory, colours
-from .kinetic import REDUCTIONS
+from .kinetic import _check_reduction
 
 # %% ../nbs/04_transport.ipynb #e083da7e
+def _count(name:str, value, least:int=1, unit:str="")->int:
+    try: number = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError: number = least - 1
+    if number < least: raise ValueError(f"{name} is {value!r}, expected at least {least}{unit}, a whole number")
+    return number
+
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
 
 def _free_memory()->float:
@@ -35,19 +43,27 @@ def _free_memory()->float:
     except (OSError, ValueError): pass
     return max(0, min(found))
 
-def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None):
+def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None, do:str="bound the value with sliced_w2, which needs no matrix"):
+    if max_bytes is not None and not (isinstance(max_bytes, (int, float)) and max_bytes >= 0):
+        raise ValueError(f"max_bytes is {max_bytes!r}, expected a number of bytes, or None for the memory that is free")
     need, free = 8. * n * m * matrices, _free_memory() if max_bytes is None else max_bytes
     if need > free:
         raise MemoryError(f"{n:,} by {m:,} points need {_gib(need)} for {matrices:g} matrices of costs, {_gib(free)} are free: "
-                          "take a subset of the samples, or bound the value with sliced_w2, which needs no matrix")
+                          f"take a subset of the samples, or {do}")
 
 # %% ../nbs/04_transport.ipynb #b10a0544
+def _describe(x)->str:
+    if not isinstance(x, Tensor): return type(x).__name__
+    kind = "nested" if x.is_nested else "quantized" if x.is_quantized else "sparse" if x.layout != torch.strided else "meta" if x.is_meta else ""
+    return f"a {kind} tensor" if kind else f"{x.dtype} of shape {tuple(x.shape)}"
+
+def _is_dense(x)->bool: return isinstance(x, Tensor) and not (x.is_nested or x.is_quantized or x.layout != torch.strided or x.is_meta)
+
 def _cloud(name:str, x:Tensor, least:int=1)->Tensor:
     "The points as a float64 matrix on the CPU, without graph, after checks."
-    if not isinstance(x, Tensor) or x.ndim < 2 or x.is_complex():
-        found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} is {found}, expected a real tensor [n, ...] with an axis of features; write x[:, None] for numbers")
-    if len(x) < least or x[:1].numel() == 0 and len(x):
+    if not _is_dense(x) or x.ndim < 2 or x.is_complex():
+        raise ValueError(f"{name} is {_describe(x)}, expected a real tensor [n, ...] with an axis of features; write x[:, None] for numbers")
+    if len(x) < least or math.prod(x.shape[1:]) == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature or more"
                          + "; one point has only one matching" * (least == 2 and len(x) == 1))
     x = x.detach().flatten(1).to("cpu", torch.float64)
@@ -56,52 +72,100 @@ def _cloud(name:str, x:Tensor, least:int=1)->Tensor:
                                    "look for the block that makes them, or leave these samples out")
     return x
 
-def _pair(x:Tensor, y:Tensor, names=("x", "y"), least:int=1)->tuple[Tensor, Tensor]:
-    "Two checked clouds of equal dimension, moved together to the origin."
+def _ldexp(x:Tensor, power:int)->Tensor: return torch.from_numpy(np.ldexp(x.numpy(), power))
+
+def _power(*clouds:Tensor)->int:
+    "Of two, the unit in which the largest coordinate is near 1e120: its square does not overflow, and one 1e270 times smaller does not vanish."
+    top = max(x.abs().max().item() for x in clouds)
+    return math.frexp(top)[1] - 400 if top else 0
+
+# %% ../nbs/04_transport.ipynb #94e3fe75
+@dataclass(frozen=True)
+class _Pair:
+    "Two clouds, in units of `2**power`."
+    start:Tensor  # as they were given, `[n, d]`
+    end:Tensor    # `[m, d]`
+    x:Tensor      # the starts, their median at the origin
+    y:Tensor      # the ends, their median at the origin
+    shift:Tensor  # median of the ends minus that of the starts, `[d]`
+    power:int
+    def square(self, value:float)->float:
+        "Squared units as squared units of the features."
+        return math.ldexp(value, 2 * self.power)
+
+def _pair(x:Tensor, y:Tensor, names=("x", "y"), least:int=1, squares:bool=True)->_Pair:
+    "Two clouds of equal dimension, checked; with `squares`, their squared distances must be numbers float64 holds."
     x, y = _cloud(names[0], x, least), _cloud(names[1], y, least)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"{names[0]} has {x.shape[1]} features, {names[1]} {y.shape[1]}; distances need equal numbers: "
                          "compare within a stage of constant shape")
-    centre = x.mean(0)
-    return x - centre, y - centre
+    x, y = _ldexp(x, -(power := _power(x, y))), _ldexp(y, -power)
+    a, b = x.median(0).values, y.median(0).values
+    pair = _Pair(x, y, x - a, y - b, b - a, power)
+    if squares: _check_squares(pair)
+    return pair
 
-# %% ../nbs/04_transport.ipynb #94e3fe75
+def _check_squares(pair:_Pair):
+    largest = max(pair.x.square().sum(1).max().item(), pair.y.square().sum(1).max().item(), pair.shift.square().sum().item())
+    size = math.log2(largest) + 2 * pair.power if largest else 0
+    if not -1022 < size < 1020:
+        raise ValueError(f"squared distances are of the order of 1e{size * math.log10(2):.0f}, expected from 1e-307 to 1e307, which float64 holds: "
+                         f"{'divide' if size > 0 else 'multiply'} the points by a number, and the result by its square")
+
+# %% ../nbs/04_transport.ipynb #8c9dd114
+_ROUNDING = 256 * torch.finfo(torch.float64).eps   # share of its own terms that a sum of float64 numbers may be off by
+
+def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range(0, n, size))   # so many rows fit the cache
+
+def _costs(x:Tensor, y:Tensor)->Tensor:
+    "All squared distances, each with digits of its own."
+    a, b = x.square().sum(1), y.square().sum(1)
+    cost = torch.addmm(b.expand(len(x), -1), x, y.T, alpha=-2).add_(a[:, None])
+    for r in _rows(len(x)):
+        for at in (cost[r] < (a[r, None] + b) / 64).nonzero().split(2 ** 18 // x.shape[1] + 1):
+            i, j = r.start + at[:, 0], at[:, 1]
+            cost[i, j] = (x[i] - y[j]).square().sum(1)
+    return cost
+
+# %% ../nbs/04_transport.ipynb #164110c0
 def cost_matrix(
     x:Tensor,                  # start points, `[n, ...]`
     y:Tensor,                  # end points, `[m, ...]`, with as many features
     max_bytes:float|None=None, # largest size allowed; None: the memory that is free
 )->Tensor:                     # `[n, m]`, float64, on the CPU
     r"All squared distances $|x_i - y_j|^2$; raises `ValueError` on unusable points, `MemoryError` before it allocates too much."
-    x, y = _pair(x, y)
-    _check_memory(len(x), len(y), 1, max_bytes)
-    cost = torch.addmm(y.square().sum(1).expand(len(x), -1), x, y.T, alpha=-2)
-    return cost.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+    pair = _pair(x, y)
+    _check_memory(len(pair.x), len(pair.y), 1, max_bytes)
+    return _ldexp(_costs(pair.x, pair.y + pair.shift), 2 * pair.power)
 
 # %% ../nbs/04_transport.ipynb #ae9209b3
-def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range(0, n, size))   # so many rows fit the cache
-
-def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None)->Tensor:
-    "The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`."
-    lowest, block = cost.new_full(cost.shape[1:], math.inf), cost.new_empty(64, cost.shape[1])   # one block, used again
+def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None, rounding:float=0.)->Tensor:
+    "The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`; each with so large a share of its terms on top."
+    lowest, block, f = cost.new_full(cost.shape[1:], math.inf), cost.new_empty(64, cost.shape[1]), f - rounding * f.abs()   # one block, used again
     for r in _rows(len(f)) if at is None else at.split(64):
         left = block[:len(f[r])]
-        if at is None: torch.sub(cost[r], f[r, None], out=left)
-        else: torch.index_select(cost, 0, r, out=left).sub_(f[r, None])
-        torch.minimum(lowest, left.amin(0), out=lowest)
+        if at is None: torch.mul(cost[r], 1 + rounding, out=left)
+        else: torch.index_select(cost, 0, r, out=left).mul_(1 + rounding)
+        torch.minimum(lowest, left.sub_(f[r, None]).amin(0), out=lowest)
     return lowest
 
-def _potentials(cost:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
-    "Prices that prove `target` optimal, by Bellman and Ford; `RuntimeError` if it is not."
-    matched, g, at = cost.gather(1, target[:, None])[:, 0], cost.new_zeros(len(cost)), None
-    rounding = 256 * torch.finfo(cost.dtype).eps * torch.maximum(cost.max(), -cost.min())   # abs() would be a second matrix
+class _NotOptimal(RuntimeError):
+    "Carries the prices `g` as far as they are known."
+
+def _potentials(cost:Tensor, target:Tensor, g:Tensor|None=None)->tuple[Tensor, Tensor]:
+    "Prices that prove `target` optimal, by Bellman and Ford, from prices `g` of the ends if there are some; `RuntimeError` if it is not."
+    matched, at = cost.gather(1, target[:, None])[:, 0], None
+    g = cost.new_zeros(len(cost)) if g is None else g
     for _ in range(len(cost) + 1):
         f = matched - g[target]
-        lower = _slack(cost, f, at)
-        cheaper = g - lower > rounding
+        lower = _slack(cost, f, at, _ROUNDING)
+        cheaper = g - _ROUNDING * g.abs() > lower
         if not cheaper.any(): return f, g
         g = torch.where(cheaper, lower, g)
         at = cheaper[target].nonzero()[:, 0]   # only the prices of these rows have changed
-    raise RuntimeError(f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
+    error = _NotOptimal(f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
+    error.g = g
+    raise error
 
 # %% ../nbs/04_transport.ipynb #11708c63
 def _balance(kernel, turned, u, v, sweeps:int):
@@ -136,12 +200,10 @@ def _rough(x:Tensor, y:Tensor, eps:float)->tuple[Tensor, Tensor, Tensor, float]:
         eps /= 4
     return f, g, used.nonzero().T, eps
 
-def _sharp(rest:Tensor, pairs:Tensor, eps:float)->tuple[Tensor, Tensor]:
-    "Prices of what is left of the costs, with less and less entropy, each time on the pairs that were not faint before."
-    import numpy as np
+def _sharp(rest:Tensor, pairs:Tensor, n:int, eps:float)->tuple[Tensor, Tensor]:
+    "Prices of what is left of the costs of these pairs, with less and less entropy, each time on the pairs that were not faint before."
     from scipy.sparse import csr_array
-    (i, j), n = pairs.numpy(), len(rest)
-    cost, f, g = rest.numpy()[i, j], np.zeros(n), np.zeros(n)
+    (i, j), cost, f, g = pairs.numpy(), rest.numpy(), np.zeros(n), np.zeros(n)
     for _ in range(20):  # twins keep more pairs than that for ever
         if len(i) <= 1.5 * n: break
         eps /= 2
@@ -153,40 +215,63 @@ def _sharp(rest:Tensor, pairs:Tensor, eps:float)->tuple[Tensor, Tensor]:
     return torch.from_numpy(f), torch.from_numpy(g)
 
 # %% ../nbs/04_transport.ipynb #5753bae3
-def _assignment(x:Tensor, y:Tensor):
+def _draw_in(x:Tensor)->tuple[Tensor, Tensor]:
+    "The cloud, its farthest points moved towards the origin, and which these are."
+    size = x.norm(dim=1)
+    far = 16 * (size.median().item() or size.mean().item())
+    return x * (far / size).nan_to_num(1.).clamp(max=1)[:, None], (size > far).nonzero()[:, 0]
+
+def _guess(x:Tensor, y:Tensor, cost:Tensor)->tuple[Tensor, Tensor]:
+    "Prices near the best."
+    (x, left), (y, right) = _draw_in(x), _draw_in(y)
+    few = -2 * x[::len(x) // 256 + 1] @ y.T
+    few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
+    f, g, (i, j), eps = _rough(x, y, (few.median().item() or few.mean().item() or 1.) / 8)
+    f, g = f + x.square().sum(1), g + y.square().sum(1)
+    df, dg = _sharp(cost[i, j] - f[i] - g[j], torch.stack([i, j]), len(x), eps)
+    f, g = f + df, g + dg
+    if len(right): g[right] = _slack(cost[:, right], f)   # of the points drawn in, by the others' prices
+    if len(left): f[left] = (cost[left] - g).amin(1)
+    return f, g
+
+def _assignment(x:Tensor, y:Tensor)->tuple[Tensor, None, Tensor, Tensor]:
     "Optimal matching of as many ends as starts, and the prices that prove it."
     from scipy.optimize import linear_sum_assignment
-    a, b = x.median(0).values, y.median(0).values
-    few = -2 * (x - a)[::len(x) // 256 + 1] @ (y - b).T
-    few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
-    f, g, pairs, eps = _rough(x - a, y - b, (few.median().item() or few.mean().item() or 1.) / 8)
-    rest = torch.addmm(f[:, None].expand(-1, len(y)), x - a, (y - b).T, beta=-1, alpha=-2).sub_(g)
-    df, dg = _sharp(rest, pairs, eps)
-    target = torch.from_numpy(linear_sum_assignment(rest.sub_(df[:, None]).sub_(dg).numpy())[1])
-    proof = _potentials(rest, target)
-    return target, None, x.square().sum(1) - 2 * x @ b + f + df + proof[0], y.square().sum(1) - 2 * (y - b) @ a + g + dg + proof[1]
+    f, g = _guess(x, y, cost := _costs(x, y))
+    for last in (False, False, True):
+        target = torch.from_numpy(linear_sum_assignment(cost.sub_(f[:, None]).sub_(g).numpy())[1])   # in place of the costs
+        del cost
+        try: return target, None, *_potentials(cost := _costs(x, y), target, g)
+        except _NotOptimal as error:
+            if last: raise
+            g = error.g
+            f = torch.cat([(cost[r] - g).amin(1) for r in _rows(len(cost))])
 
 # %% ../nbs/04_transport.ipynb #bad5496f
 def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
     import ot
+    unit = cost.max().item() or 1.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # the state is in the log: not optimal is an error
-        plan, log = ot.emd(a.numpy(), b.numpy(), cost.numpy(), numItermax=max_iter, log=True)
+        plan, log = ot.emd(a.numpy(), b.numpy(), (cost / unit).numpy(), numItermax=max_iter, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"POT's network simplex did not reach an optimum in {max_iter:,} iterations ({log['warning']}); raise max_iter")
-    f, g = torch.as_tensor(log["u"]), torch.as_tensor(log["v"])
-    if _slack(cost, f).sub(g).min() < -1e-9 * (cost.max() + 1):
-        raise RuntimeError("POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; rescale the points")
-    return None, torch.as_tensor(plan).to_sparse(), f, g
+    f, plan = unit * torch.as_tensor(log["u"]), torch.as_tensor(plan).to_sparse()
+    g = torch.minimum(unit * torch.as_tensor(log["v"]), _slack(cost, f))   # now no pair is too dear
+    (i, j), mass = plan.indices(), plan.values()
+    if not (mass * (cost[i, j] - f[i] - g[j])).sum() <= 1e-9 * (mass * (cost[i, j] + f[i].abs() + g[j].abs())).sum():
+        raise RuntimeError("POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; leave the farthest points out")
+    return None, plan, f, g
 
 # %% ../nbs/04_transport.ipynb #cd24ab9f
 def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
     "Weights as float64 that sum to one; equal ones if there are none."
     if w is None: return torch.full((n,), 1 / n, dtype=torch.float64)
-    w = torch.as_tensor(w).detach().to("cpu", torch.float64)
+    if not _is_dense(w) or w.is_complex(): raise ValueError(f"{name} is {_describe(w)}, expected a real tensor ({n},): a weight for each point")
+    w = w.detach().to("cpu", torch.float64)
     if w.shape != (n,): raise ValueError(f"{name} has shape {tuple(w.shape)}, expected ({n},): a weight for each point")
     if not (w >= 0).all(): raise ValueError(f"{name} has {int((~(w >= 0)).sum())} weights that are negative or not a number, expected zero or more")
-    if abs(w.sum() - 1) > 1e-5: raise ValueError(f"{name} sums to {w.sum():.6g}, expected 1; divide by the sum")
+    if not abs(w.sum() - 1) <= 1e-5: raise ValueError(f"{name} sums to {w.sum():.6g}, expected 1; divide by the sum")
     return w / w.sum()
 
 # %% ../nbs/04_transport.ipynb #70c18cbe
@@ -214,33 +299,56 @@ def optimal_coupling(
     max_bytes:float|None=None, # largest memory allowed; None: what is free
 )->Coupling:
     r"Exact $W_2^2(\sum_i a_i\delta_{x_i}, \sum_j b_j\delta_{y_j})$ (Kantorovich); `ValueError` on unusable input, `RuntimeError` if not solved."
+    pair = _pair(x, y)
+    target, plan, f, g, solver = _solve(pair, a, b, solver, max_iter, max_bytes)
+    i, j, mass = _carried(target, plan, _check_weights("a", a, len(pair.x)))
+    cost = (mass * (pair.start[i] - pair.end[j]).square().sum(1)).sum().item()
+    f, g = f - 2 * pair.x @ pair.shift + pair.shift.square().sum() / 2, g + 2 * pair.y @ pair.shift + pair.shift.square().sum() / 2
+    return Coupling(pair.square(cost), target, plan, _ldexp(f, 2 * pair.power), _ldexp(g, 2 * pair.power), solver)
+
+# %% ../nbs/04_transport.ipynb #0cfbc82b
+def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto", max_iter:int=10_000_000, max_bytes:float|None=None):
+    "Matching, plan, prices and solver of the two clouds, each at its own median."
     if solver not in SOLVERS: raise ValueError(f"solver is {solver!r}, expected one of {', '.join(SOLVERS)}")
-    x, y = _pair(x, y)
-    a, b = _check_weights("a", a, len(x)), _check_weights("b", b, len(y))
-    equal = len(x) == len(y) and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
+    n, m, max_iter = len(pair.x), len(pair.y), _count("max_iter", max_iter)
+    a, b = _check_weights("a", a, n), _check_weights("b", b, m)
+    equal = n == m and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
     if solver == "auto": solver = "assignment" if equal else "simplex"
     if solver == "assignment" and not equal: raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
-    _check_memory(len(x), len(y), 2 if solver == "assignment" else 5, max_bytes)
-    target, plan, f, g = _assignment(x, y) if solver == "assignment" else _simplex(cost_matrix(x, y, math.inf), a, b, max_iter)
-    i, j, mass = (range(len(x)), target, a) if plan is None else (*plan.indices(), plan.values())
-    return Coupling((mass * (x[i] - y[j]).square().sum(1)).sum().item(), target, plan, f, g, solver)
+    _check_memory(n, m, 2 if solver == "assignment" else 5, max_bytes)
+    return *(_assignment(pair.x, pair.y) if solver == "assignment" else _simplex(_costs(pair.x, pair.y), a, b, max_iter)), solver
+
+def _carried(target:Tensor|None, plan:Tensor|None, w:Tensor)->tuple[Tensor, Tensor, Tensor]:
+    "From where, to where, how much."
+    return (torch.arange(len(w)), target, w) if plan is None else (*plan.indices(), plan.values())
 
 # %% ../nbs/04_transport.ipynb #8ee30b7a
 BLIND = .05   # sensitivity below which a gap of zero is no evidence
 
+def _direct(x:Tensor, y:Tensor, i:Tensor, j:Tensor)->Tensor:
+    r"Is $\langle y_i - y_j, x_i - x_j\rangle$ negative? From the differences, beyond their rounding."
+    terms = (y[i] - y[j]) * (x[i] - x[j])
+    return terms.sum(1) < -(len(terms.T) + 3) * torch.finfo(torch.float64).eps * terms.abs().sum(1)
+
+def _crossings(x:Tensor, y:Tensor):
+    "Which pairs would gain by exchanging ends, some rows at a time; what a matrix product cannot tell is computed from the differences."
+    u, v = x - x.median(0).values, y - y.median(0).values
+    own, a, b = (u * v).sum(1), u.norm(dim=1), v.norm(dim=1)
+    for r in _rows(len(x)):
+        product = (own[r, None] + own - v[r] @ u.T).sub_(u[r] @ v.T)
+        unsure = product.abs() <= _ROUNDING * (a[r, None] + a) * (b[r, None] + b)
+        pays = product < 0
+        for at in unsure.nonzero().split(2 ** 18 // x.shape[1] + 1): pays[at[:, 0], at[:, 1]] = _direct(x, y, r.start + at[:, 0], at[:, 1])
+        yield r, pays
+
 def _sensitivity(x:Tensor, y:Tensor, seed:int)->float:
     "Share of samples that gain by exchanging ends with another one, the displacements having been dealt out at random."
-    n = len(x)
-    z = x + (y - x)[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    own, both, swapped, best = (z * x).sum(1), torch.cat([z, x], 1), torch.cat([x, z], 1), x.new_full((n,), math.inf)
-    for r in _rows(n, 256):
-        saved = (own[r, None] + own[r.start:]).sub_(both[r] @ swapped[r.start:].T)   # of the pair i, j; the same of j, i
-        best[r.start:] = torch.minimum(best[r.start:], saved.amin(0))
-        best[r] = torch.minimum(best[r], saved.amin(1))
-    return (best < -_rounding(x, z)).double().mean().item()
+    z = x + (y - x)[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+    return torch.cat([pays.any(1) for _, pays in _crossings(x, z)]).double().mean().item()
 
 def _bootstrap(values:Tensor, weights:Tensor, resamples:int, level:float, seed:int)->tuple[float, float]:
     "Percentile interval of the weighted mean of `values`."
+    _check_memory(resamples, len(values), 3, None, "take fewer resamples")
     at = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
     if (weights == weights[0]).all(): means = values[at].mean(1)
     else: means = (values * weights)[at].sum(1) / weights[at].sum(1).clamp_min(1e-300)
@@ -256,6 +364,7 @@ class Gap:
     "How much cheaper the same end cloud could have been reached."
     displacement:float            # mean squared distance from start to end
     w2:float                      # $W_2^2$ of the two clouds: the least it could have been
+    gap:float                     # displacement minus $W_2^2$: what the assignment wastes, in squared units of the positions
     interval:tuple[float, float]  # of the gap, by bootstrap of the slack, for samples of this size; too narrow below a hundred
     self_share:float              # share of samples that the cheapest matching leaves with their own end
     sensitivity:float             # share that would gain by an exchange, had the displacements been dealt out at random
@@ -266,10 +375,6 @@ class Gap:
     level:float                   # of the interval
     reduction:str                 # squared distances over features: `"mean"` or `"sum"`
     solver:str                    # which exact solver ran
-    @property
-    def gap(self)->float:
-        "Displacement minus $W_2^2$: what the assignment wastes, in squared units of the positions."
-        return self.displacement - self.w2
     @property
     def relative(self)->float:
         "The gap's share of the displacement; 0 if nothing moves."
@@ -314,31 +419,57 @@ def exact_gap(
     max_bytes:float|None=None, # largest memory allowed; None: what is free
 )->Gap:
     r"Mean of $|x_i - y_i|^2$ minus the exact $W_2^2$ of the clouds (Monge's problem on a sample); no graph is kept. Errors as in `optimal_coupling`."
-    if reduction not in REDUCTIONS: raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    if not (isinstance(resamples, int) and resamples > 0): raise ValueError(f"resamples is {resamples!r}, expected a positive whole number")
-    if not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a number between 0 and 1, such as .95")
-    x, y = _pair(start, end, ("start", "end"), least=2)
-    if len(x) != len(y): raise ValueError(f"start has {len(x)} points, end {len(y)}; each sample needs its start and its end")
-    w, own = _check_weights("weights", weights, len(x)), (x - y).square().sum(1)
-    best = optimal_coupling(x, y, w, w, solver, max_bytes=max_bytes)
-    scale = x.shape[1] if reduction == "mean" else 1
-    moved, least = (w * own).sum().item(), best.cost if best.target is None else (w * (x - y[best.target]).square().sum(1)).sum().item()
-    slack = own - best.f - best.g if moved else torch.zeros_like(own)
-    slack = torch.where(slack > _rounding(x, y), slack, 0.) / scale
+    _check_reduction(reduction)
+    resamples, seed = _count("resamples", resamples), _check_seed(seed)
+    _check_level(level)
+    pair = _displaced(start, end, squares=True)
+    w = _check_weights("weights", weights, len(pair.x))
+    moved, gap, slack, (target, plan, *_, used) = _judge(pair, w, solver, max_bytes)
+    i, j, mass = _carried(target, plan, w)
+    least = (mass * (pair.start[i] - pair.end[j]).square().sum(1)).sum().item()
+    scale = pair.x.shape[1] if reduction == "mean" else 1
+    back = lambda value: pair.square(value) / scale
     low, high = _bootstrap(slack, w, resamples, level, seed)
-    return Gap(moved / scale, min(least, moved) / scale, (low, high), _self_share(x, y, best), _sensitivity(x, y, seed),
-               slack.to(start.device), *x.shape, _twins(x), level, reduction, best.solver)
+    return Gap(back(moved), back(min(least, moved) if gap else moved), back(gap), (back(low), back(high)), _self_share(pair, i, j, mass),
+               _sensitivity(pair.start, pair.end, seed), (_ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape, _twins(pair.start), level, reduction, used)
 
 # %% ../nbs/04_transport.ipynb #1e9b2437
-def _rounding(x:Tensor, y:Tensor)->float:
-    "What float64 cannot tell from zero among the squared distances of two clouds."
-    return 256 * torch.finfo(torch.float64).eps * (x.square().sum(1).max() + y.square().sum(1).max()).item()
+def _displaced(start:Tensor, end:Tensor, least:int=2, squares:bool=False)->_Pair:
+    "Start and end of each sample."
+    pair = _pair(start, end, ("start", "end"), 2, squares)
+    n, m = len(pair.x), len(pair.y)
+    if n != m: raise ValueError(f"start has {n} points, end {m}; each sample needs its start and its end")
+    if n < least: raise ValueError(f"there are {n} samples, expected at least the {least} of one cycle")
+    return pair
 
-def _self_share(x:Tensor, y:Tensor, best:Coupling)->float:
+def _saved(pair:_Pair, i:Tensor, j:Tensor)->Tensor:
+    "By how much the end of j is nearer to the start of i than its own, squared, summand by summand: from differences, as the squares may be far larger."
+    return (pair.y[j] - pair.y[i]) * ((pair.x[i] - pair.y[i]) + (pair.x[i] - pair.y[j]))
+
+def _judge(pair:_Pair, w:Tensor, solver:str="auto", max_bytes:float|None=None)->tuple[float, float, Tensor, tuple]:
+    "Displacement, gap and slack in units of the pair, and what `_solve` gave. What is not beyond the rounding of a sample is zero."
+    solved = target, plan, f, g, _ = _solve(pair, w, w, solver, max_bytes=max_bytes)
+    moved = (w * (pair.start - pair.end).square().sum(1)).sum().item()
+    i, j, mass = _carried(target, plan, w)
+    saved = _saved(pair, i, j)
+    own = (pair.x - pair.y).square().sum(1)
+    slack, terms = own - f - g, own + f.abs() + g.abs()   # of samples without weight; the others know a partner
+    slack[i], terms[i] = saved.sum(1) + g[j] - g[i], saved.abs().sum(1) + g[j].abs() + g[i].abs()
+    slack = torch.where((slack > _ROUNDING * terms) & (moved > 0), slack, 0.)
+    return moved, max(0., math.fsum((mass * saved.sum(1)).tolist())) if slack.any() else 0., slack, solved
+
+def _self_share(pair:_Pair, i:Tensor, j:Tensor, mass:Tensor)->float:
     "Mass that the coupling leaves with its own end, or with that of a twin."
-    i, j = (torch.arange(len(x)), best.target) if best.plan is None else best.plan.indices()
-    own = (i == j) | (x[i] == x[j]).all(1) | (y[i] == y[j]).all(1)
-    return own.double().mean().item() if best.plan is None else best.plan.values()[own].sum().item()
+    own = (i == j) | (pair.start[i] == pair.start[j]).all(1) | (pair.end[i] == pair.end[j]).all(1)
+    return (mass[own].sum() / mass.sum()).item()
+
+def _check_seed(seed:int)->int:
+    seed = _count("seed", seed, 0)
+    if seed >= 2 ** 63: raise ValueError(f"seed is {seed}, expected a whole number below 2**63")
+    return seed
+
+def _check_level(level:float):
+    if not (isinstance(level, (int, float)) and 0 < level < 1): raise ValueError(f"level is {level!r}, expected a number between 0 and 1, such as .95")
 
 # %% ../nbs/04_transport.ipynb #5241f1f0
 @dataclass(frozen=True)
@@ -360,21 +491,22 @@ def gap_curve(
     seed:int=0,         # decides the subsets and the placebo
 )->GapCurve:
     "Relative gap against the number of samples; grows in expectation. Errors as in `exact_gap`."
-    x, y = _pair(start, end, ("start", "end"), least=2)
-    if len(x) != len(y): raise ValueError(f"start has {len(x)} points, end {len(y)}; each sample needs its start and its end")
-    sizes = sorted(sizes or {len(x) >> k for k in range(20) if len(x) >> k >= 8} or {len(x)})
-    if not 2 <= sizes[0] <= sizes[-1] <= len(x): raise ValueError(f"sizes run from {sizes[0]} to {sizes[-1]}, expected from 2 to the {len(x)} samples there are")
+    pair, repeats, seed = _displaced(start, end), _count("repeats", repeats), _check_seed(seed)
+    x, y, n = pair.start, pair.end, len(pair.x)
+    sizes = sorted({n >> k for k in range(20) if n >> k >= 8} or {n}) if sizes is None else sorted(_count("a size", m, 0) for m in sizes)
+    if not sizes or not 2 <= sizes[0] <= sizes[-1] <= n:
+        raise ValueError(f"sizes run from {sizes[0]} to {sizes[-1]}, expected from 2 to the {n} samples there are" if sizes else "sizes is empty, expected one or more")
     g, pairs = torch.Generator().manual_seed(seed), []
     for m in (m for m in sizes for _ in range(repeats)):
-        at, deal = torch.randperm(len(x), generator=g)[:m], torch.randperm(m, generator=g)
+        at, deal = torch.randperm(n, generator=g)[:m], torch.randperm(m, generator=g)
         pairs.append([_relative_gap(x[at], y[at]), _relative_gap(x[at], x[at] + (y - x)[at][deal])])
     gaps, placebo = torch.tensor(pairs).view(len(sizes), repeats, 2).unbind(2)
     return GapCurve(torch.tensor(sizes), gaps, placebo, x.shape[1])
 
 # %% ../nbs/04_transport.ipynb #df6bc696
 def _relative_gap(x:Tensor, y:Tensor)->float:
-    moved = (x - y).square().sum(1).mean().item()
-    return max(0., 1 - optimal_coupling(x, y).cost / moved) if moved else 0.
+    moved, gap, *_ = _judge(_pair(x, y, squares=False), _check_weights("w", None, len(x)))
+    return min(1., gap / moved) if moved else 0.
 
 @patch
 def plot(self:GapCurve,
@@ -417,22 +549,34 @@ class ActionSplit:
 def _ends(x:Tensor, reduction:str, settings:dict)->tuple[float, float]:
     "$W_2^2$ and assignment gap of positions `[K+1, n, d]`; one sample has nothing to exchange with."
     if x.shape[1] > 1: return (g := exact_gap(x[0], x[-1], reduction=reduction, **settings)).w2, g.gap
-    return ((x[-1] - x[0]).square().sum() / (x.shape[2] if reduction == "mean" else 1)).item(), 0.
+    return (x[-1] - x[0]).square().sum().item() / (x.shape[2] if reduction == "mean" else 1), 0.
+
+def _path(stage:Trajectory)->tuple[Tensor, int]:
+    "Positions `[K+1, n, d]` in units of a power of two, and the power."
+    x = _cloud("the trajectory", stage.x.flatten(0, 1)).view(*stage.x.shape[:2], -1)
+    return _ldexp(x, -(power := _power(x))), power
 
 def _split_stage(stage:Trajectory, y:Tensor|None, reduction:str, settings:dict)->tuple[dict, Gap]:
     "The parts of one stage, row by row, and the gap of all its samples."
-    x = stage.x.detach().flatten(2).to("cpu", torch.float64)
+    x, power = _path(stage)
+    gap = exact_gap(_ldexp(x[0], power), _ldexp(x[-1], power), reduction=reduction, **settings)
     steps = x.diff(dim=0)
     path = len(steps) * (steps - steps.mean(0)).square().sum((0, 2)) / (x.shape[2] if reduction == "mean" else 1)
-    gap = exact_gap(x[0], x[-1], reduction=reduction, **settings)
+    if not (path := _ldexp(path, 2 * power)).isfinite().all(): raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
+    x = _ldexp(x, power)
     rows = {"all": (gap.w2, gap.gap, path.mean().item())}
     for c in [] if y is None else y.unique().tolist():
         at = y == c
         rows[f"class {c}"] = (*_ends(x[:, at], reduction, settings), path[at].mean().item())
     return rows, gap
 
+def _check_trajectory(traj:Trajectory)->Trajectory:
+    if isinstance(traj, Trajectory): return traj
+    raise ValueError(f"traj is {_describe(traj)}, expected a Trajectory: Trajectory(x) of positions [K+1, B, ...], or what net.trajectory and trace give")
+
 def _check_labels(y:Tensor|None, n:int)->Tensor|None:
     if y is None: return None
+    if not _is_dense(y) or y.is_complex() or not y.isfinite().all(): raise ValueError(f"labels are {_describe(y)}, expected a dense tensor ({n},) of finite numbers")
     if y.shape != (n,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected ({n},): one for each sample of the trajectory")
     return y.detach().cpu()
 
@@ -445,8 +589,9 @@ def action_split(
 )->ActionSplit:            # the three parts, of all samples, of each class and of each stage
     r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance identity
     and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
-    stages = traj.stages
-    y = _check_labels(y, stages[0].x.shape[1])
+    _check_reduction(reduction)
+    stages = _check_trajectory(traj).stages
+    y = _check_labels(y, traj.B)
     split = [_split_stage(stage, y, reduction, settings) for stage in stages]
     parts = {row: tuple(map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
     if len(split) > 1: parts |= {f"stage {s}" + f", {row}" * (row != "all"): v for s, (rows, _) in enumerate(split, 1) for row, v in rows.items()}
@@ -494,12 +639,6 @@ def _wilson(rate:float, trials:int, level:float)->tuple[float, float]:
     centre, spread = (rate + z * z / (2 * trials)) / (1 + z * z / trials), z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials ** 2))
     return max(0., centre - spread) if rate else 0., min(1., centre + spread) if rate < 1 else 1.
 
-def _displaced(start:Tensor, end:Tensor, least:int)->tuple[Tensor, Tensor]:
-    x, y = _pair(start, end, ("start", "end"), least=2)
-    if len(x) != len(y): raise ValueError(f"start has {len(x)} points, end {len(y)}; each sample needs its start and its end")
-    if len(x) < least: raise ValueError(f"there are {len(x)} samples, expected at least the {least} of one cycle")
-    return x, y
-
 # %% ../nbs/04_transport.ipynb #ea84297e
 @dataclass(frozen=True)
 class Violations:
@@ -519,9 +658,9 @@ def monotonicity(
     level:float=.95,  # of the interval
 )->Violations:
     r"Share of *all* pairs with $\langle y_i - y_j, x_i - x_j\rangle < 0$ (Brenier, 1991); errors as in `exact_gap`."
-    x, y = _displaced(start, end, 2)
-    own, rounding, bad = (x * y).sum(1), _rounding(x, y), 0
-    for r in _rows(len(x)): bad += ((own[r, None] + own - y[r] @ x.T).sub_(x[r] @ y.T) < -rounding).sum().item()
+    _check_level(level)
+    pair = _displaced(start, end)
+    x, bad = pair.start, sum(pays.sum().item() for _, pays in _crossings(pair.start, pair.end))
     pairs = len(x) * (len(x) - 1) // 2
     return Violations(rate := bad / 2 / pairs, _wilson(rate, len(x) // 2, level), pairs, 2, len(x))
 
@@ -536,19 +675,24 @@ def cyclical_monotonicity(
     seed:int=0,            # of the draw
 )->Violations:
     r"Share of random cycles with $\sum_l \langle y_l, x_l - x_{l+1}\rangle < 0$ (Rockafellar, 1966); errors as in `exact_gap`."
-    if not (isinstance(length, int) and length >= 2): raise ValueError(f"length is {length!r}, expected a whole number of at least 2 samples")
-    x, y = _displaced(start, end, length)
-    at, bad = _draw_cycles(x, length, cycles, near, seed), 0
-    for i in at.split(4096): bad += ((y[i] * (x[i] - x[i.roll(-1, 1)])).sum((1, 2)) < -_rounding(x, y)).sum().item()
+    length = _count("length", length, 2, " samples")
+    _check_level(level)
+    pair = _displaced(start, end, length)
+    x, y = pair.start, pair.end
+    at, bad = _draw_cycles(pair.x, length, cycles, near, _check_seed(seed)), 0
+    for i in at.split(2 ** 21 // (length * x.shape[1]) + 1):
+        terms = ((y[i] - y[i[:, :1]]) * (x[i] - x[i.roll(-1, 1)])).flatten(1)
+        bad += (terms.sum(1) < -(terms.shape[1] + 3) * torch.finfo(x.dtype).eps * terms.abs().sum(1)).sum().item()
     return Violations(rate := bad / len(at), _wilson(rate, min(len(at), len(x) // length), level), len(at), length, len(x))
 
 # %% ../nbs/04_transport.ipynb #8628fe9e
 def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Tensor:
     "Indices `[cycles, length]`, distinct in each row."
-    if not (isinstance(cycles, int) and cycles > 0): raise ValueError(f"cycles is {cycles!r}, expected a positive whole number")
+    cycles = _count("cycles", cycles)
+    _check_memory(cycles, length, 4, None, "draw fewer cycles")
     g = torch.Generator().manual_seed(seed)
     first = torch.randint(len(x), (cycles,), generator=g)
-    pool = len(x) - 1 if near is None else near
+    pool = len(x) - 1 if near is None else _count("near", near, 0)
     if not length - 1 <= pool < len(x): raise ValueError(f"near is {near!r}, expected from {length - 1} to {len(x) - 1}: the others of a cycle are drawn from it")
     others = []
     for j in range(length - 1):
@@ -563,7 +707,7 @@ def _neighbours(x:Tensor, near:int)->Tensor:
     "Each point and its `near` nearest, itself first, `[n, near+1]`."
     found = []
     for r in _rows(len(x)):
-        cost = cost_matrix(x[r], x)
+        cost = _costs(x[r], x)
         cost[torch.arange(len(cost)), torch.arange(r.start, r.stop)] = -1
         found.append(cost.topk(near + 1, largest=False).indices)
     return torch.cat(found)
@@ -593,16 +737,21 @@ def mccann(
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
 )->tuple[McCann, ...]:     # one for each stage
     "Distances of the clouds at the layers from the displacement interpolation (McCann, 1997), all exact."
-    if reduction not in REDUCTIONS: raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    return tuple(_mccann_stage(_cloud_path(stage), reduction) for stage in traj.stages)
+    _check_reduction(reduction)
+    return tuple(_mccann_stage(*_path(stage), reduction) for stage in _check_trajectory(traj).stages)
 
 # %% ../nbs/04_transport.ipynb #2474ac23
-def _cloud_path(stage:Trajectory)->Tensor: return stage.x.detach().flatten(2).to("cpu", torch.float64)
+def _distance(x:Tensor, y:Tensor)->float:
+    "$W_2$ of two clouds."
+    pair = _pair(x, y, squares=False)
+    target = _solve(pair)[0]
+    return math.ldexp((pair.start - pair.end[target]).square().sum(1).mean().sqrt().item(), pair.power)
 
-def _mccann_stage(x:Tensor, reduction:str)->McCann:
+def _mccann_stage(x:Tensor, power:int, reduction:str)->McCann:
     K, scale = len(x) - 1, x.shape[2] if reduction == "mean" else 1
-    length = lambda a, b: math.sqrt(optimal_coupling(a, b).cost / scale)
-    goal = x[-1][optimal_coupling(x[0], x[-1]).target]
+    x = x - x[0].median(0).values
+    length = lambda a, b: math.ldexp(_distance(a, b) / math.sqrt(scale), power)
+    goal = x[-1][_solve(_pair(x[0], x[-1], squares=False))[0]]
     between = [(1 - k / K) * x[0] + k / K * goal for k in range(K + 1)]
     lengths = [(length(at, ideal), length(x[0], at), length(at, x[-1])) for at, ideal in zip(x, between)]
     return McCann(*torch.tensor(lengths, dtype=torch.float64).T, x.shape[1])
@@ -645,19 +794,29 @@ def sliced_w2(
 )->Bound:
     r"Lower bound $d\cdot SW_2^2 \le W_2^2$ through `ot.sliced_wasserstein_distance`; needs no matrix. `ValueError` on unusable points."
     import ot
-    if not (isinstance(directions, int) and directions > 1): raise ValueError(f"directions is {directions!r}, expected at least 2")
-    x, y = _pair(x, y)
-    d, scale = x.shape[1], x.shape[1] if reduction == "mean" else 1
-    _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed, log=True)
-    each = torch.as_tensor(log["projected_emds"], dtype=torch.float64) * d / scale
-    error = 1.96 * each.std().item() / math.sqrt(directions)
-    return Bound(value := each.mean().item(), "lower", f"sliced, {directions} directions", (max(0., value - error), value + error), reduction)
+    directions = _count("directions", directions, 2)
+    _check_reduction(reduction)
+    pair, seed = _pair(x, y), _check_seed(seed)
+    _check_memory(len(pair.x) + len(pair.y), directions, 3, None, "project on fewer directions")
+    x, y, moved = _at_means(pair)
+    _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32, log=True)
+    each, scale = torch.as_tensor(log["projected_emds"], dtype=torch.float64) * x.shape[1], x.shape[1] if reduction == "mean" else 1
+    value = each.mean().item() + moved
+    error = 1.96 * each.std().item() / math.sqrt(directions) + _ROUNDING * value
+    low, value, high = (pair.square(v) / scale for v in (max(0., value - error), value, value + error))
+    return Bound(value, "lower", f"sliced, {directions} directions", (low, high), reduction)
 
 # %% ../nbs/04_transport.ipynb #212e506b
+def _at_means(pair:_Pair)->tuple[Tensor, Tensor, float]:
+    "The clouds with their means at the origin, and the squared distance of the means."
+    a, b = pair.x.mean(0), pair.y.mean(0)
+    return pair.x - a, pair.y - b, (pair.shift + b - a).square().sum().item()
+
+# %% ../nbs/04_transport.ipynb #9ddca305
 def entropic_w2(
     x:Tensor,                  # start points, `[n, ...]`
     y:Tensor,                  # end points, `[m, ...]`, with as many features
-    epsilon:float=.05,         # weight of the entropy, in units of the mean cost
+    epsilon:float=.05,         # weight of the entropy, in units of the mean cost, the means of the clouds laid on each other
     max_iter:int=10_000,       # of Sinkhorn's scalings
     tolerance:float=1e-3,      # largest mass by which the sums of the plan may be off, of 1
     reduction:str="mean",      # squared distances over features: `"mean"` or `"sum"`
@@ -666,18 +825,21 @@ def entropic_w2(
     r"""Upper bound: the cost of Sinkhorn's plan (`ot.sinkhorn`, in logarithms), rounded to a feasible one (Altschuler and others, 2017).
     `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
     import ot
-    if not epsilon > 0: raise ValueError(f"epsilon is {epsilon!r}, expected a positive number; the exact value is optimal_coupling's")
-    x, y = _pair(x, y)
-    _check_memory(len(x), len(y), 5, max_bytes)
-    cost = cost_matrix(x, y, math.inf)
+    for name, v in dict(epsilon=epsilon, tolerance=tolerance).items():
+        if not (isinstance(v, (int, float)) and 0 < v < math.inf): raise ValueError(f"{name} is {v!r}, expected a positive number; the exact value is optimal_coupling's")
+    _check_reduction(reduction)
+    pair, max_iter = _pair(x, y), _count("max_iter", max_iter)
+    _check_memory(len(pair.x), len(pair.y), 5, max_bytes)
+    x, y, moved = _at_means(pair)
+    cost = _costs(x, y)
     a, b = _check_weights("a", None, len(x)), _check_weights("b", None, len(y))
-    unit = epsilon * cost.mean().item() or 1.
+    unit = cost.mean().item() or 1.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # judged below by the sums of the plan
-        plan = ot.sinkhorn(a, b, cost, unit, method="sinkhorn_log", numItermax=max_iter, stopThr=tolerance / math.sqrt(len(y)))
+        plan = ot.sinkhorn(a, b, cost / unit, epsilon, method="sinkhorn_log", numItermax=max_iter, stopThr=tolerance / math.sqrt(len(y)))
     off = (plan.sum(0) - b).abs().sum().item() + (plan.sum(1) - a).abs().sum().item()
     if not off <= tolerance: raise RuntimeError(f"Sinkhorn's scalings are off by {off:.2g} after {max_iter:,} iterations; raise max_iter or epsilon")
-    value = (_feasible(plan, a, b) * cost).sum().item() / (x.shape[1] if reduction == "mean" else 1)
+    value = pair.square((_feasible(plan, a, b) * cost).sum().item() + moved) / (x.shape[1] if reduction == "mean" else 1)
     return Bound(value, "upper", f"entropic, epsilon {epsilon:g} of the mean cost", (value, value), reduction)
 
 # %% ../nbs/04_transport.ipynb #2392f9f6
@@ -697,8 +859,9 @@ def measure_transport(
 )->dict:                   # plain JSON values; lists have an entry per stage
     "The instruments of this chapter on one trajectory: split, gap, straightness, violations, McCann. Errors as in `exact_gap`."
     split, stages = action_split(traj, y, reduction, seed=seed), traj.stages
+    scaled = [Trajectory(_path(s)[0]) for s in stages]   # lengths that do not vanish in single precision
     cycles = lambda s: cyclical_monotonicity(s.x[0], s.x[-1], length=3, seed=seed)
-    straightness = torch.stack([s.straightness().double().mean() for s in stages])
+    straightness = torch.stack([s.straightness().mean() for s in scaled])
     walks, pairs, rings = mccann(traj, reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
     record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed, warning=split.warning)
     record |= {f"{row}: {part}": v for row in split.parts for part, v in zip((*PARTS, "total"), (*split.parts[row], split.total(row)))}
