@@ -38,8 +38,8 @@ site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	$(PY) $(SITE)/render.py
 	@echo "The site is at $$PWD/_docs/index.html"
 
-playground: $(VENV)/.installed-dev ## serve the playground as an app in the browser
-	$(BIN)/voila nbs/_app/playground.ipynb --VoilaConfiguration.extension_denylist=jupyterlab-jupytext
+playground: $(VENV)/.installed-dev ## serve the playground as an app in the browser, for this machine alone
+	$(PY) -m voila nbs/_app/playground.ipynb --Voila.config_file_paths=nbs/_app
 
 install: $(VENV)/.installed-dev ## install everything that development needs into .venv
 
