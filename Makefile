@@ -36,7 +36,7 @@ test: $(VENV)/.installed-dev browser assets ## run every notebook and every test
 
 site: $(VENV)/.installed-dev assets ## build the site into _docs/
 	$(PY) $(SITE)/render.py
-	@echo "The site is at $$PWD/_docs/index.html"
+	@printf 'The site is at %s\n' "$$PWD/_docs/index.html"
 
 playground: $(VENV)/.installed-dev ## serve the playground as an app in the browser, for this machine alone
 	$(PY) -m voila nbs/_app/playground.ipynb --Voila.config_file_paths=nbs/_app

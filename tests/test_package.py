@@ -360,7 +360,7 @@ NASTY = ["a b", "it's", 'say "hi"', '$HOME', '$x', '{x}', '$(touch hurt)', '`tou
          '~', '*?[x]', '!', 'a=b', '<x>|y', ' ends ', '@', '${x}', '$$']
 STUB = r"""#!/bin/sh
 # Stands for the Python of .venv: writes down what it is asked to do, and where.
-[ "$1" = -c ] && { echo "$PWD/.venv/packages"; exit; }
+case "$1 $2" in "-c import sysconfig;"*) printf '%s\n' "$PWD/.venv/packages"; exit;; "-c "*) exit;; esac
 printf '%s\n' "$PWD" "$@" --- >> ../said
 """
 
