@@ -7,6 +7,7 @@ import sys
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.install import install
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stubs import write_stubs
@@ -32,13 +33,18 @@ class Build(build_py):
         if not self.editable_mode: write_stubs(cfg['lib_path'], Path(self.build_lib) / cfg['lib_path'])
 
 
+class Install(install):
+    "Takes the folder of the interpreter as it is, also where its name holds what looks like a variable, `$x` or `{x}`."
+    def expand_basedirs(self): pass
+
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     license=licences.get(cfg['license'], cfg['license']), license_files=['LICENSE'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
-    package_data={cfg['lib_path']: ['py.typed']}, cmdclass={'build_py': Build},
+    package_data={cfg['lib_path']: ['py.typed']}, cmdclass={'build_py': Build, 'install': Install},
     install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
     python_requires='>=' + cfg['min_python'],
     long_description=readme(), long_description_content_type='text/markdown',

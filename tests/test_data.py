@@ -636,10 +636,8 @@ def test_wrong_bytes_are_not_kept(tmp_path, part):
 
 
 def test_stalled_server_times_out(tmp_path):
-    start = time.perf_counter()
     with serving({'file': BODY}, stall=90_000) as server:
         with pytest.raises(OSError, match='timed out'): fetch(server, tmp_path / 'file', timeout=5)
-        assert time.perf_counter() - start < 60
         assert left(tmp_path) == ['file.part']
         server.manners['stall'] = None
         fetch(server, tmp_path / 'file')
@@ -749,16 +747,11 @@ real = pytest.mark.skipif(REAL is None, reason='no MNIST here: LAP_NB_DATA is no
 @real
 @pytest.mark.parametrize('name, mean, first', [('mnist', .1307, [5, 0, 4, 1, 9]), ('fashion_mnist', .2860, [9, 0, 0, 3, 0])])
 def test_real_pictures(name, mean, first):
-    best = float('inf')
-    for _ in range(2):
-        start = time.process_time()
-        dataset = data.load(name, REAL)
-        best = min(best, time.process_time() - start)
+    dataset = data.load(name, REAL)
     assert dataset.x.shape == (70000, 1, 28, 28) and dataset.x.dtype == torch.float32
     assert dataset.x.min() == 0 and dataset.x.max() == 1
     assert abs(dataset.x[:60000].mean(dtype=torch.float64) - mean) < 5e-5, 'the mean everybody normalises by'
     assert dataset.y[:5].tolist() == first and dataset.test.tolist() == list(range(60000, 70000))
-    assert best < 15, f'{best:.1f} s of computing to load'
     split = dataset.splits(100, range(3))
     assert dataset.y[split.train].sort().values[0].bincount().min() >= 8
 

@@ -1,7 +1,6 @@
 "The playground: its logic without a browser, and the app in a real one."
 import html
 import json
-import math
 import os
 import re
 import socket
@@ -10,15 +9,17 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
 
 from conftest import ROOT
-from lap_nb.widgets import PICTURES, Explorer, Setting, Trial, playground
+from lap_nb.widgets import LIMITS, PICTURES, Explorer, Setting, Trial, playground
 from test_site import AUDIT, AXE, LEVELS, sliders_say_what_they_show
 
-EXTENSIONS = '--VoilaConfiguration.extension_denylist=jupyterlab-jupytext'   # as in the Makefile
+VOILA = re.search(r'-m voila (\S+) (.+)', (ROOT / 'Makefile').read_text(encoding='utf-8')).groups()   # the app, and how it is served
+PATIENCE = 300   # seconds until what never comes is called missing
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,8 @@ def panel():
 @pytest.mark.parametrize('wrong, says', [
     (dict(data='squares'), 'circles, moons, digits'), (dict(blocks=0), 'whole number'), (dict(blocks=2.5), 'whole number'),
     (dict(steps=0), 'whole number'), (dict(gain=-1.), 'zero or more'), (dict(gain=float('nan')), 'zero or more'),
-    (dict(lambda0=0.), 'positive'), (dict(tau=-.1), 'zero or more'), (dict(target=-1.), 'zero or more')])
+    (dict(lambda0=0.), 'positive'), (dict(tau=-.1), 'zero or more'), (dict(target=-1.), 'zero or more'),
+    (dict(gain='much'), 'zero or more'), (dict(tau=None), 'zero or more'), (dict(lambda0=[1.]), 'positive'), (dict(lambda0=float('inf')), 'positive')])
 def test_bad_settings(wrong, says):
     with pytest.raises(ValueError, match=says): Setting(**wrong)
 
@@ -88,9 +90,9 @@ def test_moving_a_slider_shows_the_untrained_network_of_the_new_setting(panel):
     assert panel.places['paths'].value != before and 'untrained' in panel.status.value
 
 
-def filled(panel, seconds=30):
+def filled(panel):
     "Wait until every picture is there."
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not all(place.value for place in panel.places.values()):
         assert time.monotonic() < end, 'not all pictures were drawn'
         time.sleep(.02)
@@ -126,18 +128,16 @@ def test_stop_is_heard_and_keeps_what_was_reached(panel):
     panel.base = Setting(steps=30_000)
     panel.reset()
     panel.train()
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE
     while not panel.trial.curves:
         assert panel.worker.is_alive() and time.monotonic() < end, panel.status.value
         time.sleep(.01)
     panel.train()   # a second press changes nothing
-    start, computed = time.perf_counter(), time.process_time()
     panel.stop.set()
-    while panel.start.disabled and time.perf_counter() < start + 10: time.sleep(.005)
-    seconds, computed = time.perf_counter() - start, time.process_time() - computed
-    panel.worker.join(30)
-    # half a second of this process's own work, so that a busy machine does not count; the wall clock only to see that it ends
-    assert computed < .5 and seconds < 10, f'stopped after {computed:.2f} s of work, {seconds:.2f} s in all'
+    under_way = len(panel.trial.curves['epoch']) + 1
+    panel.worker.join(PATIENCE)
+    assert len(panel.trial.curves['epoch']) <= under_way, 'the epoch that was under way was not the last one'
+    assert not panel.start.disabled and panel.halt.disabled
     assert 'stopped after epoch' in panel.status.value and 0 < len(panel.trial.curves['epoch']) < panel.trial.epochs
 
 
@@ -157,24 +157,94 @@ def test_an_error_in_training_is_shown_and_the_panel_lives_on(panel, monkeypatch
     assert 'the loss is &lt;nan&gt;' in panel.status.value and not panel.start.disabled
 
 
-def test_speed(panel):
-    """A slider answers within 100 ms, 300 steps on circles take less than 5 s: computing time, other work on the machine left out.
+def test_a_slider_waits_for_few_pictures_of_few_parts(panel, monkeypatch):
+    "What a turn costs, counted: the layer two pictures, a setting one, of a line and a set of points for each class; all else is drawn beside."
+    from matplotlib.axes import Axes
+    drawn, parts, me = [], [], threading.get_ident()
+    inner, plot = Trial.picture, Axes.plot
+    def picture(self, name, *args):
+        if threading.get_ident() == me: drawn.append(name)
+        return inner(self, name, *args)
+    def lines(self, *args, **kwargs):
+        if threading.get_ident() == me: parts.append(self)
+        return plot(self, *args, **kwargs)
+    filled(panel)
+    monkeypatch.setattr(Trial, 'picture', picture)
+    monkeypatch.setattr(Axes, 'plot', lines)
+    panel.layer.value = 4
+    assert drawn == ['paths', 'energies'] and len(parts) == panel.trial.split.classes
+    drawn.clear()
+    panel.controls['gain'].value = .1
+    assert drawn == ['paths']
 
-    On a machine that draws a line more slowly than the one where these limits were set, 22.5 ms, they are as many times longer."""
-    torch.set_num_threads(1)
 
-    def seconds(change):
-        start = time.thread_time()
-        change()
-        return time.thread_time() - start
+def test_a_training_takes_no_more_passes_than_its_steps():
+    "300 steps are 300 passes in training, and the two after each epoch that its curve shows."
+    trial, passes = Trial(Setting(steps=300)), {True: 0, False: 0}
+    def count(model, *_): passes[model.training] += 1
+    trial.model.register_forward_hook(count)
+    trial.train()
+    assert passes[True] == 300 and passes[False] <= 2 * trial.epochs
 
-    layers = min(seconds(lambda: setattr(panel.layer, 'value', k)) for k in (1, 2, 3, 4, 5, 6, 7))
-    gains = min(seconds(lambda: setattr(panel.controls['gain'], 'value', 10 ** g)) for g in (-1.9, -1.5, -1., -.5, -.2))
-    training = seconds(Trial(Setting(steps=300)).train)
-    line = min(seconds(lambda: picture(lambda ax: ax.plot(range(9)), 'a line')) for _ in range(7))
-    slower = max(1, line / .0225)
-    limit = slower * (.2 if 'LAP_NB_COVERAGE' in os.environ else .1)   # counting lines takes time
-    assert layers < limit and gains < limit and training < 5 * slower, (layers, gains, training, line)
+
+# What a browser may send: any state of any widget
+
+@pytest.fixture(scope='module')
+def trained():
+    panel = Explorer()
+    panel.train()
+    panel.worker.join()
+    yield panel
+    panel.close()
+
+
+def beyond(low, high):
+    "States of a slider outside its limits, with its ends moved out of the way where ipywidgets would hold it."
+    for value in (low - 1, -high, high + 1, 20_000, 1e9, float('inf'), float('nan')):
+        for ends in (dict(min=-1e12, max=1e12), dict(min=value - 1, max=value + 1), dict(base=1e9, min=-9., max=2.)): yield ends | dict(value=value)
+
+
+@pytest.mark.parametrize('name', LIMITS)
+def test_the_ends_of_a_slider_hold_in_python(trained, name):
+    "Whatever is sent, no network outside the limits is made, a refusal says which limit, and what was trained stays."
+    control, setting, trial, refused = trained.controls[name], trained.setting, trained.trial, 0
+    for state in beyond(*LIMITS[name]):
+        trained.status.value = ''
+        try: control.set_state({key: value for key, value in state.items() if control.has_trait(key)})
+        except Exception: pass   # ipywidgets or traitlets refuse it themselves: no number, or no whole one
+        low, high = LIMITS[name]
+        assert low <= getattr(trained.trial.setting, name) <= high * (1 + 1e-9), state
+        if not trained.status.value.startswith('<b>refused:'): continue
+        refused += 1
+        assert name in trained.status.value and trained.trial is trial and trained.setting == setting, state
+        assert {end: getattr(control, end) for end in trained.ends[name]} == trained.ends[name]
+    assert refused > 5
+    if trained.trial is not trial: trained.put(setting); trained.trial = trial   # ipywidgets took a value to an end
+
+
+@pytest.mark.parametrize('name, state', [
+    ('data', dict(index=7)), ('data', dict(_options_labels=['a'] * 9, index=7)), ('data', dict(index='1')), ('blocks', dict(value='many')),
+    ('gain', dict(value=None)), ('least_action', dict(value='yes')), ('tau', dict(value=[1]))])
+def test_what_is_no_value_of_a_widget_changes_nothing(trained, name, state):
+    before, trial = trained.setting, trained.trial
+    with pytest.raises(Exception): trained.controls[name].set_state(state)
+    assert trained.setting == before and trained.trial is trial
+
+
+@pytest.mark.parametrize('at, shown', [(-3, 0), (40, 9), (10 ** 9, 9)])
+def test_a_layer_that_is_not_there_is_the_nearest_one(trained, at, shown):
+    trained.layer.set_state(dict(min=-10, max=10 ** 10, value=at))
+    assert trained.place == shown and trained.places['paths'].value == trained.trial.picture('paths', shown)
+
+
+def test_a_button_that_the_page_says_is_free_starts_no_second_training(panel):
+    panel.base = Setting(steps=30_000)
+    panel.reset()
+    panel.train()
+    worker = panel.worker
+    panel.start.set_state(dict(disabled=False))
+    panel.train()
+    assert panel.worker is worker and worker.is_alive()
 
 
 def test_two_panels_side_by_side():
@@ -183,57 +253,110 @@ def test_two_panels_side_by_side():
     with pytest.raises(ValueError, match='picture'): Trial(Setting()).picture('weather')
 
 
+# The server
+
+class Server:
+    "voila, its address with the token, and what it has said."
+    def __init__(self, process):
+        self.process, self.said, self.news = process, [], threading.Condition()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        self.address = self.wait('http://').strip()
+
+    def read(self):
+        for line in self.process.stdout:
+            with self.news: self.said.append(line); self.news.notify_all()
+        with self.news: self.process = None; self.news.notify_all()
+
+    def wait(self, words, count=1):
+        "The line that holds `words` for the `count`-th time."
+        found = lambda: [line for line in self.said if words in line]
+        with self.news: came = self.news.wait_for(lambda: len(found()) >= count or self.process is None, PATIENCE)
+        assert came and len(found()) >= count, f'{words!r} was not said\n{"".join(self.said)}'
+        return found()[count - 1]
+
+
+@contextmanager
+def served(notebook, *options):
+    "The `Server` of a notebook, with the options of the Makefile and these."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    command = [sys.executable, '-m', 'voila', str(notebook), *VOILA[1].split(), '--no-browser', f'--port={port}', *options]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as voila:
+        server = None
+        try: yield (server := Server(voila))
+        finally:
+            voila.terminate()
+            if server: server.reader.join(PATIENCE)
+
+
+def fetch(address):
+    "Status and text of a page."
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor())
+    try:
+        with opener.open(address, timeout=PATIENCE) as reply: return reply.status, reply.geturl(), reply.read().decode()
+    except urllib.error.HTTPError as e: return e.code, address, e.read().decode()
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A notebook whose kernel is there soon."
+    import nbformat
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('6 * 7')], metadata=dict(kernelspec=dict(name='python3', display_name='', language='python')))
+    nbformat.write(notebook, tmp_path / 'small.ipynb')
+    return tmp_path / 'small.ipynb'
+
+
+def test_a_page_too_many_is_refused_and_an_abandoned_one_gives_its_place_back(small):
+    with served(small, '--FewKernels.most=1', '--MappingKernelManager.cull_idle_timeout=5', '--MappingKernelManager.cull_interval=1') as server:
+        answers = []
+        first = threading.Thread(target=lambda: answers.append(fetch(server.address)))
+        first.start()
+        server.wait('Kernel started')
+        status, _, page = fetch(server.address)
+        assert status == 503 and '1 pages of the playground are open' in page and 'close one, or wait 1 minutes' in page
+        first.join(PATIENCE)
+        assert answers[0][0] == 200 and '42' in answers[0][2]
+        server.wait('Kernel shutdown')   # nobody looks at the first page, which a browser would have connected to its kernel
+        end = time.monotonic() + PATIENCE   # it is said before it is done
+        while fetch(server.address)[0] != 200: assert time.monotonic() < end, server.said
+        server.wait('Kernel started', 2)
+
+
+def test_the_app_is_for_this_machine_and_its_user(small):
+    "Without the token no kernel starts; another address of this machine is not listened at."
+    with served(small) as server:
+        address, _, token = server.address.partition('?token=')
+        assert address.startswith('http://127.0.0.1:') and len(token) >= 32
+        for wrong in (address, f'{address}?token=guessed'):
+            status, where, page = fetch(wrong)
+            assert status in (401, 403) or '/login' in where
+        assert not [line for line in server.said if 'Kernel started' in line]
+        with closing(socket.socket()) as other, pytest.raises(OSError):
+            other.settimeout(PATIENCE)
+            other.connect(('127.0.0.2', int(address.rsplit(':')[-1].strip('/'))))
+
+
+def test_the_chapter_states_what_the_server_is_set_to():
+    from traitlets.config import PyFileConfigLoader
+    config = PyFileConfigLoader('voila.py', str(ROOT / 'nbs' / '_app')).load_config()
+    chapter = (ROOT / 'nbs' / '10_playground.ipynb').read_text(encoding='utf-8')
+    assert config.MappingKernelManager.cull_idle_timeout == 600 and 'ends after ten minutes' in chapter
+    assert config.VoilaConfiguration.multi_kernel_manager_class.most.default_value == 4 and 'four at most' in chapter
+    assert config.Voila.ip == '127.0.0.1' and '127.0.0.1 only' in chapter
+
+
 # In a browser
 
 @pytest.fixture(scope='module')
 def app():
     "The address of the app."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-    command = [sys.executable, '-m', 'voila', 'nbs/_app/playground.ipynb', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', EXTENSIONS]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as voila:
-        address, log = f'http://127.0.0.1:{port}/', []
-        reader = threading.Thread(target=lambda: log.extend(voila.stdout), daemon=True)
-        reader.start()
-        try:
-            end = time.monotonic() + 180
-            while True:
-                try: urllib.request.urlopen(address + 'voila/static/', timeout=5)
-                except urllib.error.HTTPError: break
-                except OSError: time.sleep(.1)
-                if voila.poll() is not None or time.monotonic() > end: pytest.fail('voila did not start\n' + ''.join(log))
-            yield address
-        finally:
-            voila.terminate()
-            reader.join(10)
+    with served(ROOT / VOILA[0]) as server: yield server.address
 
 
 PANEL = 'document.querySelector(".explorer")'   # the left one
-# Milliseconds from an event in the page to a change that it brings about, both seen by the page itself; infinite if none comes in a minute.
-ANSWER = """([event, seen]) => new Promise(answered => {
-  let start
-  const changed = new Function('return ' + seen)
-  setTimeout(() => answered(Infinity), 60_000)
-  addEventListener(event, () => start = performance.now(), {once: true, capture: true})
-  const watch = new MutationObserver(() => { if (start && changed()) { watch.disconnect(); answered(performance.now() - start) } })
-  watch.observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true})
-})"""
-
-
-def seconds_until(page, event, act, seen):
-    "Seconds from the `event` that `act` causes to the change that the JavaScript expression `seen` tells."
-    page.evaluate(f'args => {{ window.answer = ({ANSWER})(args) }}', [event, seen])
-    act()
-    return page.evaluate('window.answer') / 1000
-
-
-def quick_once(limit, tries, once):
-    "The seconds of each of at most `tries` tries, up to the first below `limit`: what else the machine does may delay some."
-    taken = []
-    while not taken or min(taken) >= limit and len(taken) < tries: taken.append(once())
-    return taken
 
 
 @pytest.fixture
@@ -245,7 +368,7 @@ def app_page(browser, app):
     page.on('pageerror', lambda e: faults.append(str(e)))
     # voila asks a content network for its icon font: an empty answer stands in for it, here there is no network
     page.route(re.compile(r'^https://cdn\.jsdelivr\.net/'), lambda route: route.fulfill(body='', content_type='text/css'))
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(app)
     page.wait_for_function('n => document.querySelectorAll(".explorer img").length == n', arg=2 * len(PICTURES))
     yield page
@@ -263,21 +386,17 @@ def picture(alt, unlike):
 
 @pytest.mark.browser
 def test_app(app_page):
-    from playwright.sync_api import TimeoutError
     page, (left, right) = app_page, app_page.locator('.explorer').all()
     status = lambda text: left.get_by_text(text).wait_for()
     alts = [alt for _, alt in PICTURES.values()]
     status('untrained')
     gain, layer = (left.get_by_role('slider', name=name) for name in ('initial gain', 'layer'))
 
-    # a slider, by keyboard: the paths answer at once, the other pictures follow
-    def turn():
-        gain.focus()
-        return seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]]))
+    # a slider, by keyboard: the paths answer, the other pictures follow (how much is drawn for an answer is counted above)
     untrained, beside = shown(left), shown(right)
-    # within 100 ms on an idle machine; that it takes no more computing is in `test_speed`, here others may share the machine
-    turns = quick_once(2, 12, lambda: (page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}'), turn())[1])
-    assert min(turns) < 2, f'the picture came {turns} seconds after the key'
+    gain.focus()
+    page.keyboard.press('ArrowLeft')
+    page.wait_for_function(picture('sample points', untrained[alts[0]]))
     page.wait_for_function(f'{PANEL}.querySelectorAll("img").length == {len(alts)}')
     assert not [alt for alt, src in shown(left).items() if src == untrained[alt] and not alt.startswith('curves over')]
 
@@ -290,20 +409,19 @@ def test_app(app_page):
 
     # the layer moves the points
     layer.focus()
-    assert seconds_until(page, 'keydown', lambda: page.keyboard.press('ArrowLeft'), picture('sample points', shown(left)[alts[0]])) < 60
+    before = shown(left)[alts[0]]
+    page.keyboard.press('ArrowLeft')
+    page.wait_for_function(picture('sample points', before))
 
-    # Stop is answered at once, and what was reached stays
+    # Stop is answered, and what was reached stays
     left.get_by_role('slider', name='blocks').press('End')   # a long training
     status('untrained')
-    def stop():
+    for _ in range(4):   # where the machine is so busy that the training ends before the click, once more
         left.get_by_role('button', name='Train').click()
-        halt = left.get_by_role('button', name='Stop')
-        try:
-            status(re.compile('^epoch [0-9]+ of'))
-            return seconds_until(page, 'click', lambda: halt.click(timeout=5_000), f'{PANEL}.innerText.includes("stopped after epoch")')
-        except TimeoutError: return math.inf   # the training was over before the click
-    stops = quick_once(2, 4, stop)   # half a second of work, in the test without a browser; here others may share the machine
-    assert min(stops) < 2, f'stopped {stops} seconds after the click'
+        status(re.compile('^epoch [0-9]+ of'))
+        page.evaluate("[...document.querySelectorAll('.explorer button')].find(button => button.innerText == 'Stop').click()")
+        status(re.compile('^(stopped after epoch|trained)'))
+        if 'stopped after epoch' in left.inner_text(): break
     accuracy = re.search(r'stopped after epoch (\d+); test accuracy ([\d.]+) %', left.inner_text())
     assert 0 < int(accuracy[1]) < 100 and float(accuracy[2]) > 0
 
