@@ -20,7 +20,7 @@ export PIP_RETRIES := 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test site playground install book dist coverage mutants clean browser assets
+.PHONY: help demo test site playground install book dist coverage mutants portable clean browser assets
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,9 @@ coverage: $(VENV)/.installed-dev browser assets ## measure which lines of lap_nb
 
 mutants: $(VENV)/.installed-dev ## seed faults into three modules and see whether their tests notice
 	$(BIN)/python tests/mutants.py
+
+portable: $(VENV)/.installed-dev ## run chapters and tests as on other processors and with other seeds, list assertions with little room
+	$(BIN)/python tests/portable.py
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) _proc _docs build dist lap_nb.egg-info .pytest_cache $(SITE)/node_modules

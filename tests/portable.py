@@ -25,13 +25,15 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUND, RECORD = ROOT / 'build' / 'portable', ROOT / '.github' / 'portable.json'
 ROOM = 1.   # the least that will do
 NOTEBOOKS = sorted(path.stem for path in (ROOT / 'nbs').glob('*.ipynb'))
-TESTS = [f'test_{name}' for name in 'training ensembles depth least_action kinetic compare adapters resume dynamics regularity playground'.split()]
+TESTS = [f'test_{name}' for name in 'training ensembles depth least_action kinetic compare adapters resume dynamics regularity'.split()]
 
 
 def processor(torch='', onednn='', mkl='', cbwr='', threads=1, shift=0):
@@ -200,7 +202,7 @@ def compared(notebook):
     "The assertions of a chapter's own cells that compare numbers by order."
     found = []
     for source in (''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code'):
-        if source.lstrip().startswith(('#| export', '#| eval: false')): continue
+        if re.match(r'\s*#\| (export|eval: false|gpu|notest|slow)', source): continue
         watch = Watch(source)
         watch.visit(ast.parse(re.sub(r'^[%!].*', '', source, flags=re.M)))
         found += watch.compared
@@ -256,6 +258,17 @@ def run_unit(unit, path):
     part.rename(path)
 
 
+def run_apart(name, unit):
+    "Run one chapter or file of tests under the configuration `name` in a process of its own, unless that is done."
+    path, started = FOUND / name / f'{unit}.json', time.time()
+    if done(path, unit): return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix('.log'), 'w') as log:
+        status = subprocess.run([sys.executable, __file__, '--run', unit, str(path)], env=os.environ | CONFIGURATIONS[name] | dict(PYTHONPATH=str(ROOT)),
+                                cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+    print(f'{name}: {unit} {time.time() - started:.0f} s' + f', ended with status {status}: see {path.with_suffix(".log")}' * bool(status), flush=True)
+
+
 def fingerprint(name):
     "Weights after a short training under a configuration: those that differ are different processors to PyTorch."
     code = ('import torch as t; t.manual_seed(0); n=t.nn.Sequential(t.nn.Conv2d(1,8,3),t.nn.GELU(),t.nn.Flatten(),t.nn.Linear(8*36,64),t.nn.Tanh(),t.nn.Linear(64,9));'
@@ -284,15 +297,18 @@ def report():
 def record(rows, units):
     "Put the rooms of the chapters and files of tests that have run under every configuration into the committed record."
     whole = [u for u in units if all(done(FOUND / name / f'{u}.json', u) for name in CONFIGURATIONS)]
+    print(f'{len(whole)} of {len(units)} chapters and files have run under every configuration; {RECORD.relative_to(ROOT)} holds their rooms')
+    if not whole: return
     note = json.loads(RECORD.read_text()) if RECORD.exists() else dict(rooms={})
     for unit in whole:
-        note['rooms'][unit] = {r['claim']: r['room'] if math.isfinite(r['room']) else None for r in rows if r['unit'] == unit and r['worst']}
+        wanted = set(compared(ROOT / 'nbs' / f'{unit}.ipynb')) if unit in NOTEBOOKS else set()
+        note['rooms'][unit] = {r['claim']: f"fails: {', '.join(r['failed'])}" if r['failed'] else round(r['room'], 2) if math.isfinite(r['room']) else None
+                               for r in rows if r['unit'] == unit and (r['failed'] or math.isfinite(r['room']) or r['claim'] in wanted)}
     import torch
     machine = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
     note |= dict(date=time.strftime('%Y-%m-%d'), processor=machine[1] if machine else platform.processor(), torch=torch.__version__,
                  trained={name: fingerprint(name) for name in CONFIGURATIONS if not name.startswith('seeds')})
     RECORD.write_text(json.dumps(note, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
-    print(f'{RECORD.relative_to(ROOT)}: {len(whole)} of {len(units)} written anew')
 
 
 def room_of(distances):
@@ -317,21 +333,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', nargs='+', default=[''], help='the start of a name of a chapter or file of tests')
     parser.add_argument('--under', nargs='+', default=list(CONFIGURATIONS), choices=CONFIGURATIONS, help='configurations, default: all')
+    parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--report', action='store_true', help='run nothing, show what was found')
     parser.add_argument('--run', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run: return run_unit(args.run[0], Path(args.run[1]))
     units = [unit for unit in NOTEBOOKS + TESTS if unit.startswith(tuple(args.only))]
-    for name in args.under:
-        for unit in () if args.report else units:
-            path = FOUND / name / f'{unit}.json'
-            if done(path, unit): continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            started, said = time.time(), path.with_suffix('.log')
-            env = os.environ | CONFIGURATIONS[name] | dict(PYTHONPATH=str(ROOT))
-            with open(said, 'w') as log:
-                status = subprocess.run([sys.executable, __file__, '--run', unit, str(path)], env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-            print(f'{name}: {unit} {time.time() - started:.0f} s{f", ended with status {status}: see {said}" if status else ""}', flush=True)
+    if not args.report:
+        with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(lambda each: run_apart(*each), product(args.under, units)))
     rows = report()
     if not args.report: record(rows, units)
     sys.exit(any(r['failed'] or r['room'] < ROOM for r in rows))
