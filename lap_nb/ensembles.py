@@ -444,7 +444,7 @@ def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
         own = {name for name, b in parts[0]._buffers.items() if b is not None} - parts[0]._non_persistent_buffers_set
         for name in own: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts], -1).to(device)
         differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
-        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], device=device))
+        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], dtype=torch.float64, device=device))
     ensemble.watch(each[0].meter)
     return each[0].to(device)
 

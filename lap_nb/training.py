@@ -216,8 +216,8 @@ class Run:
 
     @property
     def best_test_accuracy(self)->Tensor: # `[...]`
-        "Test accuracy at the epoch of the best *validation* accuracy, the earliest if there are several."
-        best = self.curves["val_accuracy"].argmax(0, keepdim=True)
+        "Test accuracy at the epoch of the best *validation* accuracy, the earliest if there are several; points after a network's death do not count."
+        best = self.curves["val_accuracy"].nan_to_num(-1.).argmax(0, keepdim=True)
         return self.curves["test_accuracy"].gather(0, best)[0]
 
     def __repr__(self)->str:
@@ -660,19 +660,25 @@ def check(self:Training):
     trail, self.trail = self.trail, []
     name = None if self.path is None or self.saved is None else f"{self.path} (step {self.saved})"
     if trail:
-        bad = self._none_finite(torch.stack([loss for loss, _ in trail]))
+        losses = torch.stack([loss for loss, _ in trail])
+        self._bury(losses.isfinite(), self.step - len(trail) + 1)
+        bad = self._none_finite(losses)
         if bad.any():
             first = bad.int().argmax().item()
             loss, energies = trail[first]
             step, block = self.step - len(trail) + 1 + first, self._first_block(energies)
             raise Diverged(f"the objective is {loss.tolist()}", step, block, name)
     la = self.least_action
+    if la is not None: self._bury(la.lam.isfinite()[None], self.step)
     if la is not None and self._none_finite(la.lam[None]):
         raise Diverged(f"lambda is {la.lam.tolist()}", self.step, None, name)
     names, parameters = zip(*self.model.named_parameters())
-    bad = self._none_finite(torch.stack([self._total(p) for p in parameters]))
+    totals = torch.stack([self._total(p) for p in parameters])
+    self._bury(totals.isfinite().all(0, keepdim=True), self.step)
+    bad = self._none_finite(totals)
     if bad.any():
         raise Diverged("a gradient was not finite", self.step, names[bad.int().argmax()].rpartition(".")[0], name)
+    if self.row and bool((self.model.died >= 0).all()): raise Diverged("no network of the row is left", self.step, None, name)
     if la is not None: la.check()
 
 # %% ../nbs/06_training.ipynb #f8b1d9f0
@@ -680,6 +686,11 @@ def check(self:Training):
 def _total(self:Training, p:Tensor)->Tensor: # `[S]` or `[1]`
     "Sum of a parameter of each network: not finite if one of its numbers isn't."
     return p.detach().reshape(len(p) if self.row else 1, -1).sum(1, dtype=torch.promote_types(p.dtype, torch.float32))
+
+@patch
+def _bury(self:Training, finite:Tensor, first:int): # `[T, S]`
+    "Tell a row which of its networks have died, and at which of the steps from `first` on."
+    if self.row: self.model.bury(torch.where(finite.all(0), -1, first + (~finite).int().argmax(0)))
 
 @patch
 def _none_finite(self:Training, values:Tensor)->Tensor: # `[T]` from `[T, S, ...]` or `[T, ...]`
