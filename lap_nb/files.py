@@ -184,6 +184,7 @@ _MAKERS = {"torch._utils _rebuild_tensor_v2": _tensor, "torch._utils _rebuild_te
            "collections OrderedDict": OrderedDict, "collections Counter": Counter, "torch Size": tuple, "torch device": lambda *_: None,
            "__builtin__ set": set, "__builtin__ complex": complex, "__builtin__ bytearray": _latin, "_codecs encode": _latin}
 
+# %% ../nbs/00a_files.ipynb #cd3bc68b
 class _Steps(dict):
     def __missing__(self, code): raise _Foreign(f"a number or text out of the ordinary ({pickletools.code2op[chr(code)].name})")
 
@@ -292,6 +293,7 @@ def save_checkpoint(
     "Write a checkpoint; raises `TypeError` for a state that could not be read back and `OSError` if it cannot be written, and then leaves an earlier one untouched."
     write_atomically(path, check_storable(state).getbuffer())
 
+# %% ../nbs/00a_files.ipynb #dfb8650a
 def load_checkpoint(
     path:str|Path, # written by `save_checkpoint`
 )->dict:           # the state, on the CPU
