@@ -338,17 +338,20 @@ def read_bounded(
     return content
 
 # %% ../nbs/00a_files.ipynb #285721ef
+# what acts: brackets that make a link, and an underscore at the end of a word, besides the obvious ones
+_ACTS = re.compile(r"""[&<"`|$*\\~^{}@]|(?<=\])[(\[]|(?<![^\W_])_|_(?![^\W_])|^[>#+=-]""")
+
+def _line(name)->str: return " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
+
 def as_text(
     name, # anything with a text
 )->str:   # for Markdown and for HTML
     "A name as it is, on one line: nothing in it acts as Markdown, mathematics or HTML."
-    text = " ".join(str(name).split())
-    plain = lambda at: text[at].isalnum() or text[at] in " .,:;+-/()%=" or text[at] == "_" and 0 < at < len(text) - 1 and text[at - 1].isalnum() and text[at + 1].isalnum()
-    return "".join(c if plain(at) else f"&#{ord(c)};" for at, c in enumerate(text))
+    return _ACTS.sub(lambda found: f"&#{ord(found[0])};", _line(name))
 
 def as_code(
     name, # anything with a text
 )->str:   # for Markdown
     "A name in the type of code, on one line."
-    text = " ".join(str(name).split())
+    text = _line(name)
     return f"`{text}`" if re.fullmatch(r"[\w .,:;+\-/()\[\]%=]+", text) else f"<code>{as_text(text)}</code>"
