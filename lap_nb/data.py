@@ -449,6 +449,7 @@ def _opened(part: Path, new: bool):
     flags = os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return os.fdopen(os.open(part, flags | (os.O_CREAT | os.O_EXCL if new else os.O_APPEND), 0o666), "wb" if new else "ab")
 
+# %% ../nbs/00_data.ipynb #b1a66041
 def fetch_part(
     url: str, # what to fetch
     part: Path, # file to append to; what it holds already is not fetched again
