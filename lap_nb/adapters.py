@@ -63,14 +63,14 @@ def lightning_callback(
     if not isinstance(least_action, LeastAction): raise TypeError(f"least_action is of type {type(least_action).__name__}, expected one that is attached: LeastAction(network)")
 
     class LeastActionCallback(Callback):
-        where = None   # the blocks' names in the module, once it is known
+        where, modes = None, ()   # the blocks' names in the module, and its modes, once it is known
 
         @property
         def state_key(self): return f"LeastActionCallback of {self.where or id(self)}"
         @property
         def _legacy_state_key(self): return "lightning_callback.<locals>.LeastActionCallback"   # before there could be several
 
-        def setup(self, trainer, module, stage): self.where = _where(module, least_action)
+        def setup(self, trainer, module, stage): self.where, self.modes = _where(module, least_action), [(m, m.training) for m in module.modules()]
         def on_fit_start(self, trainer, module): least_action.to(module.device)
         def on_train_start(self, trainer, module):
             if not module.automatic_optimization:
@@ -80,7 +80,9 @@ def lightning_callback(
             of = "" if len(module.training_step.parts) == 1 else f" of {self.where.split(', ')[0]}"
             module.log_dict({f"lambda{of}": least_action.lam, f"action{of}": least_action.action})
         def on_train_end(self, trainer, module): _detach(module, least_action)
-        def on_exception(self, trainer, module, exception): _detach(module, least_action)
+        def on_exception(self, trainer, module, exception):
+            _detach(module, least_action)
+            for m, mode in self.modes: m.training = mode   # an evaluation that broke off has left its own
         def state_dict(self): return least_action.state_dict()
         def load_state_dict(self, state): least_action.load_state_dict(state)
 
