@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .dynamics import ResidualBlock, Trajectory, _wide
+from .files import as_code, as_text
 
 # %% ../nbs/02_attach.ipynb #399866a1
 _SAME = {"CloneBackward0", "AliasBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
@@ -260,7 +261,7 @@ class Blocks(dict):
 
     def _repr_markdown_(self)->str:
         size = lambda moved: "" if moved is None else f"{moved:.2f}"
-        rows = [f"| `{r['name']}` | {r['kind']} | {r['verdict']} | {size(r['moved'])} | {r['why']} |" for r in self.table()]
+        rows = [f"| {as_code(r['name'])} | {as_text(r['kind'])} | {r['verdict']} | {size(r['moved'])} | {as_text(r['why'])} |" for r in self.table()]
         return "\n".join(["| name | kind | verdict | moved | why |", "|---|---|---|---|---|", *rows])
 
     def __repr__(self)->str: return f"Blocks: {len(self)} matched ({', '.join(self)}), {len(self.skipped)} skipped"
@@ -408,7 +409,7 @@ def __repr__(self:Trace):
 
 @patch
 def _repr_markdown_(self:Trace):
-    rows = [f"| {k} | `{name}` | {s.shape} | {e:.3g} |"
+    rows = [f"| {k} | {as_code(name)} | {s.shape} | {e:.3g} |"
             for k, (name, s, e) in enumerate(zip(self.names, self.steps, self.energies().detach().mean(1).tolist()))]
     return "\n".join(["| step | block | shape | energy |", "|---|---|---|---|", *rows])
 

@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from .compare import make_net
 from .data import Split, load, pick_device
 from .dynamics import conv_net, dense_net
 from .ensembles import fit_many, seeded
-from .files import write_atomically
+from .files import as_code, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .studies import _one_line_errors, _positional
@@ -483,7 +484,8 @@ def bench_table(
     cost = lambda row, side: f"{row[side]:.3g} s" if row["unit"] == "seconds" else f"{row[side] / 2**20:.3g} MiB"
     goal = lambda row: "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{said(row)}"
     span = lambda row: "one pair" if row["pairs"] == 1 else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" + " (range)" * (row["pairs"] < 6)
-    rows = [f"| `{r['name']}` | {r['what']} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} | {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |" for r in record["rows"]]
+    what = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "&#124;")   # formulas stay
+    rows = [f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} | {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |" for r in record["rows"]]
     return "\n".join(["| row | what | ratio | 95 % interval | best | goal | costs | pairs |", "|---|---|---|---|---|---|---|---|", *rows])
 
 # %% ../nbs/11_performance.ipynb #f21a282e

@@ -22,7 +22,7 @@ from torch import nn
 from .data import load, pick_device
 from .dynamics import Trajectory, colours, dense_net, init_velocities_
 from .ensembles import Interval, Runs, fit_many, interval
-from .files import write_atomically
+from .files import read_bounded, write_atomically
 from .kinetic import block_energies
 from .least_action import LeastAction
 from .studies import _one_line_errors
@@ -107,7 +107,7 @@ class Comparison:
     )->"Comparison":
         "Read a record; raises `ValueError` if it is not one."
         again = "write it anew with lap_compare --force"
-        try: found = json.loads(Path(path).read_bytes())
+        try: found = json.loads(read_bounded(path))
         except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not a JSON file ({e}); {again}") from e
         version = found.get("format") if isinstance(found, dict) else None
         if version != FORMAT: raise ValueError(f"{path} has format {version!r}, expected {FORMAT}; {again}")

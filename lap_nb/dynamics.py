@@ -10,8 +10,6 @@ __all__ = ['ResidualBlock', 'Trajectory', 'Flow', 'ResidualNet', 'dense_net', 'S
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from itertools import accumulate
@@ -25,6 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .data import read_npz
+from .files import write_atomically
 
 # %% ../nbs/01_dynamics.ipynb #7c47b38a
 class ResidualBlock(nn.Module):
@@ -292,16 +291,9 @@ def save(self:Trajectory,
     xs = [x.detach().cpu() for x, _ in self._stages]
     note = dict(kind=_KIND, h=[h for _, h in self._stages], names=self.names, dtypes=[str(x.dtype) for x in xs])
     arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
-    path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent} for the trajectory: make it first")
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file: np.savez(file, note=np.array(json.dumps(note)), **arrays)
-        os.chmod(part, 0o644)   # as other files; a temporary one is for its owner alone
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    content = io.BytesIO()
+    np.savez(content, note=np.array(json.dumps(note)), **arrays)
+    write_atomically(path, content.getbuffer())
 
 # %% ../nbs/01_dynamics.ipynb #25d9281c
 @patch(cls_method=True)

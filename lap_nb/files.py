@@ -162,8 +162,8 @@ class _Bytes(NamedTuple):
     nbytes:int   # that it takes when it is spread out
 
 _WIDTHS = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8)
-_STEPS = set("""PROTO STOP MARK REDUCE BUILD APPEND APPENDS SETITEM SETITEMS TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWFALSE NEWTRUE EMPTY_TUPLE EMPTY_LIST
-    EMPTY_DICT EMPTY_SET BINPERSID BININT BININT1 BININT2 BINFLOAT BINGET LONG_BINGET BINPUT LONG_BINPUT BINUNICODE SHORT_BINSTRING LONG1""".split())
+_STEPS = """PROTO STOP MARK GLOBAL REDUCE BUILD APPEND APPENDS SETITEM SETITEMS TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWFALSE NEWTRUE EMPTY_TUPLE EMPTY_LIST
+    EMPTY_DICT EMPTY_SET BINPERSID BININT BININT1 BININT2 BINFLOAT BINGET LONG_BINGET BINPUT LONG_BINPUT BINUNICODE SHORT_BINSTRING LONG1""".split()
 
 def _tensor(storage:tuple, offset, size, stride, *rest)->_Bytes:
     "Stands for the function that lays a tensor over stored numbers."
@@ -184,21 +184,24 @@ _MAKERS = {"torch._utils _rebuild_tensor_v2": _tensor, "torch._utils _rebuild_te
            "collections OrderedDict": OrderedDict, "collections Counter": Counter, "torch Size": tuple, "torch device": lambda *_: None,
            "__builtin__ set": set, "__builtin__ complex": complex, "__builtin__ bytearray": _latin, "_codecs encode": _latin}
 
-def _stand_in(module:str, name:str):
-    "For a name in the instructions: the width of stored numbers, a type of numbers, or what makes something."
-    if (kind := name.removesuffix("Storage")) in _WIDTHS and module == "torch": return _WIDTHS[kind]
-    if (module, name) == ("torch.storage", "UntypedStorage"): return 1
-    found = getattr(torch, name, None) if module == "torch" else None
-    if not isinstance(found, torch.dtype): found = _MAKERS.get(f"{module} {name}")
-    if found is None: raise _Foreign(f"{module}.{name}"[:100])
-    return found
+# %% ../nbs/00a_files.ipynb #cd3bc68b
+class _Steps(dict):
+    def __missing__(self, code): raise _Foreign(f"a number or text out of the ordinary ({pickletools.code2op[chr(code)].name})")
 
 class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory aside on the word of a number
-    "Follows the instructions with stand-ins."
+    "Follows the instructions with stand-ins, as far as PyTorch knows them."
+    dispatch = _Steps({code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, step)[0] for step in _STEPS)})
     def __init__(self, code:bytes, sizes:dict):
         super().__init__(io.BytesIO(code))
         self.sizes = sizes
-    def find_class(self, module, name): return _stand_in(module, name)
+    def find_class(self, module, name):
+        "The width of stored numbers, a type of numbers, or what makes something."
+        if (kind := name.removesuffix("Storage")) in _WIDTHS and module == "torch": return _WIDTHS[kind]
+        if (module, name) == ("torch.storage", "UntypedStorage"): return 1
+        found = getattr(torch, name, None) if module == "torch" else None
+        if not isinstance(found, torch.dtype): found = _MAKERS.get(f"{module} {name}")
+        if found is None: raise _Foreign(f"{module}.{name}"[:100])
+        return found
     def persistent_load(self, pid):
         _, width, key, _, count = pid
         if self.sizes[f"data/{key}"] != count * width: raise ValueError(f"{count} numbers of {width} bytes are announced")
@@ -239,9 +242,6 @@ def _check_archive(
         if damaged: raise zipfile.BadZipFile(f"{damaged} is not as it was written")
         root, = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
         code = archive.read(f"{root}data.pkl")
-    for op, name, _ in pickletools.genops(code):
-        if op.name == "GLOBAL": _stand_in(*name.split(" ", 1))
-        elif op.name not in _STEPS: raise _Foreign(f"a number or text out of the ordinary ({op.name})")
     _check_size(_Plan(code, {name.removeprefix(root): size for name, size in sizes.items()}).load(), ROOM + 2 * whole)
     file.seek(0)
 
@@ -293,6 +293,7 @@ def save_checkpoint(
     "Write a checkpoint; raises `TypeError` for a state that could not be read back and `OSError` if it cannot be written, and then leaves an earlier one untouched."
     write_atomically(path, check_storable(state).getbuffer())
 
+# %% ../nbs/00a_files.ipynb #dfb8650a
 def load_checkpoint(
     path:str|Path, # written by `save_checkpoint`
 )->dict:           # the state, on the CPU
@@ -337,17 +338,20 @@ def read_bounded(
     return content
 
 # %% ../nbs/00a_files.ipynb #285721ef
+# what acts: brackets that make a link, and an underscore at the end of a word, besides the obvious ones
+_ACTS = re.compile(r"""[&<"`|$*\\~^{}@]|(?<=\])[(\[]|(?<![^\W_])_|_(?![^\W_])|^[>#+=-]""")
+
+def _line(name)->str: return " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
+
 def as_text(
     name, # anything with a text
 )->str:   # for Markdown and for HTML
     "A name as it is, on one line: nothing in it acts as Markdown, mathematics or HTML."
-    text = " ".join(str(name).split())
-    plain = lambda at: text[at].isalnum() or text[at] in " .,:;+-/()%=" or text[at] == "_" and 0 < at < len(text) - 1 and text[at - 1].isalnum() and text[at + 1].isalnum()
-    return "".join(c if plain(at) else f"&#{ord(c)};" for at, c in enumerate(text))
+    return _ACTS.sub(lambda found: f"&#{ord(found[0])};", _line(name))
 
 def as_code(
     name, # anything with a text
 )->str:   # for Markdown
     "A name in the type of code, on one line."
-    text = " ".join(str(name).split())
+    text = _line(name)
     return f"`{text}`" if re.fullmatch(r"[\w .,:;+\-/()\[\]%=]+", text) else f"<code>{as_text(text)}</code>"

@@ -1,5 +1,6 @@
 "Data: what a lesson cannot hold. Faults, servers that misbehave, many seeds, several processes, the real files."
 import gzip
+import itertools
 import os
 import pickle
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
@@ -800,3 +802,170 @@ def test_a_test_part_has_a_sample_of_each_class():
     x, y = torch.randn(100, 2), torch.arange(100) % 10
     with pytest.raises(ValueError, match="n_test.*one sample for each class"): data.with_test(x, y, 9, "mine")
     assert len(data.with_test(x, y, 10, "mine").test) == 10
+
+
+# Servers that cannot be trusted
+
+class Hostile(BaseHTTPRequestHandler):
+    "Sends the bytes that `server.say` yields, whatever they are, until the client is gone."
+    def log_message(self, *args): pass
+
+    def do_GET(self):
+        self.close_connection = True
+        self.server.asked.append(self.headers.get('Range'))
+        try:
+            for piece in self.server.say(self):
+                self.wfile.write(piece); self.wfile.flush()
+        except OSError: self.server.gone.set()
+
+
+@contextmanager
+def hostile(say):
+    with ThreadingHTTPServer(('127.0.0.1', 0), Hostile) as server:
+        server.daemon_threads, server.say, server.asked, server.gone = True, say, [], threading.Event()
+        thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01), daemon=True)
+        thread.start()
+        try: yield f'http://127.0.0.1:{server.server_port}/file', server
+        finally: server.shutdown(); thread.join()
+
+
+def head(*lines): return ('HTTP/1.1 200 OK\r\n' + ''.join(f'{line}\r\n' for line in lines) + '\r\n').encode()
+
+
+def forever(piece, pause=0):
+    while True:
+        yield piece
+        time.sleep(pause)
+
+
+@pytest.mark.parametrize('length', ['many', '-5', '1e3', '', '1' * 5000, '٣', '0x10'])
+def test_a_length_that_is_no_number_is_passed_over(tmp_path, length):
+    with hostile(lambda _: [(f'HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n').encode(), BODY]) as (url, _):
+        try: download_file(url, tmp_path / 'file', SUM, progress=False)
+        except OSError as e: assert 'could not fetch' in str(e)
+        else: assert (tmp_path / 'file').read_bytes() == BODY
+
+
+@pytest.mark.parametrize('announced', [199_999, 200_001, 10 ** 15])
+def test_a_size_other_than_the_known_one_is_refused_unread(tmp_path, announced):
+    with hostile(lambda _: [head(f'Content-Length: {announced}'), BODY]) as (url, _):
+        with pytest.raises(OSError, match=f'offers {announced:,} bytes, expected 200,000'): download_file(url, tmp_path / 'file', SUM, progress=False, size=200_000)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize('size', [None, 200_000])
+def test_an_answer_without_end_is_cut(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(data, 'LARGEST', 1_000_000)
+    most = size or 1_000_000
+    with hostile(lambda _: itertools.chain([head()], forever(bytes(1 << 16)))) as (url, server):
+        with pytest.raises(OSError, match=f'more than the {most:,} bytes expected'): download_file(url, tmp_path / 'file', SUM, progress=False, size=size)
+        assert server.gone.wait(60)
+    assert left(tmp_path) == []
+    with hostile(lambda _: [head(f'Content-Length: {10 ** 12}'), BODY]) as (url, _):
+        with pytest.raises(OSError, match=f'offers 1,000,000,000,000 bytes, expected .*{most:,}'): download_file(url, tmp_path / 'file', SUM, progress=False, size=size)
+
+
+DRIPS = [([head()], b'x'), ([b'HTTP/1.1 200 OK\r\nA: '], b'x'), ([b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'], b'1\r\nx\r\n'), ([], b'HTTP/1.1 100 Continue\r\n\r\n')]
+
+
+def test_a_drip_has_an_end(tmp_path, monkeypatch):
+    "In the body, in the header, in chunks, before the answer: no pause is longer than the timeout, it is the time for the whole that ends it and cuts the connection."
+    monkeypatch.setattr(data, 'PATIENCE', .1)
+    def fetch_drip(i):
+        start, piece = DRIPS[i]
+        with hostile(lambda _: itertools.chain(start, forever(piece, .05))) as (url, server):
+            with pytest.raises(OSError, match='it was not there after 2 s'): download_file(url, tmp_path / str(i), SUM, timeout=20., progress=False)
+            return server.gone.wait(60)
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(fetch_drip, range(len(DRIPS))))
+
+
+@pytest.mark.parametrize('to', ['file:///etc/passwd', 'ftp://127.0.0.1/file', 'data:,x', 'gopher://a', 'javascript:a'])
+def test_a_server_leads_nowhere_but_to_the_web(tmp_path, to):
+    with hostile(lambda _: [f'HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n'.encode()]) as (url, _):
+        with pytest.raises(OSError, match='could not fetch'): download_file(url, tmp_path / 'file', SUM, progress=False, timeout=5)
+    assert left(tmp_path) == []
+
+
+def test_a_server_may_lead_on(tmp_path):
+    with serving({'file': BODY}) as server, hostile(lambda _: [f'HTTP/1.1 302 Found\r\nLocation: {server.url}file\r\nContent-Length: 0\r\n\r\n'.encode()]) as (url, _):
+        download_file(url, tmp_path / 'file', SUM, progress=False)
+    assert (tmp_path / 'file').read_bytes() == BODY
+
+
+@pytest.mark.parametrize('answer', [b'', b'nonsense\r\n\r\n', b'HTTP/1.1 500 Oops\r\n\r\n', b'HTTP/1.1 abc\r\n\r\n', b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n', b'\0' * 100_000])
+def test_answers_that_are_none(tmp_path, answer):
+    with hostile(lambda _: [answer]) as (url, _):
+        with pytest.raises(OSError, match='could not fetch http.*by other means'): download_file(url, tmp_path / 'file', SUM, progress=False, timeout=5)
+
+
+@pytest.mark.parametrize('url', ['ftp://a/b', 'data:,x', 'nothing', '', 'javascript:a'])
+def test_other_addresses_are_refused(tmp_path, url):
+    with pytest.raises(ValueError, match='expected http, https or file'): download_file(url, tmp_path / 'file', SUM)
+
+
+@pytest.mark.parametrize('plant', [lambda part, victim: part.symlink_to(victim), lambda part, victim: os.link(victim, part)], ids=['symlink', 'hard link'])
+@pytest.mark.parametrize('content', [b'precious', BODY, BODY[:50_000]], ids=['other', 'the file itself', 'its beginning'])
+def test_a_planted_link_is_not_followed(tmp_path, plant, content):
+    victim, folder = tmp_path / 'victim', tmp_path / 'folder'
+    folder.mkdir(); victim.write_bytes(content)
+    plant(folder / 'file.part', victim)
+    with serving({'file': BODY}) as server: fetch(server, folder / 'file')
+    assert victim.read_bytes() == content and left(folder) == ['file'] and not (folder / 'file').is_symlink()
+    assert (folder / 'file').read_bytes() == BODY and (folder / 'file').stat().st_nlink == 1 and server.asked == [('file', None)]
+
+
+def test_a_dangling_link_makes_no_file(tmp_path):
+    (tmp_path / 'file.part').symlink_to(tmp_path / 'planted')
+    with serving({'file': BODY}) as server: fetch(server, tmp_path / 'file')
+    assert left(tmp_path) == ['file']
+
+
+def test_the_mode_of_a_fetched_file_is_the_users(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with serving({'file': BODY}) as server: fetch(server, tmp_path / 'file')
+    finally: os.umask(old)
+    assert (tmp_path / 'file').stat().st_mode & 0o777 == 0o640
+
+
+def test_known_sizes_are_asked_for(tmp_path):
+    files, _ = tiny_files()
+    with serving(files) as server:
+        src = replace(source(files, server.url), sizes={name: len(content) for name, content in files.items()})
+        data.fetch_source(src, tmp_path, progress=False)
+        assert len(read_source(src, tmp_path).x) == 60
+        wrong = replace(src, name='other', sizes={NAMES[0]: 1})
+        with pytest.raises(OSError, match='expected 1'): data.fetch_source(wrong, tmp_path, progress=False)
+
+
+@real
+def test_sizes_of_the_real_files():
+    for src in (data.MNIST, data.FASHION_MNIST):
+        assert {name: (REAL / src.folder / name).stat().st_size for name in src.md5} == src.sizes
+
+
+# Packed files that are larger than they look
+
+def test_packed_zeros_are_refused(tmp_path):
+    path = tmp_path / 'zeros.npz'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name in 'ab':
+            with archive.open(f'{name}.npy', 'w', force_zip64=True) as f:
+                np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(100 << 20,)))
+                for _ in range(100): f.write(bytes(1 << 20))
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match='its arrays take 209,.* bytes, expected no more than'): data.read_npz(path)
+    np.savez_compressed(path, a=np.zeros(1_000_000))
+    assert data.read_npz(path)['a'].shape == (1_000_000,)
+    content = struct.pack('>I3I', 0x803, 200, 1024, 1024)
+    path = tmp_path / 'zeros.gz'
+    with gzip.open(path, 'wb') as f:
+        f.write(content)
+        for _ in range(200): f.write(bytes(1 << 20))
+    with pytest.raises(ValueError, match='announces 209,715,200 bytes, expected no more than'): data.read_idx(path, data.file_md5(path), 3)
+
+
+@pytest.mark.parametrize('n, sizes, error', [(1e308, [3, 4], TypeError), (8, [3, 4], ValueError), (1, [3, 4], ValueError), (-1, [3], ValueError), (3, [3, -1], ValueError), (2, [1.5, 2], TypeError),
+                                             (float('nan'), [3], TypeError), (10 ** 30, [3, 4], ValueError)])
+def test_seats_that_cannot_be_given(n, sizes, error):
+    with pytest.raises(error): data.apportion(n, sizes)

@@ -480,3 +480,51 @@ def test_names_do_not_act(name):
 
 @pytest.mark.parametrize('name', ['flow.blocks.0', 'cifar10_part', 'least-action', 'layer1.0.conv1', 'K=3, h=0.5'])
 def test_ordinary_names_stay_as_they_are(name): assert as_text(name) == name and as_code(name) == f'`{name}`'
+
+
+EVIL = '<img src=x onerror=alert(1)>|`$x$'
+
+
+def evil_net():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+        def forward(self, x): return x + self.inner(x)
+    net = nn.Sequential(collections.OrderedDict([(EVIL, Layer()), ('plain', Layer())]))
+    Layer.__name__ = Layer.__qualname__ = EVIL
+    return net
+
+
+def tables():
+    "Everything that shows names in Markdown, with names that would act."
+    from lap_nb.attach import Tracer, find_blocks, trace
+    from lap_nb.bench import bench_table
+    from lap_nb.ensembles import Interval
+    from lap_nb.kinetic import EnergyLedger
+    from lap_nb.least_action import KKT
+    from lap_nb.regularity import LipschitzProfile
+    from lap_nb.studies import standings_table
+    from lap_nb.transport import ActionSplit
+    net, x = evil_net().eval(), torch.randn(5, 4)
+    blocks = find_blocks(net, x)
+    with Tracer(net, blocks) as tracer:
+        net(x)
+        kept = tracer.take()
+    yield 'blocks', blocks._repr_markdown_()
+    yield 'standings', standings_table([dict(n=EVIL, family=EVIL, seeds=3, diverged=0, last=Interval(50., 40., 60., 3), best=Interval(50., 40., 60., 3), gap=None)])
+    yield 'report', KKT('satisfied', 1., 1., 1., 1., 0., 0., .1, 0., 0., notes=(EVIL,))._repr_markdown_()
+    yield 'trace', kept._repr_markdown_()
+    yield 'ledger', EnergyLedger(trace(net, x, blocks))._repr_markdown_()
+    yield 'lipschitz', LipschitzProfile((EVIL,), torch.ones(1, 5), torch.ones(5), 1.)._repr_markdown_()
+    yield 'split', ActionSplit({EVIL: (1., 1., 1.)}, (), 'mean', ())._repr_markdown_()
+    yield 'bench', bench_table(dict(rows=[dict(name=EVIL, what=EVIL.replace('$x$', ''), ratio_median=1., ratio_low=1., ratio_high=1., ratio_min=1., ratio_max=1., ratio_of_best=1., goal=None, better='lower', met=None,
+                                               pairs=1, unit='seconds', top=1., bottom=1.)]))
+
+
+def test_names_do_not_act_in_any_table():
+    for name, text in tables():
+        rows = [line for line in text.splitlines() if line.startswith('|')]
+        assert '<img' not in text and '$x$' not in text, name
+        assert len({line.count('|') for line in rows}) == 1, f'{name}: a name ends a cell'
+        assert 'alert' in text, name
