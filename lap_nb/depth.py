@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
+from .files import as_text
 from .kinetic import _Hook
 from .training import _part, check_logits, fit
 
@@ -470,7 +471,7 @@ def _repr_markdown_(self:DepthCurve)->str:
     ways = list(dict.fromkeys(r["way"] for r in self.rows))
     lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |", "|---" * (len(ways) + 3) + "|"]
     for group in zip(*(self.of(w) for w in ways)):
-        last = f"{group[-1]['schedule']} | {group[-1]['energy']:.3g}"
+        last = f"{as_text(group[-1]['schedule'])} | {group[-1]['energy']:.3g}"
         lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
     return "\n".join(lines) + (f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
                                 f"would give {100 * self.settled:.1f} %.*") * self.recomputed

@@ -746,6 +746,7 @@ def open(self:Training,
         state = self.state_dict()
         if self.share[0] == 0: check_storable(state)
 
+# %% ../nbs/06_training.ipynb #db7fd96f
 @patch
 def _claim(self:Training, path):
     "For all processes of this training; the first one holds the claim."
