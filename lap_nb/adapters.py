@@ -96,8 +96,6 @@ def _where(module, least_action:LeastAction)->str:
     return ", ".join(names[block] for block in least_action.blocks.values())
 
 # %% ../nbs/06a_adapters.ipynb #bdb6a364
-OURS, THEIRS = "least_action.pt", "trainer_state.json"   # the first and the last file of a checkpoint
-
 class LeastActionMixin:
     "Least action for a Hugging Face trainer: `class MyTrainer(LeastActionMixin, Trainer): pass`, then `MyTrainer(..., least_action=LeastAction(model))`."
     def __init__(self,
@@ -113,8 +111,7 @@ class LeastActionMixin:
     def save_model(self, output_dir=None, _internal_call=False):
         "The trainer's model; into a checkpoint, lambda before it."
         if _internal_call and output_dir is not None and self.args.should_save:
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder := Path(output_dir)).mkdir(parents=True, exist_ok=True)
             (folder / THEIRS).unlink(missing_ok=True)   # of an earlier run: the folder is not whole until it is written anew
             save_checkpoint(folder / OURS, self.least_action.state_dict())
         super().save_model(output_dir, _internal_call)
@@ -140,6 +137,8 @@ class LeastActionMixin:
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 # %% ../nbs/06a_adapters.ipynb #ceab9a62
+OURS, THEIRS = "least_action.pt", "trainer_state.json"   # the first and the last file of a checkpoint
+
 def _lacks(folder:Path)->str:
     "What a checkpoint of both lacks, in words; empty if it is whole."
     try: json.loads((folder / THEIRS).read_bytes())

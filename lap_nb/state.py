@@ -140,6 +140,7 @@ def _set(saved, value):
 
 def _plain_key(key)->bool: return type(key) in _PLAIN or isinstance(key, tuple) and all(map(_plain_key, key))
 
+# %% ../nbs/00b_state.ipynb #5e580a33
 def _fields(saved, value):
     for name, item in saved.items():
         if value is not None and item is not None: object.__setattr__(value, name, restore(item, vars(value).get(name)))
@@ -236,6 +237,7 @@ def _hooks(m:nn.Module)->list:
     on += [getattr(p, kind, None) or {} for p in m._parameters.values() if p is not None for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")]
     return [hook for hooks in on for hook in hooks.values()]
 
+# %% ../nbs/00b_state.ipynb #153a995b
 def _of_class(kind:type)->Iterator[_Place]:
     "Functions of a user's class: they may draw from generators that are global variables."
     for base in kind.__mro__:
@@ -263,6 +265,7 @@ def _steady(saved)->bool:
     if not isinstance(saved, (tuple, list, dict)): return not isinstance(saved, Tensor)
     return not (isinstance(saved, tuple) and saved and saved[0] in _ALWAYS) and all(map(_steady, saved.values() if isinstance(saved, dict) else saved))
 
+# %% ../nbs/00b_state.ipynb #e715d725
 class Memory:
     "What modules and callbacks remember outside their state dicts."
     def __init__(self,

@@ -104,6 +104,7 @@ def _batches(split, generators, batch_size, crop, flip, skip, share):
         at = order[..., mine]
         yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine, :], crop), split.y[at]
 
+# %% ../nbs/06_training.ipynb #1160828e
 def _check_split(data):
     if not isinstance(data, Split):
         raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
@@ -323,6 +324,7 @@ def _shares(name:str, value)->tuple[float, ...]:
     if several is None: raise ValueError(f"{name} is {value!r}, expected a tuple of shares of the training")
     return tuple(number(name, share) for share in several)
 
+# %% ../nbs/06_training.ipynb #03fcdf80
 def _check_recipe(r:Recipe):
     _check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
     if r.patience is not None: _check_training(patience=r.patience)
@@ -482,6 +484,7 @@ def _descend(self:Training, loss:Tensor):
     if scaled: self.scaler.step(self.opt); self.scaler.update()
     else: self.opt.step()
 
+# %% ../nbs/06_training.ipynb #eecbec6f
 @patch
 def train_step(self:Training,
     x:Tensor, # samples, `[..., B, *sample]`
@@ -638,6 +641,12 @@ def load_state_dict(self:Training,
     self.total = torch.zeros_like(self.total) + torch.as_tensor(total).to(self.total)
     self.epoch_start = None if other else state["generators"]
     self.stopped = state.get("stopped", False) and not force
+    self._take_back(state)
+
+# %% ../nbs/06_training.ipynb #1d3516de
+@patch
+def _take_back(self:Training, state:dict):
+    "What generators, modules and callbacks remember; and a word if there is nothing left to do."
     self._set_rng(state["rng"])
     if len(own := state.get("own", [])) == self.share[1]:   # older checkpoints have none
         set_sequences(own[self.share[0]])
@@ -817,6 +826,7 @@ def _check_callbacks(callbacks)->list:
     if found is None or callable(callbacks) or not all(map(callable, found)): raise TypeError(f"callbacks is {callbacks!r}, expected a list of functions: callbacks=[...]")
     return found
 
+# %% ../nbs/06_training.ipynb #20e84e6f
 @patch
 def _stopped(self:Training)->bool:
     "By a callback, or since no network has improved its validation accuracy for `patience` points."
