@@ -63,14 +63,14 @@ def lightning_callback(
     if not isinstance(least_action, LeastAction): raise TypeError(f"least_action is of type {type(least_action).__name__}, expected one that is attached: LeastAction(network)")
 
     class LeastActionCallback(Callback):
-        where = None   # the blocks' names in the module, once it is known
+        where, modes = None, ()   # the blocks' names in the module, and its modes, once it is known
 
         @property
         def state_key(self): return f"LeastActionCallback of {self.where or id(self)}"
         @property
         def _legacy_state_key(self): return "lightning_callback.<locals>.LeastActionCallback"   # before there could be several
 
-        def setup(self, trainer, module, stage): self.where = _where(module, least_action)
+        def setup(self, trainer, module, stage): self.where, self.modes = _where(module, least_action), [(m, m.training) for m in module.modules()]
         def on_fit_start(self, trainer, module): least_action.to(module.device)
         def on_train_start(self, trainer, module):
             if not module.automatic_optimization:
@@ -80,7 +80,9 @@ def lightning_callback(
             of = "" if len(module.training_step.parts) == 1 else f" of {self.where.split(', ')[0]}"
             module.log_dict({f"lambda{of}": least_action.lam, f"action{of}": least_action.action})
         def on_train_end(self, trainer, module): _detach(module, least_action)
-        def on_exception(self, trainer, module, exception): _detach(module, least_action)
+        def on_exception(self, trainer, module, exception):
+            _detach(module, least_action)
+            for m, mode in self.modes: m.training = mode   # an evaluation that broke off has left its own
         def state_dict(self): return least_action.state_dict()
         def load_state_dict(self, state): least_action.load_state_dict(state)
 
@@ -94,8 +96,6 @@ def _where(module, least_action:LeastAction)->str:
     return ", ".join(names[block] for block in least_action.blocks.values())
 
 # %% ../nbs/06a_adapters.ipynb #bdb6a364
-OURS, THEIRS = "least_action.pt", "trainer_state.json"   # the first and the last file of a checkpoint
-
 class LeastActionMixin:
     "Least action for a Hugging Face trainer: `class MyTrainer(LeastActionMixin, Trainer): pass`, then `MyTrainer(..., least_action=LeastAction(model))`."
     def __init__(self,
@@ -111,8 +111,7 @@ class LeastActionMixin:
     def save_model(self, output_dir=None, _internal_call=False):
         "The trainer's model; into a checkpoint, lambda before it."
         if _internal_call and output_dir is not None and self.args.should_save:
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder := Path(output_dir)).mkdir(parents=True, exist_ok=True)
             (folder / THEIRS).unlink(missing_ok=True)   # of an earlier run: the folder is not whole until it is written anew
             save_checkpoint(folder / OURS, self.least_action.state_dict())
         super().save_model(output_dir, _internal_call)
@@ -138,6 +137,8 @@ class LeastActionMixin:
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 # %% ../nbs/06a_adapters.ipynb #ceab9a62
+OURS, THEIRS = "least_action.pt", "trainer_state.json"   # the first and the last file of a checkpoint
+
 def _lacks(folder:Path)->str:
     "What a checkpoint of both lacks, in words; empty if it is whole."
     try: json.loads((folder / THEIRS).read_bytes())

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
+from .files import as_text
 from .kinetic import _Hook
-from .training import fit
+from .training import _part, check_logits, fit
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -399,13 +400,15 @@ def _score(elastic:Elastic, data:Split, part:str, schedule:DepthSchedule, recomp
         with _observed(elastic) as steps:
             for at in index.split(chunk):
                 steps.clear()
-                logits, y = _logits(model(data.x[at])), data.y[at]
+                logits, y = _logits(model(data.x[at]), data, at), data.y[at]
                 sums["accuracy"] += (logits.argmax(-1) == y).sum().item() / len(index)
                 sums["loss"] += F.cross_entropy(logits, y, reduction="sum").item() / len(index)
                 sums["energies"] += torch.stack([e.sum() for e in steps]).cpu() / len(index)
     return sums
 
-def _logits(out)->Tensor: return out if isinstance(out, Tensor) else out["logits"]
+def _logits(out, data:Split, at:Tensor)->Tensor:
+    "Of a model that gives them, or an output that holds them; raises `ValueError` on anything else."
+    return check_logits(out["logits"] if isinstance(out, Mapping) and "logits" in out else out, data.y[at], data.classes)
 
 @contextmanager
 def _observed(elastic:Elastic):
@@ -468,7 +471,7 @@ def _repr_markdown_(self:DepthCurve)->str:
     ways = list(dict.fromkeys(r["way"] for r in self.rows))
     lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |", "|---" * (len(ways) + 3) + "|"]
     for group in zip(*(self.of(w) for w in ways)):
-        last = f"{group[-1]['schedule']} | {group[-1]['energy']:.3g}"
+        last = f"{as_text(group[-1]['schedule'])} | {group[-1]['energy']:.3g}"
         lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
     return "\n".join(lines) + (f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
                                 f"would give {100 * self.settled:.1f} %.*") * self.recomputed
@@ -501,6 +504,7 @@ def depth_curve(
     recompute:bool=True,                   # take batch-norm statistics anew at each depth, if there are any
 )->DepthCurve:
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
+    _part(data, part)   # raises if there is none of that name
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
     counts = sorted(elastic.schedules) if counts is None else sorted(set(counts))
     for m in counts: _check_count(m, elastic.sizes)
@@ -697,7 +701,7 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
 @torch.no_grad()
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = getattr(data, part)
-    with _evaluating(model): right = sum((_logits(model(data.x[at])).argmax(-1) == data.y[at]).sum().item() for at in index.split(2000))
+    with _evaluating(model): right = sum((_logits(model(data.x[at]), data, at).argmax(-1) == data.y[at]).sum().item() for at in index.split(2000))
     return right / len(index)
 
 def _line(s:dict)->str:

@@ -140,6 +140,7 @@ def _set(saved, value):
 
 def _plain_key(key)->bool: return type(key) in _PLAIN or isinstance(key, tuple) and all(map(_plain_key, key))
 
+# %% ../nbs/00b_state.ipynb #5e580a33
 def _fields(saved, value):
     for name, item in saved.items():
         if value is not None and item is not None: object.__setattr__(value, name, restore(item, vars(value).get(name)))
@@ -148,6 +149,16 @@ def _fields(saved, value):
 def _loaded(saved, value):
     if value is not None: value.load_state_dict(restore(saved))
     return value
+
+def _whole(value, saved, inner):
+    "What a `state_dict` gives is kept entirely, or refused."
+    if _holed(saved) and inner.keywords["lost"] is not None: inner.keywords["lost"].append(f"has a state_dict ({type(value).__name__}) with something in it that no checkpoint can hold")
+    return saved
+
+def _holed(saved)->bool:
+    if saved is None: return True
+    kind, content = saved
+    return any(map(_holed, content[1])) if kind == "items" else any(_holed(item) for _, item in content) if kind == "entries" else False
 
 def _each(saved, value):
     "Of a method, what it is bound to; of a partial, all that it holds."
@@ -183,7 +194,7 @@ def _function(saved, value):
 # %% ../nbs/00b_state.ipynb #05e19b76
 def _ours(value)->bool:
     "Of a library whose objects keep no state of their own between two steps, or say so."
-    library = type(value).__module__.partition(".")[0]
+    library = (value.__module__ if isinstance(value, FunctionType) else type(value).__module__ or "").partition(".")[0]
     return library in ("torch", "lap_nb", "numpy") or library in sys.stdlib_module_names and type(value) is not SimpleNamespace
 
 def _is(*types)->Callable: return lambda value: isinstance(value, types)
@@ -197,13 +208,13 @@ _KINDS = {   # what it is; what is taken from it; how it is put back
     "text": (_is(Fraction, Decimal, PurePath), lambda v, _: str(v), lambda saved, v: saved if v is None else type(v)(saved)),
     "enum": (_is(Enum), lambda v, _: v.name, lambda saved, v: saved if v is None else type(v)[saved]),
     "method": (lambda v: isinstance(v, (MethodType, partial)), lambda v, inner: list(map(inner, _bound(v))), _each),
-    "function": (_is(FunctionType), lambda v, inner: [{n: inner(c.cell_contents) for n, c in _cells(v).items()},
+    "function": (lambda v: isinstance(v, FunctionType) and not _ours(v) and bool(v.__closure__ or _drawn_from(v)), lambda v, inner: [{n: inner(c.cell_contents) for n, c in _cells(v).items()},
                                                       {n: inner(g) for n, g in _drawn_from(v).items()}], _function),
     "items": (_is(list, tuple, deque), lambda v, inner: [type(v).__name__, list(map(inner, v))], _items),
     "set": (lambda v: isinstance(v, (set, frozenset)) and all(map(_plain_key, v)), lambda v, _: sorted(v, key=repr), _set),
     "entries": (_is(dict), lambda v, inner: [[key, inner(item)] for key, item in v.items() if _plain_key(key)], _entries),
     "state": (lambda v: not isinstance(v, (type, nn.Parameter)) and all(callable(getattr(v, f, None)) for f in ("state_dict", "load_state_dict")),
-              lambda v, inner: inner(v.state_dict()), _loaded),
+              lambda v, inner: _whole(v, inner(v.state_dict()), inner), _loaded),
     "fields": (lambda v: hasattr(v, "__dict__") and not isinstance(v, (type, ModuleType, Mapping, Tensor)) and not _ours(v),
                lambda v, inner: {name: inner(item) for name, item in vars(v).items()}, _fields),
 }
@@ -236,6 +247,7 @@ def _hooks(m:nn.Module)->list:
     on += [getattr(p, kind, None) or {} for p in m._parameters.values() if p is not None for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")]
     return [hook for hooks in on for hook in hooks.values()]
 
+# %% ../nbs/00b_state.ipynb #153a995b
 def _of_class(kind:type)->Iterator[_Place]:
     "Functions of a user's class: they may draw from generators that are global variables."
     for base in kind.__mro__:
@@ -263,6 +275,7 @@ def _steady(saved)->bool:
     if not isinstance(saved, (tuple, list, dict)): return not isinstance(saved, Tensor)
     return not (isinstance(saved, tuple) and saved and saved[0] in _ALWAYS) and all(map(_steady, saved.values() if isinstance(saved, dict) else saved))
 
+# %% ../nbs/00b_state.ipynb #e715d725
 class Memory:
     "What modules and callbacks remember outside their state dicts."
     def __init__(self,

@@ -122,7 +122,7 @@ def test_another_error_is_not_taken_for_a_lost_process(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "_wrapped", lambda model, recipe: model)
     monkeypatch.setattr(training, "_share", lambda: (0, 2))
     monkeypatch.setattr(training.Training, "open", lambda *args: None)
-    def failing(self, *args):
+    def failing(self, *args, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     monkeypatch.setattr(training.Training, "run", failing)
     with pytest.raises(RuntimeError, match="^mat1 and mat2"): train(tmp_path / "run.pt")

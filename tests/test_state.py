@@ -342,6 +342,13 @@ def test_what_no_checkpoint_can_hold_is_refused_by_name_before_work(tmp_path, ma
     assert trained(make).curves["epoch"][-1] == 4
 
 
+def test_a_callback_whose_state_no_checkpoint_can_hold_is_refused_by_name(tmp_path):
+    class Holds(Kept):
+        def state_dict(self): return {"n": self.n, "more": [object()]}
+    for callback in (Holds(), (lambda it: lambda t: next(it) < 0)(itertools.count())):
+        with pytest.raises(ValueError, match="callback 0, .*train without checkpoint"): trained(Remembers, tmp_path / "run.pt", save_every=1, callbacks=lambda: [callback])
+
+
 def test_settings_of_a_module_are_those_that_are_given(tmp_path):
     def make(p=.5): return lambda: nn.Sequential(nn.Dropout(p), dense_net(64, 10, 2, 8))
     trained(make(), tmp_path / "run.pt", epochs=2)

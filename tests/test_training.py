@@ -576,3 +576,157 @@ def test_without_git_there_is_no_commit(monkeypatch):
 def test_what_stops_a_training(said, stops):
     run = fit(make(), digits().split(60), epochs=3, eval_every=1, callbacks=[lambda training: said])
     assert len(run.curves["epoch"]) == (1 if stops else 3)
+
+
+# Outputs that are no logits, and parts that are none
+
+class Gives(nn.Module):
+    "Something of the logits of a network."
+    def __init__(self, of, classes=10): super().__init__(); self.net, self.of = dense_net(64, classes, 2, 8), of
+    def forward(self, x): return self.of(self.net(x))
+
+
+NO_LOGITS = [(lambda z: z[:, :1], r"gave \[\d+, 1\], expected logits"), (lambda z: (z, z), "an object of type tuple"), (lambda z: [z], "an object of type list"), (lambda z: None, "type NoneType"),
+             (lambda z: z[:, 0], r"gave \[\d+\]"), (lambda z: z[:, :9], r"gave \[\d+, 9\]"), (lambda z: z.argmax(1), "int64"), (lambda z: z.sum(), r"gave \[\]"), (lambda z: z.long(), "int64"), (lambda z: z[:5], r"gave \[5, 10\]"),
+             (lambda z: z + 0j, "complex64"), (lambda z: {"loss": z}, "type dict"), (lambda z: z[..., None], r"gave \[\d+, 10, 1\]"), (lambda z: z > 0, "bool")]
+
+@pytest.mark.parametrize("of, message", NO_LOGITS)
+def test_what_is_no_logits_has_no_accuracy(of, message):
+    from lap_nb.depth import depth_curve
+    from lap_nb.training import count_right, evaluate
+    for measure in (evaluate, count_right, lambda model, split: fit(model, split, epochs=1), depth_curve):
+        with pytest.raises(ValueError, match=f"{message}.*, a number per sample and class"): measure(Gives(of), SMALL)
+
+
+@pytest.mark.parametrize("part", ["y", "x", "name", "classes", "", "Test", None, 3, "seeds", "__class__", ["val"]])
+def test_parts_that_are_none(part):
+    from lap_nb.depth import depth_curve
+    from lap_nb.training import count_right, evaluate
+    for measure in (evaluate, count_right, depth_curve):
+        with pytest.raises(ValueError, match="part is .*, expected 'train', 'val' or 'test'"): measure(make(), SMALL, part)
+
+
+def test_logits_that_are_nan_are_not_right():
+    from lap_nb.training import evaluate
+    assert evaluate(Gives(lambda z: z * float("nan")), SMALL) == 0
+    ruled_out = Gives(lambda z: z.index_fill(1, torch.tensor([9]), -float("inf")))
+    assert evaluate(ruled_out, SMALL, "train") > 0
+
+
+@pytest.mark.parametrize("of", [lambda z: z.detach(), lambda z: torch.zeros_like(z)])
+@pytest.mark.parametrize("least_action", [None, LeastAction])
+def test_outputs_without_a_gradient_are_refused(of, least_action):
+    model = Gives(of)
+    with pytest.raises(ValueError, match="the model's output has no gradient"): fit(model, SMALL, least_action and least_action(model.net), epochs=1)
+
+
+def test_gradients_that_are_off_and_parameters_that_cannot_have_any_are_refused():
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off, pytest.raises(ValueError, match="gradients are off"): fit(MADE, SMALL, epochs=1)
+    with torch.inference_mode(): model = make()
+    with pytest.raises(ValueError, match="was made under torch.inference_mode"): fit(model, SMALL, epochs=1)
+    with pytest.raises(ValueError, match="has no size yet"): fit(nn.Sequential(nn.LazyLinear(10)), SMALL, epochs=1)
+
+MADE = make()
+
+
+# The mean training loss
+
+@pytest.mark.parametrize("least_action", [None, LeastAction])
+def test_train_loss_is_the_mean_over_all_samples_since_the_last_point(least_action):
+    from lap_nb.training import Training
+    seen = []
+    def note(self, x, y, step=Training.train_step):
+        step(self, x, y); seen.append((self.epoch, len(y), self.last["loss"].item()))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Training, "train_step", note)
+        run = fitted(least_action, epochs=5)
+    for i, epochs in enumerate([(0, 1), (2, 3), (4,)]):
+        of = [(n, loss) for epoch, n, loss in seen if epoch in epochs]
+        assert run.curves["train_loss"][i].item() == pytest.approx(sum(n * loss for n, loss in of) / sum(n for n, _ in of), rel=1e-5)
+        assert run.curves["loss"][i].item() == of[-1][1], "of the last mini-batch"
+
+
+def test_a_row_has_the_mean_losses_of_its_networks():
+    row = digits().splits(60, [3, 4])
+    together, alone = (fit_many(make, row, epochs=4, batch_size=25, eval_every=2, mode=mode) for mode in ("batched", "sequential"))
+    torch.testing.assert_close(together.curves["train_loss"], alone.curves["train_loss"], rtol=1e-4, atol=1e-6)
+
+
+# Modes and what is frozen
+
+def frozen_norm():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(.5)), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("mode", ["alone", "sequential", "batched"])
+def test_what_was_frozen_by_hand_stays_frozen(mode):
+    "In evaluation mode by hand, in a network in training mode: statistics do not move, and others do."
+    def model():
+        net = frozen_norm().train()
+        net[1].eval(); net[3].eval()
+        return net
+    found = [fit(model(), SMALL, epochs=3, eval_every=1).model] if mode == "alone" else \
+            [run.model for run in (lambda runs: [runs[i] for i in range(2)])(fit_many(model, digits().splits(60, [0, 1]), epochs=3, eval_every=1, mode=mode))]
+    for net in found:
+        assert torch.equal(net[1].running_mean, torch.zeros(16)) and torch.equal(net[3][1].running_mean, torch.zeros(16))
+        assert net[1].num_batches_tracked == 0
+        if mode == "alone": assert [net.training, net[0].training, net[1].training, net[3].training, net[3][2].training] == [True, True, False, False, False]
+
+
+def test_a_network_in_evaluation_mode_is_trained_but_for_its_frozen_parts():
+    net = frozen_norm()
+    net[3].requires_grad_(False)
+    net.eval()
+    fit(net, SMALL, epochs=2)
+    assert net[1].num_batches_tracked == 2 and net[3][1].num_batches_tracked == 0
+    assert net.training and net[1].training and not net[3][1].training and not net[3][2].training
+
+
+def test_a_train_method_of_ones_own_is_heard():
+    class Keeps(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+    net = Keeps(*frozen_norm())
+    fit(net, SMALL, epochs=2, eval_every=1)
+    assert net[1].num_batches_tracked == 0 and net[3][1].num_batches_tracked == 2
+
+
+# Wrong arguments, drawn
+
+ODD = [None, True, "a", b"a", -1, 0, 2.5, 1e308, -1e308, float("nan"), float("inf"), 1j, 2 ** 70, [], [1], {}, (), object(), print, torch.ones(2), torch.tensor(float("nan")), torch.zeros(0), torch.ones(2, device="meta"),
+       torch.ones(3).to_sparse(), torch.ones(2, dtype=torch.complex64), nn.Linear(2, 2), digits()]
+
+def calls():
+    from lap_nb import training as t
+    from lap_nb.training import Recipe
+    x, y, z, g = IMAGES.x[:4], IMAGES.y[:4], torch.randn(4, 10), torch.Generator()
+    p = nn.Parameter(torch.ones(2, 2)); p.grad = torch.ones(2, 2)
+    pictures, moves = IMAGES.split(60), torch.zeros(4, 3, dtype=torch.long)
+    recipe = {name: getattr(Recipe(), name) for name in Recipe.__dataclass_fields__} | dict(epochs=1)
+    return {"shift_flip": (t.shift_flip, dict(x=x, moves=moves, crop=1)), "batches": (lambda **k: list(t.batches(**k)), dict(split=pictures, generators=[g], batch_size=20, crop=1, flip=True, skip=0, share=(0, 1))),
+            "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=.1)), "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
+            "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)), "learning_rate": (t.learning_rate, dict(recipe=Recipe(), step=1, steps=5)),
+            "make_optimiser": (t.make_optimiser, dict(params=[p], recipe=Recipe())), "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1., row=False)), "Recipe": (Recipe, recipe),
+            "fit": (t.fit, dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoint=None, resume=False, save_every=None, rollback=0) | recipe)}
+
+
+@pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimiser", "clip_gradients", "Recipe", "fit"])
+def test_one_wrong_argument_is_told_in_words_of_ours(name, tmp_path, monkeypatch):
+    "It works, or it raises what is documented with words that say what was expected."
+    monkeypatch.chdir(tmp_path)
+    f, right = calls()[name]
+    f(**right)
+    raw = []
+    for argument in right:
+        for value in [v for v in ODD if (argument, v is True) != ("compile", True)]:   # compiling takes a while
+            try: f(**right | {argument: value})
+            except (TypeError, ValueError, FloatingPointError, OSError) as e:
+                if not re.search("expected|must|need|diverged|are for|there is no|too large", str(e)): raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
+            except RuntimeError as e:
+                if not any("The model was called with" in note for note in getattr(e, "__notes__", ())): raw.append(f"{argument}={value!r}: {e}")
+            except Exception as e: raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
+    assert not raw, "\n".join(raw)
