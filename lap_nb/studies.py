@@ -34,10 +34,10 @@ from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .data import Dataset, Split, load, pick_device
+from .data import Dataset, Split, load, pick_device, whole
 from .depth import Penalty, RandomDepth, measure_depth, measure_pruning, measure_speed
 from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
-from .ensembles import Interval, _check_kinds, _in_short, fit_many, interval
+from .ensembles import Interval, _check_kinds, _in_short, _plain as _as_python, fit_many, interval
 from .files import in_words
 from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
@@ -105,6 +105,7 @@ class Schedule:
         _check_kinds(Schedule, vars(self))
     def length(self, n:int)->int:
         "Epochs for `n` samples."
+        n = whole("n", n, 1)
         return self.epochs or max(1, round(self.steps / math.ceil(n / min(self.batch_size, n))))
 
 # %% ../nbs/08_replication.ipynb #50643d2d
@@ -207,13 +208,16 @@ def config(self:Cell
     return _digest(_changed(self))
 
 # %% ../nbs/08_replication.ipynb #0cb7df99
-@lru_cache(maxsize=4)
 def dataset(
     spec:str,              # name of a data set, with variations: `"digits:flip=0.2"`, `"circles:noise=0.3"`, `"mnist:pool=2"`
     root:str|None=None,    # folder of the larger sets; None: `LAP_NB_DATA`
 )->Dataset:
     "A data set by name: `noise` of the points, `flip` a share of the labels outside the test part, `pool` pictures by averaging."
     _check_kinds(dataset, locals())
+    return _loaded(spec, root)
+
+@lru_cache(maxsize=4)
+def _loaded(spec:str, root:str|None)->Dataset:
     from lap_nb import data as sets
     name, _, rest = spec.partition(":")
     options = _variations(spec, name, rest)
@@ -567,6 +571,16 @@ def _known(path:Path)->set[tuple[str, int]]:
 def _locked(path:Path): return _held(path.with_name(f".{path.name}.lock"))
 
 # %% ../nbs/08_replication.ipynb #ef5577c7
+def _check_written(note:dict, rows:list[dict], columns:dict):
+    "Raise if what is to be written lacks what is asked of every line."
+    given = dict(columns, run="", config=note.get("config"))
+    lacking = [k for k in _NOTE if k != "id" and k not in (note | columns)] + [k for k in _ROW if k != "seed" and k not in given]
+    if lacking: raise ValueError(f"{', '.join(lacking)} is missing, expected a note as run_cell gives it, and columns with {', '.join(k for k in _ROW if k not in ('run', 'config', 'seed'))}")
+    for row in rows:
+        if type(row.get("seed")) is not int: raise TypeError(f"a row has the seed {row.get('seed')!r}, expected a whole number")
+        if taken := given.keys() & row: raise TypeError(f"a row has {', '.join(sorted(taken))}, which are columns already: leave them out of the row")
+
+# %% ../nbs/08_replication.ipynb #d116334c
 def append_rows(
     path:str|Path,    # of a record, made if missing
     note:dict,        # provenance, as from `run_cell`
@@ -576,6 +590,8 @@ def append_rows(
     "Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left out. Raises `OSError`, in words, and then has written nothing."
     _check_kinds(append_rows, locals())
     path = Path(path)
+    if not path.name: raise ValueError(f"found the folder {path}, expected a file in it, as {path / 'mine.jsonl'}")
+    _check_written(note, rows, columns)
     with _locked(path), in_words(path):
         index = _index(path.absolute())
         known = index.look()
@@ -796,7 +812,8 @@ def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple
 # %% ../nbs/08_replication.ipynb #56178303
 def _check_columns(rows:list[dict], columns:Iterable[str]):
     there = dict.fromkeys(k for row in rows for k in row)   # rows of networks that diverged have fewer
-    unknown = [c for c in columns if rows and c not in there]
+    columns = list(columns)
+    unknown = [_in_short(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
     if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
 
 @dataclass(frozen=True, repr=False)
@@ -824,7 +841,9 @@ class Records:
         **columns, # column = value, or a list of values
     )->"Records":
         "The rows that have these values; raises `ValueError` on an unknown column."
-        wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
+        wanted = {k: [_as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [_as_python(v)] for k, v in columns.items()}
+        odd = next((each for v in wanted.values() for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
+        if odd is not None: raise TypeError(f"found {_in_short(odd)}, expected a value of a column, or a list of values")
         _check_columns(self.rows, wanted)
         return Records([row for row in self.rows if all(row.get(k) in v for k, v in wanted.items())], self.runs)
 
@@ -860,7 +879,7 @@ def interval(self:Records,
 )->Interval:
     "Mean over the rows with its 95 % interval; raises `ValueError` where a network diverged."
     _check_kinds(Records.interval, locals())
-    return interval(scale * self.values(column))
+    return interval(float(scale) * self.values(column))
 
 @patch
 def advantage(self:Records,
@@ -870,13 +889,14 @@ def advantage(self:Records,
 )->Interval:
     "Mean of the differences to a rival, paired by data, size and seed."
     _check_kinds(Records.advantage, locals())
+    if not isinstance(over, Records): raise TypeError(f"over is {_in_short(over)}, expected Records, as from where(method=...)")
     key = lambda row: (row["data"], row["n"], row["seed"])
     rival = {key(row): row.get(column) for row in over.rows}
     mine = {key(row): row.get(column) for row in self.rows}
     both = [(mine[k], rival[k]) for k in mine if k in rival]
     if len(both) != len(mine) or len(mine) != len(self) or len(rival) != len(over): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed: choose one method and one kind of network of each with where(...)")
     if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: where networks diverged, leave their seeds out, and say so; where it is not theirs (lambda without least action), choose another column")
-    return interval(torch.tensor([scale * (a - b) for a, b in both], dtype=torch.float64))
+    return interval(torch.tensor([float(scale) * (a - b) for a, b in both], dtype=torch.float64))
 
 # %% ../nbs/08_replication.ipynb #27f4d2b3
 @patch
@@ -1012,7 +1032,8 @@ def correlation(self:Records,
 )->Correlation:
     "Rank correlation of two columns, see `rank_correlation`; networks that diverged are left out."
     _check_kinds(Records.correlation, locals())
-    rows = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None]
+    _check_columns(self.rows, [x, y, *within])
+    rows, within = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None], list(within)
     groups = [str([row[c] for c in within]) for row in rows] if within else None
     return rank_correlation([row[x] for row in rows], [row[y] for row in rows], groups, [row["seed"] for row in rows], resamples, seed=seed)
 
