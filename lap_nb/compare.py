@@ -41,10 +41,11 @@ def make_net(
 )->nn.Module:
     "The nine-block dense network of the comparison."
     _check_kinds(make_net, locals())
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) not in (1, 3): raise ValueError(f"shape is {_in_short(shape)}, expected (D,) or (C, H, W)")
     picture = len(shape) == 3
     dim = shape[0] * (shape[1] // 2) * (shape[2] // 2) if picture else shape[0]
     net = dense_net(dim, classes, encoder=nn.Sequential(nn.AvgPool2d(2), nn.Flatten()) if picture else None)
-    return net if gain is None else init_velocities_(net, gain)
+    return net if gain is None else init_velocities_(net, float(gain))
 
 # %% ../nbs/12_compare.ipynb #f87f36a1
 def _rows(
