@@ -79,7 +79,8 @@ def _check_kinds(of:Callable, given:Mapping):
         raise TypeError(f"{name} is {_in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
 
 def _in_short(value)->str:
-    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    "A value on one line, for a message."
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
@@ -328,7 +329,7 @@ def grid_members(
     grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    _check_kinds(grid_members, locals())
+    _check_kinds(grid_members, dict(seeds=seeds))
     seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [_plain(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
@@ -833,7 +834,7 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    _check_split(data); _check_maker(make_model, least_action); _check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint, grid=grid))
+    _check_split(data); _check_maker(make_model, least_action); _check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
     chunk, memory, workers = (v if v is None else number(name, v, int) for name, v in (("chunk", chunk), ("memory", memory), ("workers", workers)))
     _check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
     device = pick_device(device)
