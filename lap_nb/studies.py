@@ -34,10 +34,10 @@ from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .data import Dataset, Split, load, pick_device
+from .data import Dataset, Split, load, pick_device, whole
 from .depth import Penalty, RandomDepth, measure_depth, measure_pruning, measure_speed
 from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
-from .ensembles import Interval, fit_many, interval
+from .ensembles import Interval, _check_kinds, _in_short, _plain as _as_python, fit_many, interval
 from .files import in_words
 from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
@@ -48,7 +48,8 @@ from .transport import measure_transport
 # %% ../nbs/08_replication.ipynb #ff0e7b80
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
-    return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(value)
+    try: return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
+    except (TypeError, ValueError): raise TypeError(f"found {_in_short(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
 
 @dataclass(frozen=True)
 class Method:
@@ -68,6 +69,7 @@ class Method:
     lr:float|None=None         # learning rate; None: the schedule's
     def __post_init__(self):
         for name in ("least_action", "penalty"): object.__setattr__(self, name, _frozen(getattr(self, name)))
+        _check_kinds(Method, vars(self))
         if self.least_action and self.penalty: raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
         if self.init not in INITS: raise ValueError(f"init of {self.name} is {self.init!r}, expected one of {', '.join(INITS)}")
         if self.init == "default" and self.gain != 1: raise ValueError(f"{self.name} has gain {self.gain:g}, which the default initialisation does not take: choose init='orthogonal' or 'normal'")
@@ -83,6 +85,9 @@ class Net:
     kind:str="dense" # a key of `NETS`
     K:int=9          # blocks
     width:int=64     # hidden units, or filters
+    def __post_init__(self):
+        _check_kinds(Net, vars(self))
+        if self.K < 1 or self.width < 1: raise ValueError(f"K is {self.K} and width {self.width}, expected at least one block and one unit")
     def __str__(self)->str: return f"{self.kind}{self.K}x{self.width}"
 
 @dataclass(frozen=True)
@@ -95,9 +100,12 @@ class Schedule:
     epochs:int=0             # passes through the samples, whatever their number; 0: as many as the steps need
     weight_decay:float=.01   # unless the method has its own
     others:tuple=()          # further settings of `fit`, a mapping or pairs: optimiser, schedule, milestones, crop, flip, ...
-    def __post_init__(self): object.__setattr__(self, "others", _frozen(self.others))
+    def __post_init__(self):
+        object.__setattr__(self, "others", _frozen(self.others))
+        _check_kinds(Schedule, vars(self))
     def length(self, n:int)->int:
         "Epochs for `n` samples."
+        n = whole("n", n, 1)
         return self.epochs or max(1, round(self.steps / math.ceil(n / min(self.batch_size, n))))
 
 # %% ../nbs/08_replication.ipynb #50643d2d
@@ -131,6 +139,7 @@ class Grid:
     curve:bool=False             # keep action and lambda over time
     thin:int=1                   # every so many test samples are used
     def __post_init__(self):
+        _check_kinds(Grid, {name: value for name, value in vars(self).items() if not isinstance(value, str)})   # a study tells those
         for name in ("data", "sizes", "methods"):
             if not len(getattr(self, name)): raise ValueError(f"{name} of a grid is empty, expected at least one")
         if not isinstance(self.seeds, int) or self.seeds < 2: raise ValueError(f"seeds is {self.seeds!r}, expected at least two, as a number: an interval needs them")
@@ -155,6 +164,7 @@ class Study:
     scale:str="cpu"         # `"cpu"` or `"gpu"`: for which machine its sizes are chosen
     version:int=1           # raised when the same description gives other numbers than before
     def __post_init__(self):
+        _check_kinds(Study, vars(self))
         if not self.grids: raise ValueError(f"study {self.name} has no grid, expected at least one")
         for grid in self.grids: _check_grid(grid)
         names = [cell.name for cell, _ in self.cells()]
@@ -165,6 +175,7 @@ class Study:
         only:str="",        # patterns of cell names like `digits/300/*`, separated by commas; empty: all
     )->list[tuple[Cell, int]]:
         "The cells whose names match, with their number of seeds."
+        _check_kinds(Study.cells, locals())
         cells = [(Cell(d, n, m, g.net, g.schedule, g.measures, g.curve, g.thin, self.version), g.seeds)
                  for g in self.grids for d in g.data for n in g.sizes for m in g.methods]
         patterns = [p.strip() for p in only.split(",") if p.strip()]
@@ -197,12 +208,16 @@ def config(self:Cell
     return _digest(_changed(self))
 
 # %% ../nbs/08_replication.ipynb #0cb7df99
-@lru_cache(maxsize=4)
 def dataset(
     spec:str,              # name of a data set, with variations: `"digits:flip=0.2"`, `"circles:noise=0.3"`, `"mnist:pool=2"`
     root:str|None=None,    # folder of the larger sets; None: `LAP_NB_DATA`
 )->Dataset:
     "A data set by name: `noise` of the points, `flip` a share of the labels outside the test part, `pool` pictures by averaging."
+    _check_kinds(dataset, locals())
+    return _loaded(spec, root)
+
+@lru_cache(maxsize=4)
+def _loaded(spec:str, root:str|None)->Dataset:
     from lap_nb import data as sets
     name, _, rest = spec.partition(":")
     options = _variations(spec, name, rest)
@@ -300,6 +315,7 @@ def make_net(
     classes:int,            # logits
 )->nn.Module:
     "A network of a study, drawn from the global generator."
+    _check_kinds(make_net, locals())
     options = {k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items() if v not in (False, 0.) and (k, v) != ("h", 1.)}
     model = NETS[net.kind](shape, classes, K=net.K, width=net.width, **options)
     if method.random_depth: RandomDepth(model)
@@ -314,6 +330,7 @@ def measure_motion(
     split:Split,     # test samples
 )->dict:             # plain JSON values
     "Energy per test sample and per block (mean over features), and straightness."
+    _check_kinds(measure_motion, locals())
     traj = model.trajectory(split.x[split.test[:TEST_CAP]])
     energies = block_energies(traj).mean(1)
     return dict(energy_per_sample=energies.sum().item(), energy_per_block=energies.tolist(), straightness=traj.straightness().mean().item())
@@ -382,6 +399,7 @@ def run_cell(
     bar=None,                       # anything with `update(1)`, called after each epoch
 )->tuple[dict, list[dict]]:         # provenance, and one row per seed
     "Train all seeds of a cell at once and measure them."
+    _check_kinds(run_cell, locals())
     device, data, s, m = torch.device(device), dataset(cell.data, root), cell.schedule, cell.method
     split, epochs, clock, cpu = data.splits(cell.n, seeds), s.length(cell.n), time.perf_counter(), time.process_time()
     split = replace(split, test=split.test[::cell.thin]).to(device)
@@ -438,6 +456,7 @@ def read_lines(
     path:str|Path, # of a record; a missing file is an empty record
 )->list[dict]:     # of provenance (`kind` is `"run"`) and rows, in the order they were written
     "The lines of a record; a last line without its end, from a process that was killed, is passed over."
+    _check_kinds(read_lines, locals())
     path = Path(path)
     whole, _, _ = (path.read_bytes() if _is_there(path) else b"").rpartition(b"\n")
     lines = _once([(i, _parsed(line, f"line {i} of {path.name}")) for i, line in enumerate(whole.split(b"\n"), 1) if line], path.name)
@@ -490,6 +509,7 @@ def done(
     path:str|Path, # of a record
 )->dict[tuple[str, int], str]: # (config of the cell, seed) -> device name
     "Which networks a record holds."
+    _check_kinds(done, locals())
     lines = read_lines(path)
     device = {line["id"]: line["device_name"] for line in lines if line.get("kind") == "run"}
     return {(line["config"], line["seed"]): device[line["run"]] for line in lines if "seed" in line}
@@ -551,6 +571,16 @@ def _known(path:Path)->set[tuple[str, int]]:
 def _locked(path:Path): return _held(path.with_name(f".{path.name}.lock"))
 
 # %% ../nbs/08_replication.ipynb #ef5577c7
+def _check_written(note:dict, rows:list[dict], columns:dict):
+    "Raise if what is to be written lacks what is asked of every line."
+    given = dict(columns, run="", config=note.get("config"))
+    lacking = [k for k in _NOTE if k != "id" and k not in (note | columns)] + [k for k in _ROW if k != "seed" and k not in given]
+    if lacking: raise ValueError(f"{', '.join(lacking)} is missing, expected a note as run_cell gives it, and columns with {', '.join(k for k in _ROW if k not in ('run', 'config', 'seed'))}")
+    for row in rows:
+        if type(row.get("seed")) is not int: raise TypeError(f"a row has the seed {row.get('seed')!r}, expected a whole number")
+        if taken := given.keys() & row: raise TypeError(f"a row has {', '.join(sorted(taken))}, which are columns already: leave them out of the row")
+
+# %% ../nbs/08_replication.ipynb #d116334c
 def append_rows(
     path:str|Path,    # of a record, made if missing
     note:dict,        # provenance, as from `run_cell`
@@ -558,7 +588,10 @@ def append_rows(
     columns:dict,     # of every row, before the others
 )->int:               # rows that were new
     "Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left out. Raises `OSError`, in words, and then has written nothing."
+    _check_kinds(append_rows, locals())
     path = Path(path)
+    if not path.name: raise ValueError(f"found the folder {path}, expected a file in it, as {path / 'mine.jsonl'}")
+    _check_written(note, rows, columns)
     with _locked(path), in_words(path):
         index = _index(path.absolute())
         known = index.look()
@@ -581,6 +614,7 @@ def study(
     scale:str="cpu",  # `"cpu"` or `"gpu"`
 )->Study:
     "The study called `name`, at the scale of a machine."
+    _check_kinds(study, locals())
     if scale not in ("cpu", "gpu"): raise ValueError(f"scale is {scale!r}, expected cpu or gpu")
     if name not in STUDIES: raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     return STUDIES[name](scale)
@@ -661,6 +695,7 @@ def run_study(
     progress:bool=False,            # show a bar with the time left
 )->int:                             # rows written
     "Train what the record lacks and append it, cell by cell; several processes may do so at once."
+    _check_kinds(run_study, locals())
     from tqdm.auto import tqdm
     _check_seeds(seeds); _check_known(study)
     path = results(out) / f"{study.name}.jsonl"
@@ -683,6 +718,7 @@ def results(
     out:str|Path|None=None, # a folder, taken as it is
 )->Path:
     "The folder of the records: the repository's `nbs/results`, seen from the root or from `nbs`; elsewhere `results`."
+    _check_kinds(results, locals())
     if out is not None: return Path(out)
     return next((p for p in (Path("nbs/results"), Path("results")) if p.is_dir()), Path("results"))
 
@@ -776,7 +812,8 @@ def _run_there(cell:Cell, seeds:Sequence[int], device:str, root:str|None)->tuple
 # %% ../nbs/08_replication.ipynb #56178303
 def _check_columns(rows:list[dict], columns:Iterable[str]):
     there = dict.fromkeys(k for row in rows for k in row)   # rows of networks that diverged have fewer
-    unknown = [c for c in columns if rows and c not in there]
+    columns = list(columns)
+    unknown = [_in_short(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
     if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
 
 @dataclass(frozen=True, repr=False)
@@ -804,7 +841,9 @@ class Records:
         **columns, # column = value, or a list of values
     )->"Records":
         "The rows that have these values; raises `ValueError` on an unknown column."
-        wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in columns.items()}
+        wanted = {k: [_as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [_as_python(v)] for k, v in columns.items()}
+        odd = next((each for v in wanted.values() for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
+        if odd is not None: raise TypeError(f"found {_in_short(odd)}, expected a value of a column, or a list of values")
         _check_columns(self.rows, wanted)
         return Records([row for row in self.rows if all(row.get(k) in v for k, v in wanted.items())], self.runs)
 
@@ -829,6 +868,7 @@ def values(self:Records,
     column:str,  # of numbers
 )->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
     "A column as numbers; raises `ValueError` if no network that was trained to the end has it."
+    _check_kinds(Records.values, locals())
     _check_columns([row for row in self.rows if not row.get("diverged")], [column])
     return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
 
@@ -838,7 +878,8 @@ def interval(self:Records,
     scale:float=100.,                # factor on the numbers; 100 for accuracies in percent
 )->Interval:
     "Mean over the rows with its 95 % interval; raises `ValueError` where a network diverged."
-    return interval(scale * self.values(column))
+    _check_kinds(Records.interval, locals())
+    return interval(float(scale) * self.values(column))
 
 @patch
 def advantage(self:Records,
@@ -847,13 +888,15 @@ def advantage(self:Records,
     scale:float=100.,                # factor on the numbers
 )->Interval:
     "Mean of the differences to a rival, paired by data, size and seed."
+    _check_kinds(Records.advantage, locals())
+    if not isinstance(over, Records): raise TypeError(f"over is {_in_short(over)}, expected Records, as from where(method=...)")
     key = lambda row: (row["data"], row["n"], row["seed"])
     rival = {key(row): row.get(column) for row in over.rows}
     mine = {key(row): row.get(column) for row in self.rows}
     both = [(mine[k], rival[k]) for k in mine if k in rival]
     if len(both) != len(mine) or len(mine) != len(self) or len(rival) != len(over): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed: choose one method and one kind of network of each with where(...)")
     if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: where networks diverged, leave their seeds out, and say so; where it is not theirs (lambda without least action), choose another column")
-    return interval(torch.tensor([scale * (a - b) for a, b in both], dtype=torch.float64))
+    return interval(torch.tensor([float(scale) * (a - b) for a, b in both], dtype=torch.float64))
 
 # %% ../nbs/08_replication.ipynb #27f4d2b3
 @patch
@@ -862,6 +905,7 @@ def tuned(self:Records,
     within:tuple=("data", "n", "net"),    # one choice for each of these
 )->Records:                               # rows of the chosen candidates; `method` is still the candidate's name
     "For each family of methods, the candidate that is best on validation; the earliest of equals."
+    _check_kinds(Records.tuned, locals())
     rows = []
     for group in self.by(*within, "family").values():
         mean = {name: r.values(by).nan_to_num(0.).mean().item() for name, r in group.by("method").items()}
@@ -882,6 +926,7 @@ def records(
     stale:bool=False,        # also rows whose cell is no longer described like that
 )->Records:
     "What is recorded of a study; raises `FileNotFoundError` if nothing is."
+    _check_kinds(records, locals())
     path = results(out) / f"{name}.jsonl"
     if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
     lines = read_lines(path)
@@ -899,6 +944,7 @@ def standings(
     reference:str="least-action", # family that the others are compared with
 )->list[dict]:                   # per data, size and family: chosen method, `last` and `best` accuracy, `gap` of the reference over it, `energy`, `diverged`
     "Families side by side, each with the candidate chosen on validation; intervals are None where networks diverged."
+    _check_kinds(standings, locals())
     table, nets = [], list(found.by("net"))
     if len(nets) > 1: raise ValueError(f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
     for (data, n), group in sorted(found.tuned().by("data", "n").items()):
@@ -916,6 +962,7 @@ def verdict(
     gap:Interval, # of the reference over a rival
 )->str:           # `"better"`, `"worse"` or `"open"`
     "What an interval decides: better or worse if zero is outside, else nothing."
+    _check_kinds(verdict, locals())
     return "better" if gap.low > 0 else "worse" if gap.high < 0 else "open"
 
 # %% ../nbs/08_replication.ipynb #e888d78c
@@ -923,6 +970,7 @@ def standings_table(
     table:list[dict], # from `standings`, of one data set
 )->str:               # Markdown
     "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, and the difference to the reference with its interval."
+    _check_kinds(standings_table, locals())
     sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
     at = {(r["family"], r["n"]): r for r in table}
     lines = ["| family | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
@@ -957,6 +1005,7 @@ def plot(self:Records,
     label:str="{}",                  # of a line, with its value of `by`
 ):                                   # the axes
     "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."
+    _check_kinds(Records.plot, locals())
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
     groups = self.by(by)
@@ -982,7 +1031,9 @@ def correlation(self:Records,
     seed:int=0,                 # of the bootstrap
 )->Correlation:
     "Rank correlation of two columns, see `rank_correlation`; networks that diverged are left out."
-    rows = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None]
+    _check_kinds(Records.correlation, locals())
+    _check_columns(self.rows, [x, y, *within])
+    rows, within = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None], list(within)
     groups = [str([row[c] for c in within]) for row in rows] if within else None
     return rank_correlation([row[x] for row in rows], [row[y] for row in rows], groups, [row["seed"] for row in rows], resamples, seed=seed)
 
@@ -991,6 +1042,7 @@ def overview(
     out:str|Path|None=None, # folder of the records, as in `results`
 )->list[dict]:              # per study and scale: networks wanted, recorded, stale; devices, seconds
     "What studies there are, what is recorded of them, on which device, and what is stale against the code."
+    _check_kinds(overview, locals())
     table = []
     for name, scale in ((n, s) for n in STUDIES for s in ("cpu", "gpu")):
         path, wanted = results(out) / f"{name}.jsonl", {(c.config, s) for c, k in study(name, scale).cells() for s in range(k)}

@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 import warnings
+from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -859,6 +861,75 @@ def test_a_damaged_note_in_a_folder_of_checkpoints_is_told(content, tmp_path):
     with pytest.raises(ValueError, match="members.json is damaged, or not the note of an ensemble"):
         fit_many(make, digits().splits(60, range(2)), epochs=1, mode="batched", checkpoint=tmp_path, resume=True)
     assert (tmp_path / "members.json").read_text() == content
+
+
+SOUND = dict(format=1, members=[dict(seed=s) for s in range(2)], settings={}, rows=[[0, 1]], ways=[["batched", "grouped"]])
+
+
+@pytest.mark.parametrize("change", [
+    dict(rows=[[]]), dict(rows=[]), dict(rows=[[0]]), dict(rows=[[0, 1, 1]]), dict(rows=[[0, 5]]), dict(rows=[[-1, 0]]), dict(rows=[["0", "1"]]), dict(rows=[[0., 1.]]),
+    dict(rows=[0, 1]), dict(rows={"0": 1}), dict(rows=None), dict(rows=[[0], [1]]), dict(rows=[[True, 0]]), dict(ways=[]), dict(ways=[["batched"]]), dict(ways=[["fast", "grouped"]]),
+    dict(ways=[["batched", "fft"]]), dict(ways=[["batched", None]]), dict(ways=[[["batched"], {}]]), dict(ways=None), dict(ways=5), dict(members=5), dict(members={}),
+    dict(settings=None), dict(settings=[1])])
+def test_a_note_that_was_edited_is_told(change, tmp_path):
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path)
+    fit_many(make, split, **keep)
+    sound = json.loads((tmp_path / "members.json").read_text())
+    assert sound.keys() >= SOUND.keys() and sound["rows"] == SOUND["rows"] and sound["ways"] == SOUND["ways"]
+    content = json.dumps(sound | change)
+    (tmp_path / "members.json").write_text(content)
+    with pytest.raises(ValueError, match="members.json is damaged|they differ in"): fit_many(make, split, resume=True, **keep)
+    assert (tmp_path / "members.json").read_text() == content
+
+
+def test_a_note_with_networks_of_different_settings_in_a_row_is_told(tmp_path):
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path, grid=dict(lr=[1e-3, 1e-2]))
+    fit_many(make, split, **keep)
+    note = json.loads((tmp_path / "members.json").read_text())
+    assert note["rows"] == [[0, 1], [2, 3]]
+    (tmp_path / "members.json").write_text(json.dumps(note | dict(rows=[[0, 2], [1, 3]])))
+    with pytest.raises(ValueError, match="networks of different settings in one row"): fit_many(make, split, resume=True, **keep)
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_a_training_of_many_is_made_longer(mode, tmp_path):
+    "To the same bits as one that was so long from the start, also where one row had ended and the other not."
+    split, keep = digits().splits(60, range(2)), dict(batch_size=20, eval_every=2, mode=mode, grid=dict(lr=[1e-3, 1e-2]), least_action=LeastAction)
+    with pytest.raises(KeyboardInterrupt): fit_many(make, split, epochs=4, progress=Stop(3), checkpoint=tmp_path / "row", save_every=1, **keep)
+    longer, straight = fit_many(make, split, epochs=8, resume=True, checkpoint=tmp_path / "row", **keep), fit_many(make, split, epochs=8, **keep)
+    for name in straight.curves: assert torch.equal(longer.curves[name], straight.curves[name]), name
+    for p, q in zip(longer.model.stacks, straight.model.stacks): assert torch.equal(p, q)
+    again = fit_many(make, split, epochs=8, resume=True, checkpoint=tmp_path / "row", **keep)
+    assert torch.equal(again.curves["loss"], straight.curves["loss"]) and again.provenance["epochs"] == 8
+    with pytest.raises(ValueError, match="of a training of 8 epochs, now they are 4: choose at least as many"):
+        fit_many(make, split, epochs=4, resume=True, checkpoint=tmp_path / "row", **keep)
+
+
+@pytest.mark.parametrize("plain, settings", [
+    (dict(lr=.25, epochs=2), dict(lr=np.float32(.25), epochs=np.int64(2))), (dict(lr=.25, epochs=2), dict(lr=Fraction(1, 4), epochs=torch.tensor(2))),
+    (dict(weight_decay=.5, epochs=1, clip=1.), dict(weight_decay=np.float64(.5), epochs=1, clip=np.int32(1))),
+    (dict(grid=dict(lr=[.25, .5]), epochs=1), dict(grid=dict(lr=np.logspace(-2, -1, 2, base=2)), epochs=1)),
+    (dict(grid=dict(lr=[.25, .5], batch_size=[10, 20]), epochs=1), dict(grid=dict(lr=[np.float32(.25), Fraction(1, 2)], batch_size=[np.int64(10), torch.tensor(20)]), epochs=1)),
+    (dict(chunk=1, memory=10 ** 9, epochs=1), dict(chunk=np.int64(1), memory=np.float64(1e9), epochs=1))])
+def test_settings_are_plain_numbers(plain, settings, tmp_path):
+    "However they are written, a training goes on under either name."
+    split = digits().splits(40, range(2))
+    first = fit_many(make, split, mode="batched", checkpoint=tmp_path / "c", **settings)
+    again = fit_many(make, split, mode="batched", checkpoint=tmp_path / "c", resume=True, **plain)
+    assert first.members == again.members and all(type(v) in (int, float) for m in first.members for v in m.values())
+    assert torch.equal(first.curves["loss"], again.curves["loss"]) and json.dumps(first.provenance)
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: Ensemble([make(), 5]), "models is .*, expected a list of modules"), (lambda: Ensemble(make()), "expected a list of modules"),
+    (lambda: Ensemble([make()], seeds=[1, 2]), "a whole number for each of the 1 networks"), (lambda: Ensemble([make()]).member(1), "there is no network 1, expected 0 to 0"),
+    (lambda: Ensemble([make()]).member(0.), "found the index 0.0"), (lambda: grid_members(5), "seeds is 5, expected Sequence"), (lambda: interval("ab"), "expected at least two finite values"),
+    (lambda: interval([1., 2.], None), "level is None"), (lambda: fit_many(lambda: None, digits().splits(40, [0])), "make_model gave None, expected a module"),
+    (lambda: fit_many(make, digits().splits(40, [0]), least_action=lambda m: 5), "least_action gave 5"), (lambda: fit_many(make, digits().splits(40, [0]), device="tpu"), "no device 'tpu' here"),
+    (lambda: fit_many(make, digits().splits(40, [0]), memory="much"), "memory is 'much', expected a whole number"), (lambda: fit_many(make, digits().splits(40, [0]), checkpoint=5), "checkpoint is 5, expected"),
+    (lambda: measure_modes(make, digits().splits(40, [0]), ["batched"], steps=0), "steps is 0"), (lambda: read_modes(None), "path is None, expected")])
+def test_arguments_of_another_kind_are_told(call, says):
+    with pytest.raises((TypeError, ValueError, IndexError), match=says): call()
 
 
 def test_rows_are_resumed_as_they_were_cut(tmp_path, monkeypatch):
