@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attach import _first, _swap, find_blocks
@@ -22,12 +22,15 @@ from .dynamics import StochasticDepth, colours
 from .transport import _check_memory, _check_seed, _cloud, _costs, _count, _describe, _is_dense, _ldexp, _power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
-def _norm(x:Tensor)->Tensor: return x.flatten(1).norm(dim=1)
+def _norm(x:Tensor)->Tensor:
+    "Of each row; no square overflows or vanishes."
+    top = x.abs().amax(1).clamp_min(torch.finfo(x.dtype).tiny)
+    return (x / top[:, None]).norm(dim=1) * top
 
 def _check_map(f, x:Tensor):
     "Refuse what would make the Jacobian of a batch something else than one Jacobian per sample."
     if not callable(f): raise ValueError(f"the map is {_describe(f)}, expected something to call: a function of [B, ...] points, or a module")
-    if not _is_dense(x) or x.ndim < 2 or not x.is_floating_point() or x.numel() == 0:
+    if not _is_dense(x) or x.ndim < 2 or not x.is_floating_point() or x.dtype.itemsize < 2 or x.numel() == 0:
         raise ValueError(f"x is {_describe(x)}, expected real points [B, ...] with at least one sample and one feature")
     if not x.isfinite().all(): raise ValueError("x has entries that are not finite; look for the block that makes them, or leave these samples out")
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
@@ -43,8 +46,8 @@ def _run(module:nn.Module, z:Tensor, args:tuple, kwargs:dict):
 
 def _wide_map(f, x:Tensor)->tuple[Callable, Tensor]:
     "The map and its points, no narrower than float32, after one call: half precision is too coarse for differences."
-    g, x = (lambda z: _run(f, z, (z,), {})) if isinstance(f, nn.Module) else f, x.detach()
-    z = x.float() if x.dtype.itemsize < 4 else x
+    g = (lambda z: _run(f, z, (z,), {})) if isinstance(f, nn.Module) else f
+    z = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     try:
         with torch.no_grad(): y = g(z)
     except RuntimeError as error:
@@ -106,7 +109,10 @@ def _dense(product:Callable, x:Tensor, m:int)->tuple[Tensor, Tensor]:
     "Largest singular value from the products with all unit vectors of the shape of `x`; each is a row of `m` numbers."
     B, d = len(x), x[0].numel()
     _check_memory(B * d, m, 2, None, "take fewer samples at a time")
-    rows = torch.stack([product(e.expand(B, -1)) for e in torch.eye(d, dtype=x.dtype, device=x.device)], 1).double()
+    one, units = lambda e: product(e.expand(B, -1)), torch.eye(d, dtype=x.dtype, device=x.device)
+    try: rows = vmap(one, chunk_size=2 ** 22 // (B * max(d, m)) + 1)(units)
+    except RuntimeError: rows = torch.stack(list(map(one, units)))   # a map that writes to its input, or has no rule for many directions at once
+    rows = rows.transpose(0, 1).double()
     _check_finite("the Jacobian", rows)
     size = rows.abs().amax((1, 2)).clamp_min(torch.finfo(torch.double).tiny)
     rows = rows / size[:, None, None]
@@ -138,7 +144,7 @@ def _lanczos(push:Callable, pull:Callable, x:Tensor, iterations:int, tolerance:f
         if n < look and k < WIDTH and n < min(iterations, d): continue
         values, S = torch.linalg.eigh(T[:, :k, :k])
         top, look = values[:, -1].clamp_min(0), n + n // 4 + 1
-        error = (rest * S[:, -1, -1].abs() / (2 * top)).nan_to_num(0., posinf=math.inf)   # 0 / 0: the map does not move
+        error = (rest * S[:, -1, -1].abs() / top).nan_to_num(0., posinf=math.inf)   # 0 / 0: the map does not move
         if (error <= tolerance).all(): break
         if k == WIDTH:
             V[:, :KEEP] = torch.einsum("bkj,bkd->bjd", S[:, :, -KEEP:].to(x.dtype), V[:, :k])
@@ -161,6 +167,7 @@ def _calls(model:nn.Module, x:Tensor, blocks:Mapping[str, nn.Module])->list:
     try:
         for name, block in blocks.items(): hooks.append(block.register_forward_pre_hook(note(name), with_kwargs=True))
         with torch.no_grad(): model(x)
+    except RuntimeError as error: raise ValueError(f"the model does not take {_describe(x)} on {x.device}: {error}; expected inputs of the model") from error
     finally:
         for hook in hooks: hook.remove()
     return calls
@@ -198,13 +205,13 @@ def lipschitz_profile(
     **settings,                               # of `local_lipschitz`: `iterations`, `tolerance`, `seed`
 )->LipschitzProfile:                          # constants of the blocks and of the whole
     "Spectral norms of the Jacobians along the way; compare Theorems 1 to 3 of arXiv 2306.04252. Errors as in `local_lipschitz`."
+    if not isinstance(model, nn.Module): raise ValueError(f"the model is {_describe(model)}, expected a module")
     _check_map(model, x)
     whole = getattr(model, "flow", model)
-    if not isinstance(model, nn.Module): raise ValueError(f"the model is {_describe(model)}, expected a module")
+    (_, f, start), *_ = _calls(model, x, {"whole": whole})
     blocks = find_blocks(model, x) if blocks is None else blocks
     if not isinstance(blocks, Mapping) or not all(isinstance(b, nn.Module) for b in blocks.values()):
         raise ValueError(f"blocks is {type(blocks).__name__}, expected a mapping of names to modules")
-    (_, f, start), *_ = _calls(model, x, {"whole": whole})
     calls = _calls(model, x, blocks)
     if not calls: raise ValueError(f"none of the {len(blocks)} blocks ran: take blocks of this model, those that find_blocks gives")
     found = [local_lipschitz(g, at, **settings) for _, g, at in [*calls, ("whole", f, start)]]
@@ -300,7 +307,7 @@ def holder_exponent(
     _check_map(f, x)
     if len(x) < 50: raise ValueError(f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
     if not (isinstance(shift, (int, float)) and math.isfinite(shift)): raise ValueError(f"shift is {shift!r}, expected a finite number of radii")
-    bins, halves, directions, seed = _count("bins", bins, 3), _count("halves", halves, 2), _count("directions", directions), _check_seed(seed)
+    bins, halves, directions, seed = _count("bins", bins, 3, most=10_000), _count("halves", halves, 2, most=10_000), _count("directions", directions, most=10_000), _check_seed(seed)
     _check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
     (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(seed)
     distance, power = _distances("x", x.flatten(1))

@@ -11,6 +11,7 @@ __all__ = ['SOLVERS', 'BLIND', 'PARTS', 'cost_matrix', 'Coupling', 'optimal_coup
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -24,10 +25,11 @@ from .dynamics import Trajectory, colours
 from .kinetic import _check_reduction
 
 # %% ../nbs/04_transport.ipynb #e083da7e
-def _count(name:str, value, least:int=1, unit:str="")->int:
+def _count(name:str, value, least:int=1, unit:str="", most:int=10 ** 9)->int:
     try: number = least - 1 if isinstance(value, bool) else index(value)
     except TypeError: number = least - 1
     if number < least: raise ValueError(f"{name} is {value!r}, expected at least {least}{unit}, a whole number")
+    if number > most: raise ValueError(f"{name} is {value!r}, expected at most {most:,}")
     return number
 
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
@@ -117,14 +119,15 @@ _ROUNDING = 256 * torch.finfo(torch.float64).eps   # share of its own terms that
 
 def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range(0, n, size))   # so many rows fit the cache
 
-def _costs(x:Tensor, y:Tensor)->Tensor:
-    "All squared distances, each with digits of its own."
+def _costs(x:Tensor, y:Tensor, start:Tensor|None=None, end:Tensor|None=None)->Tensor:
+    "All squared distances, each with digits of its own; `start` and `end` are the same points before they were moved together."
+    start, end = (x, y) if start is None else (start, end)
     a, b = x.square().sum(1), y.square().sum(1)
     cost = torch.addmm(b.expand(len(x), -1), x, y.T, alpha=-2).add_(a[:, None])
     for r in _rows(len(x)):
         for at in (cost[r] < (a[r, None] + b) / 64).nonzero().split(2 ** 18 // x.shape[1] + 1):
             i, j = r.start + at[:, 0], at[:, 1]
-            cost[i, j] = (x[i] - y[j]).square().sum(1)
+            cost[i, j] = (start[i] - end[j]).square().sum(1)
     return cost
 
 # %% ../nbs/04_transport.ipynb #164110c0
@@ -136,7 +139,7 @@ def cost_matrix(
     r"All squared distances $|x_i - y_j|^2$; raises `ValueError` on unusable points, `MemoryError` before it allocates too much."
     pair = _pair(x, y)
     _check_memory(len(pair.x), len(pair.y), 1, max_bytes)
-    return _ldexp(_costs(pair.x, pair.y + pair.shift), 2 * pair.power)
+    return _ldexp(_costs(pair.x, pair.y + pair.shift, pair.start, pair.end), 2 * pair.power)
 
 # %% ../nbs/04_transport.ipynb #ae9209b3
 def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None, rounding:float=0.)->Tensor:
@@ -221,23 +224,23 @@ def _draw_in(x:Tensor)->tuple[Tensor, Tensor]:
     far = 16 * (size.median().item() or size.mean().item())
     return x * (far / size).nan_to_num(1.).clamp(max=1)[:, None], (size > far).nonzero()[:, 0]
 
-def _guess(x:Tensor, y:Tensor, cost:Tensor)->tuple[Tensor, Tensor]:
-    "Prices near the best."
-    (x, left), (y, right) = _draw_in(x), _draw_in(y)
-    few = -2 * x[::len(x) // 256 + 1] @ y.T
+def _guess(x:Tensor, y:Tensor)->tuple[Tensor, Tensor, Tensor]:
+    "The costs, and prices near the best."
+    (u, left), (v, right) = _draw_in(x), _draw_in(y)
+    few = -2 * u[::len(x) // 256 + 1] @ v.T
     few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
-    f, g, (i, j), eps = _rough(x, y, (few.median().item() or few.mean().item() or 1.) / 8)
-    f, g = f + x.square().sum(1), g + y.square().sum(1)
-    df, dg = _sharp(cost[i, j] - f[i] - g[j], torch.stack([i, j]), len(x), eps)
+    f, g, pairs, eps = _rough(u, v, (few.median().item() or few.mean().item() or 1.) / 8)   # before the costs: it takes as much memory
+    f, g, (i, j), cost = f + u.square().sum(1), g + v.square().sum(1), pairs, _costs(x, y)
+    df, dg = _sharp(cost[i, j] - f[i] - g[j], pairs, len(x), eps)
     f, g = f + df, g + dg
     if len(right): g[right] = _slack(cost[:, right], f)   # of the points drawn in, by the others' prices
     if len(left): f[left] = (cost[left] - g).amin(1)
-    return f, g
+    return cost, f, g
 
 def _assignment(x:Tensor, y:Tensor)->tuple[Tensor, None, Tensor, Tensor]:
     "Optimal matching of as many ends as starts, and the prices that prove it."
     from scipy.optimize import linear_sum_assignment
-    f, g = _guess(x, y, cost := _costs(x, y))
+    cost, f, g = _guess(x, y)
     for last in (False, False, True):
         target = torch.from_numpy(linear_sum_assignment(cost.sub_(f[:, None]).sub_(g).numpy())[1])   # in place of the costs
         del cost
@@ -249,19 +252,33 @@ def _assignment(x:Tensor, y:Tensor)->tuple[Tensor, None, Tensor, Tensor]:
 
 # %% ../nbs/04_transport.ipynb #bad5496f
 def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
+    f, g, left, least = cost.new_zeros(len(a)), cost.new_zeros(len(b)), cost, min(w[w > 0].min().item() for w in (a, b))
+    cap = cost.max().item() or 1.
+    for again in range(6):
+        plan, u, v = _emd(a, b, left.div(cap).clamp_(0, 1), max_iter)
+        (i, j), mass = plan.indices(), plan.values()
+        above = f + cap * u
+        below = torch.minimum(g + cap * v, _slack(cost, above))   # now no pair is too dear
+        off = (mass * ((cost[i, j] - above[i] - below[j]).abs() + torch.finfo(cost.dtype).eps * (above[i].abs() + below[j].abs()))).sum() / (mass * cost[i, j]).sum()
+        if not off > 1e-12: return None, plan, above, below   # 0 / 0 where all costs are zero
+        if not again:
+            f = cost.amin(1)
+            g = _slack(cost, f)
+            left = cost.sub(f[:, None]).sub_(g)
+        cap = min(cap / 16, 16 * (mass * left[i, j]).sum().item() / least) or cap   # no dearer pair carries mass
+    if off > 1e-9:
+        raise RuntimeError("POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; leave the farthest points out")
+    return None, plan, above, below
+
+def _emd(a:Tensor, b:Tensor, cost:Tensor, max_iter:int)->tuple[Tensor, Tensor, Tensor]:
+    "Plan and prices."
     import ot
-    unit = cost.max().item() or 1.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # the state is in the log: not optimal is an error
-        plan, log = ot.emd(a.numpy(), b.numpy(), (cost / unit).numpy(), numItermax=max_iter, log=True)
+        plan, log = ot.emd(a.numpy(), b.numpy(), cost.numpy(), numItermax=max_iter, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"POT's network simplex did not reach an optimum in {max_iter:,} iterations ({log['warning']}); raise max_iter")
-    f, plan = unit * torch.as_tensor(log["u"]), torch.as_tensor(plan).to_sparse()
-    g = torch.minimum(unit * torch.as_tensor(log["v"]), _slack(cost, f))   # now no pair is too dear
-    (i, j), mass = plan.indices(), plan.values()
-    if not (mass * (cost[i, j] - f[i] - g[j])).sum() <= 1e-9 * (mass * (cost[i, j] + f[i].abs() + g[j].abs())).sum():
-        raise RuntimeError("POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; leave the farthest points out")
-    return None, plan, f, g
+    return torch.as_tensor(plan).to_sparse(), torch.as_tensor(log["u"]), torch.as_tensor(log["v"])
 
 # %% ../nbs/04_transport.ipynb #cd24ab9f
 def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
@@ -365,7 +382,7 @@ class Gap:
     displacement:float            # mean squared distance from start to end
     w2:float                      # $W_2^2$ of the two clouds: the least it could have been
     gap:float                     # displacement minus $W_2^2$: what the assignment wastes, in squared units of the positions
-    interval:tuple[float, float]  # of the gap, by bootstrap of the slack, for samples of this size; too narrow below a hundred
+    interval:tuple[float, float]  # of the gap, by bootstrap of the slack, for samples of this size; too narrow below a hundred, or with heavy tails (95 % covers in .90 of samples at n = 60, .94 at 300, .76 at 300 with two degrees of freedom)
     self_share:float              # share of samples that the cheapest matching leaves with their own end
     sensitivity:float             # share that would gain by an exchange, had the displacements been dealt out at random
     slack:Tensor                  # the gap sample by sample, zero or more, `[n]`
@@ -464,9 +481,7 @@ def _self_share(pair:_Pair, i:Tensor, j:Tensor, mass:Tensor)->float:
     return (mass[own].sum() / mass.sum()).item()
 
 def _check_seed(seed:int)->int:
-    seed = _count("seed", seed, 0)
-    if seed >= 2 ** 63: raise ValueError(f"seed is {seed}, expected a whole number below 2**63")
-    return seed
+    return _count("seed", seed, 0, most=2 ** 63 - 1)
 
 def _check_level(level:float):
     if not (isinstance(level, (int, float)) and 0 < level < 1): raise ValueError(f"level is {level!r}, expected a number between 0 and 1, such as .95")
@@ -491,8 +506,9 @@ def gap_curve(
     seed:int=0,         # decides the subsets and the placebo
 )->GapCurve:
     "Relative gap against the number of samples; grows in expectation. Errors as in `exact_gap`."
-    pair, repeats, seed = _displaced(start, end), _count("repeats", repeats), _check_seed(seed)
+    pair, repeats, seed = _displaced(start, end), _count("repeats", repeats, most=10_000), _check_seed(seed)
     x, y, n = pair.start, pair.end, len(pair.x)
+    if not (sizes is None or isinstance(sizes, Iterable)): raise ValueError(f"sizes is {sizes!r}, expected numbers of samples in a list, or None")
     sizes = sorted({n >> k for k in range(20) if n >> k >= 8} or {n}) if sizes is None else sorted(_count("a size", m, 0) for m in sizes)
     if not sizes or not 2 <= sizes[0] <= sizes[-1] <= n:
         raise ValueError(f"sizes run from {sizes[0]} to {sizes[-1]}, expected from 2 to the {n} samples there are" if sizes else "sizes is empty, expected one or more")
@@ -826,7 +842,7 @@ def entropic_w2(
     `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
     import ot
     for name, v in dict(epsilon=epsilon, tolerance=tolerance).items():
-        if not (isinstance(v, (int, float)) and 0 < v < math.inf): raise ValueError(f"{name} is {v!r}, expected a positive number; the exact value is optimal_coupling's")
+        if not (isinstance(v, (int, float)) and 0 < v < 1e18): raise ValueError(f"{name} is {v!r}, expected a positive number; the exact value is optimal_coupling's")
     _check_reduction(reduction)
     pair, max_iter = _pair(x, y), _count("max_iter", max_iter)
     _check_memory(len(pair.x), len(pair.y), 5, max_bytes)

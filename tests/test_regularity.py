@@ -148,3 +148,93 @@ def test_attention_keywords_and_mappings():
 
 def test_stochastic_depth_is_random_too():
     with pytest.raises(ValueError, match="in training mode"): lipschitz_profile(dense_net(3, 2, K=2, drop=.5).train(), torch.randn(5, 3))
+
+
+# The error of a constant, half precision, units, and unusable input of every kind
+
+def dense(f, x): return torch.stack([torch.linalg.matrix_norm(torch.func.jacrev(lambda z: f(z[None])[0].flatten())(xi).flatten(1).double(), 2) for xi in x])
+
+
+@pytest.mark.parametrize("d", [130, 200, 300])
+@pytest.mark.parametrize("iterations", [10, 40, 100, 200])
+def test_the_error_bound_holds(d, iterations):
+    "Against the whole Jacobian, for matrices whose largest singular values lie close together, and for a network."
+    left, right = (torch.linalg.qr(numbers(d, d, seed=k))[0] for k in (1, 2))
+    A = left * (1 - .2 * torch.linspace(0, 1, d, dtype=torch.float64) ** 1.5) @ right.T
+    net = dense_net(d, 2, K=3, hidden=32).double().flow
+    for f in (lambda z: z @ A.T, net):
+        x = numbers(3, d)
+        true, found = dense(f, x), local_lipschitz(f, x, iterations, 1e-6)
+        assert (found.values <= true * (1 + 1e-12)).all() and (true <= found.values * (1 + found.error) * (1 + 1e-12)).all()
+        settled = found.error <= 1e-6
+        assert_close(found.values[settled], true[settled], rtol=1e-6, atol=0)
+        assert found.converged == pytest.approx(settled.double().mean().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype):
+    torch.manual_seed(0)
+    net = init_velocities_(dense_net(6, 2, K=3), .5).eval().to(dtype)
+    x = torch.randn(60, 6).to(dtype)
+    wide = dense_net(6, 2, K=3).eval(); wide.load_state_dict({k: v.float() for k, v in net.state_dict().items()})
+    for small, large in ((net.flow, wide.flow), (torch.tanh, torch.tanh), (lambda z: 300 * z, lambda z: 300 * z)):
+        assert_close(local_lipschitz(small, x).values, local_lipschitz(large, x.float()).values, rtol=1e-6, atol=0)
+        assert_close(holder_exponent(small, x).exponent, holder_exponent(large, x.float()).exponent, rtol=1e-4, atol=1e-4)
+    profile = lipschitz_profile(net, x)
+    assert profile.whole.dtype == torch.float32 and profile.converged == 1
+    with pytest.raises(ValueError, match="model.float"): local_lipschitz(lambda z: net.flow(z), x)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("d", [5, 150])
+def test_steep_and_flat_maps_in_single_precision(scale, d):
+    A = numbers(d, d).float()
+    x = torch.randn(4, d)
+    assert_close(local_lipschitz(lambda z: z @ (scale * A).T, x).values, torch.linalg.matrix_norm(A.double(), 2).float().expand(4) * scale, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("power", [-200, -66, 66, 200])
+def test_the_exponent_ignores_units_and_shifts(power):
+    x = 2 * torch.rand(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    f = lambda z: z.sign() * z.abs() ** .5
+    one, scaled = holder_exponent(f, x), holder_exponent(lambda z: f(z * 2. ** -power), x * 2. ** power)
+    assert_close(scaled.exponent, one.exponent, rtol=1e-9, atol=0)
+    assert_close(scaled.r, one.r * 2. ** power, rtol=1e-9, atol=0)
+    assert_close(holder_exponent(lambda z: f(z - 1e7) + 1e7, x + 1e7).exponent, one.exponent, rtol=1e-3, atol=0)
+
+
+def test_a_map_that_does_not_change_has_no_exponent_and_says_so():
+    found = holder_exponent(lambda z: 0 * z, numbers(60, 2))
+    assert math.isnan(found.exponent) and "no exponent" in found.warning
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: local_lipschitz(None, x), "expected something to call"),
+    (lambda x: local_lipschitz(torch.tanh, x.to_sparse()), "expected real points"),
+    (lambda x: local_lipschitz(torch.tanh, x.to("meta")), "expected real points"),
+    (lambda x: local_lipschitz(torch.tanh, x[:, :0]), "expected real points"),
+    (lambda x: local_lipschitz(torch.tanh, x.to(torch.complex64)), "expected real points"),
+    (lambda x: local_lipschitz(lambda z: z / 0, x), "the map is not finite at 60 of 60 samples"),
+    (lambda x: local_lipschitz(lambda z: z.abs().sqrt(), 0 * x), "the Jacobian is not finite"),
+    (lambda x: local_lipschitz(lambda z: z[:1], x), "with a row for each sample"),
+    (lambda x: local_lipschitz(lambda z: "x", x), "with a row for each sample"),
+    (lambda x: local_lipschitz(nn.Linear(3, 3), x), "the map does not take torch.float64"),
+    (lambda x: local_lipschitz(torch.tanh, x, tolerance=-1), "tolerance is -1"),
+    (lambda x: local_lipschitz(torch.tanh, x, seed=-1), "seed is -1"),
+    (lambda x: holder_exponent(torch.tanh, x, bins=2), "bins is 2"),
+    (lambda x: holder_exponent(torch.tanh, x, halves=1), "halves is 1"),
+    (lambda x: holder_exponent(torch.tanh, x, shift=math.nan), "shift is nan"),
+    (lambda x: holder_exponent(torch.tanh, x, shift=1., directions=0), "directions is 0"),
+    (lambda x: holder_exponent(lambda z: 1 / (z - z), x), "not finite"),
+    (lambda x: holder_exponent(torch.tanh, torch.eye(60).double()), "equally far"),
+    (lambda x: lipschitz_profile(None, x), "expected a module"),
+    (lambda x: lipschitz_profile(dense_net(2, 2, K=2).double().eval(), x, blocks=[1]), "expected a mapping"),
+    (lambda x: lipschitz_profile(dense_net(2, 2, K=2).double().eval(), x, blocks={"a": nn.Linear(2, 2)}), "none of the 1 blocks ran"),
+    (lambda x: measure_regularity(dense_net(2, 2, K=2).eval(), x), "the model does not take torch.float64"),
+])
+def test_unusable_maps_and_settings_are_explained(call, message):
+    with pytest.raises(ValueError, match=message): call(numbers(60, 2))
+
+
+def test_more_distances_than_memory_are_refused_before_they_are_allocated():
+    with pytest.raises(MemoryError, match="3,000,000 by 3,000,000 points need"): holder_exponent(torch.tanh, torch.zeros(1, 1).expand(3_000_000, 1))

@@ -2,8 +2,10 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import permutations
 
 import ot
@@ -609,3 +611,179 @@ def test_where_nothing_moves_there_is_nothing_to_judge():
         gap = exact_gap(points, points)
         assert gap.displacement == gap.gap == gap.relative == 0 and gap.interval == (0, 0) and not gap.slack.any()
         assert gap.warning.startswith("Nothing moves") and "too few" not in gap.warning
+
+
+# Rounding: far points, common ways, tiny and huge units, against exact arithmetic
+
+def fractions(x): return [[Fraction(v) for v in row] for row in x.tolist()]
+
+
+def exactly(x, y):
+    "Displacement and W2^2 summed over features, and the share of pairs in the wrong order, in exact arithmetic."
+    X, Y, n = fractions(x), fractions(y), len(x)
+    cost = [[sum((a - b) ** 2 for a, b in zip(p, q)) for q in Y] for p in X]
+    wrong = sum(sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i))
+    return sum(cost[i][i] for i in range(n)) / n, min(sum(cost[i][p[i]] for i in range(n)) for p in permutations(range(n))) / n, wrong / (n * (n - 1) / 2)
+
+
+def spoiled(kind, seed):
+    "Six samples and their ends, with what rounding does not like."
+    x, y = cloud(6, 2, seed), cloud(6, 2, seed + 1)
+    size = 10. ** random.Random(seed).uniform(5, 12)
+    if kind == "one point far": x[0] = y[0] = size
+    elif kind == "two points far": x[0], x[1], y[0], y[1] = size, size + 1, size + 2, size
+    elif kind == "far on both sides": x[0], y[3], x[1], y[1] = size, size, -size, 1 - size
+    elif kind == "far starts": x[:2] = size * x[:2]
+    elif kind == "a far end": y[4] = size
+    elif kind == "all shifted": x, y = x + size, y + size
+    elif kind == "ends shifted": y = y + size
+    elif kind == "two clumps": x[3:], y[:3] = x[3:] + size, y[:3] + size
+    elif kind == "tiny steps": y = x + y / size
+    elif kind == "tiny": x, y = x / size ** 4, y / size ** 4
+    elif kind == "huge": x, y = x * size ** 4, y * size ** 4
+    elif kind == "all sizes": x, y = x * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None], y * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None]
+    return x, y
+
+
+KINDS = ("one point far", "two points far", "far on both sides", "far starts", "a far end", "all shifted", "ends shifted", "two clumps", "tiny steps", "tiny", "huge", "all sizes")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_against_exact_arithmetic(kind, seed):
+    x, y = spoiled(kind, seed)
+    moved, least, wrong = exactly(x, y)
+    for solver in ("assignment", "simplex"):
+        gap = exact_gap(x, y, reduction="sum", solver=solver)
+        assert gap.displacement == pytest.approx(float(moved), rel=1e-13) and gap.w2 == pytest.approx(float(least), rel=1e-9)
+        assert gap.gap == pytest.approx(float(moved - least), rel=1e-7, abs=1e-14 * float(moved))
+        assert gap.interval[0] <= gap.gap * (1 + 1e-9) and gap.gap <= gap.interval[1] * (1 + 1e-9)
+    assert monotonicity(x, y).rate == wrong
+    assert cyclical_monotonicity(x, y, 2, cycles=3000).rate == pytest.approx(wrong, abs=.06)
+    best = optimal_coupling(x, y)
+    assert best.cost == pytest.approx(float(least), rel=1e-12)
+    assert ((best.f[:, None] + best.g - cost_matrix(x, y)) <= 1e-12 * (best.f.abs()[:, None] + best.g.abs() + cost_matrix(x, y))).all()
+    assert sliced_w2(x, y, 50, reduction="sum").interval[0] <= float(least) * (1 + 1e-12)
+    for row, exact in zip(cost_matrix(x, y).tolist(), fractions(x)):
+        for found, end in zip(row, fractions(y)): assert found == pytest.approx(float(sum((a - b) ** 2 for a, b in zip(exact, end))), rel=1e-7)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e7, 1e9, 1e12, 1e100])
+def test_a_far_point_at_rest_changes_only_the_mean(far):
+    x, y = cloud(60, 2, 0), cloud(60, 2, 1)
+    alone = exact_gap(x[1:], y[1:])
+    x[0] = y[0] = far
+    gap = exact_gap(x, y)
+    for name in ("displacement", "w2", "gap"): assert getattr(gap, name) == pytest.approx(getattr(alone, name) * 59 / 60, rel=1e-12)
+    assert gap.interval[0] > .5 * gap.gap and gap.sensitivity > .9
+    assert monotonicity(x, y).rate == exactly_wrong(x, y) > .4
+
+
+def exactly_wrong(x, y):
+    X, Y, n = fractions(x), fractions(y), len(x)
+    return sum(sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i)) / (n * (n - 1) / 2)
+
+
+MEASURES = dict(
+    gap=lambda x, y: exact_gap(x, y).gap, w2=lambda x, y: exact_gap(x, y).w2, displacement=lambda x, y: exact_gap(x, y).displacement,
+    coupling=lambda x, y: optimal_coupling(x, y).cost, unequal=lambda x, y: optimal_coupling(x[:-3], y).cost, sliced=lambda x, y: sliced_w2(x, y, 50).value,
+    entropic=lambda x, y: entropic_w2(x, y, .2).value, path=lambda x, y: action_split(Trajectory(torch.stack([x, x + (y.flip(0) - x) / 3, y]))).parts["all"][2],
+    mccann=lambda x, y: mccann(Trajectory(torch.stack([x, x + (y.flip(0) - x) / 3, y])))[0].detour.max().item() ** 2)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("power", [-400, -100, -66, 66, 100, 400])
+def test_units_that_are_powers_of_two_change_no_digit(name, power):
+    x, y = cloud(20, 3, 0), cloud(20, 3, 1)
+    assert MEASURES[name](x * 2. ** power, y * 2. ** power) == pytest.approx(MEASURES[name](x, y) * 4. ** power, rel=1e-13)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_shift_of_all_changes_nothing_but_the_rounding_of_the_points(name):
+    x, y = cloud(20, 3, 0), cloud(20, 3, 1)
+    assert MEASURES[name](x + 1e7, y + 1e7) == pytest.approx(MEASURES[name](x, y), rel=1e-6)
+
+
+def test_the_distance_of_the_means_is_added_to_that_of_the_centred_clouds():
+    x, y, b = cloud(30, 3, 0), cloud(30, 3, 1), torch.tensor([1e7, 0, -3e6], dtype=torch.float64)
+    x, y = x - x.mean(0), y - y.mean(0)
+    still = exact_gap(x, y, reduction="sum")
+    moved = exact_gap(x, y + b, reduction="sum")
+    assert moved.gap == pytest.approx(still.gap, rel=1e-6) and moved.w2 == pytest.approx(still.w2 + b.square().sum().item(), rel=1e-13)
+    for bound in (sliced_w2, entropic_w2): assert bound(x, y + b, reduction="sum").value == pytest.approx(bound(x, y, reduction="sum").value + b.square().sum().item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_points_are_measured_as_the_numbers_they_are(dtype):
+    x, y = cloud(30, 2, 0).to(dtype), (300 * cloud(30, 2, 1)).to(dtype)   # squares that half precision does not hold
+    for name, measure in MEASURES.items():
+        if name not in ("path", "mccann"): assert measure(x, y) == measure(x.double(), y.double()), name
+    assert monotonicity(x, y) == monotonicity(x.double(), y.double())
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_squares_that_float64_does_not_hold_are_refused_and_rates_are_not(scale):
+    x, y = cloud(9, 2, 0), cloud(9, 2, 1)
+    for measure in (exact_gap, optimal_coupling, cost_matrix, sliced_w2, entropic_w2):
+        with pytest.raises(ValueError, match="squared distances are of the order of 1e.*(divide|multiply) the points"): measure(scale * x, scale * y)
+    assert monotonicity(scale * x, scale * y) == monotonicity(x, y) and cyclical_monotonicity(scale * x, scale * y) == cyclical_monotonicity(x, y)
+    assert_close(gap_curve(scale * x, scale * y).gaps, gap_curve(x, y).gaps)
+
+
+def test_straightness_of_a_record_does_not_vanish_in_single_precision():
+    traj = torch.stack([cloud(9, 2, k) for k in range(4)]).float()
+    assert_close(measure_transport(Trajectory(1e-30 * traj))["straightness"], measure_transport(Trajectory(traj))["straightness"], rtol=1e-5, atol=0)
+
+
+def test_a_start_far_from_the_best_is_mended_by_the_prices_found(monkeypatch):
+    "SciPy's sums may lose a small cost; here its first answer is a wrong one altogether."
+    import scipy.optimize
+    x, y, answers = cloud(50, 2, 0), cloud(50, 2, 1), []
+    def wrong_first(cost):
+        answers.append(linear_sum_assignment(cost))
+        return (answers[0][0], answers[0][1][::-1].copy()) if len(answers) == 1 else answers[-1]
+    want = optimal_coupling(x, y).cost
+    monkeypatch.setattr(scipy.optimize, "linear_sum_assignment", wrong_first)
+    assert optimal_coupling(x, y).cost == pytest.approx(want, rel=1e-13) and len(answers) > 1
+
+
+# Any arguments: what is documented, and no silent nan
+
+ODD = [None, "a", -1, 0, 1.5, math.nan, math.inf, 10 ** 30, True, [], {}, torch.tensor([1, 2]), b"x", object(), 1 + 2j]
+NAMED = {exact_gap: ("weights", "reduction", "resamples", "level", "seed", "solver", "max_bytes"), optimal_coupling: ("a", "b", "solver", "max_iter", "max_bytes"),
+         cost_matrix: ("max_bytes",), gap_curve: ("sizes", "repeats", "seed"), monotonicity: ("level",), cyclical_monotonicity: ("length", "cycles", "near", "level", "seed"),
+         sliced_w2: ("directions", "seed", "reduction"), entropic_w2: ("epsilon", "max_iter", "tolerance", "reduction", "max_bytes")}
+POINTS = {
+    "zero features": torch.zeros(5, 0), "zero points": torch.zeros(0, 2), "no axis of features": torch.zeros(5), "nan": torch.full((5, 2), math.nan),
+    "infinite": torch.full((5, 2), math.inf), "complex": torch.zeros(5, 2, dtype=torch.complex64), "sparse": torch.eye(5, 2).to_sparse(), "meta": torch.zeros(5, 2, device="meta"),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "list": [[1., 2.]] * 5, "nothing": None,
+}
+
+
+@pytest.mark.parametrize("function", NAMED, ids=lambda f: f.__name__)
+def test_odd_arguments_and_points_are_explained(function):
+    x, y = cloud(5, 2, 0), cloud(5, 2, 1)
+    tried = [((points, y), {}) for points in POINTS.values()] + [((x, points), {}) for points in POINTS.values()] + [((x, y), {n: v}) for n in NAMED[function] for v in ODD]
+    refused = 0
+    for args, settings_ in tried:
+        try: found = function(*args, **settings_)
+        except (ValueError, MemoryError) as error:
+            refused += 1
+            assert any(word in str(error) for word in ("expected", "not finite", "free", "use solver")), (settings_, str(error))
+        except RuntimeError as error: assert "raise max_iter" in str(error)
+        else:
+            numbers = [v for v in vars(found).values() if isinstance(v, (float, torch.Tensor))] if not isinstance(found, torch.Tensor) else [found]
+            assert not any(math.isnan(v) if isinstance(v, float) else v.to_dense().isnan().any() for v in numbers), settings_
+    assert refused > len(tried) / 2
+
+
+@pytest.mark.parametrize("function", [sliced_w2, entropic_w2, exact_gap, lambda x, y, reduction: mccann(Trajectory(torch.stack([x, y])), reduction),
+                                      lambda x, y, reduction: action_split(Trajectory(torch.stack([x, y])), None, reduction)])
+@pytest.mark.parametrize("reduction", ["average", "Mean", "", None, 1, ["mean"]])
+def test_other_reductions_are_refused_everywhere(function, reduction):
+    with pytest.raises(ValueError, match="expected one of mean, sum"): function(x, y, reduction=reduction)
+
+
+@pytest.mark.parametrize("points", [torch.arange(10).view(5, 2), torch.arange(10, dtype=torch.uint8).view(5, 2), torch.randn(5, 2, requires_grad=True), torch.randn(2, 5).T, torch.ones(1, 2).expand(5, 2)])
+def test_whole_numbers_graphs_and_views_are_points(points):
+    assert exact_gap(points, 2 * points + 1).gap == 0 and optimal_coupling(points[:1], points[1:2]).cost >= 0
