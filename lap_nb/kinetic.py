@@ -29,7 +29,7 @@ def block_energies(
     traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
 )->Tensor:                 # energy of each step and sample, `[K, B]`, float32 or wider
-    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks. `TypeError` for what is no trajectory, `ValueError` for samples without features."
+    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the positions aren't. `TypeError` for what is no trajectory, `ValueError` for samples without features."
     _check_reduction(reduction)
     return torch.cat([_reduce(stage.steps.flatten(2), reduction) / stage.h for stage in _stages(traj)])
 
@@ -254,6 +254,7 @@ class EnergyMeter:
         branches = _branches(self.blocks, velocity)
         self.axes, self.guessed = _axes(self.blocks, reduction, batch_axis), batch_axis is None
         self.on, self.paused = True, False
+        self.resting = self.hidden = frozenset()   # blocks of the last pass that ran in evaluation mode or without gradients; that ran in a reentrant checkpoint
         self.forget()
         self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
         for name, module in branches.items():
@@ -275,13 +276,16 @@ class EnergyMeter:
     def __exit__(self, *exc): self.remove()
 
 # %% ../nbs/03_kinetic_bias.ipynb #206eb423
+def _check_names(blocks):
+    if not isinstance(blocks, Iterable) or isinstance(blocks, (Tensor, np.ndarray, bytes)):
+        raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, or names and patterns")
+
 def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
     "The blocks to measure, by name; raises `ValueError` if there are none, or one is not in the model."
     if blocks is None:
         residual_blocks(root)   # raises if there is none
         return find_blocks(root)
-    if not isinstance(blocks, (Mapping, Iterable)):
-        raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, or names and patterns")
+    _check_names(blocks)
     if not isinstance(blocks, Mapping) and (blocks := [blocks] if isinstance(blocks, str) else list(blocks)):
         blocks = find_blocks(root, include=blocks)
     if not blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
@@ -319,6 +323,7 @@ def _begin(self:EnergyMeter, name, module, args):
     whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
     if not torch.compiler.is_compiling(): self._set_aside(whole)
     self.passes, self.running, self.ended, self.mark, self.seen, self._open = 2 if whole else 1, True, False, None, [], []
+    self.resting = self.hidden = frozenset()
 
 @patch
 def _set_aside(self:EnergyMeter, whole:bool):
@@ -344,8 +349,8 @@ def _also(self:EnergyMeter, hook:_Hook)->bool:
     "Whether a call in evaluation mode or without gradients counts all the same: of a frozen part, in a pass that trains."
     if hook.call is EnergyMeter._begin: self.running = False; return False   # the whole model is evaluated
     if not self.running: return hook.name in self.resting and _recomputing()
-    if not torch.is_grad_enabled() and _in_function(): return False
-    if hook.name and hook.name not in self.resting: self.resting = self.resting | {hook.name}
+    if not torch.is_grad_enabled() and _in_function(): self.hidden |= {hook.name}; return False
+    self.resting |= {hook.name}
     return True
 
 def _in_function()->bool:
@@ -381,7 +386,7 @@ def _branch(self:EnergyMeter, name, module, args, out):
 def _note(self:EnergyMeter, name, like, energy, factor):
     "Keep an energy, unless a checkpointed block is run again."
     if not like.numel():
-        what = "gives no features" if like.shape[0] else "the batch is empty"
+        what = "there are no features" if len(like) else "the batch is empty"
         raise ValueError(f"{what}: block {name!r} gives {tuple(like.shape)}; give at least one sample, and at least one feature of it")
     if self.reduction == "sum": self.shapes[name], factor = like.shape, factor * (like.numel() // self._samples(name, like))
     if _recomputing(): return
@@ -448,7 +453,7 @@ def take(self:EnergyMeter,
 def forget(self:EnergyMeter):
     "Drop what passes so far have left, taken or not."
     self.passes, self.running, self.ended, self.seen, self._open = 0, False, False, [], []
-    self.mark, self.earlier, self.blind, self.resting, self.shapes = None, [], False, frozenset(), {}
+    self.mark, self.earlier, self.blind, self.shapes = None, [], False, {}
 
 @patch
 def put(self:EnergyMeter,
@@ -492,6 +497,7 @@ def _advice(meter:EnergyMeter, passes:int, several:bool, sums:dict)->str:
     if not meter.on: return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
     if several: return "; the passes so far are forgotten now, the next one counts; after a pass that you do not use call forget(), here or on its LeastAction"
     missing = [name for name in meter.blocks if name not in sums]
+    if sums and meter.hidden: return f"; {min(meter.hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
     if sums: return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
     return ("; a compiled model heeds a meter only if it was made before the first compiled call, and blocks in a gradient checkpoint "
             "only with use_reentrant=False")
@@ -526,6 +532,7 @@ def rank_correlation(
     least = np.bincount(groups).min(initial=len(a))
     if least < 3: raise ValueError(f"found {least} values in a group, expected at least three in each")
     clusters = np.arange(len(a)) if clusters is None else _parts("clusters", clusters, len(a))
+    level = float(level)
     times = _resampled(clusters.max() + 1, resamples, seed)[:, clusters]
     found = np.array([_spearman(a[at], b[at], times[:, at]) for at in (groups == g for g in range(groups.max() + 1))])
     varied = np.isfinite(found[:, 0])

@@ -7,6 +7,7 @@ __all__ = ['SMALLEST', 'LARGEST', 'ADVICE', 'dual_ascent', 'Exact', 'Controller'
            'ProportionalIntegral', 'AugmentedLagrangian', 'LeastAction', 'KKT', 'kkt']
 
 # %% ../nbs/05_least_action.ipynb #88b92315
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -18,23 +19,25 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attach import _matching, find_blocks
-from .kinetic import EnergyMeter
+from .kinetic import EnergyMeter, _check_names
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
 def dual_ascent(
     lam:Tensor,       # multipliers, `[]` or `[S]`
-    loss:Tensor,      # task losses, of the same shape
+    loss:Tensor,      # task losses, of the same shape, or for which `lam` is the same
     tau:float=1.,     # step of the ascent
     target:float=0.,  # level of the loss that is good enough, $\varepsilon$
     low:float=1e-3,   # smallest multiplier allowed
     high:float=math.inf, # largest multiplier allowed
 )->Tensor:            # the next multipliers
-    r"One step of dual ascent, $\lambda \leftarrow \min(\max(\lambda + \tau(L - \varepsilon),\, low),\, high)$; `TypeError` or `ValueError` for what are no multipliers, losses or settings."
-    if not isinstance(lam, Tensor) or not lam.is_floating_point(): raise TypeError(f"lam is {_kind(lam)}, expected a tensor of floats")
-    loss = _as_loss(loss, lam)
+    r"One step of dual ascent, $\lambda \leftarrow \min(\max(\lambda + \tau(L - \varepsilon),\, low),\, high)$; `TypeError` or `ValueError` for what are no multipliers, losses or settings; values in tensors are not looked at."
+    for name, value in dict(lam=lam, loss=loss).items():
+        if not isinstance(value, Tensor) or not value.is_floating_point(): raise TypeError(f"{name} is {_kind(value)}, expected a tensor of floats")
+    if lam.ndim and loss.ndim and lam.shape != loss.shape: raise ValueError(f"loss has shape {tuple(loss.shape)}, expected {tuple(lam.shape)}, as lam")
     for name, value in dict(tau=tau, target=target, low=low, high=high).items():
-        if not isinstance(value, Tensor) and math.isnan(_plain(name, value)): raise ValueError(f"{name} is {value!r}, expected a number")
-    return (lam + tau * (loss - target)).clamp(low, high)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.device == lam.device and value.shape in ((), lam.shape): continue   # of a row: one each
+        if math.isnan(_plain(name, value)): raise ValueError(f"{name} is {value!r}, expected a number")
+    return (lam + tau * (loss.detach() - target)).clamp(low, high)
 
 # %% ../nbs/05_least_action.ipynb #2d209035
 def _kind(value)->str: return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -63,6 +66,7 @@ def _one_each(name:str, shape, lam:Tensor):
 class Exact(nn.Module):
     "A module whose buffers follow a model to its device, but keep their precision: float64 where the device has it."
     def _apply(self, fn, *args):
+        if getattr(fn, "exact", False): return super()._apply(fn, *args)   # as a part of another
         def keep(t):
             try: out = fn(t)
             except TypeError:
@@ -71,6 +75,7 @@ class Exact(nn.Module):
                 warnings.warn(f"{out.device} has no float64: lambda is kept in float32 there, in which a step below lambda / 2**24 is lost", stacklevel=3)
                 return out
             return out if out.dtype == t.dtype else t.to(out.device)
+        keep.exact = True
         return super()._apply(keep, *args)
 
 class Controller(Exact):
@@ -119,7 +124,7 @@ def _multipliers(name:str, value)->Tensor: # `[]` or `[S]`, as given
     if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided or value.is_quantized:
         raise TypeError(f"{name} is {given!r}, expected a number, or one per network")
     if value.ndim > 1 or not value.numel(): raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, or one per network")
-    if value.is_meta: return value
+    if value.is_meta: raise ValueError(f"{name} is on the meta device, expected one with values")
     if not (value > 0).all(): raise ValueError(f"{name} is {value.tolist()}, expected positive: the action is divided by it")
     if not value.isfinite().all(): raise ValueError(f"{name} is {value.tolist()}, expected finite: leave least action out for no action at all")
     if not ((value >= SMALLEST) & (value <= LARGEST)).all():
@@ -157,6 +162,7 @@ class ProportionalIntegral(Controller):
         **kwargs,       # the same by name
     ):
         super().__init__(*args, **kwargs)
+        if not isinstance(relative, int): raise TypeError(f"relative is {relative!r}, expected True or False")
         self.gain, self.smooth = _check_gain("gain", gain), _plain("smooth", smooth)
         if not 0 <= self.smooth < 1: raise ValueError(f"smooth is {smooth!r}, expected a decay in [0, 1); 0 smooths nothing")
         self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
@@ -297,7 +303,9 @@ def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
         raise TypeError(f"block {odd[0]!r} is of type {type(given[odd[0]]).__name__}, expected a module")
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module, or a mapping of names to blocks")
-    if not isinstance(blocks, Mapping): blocks = find_blocks(model, x, include=blocks)
+    if not isinstance(blocks, Mapping):
+        if blocks is not None: _check_names(blocks)
+        blocks = find_blocks(model, x, include=blocks)
     names = {}
     for name, block in blocks.items():
         if block in names: raise ValueError(f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")
@@ -314,6 +322,7 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
     if not isinstance(weights, Mapping): raise TypeError(f"weights is of type {type(weights).__name__}, expected a mapping of patterns to numbers")
     values = dict.fromkeys(blocks, 1.)
     for pattern, weight in weights.items():
+        if not isinstance(pattern, str): raise TypeError(f"found a {type(pattern).__name__} among the patterns of weights, expected names of blocks")
         if not (isinstance(weight, Real) and 0 <= weight <= LARGEST): raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more, and finite")
         values |= dict.fromkeys(_matching(blocks, pattern), float(weight))
     if not any(values.values()): raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
@@ -322,7 +331,8 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
 # %% ../nbs/05_least_action.ipynb #a076b916
 def _check_floor(floor)->float:
     if not (isinstance(floor, Real) and not isinstance(floor, bool) and 0 <= floor < math.inf): raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
-    return float(floor)
+    try: return float(floor)
+    except OverflowError: raise ValueError(f"floor is {floor!r}, expected a weight of at most 1e308") from None
 
 def _check_clock(every, average, warmup, accumulate, controller):
     whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -335,6 +345,9 @@ def _check_clock(every, average, warmup, accumulate, controller):
     if isinstance(controller, Controller):
         name = type(controller).__name__
         raise TypeError(f"controller is a {name}, expected what makes one: the class {name}, or partial({name}, ...) with its own settings")
+    try: inspect.signature(controller).bind(lambda0=1., tau=1., target=0., cap=1.)
+    except ValueError: pass   # written in C, without a signature
+    except TypeError as e: raise TypeError(f"controller is {controller!r}, expected what takes lambda0, tau, target and cap by name: {e}") from None
 
 # %% ../nbs/05_least_action.ipynb #524cce2a
 @patch
@@ -417,11 +430,12 @@ def _follow(self:LeastAction, device):
 def _rounded(self:LeastAction, loss:Tensor, slack:float|None)->Tensor:
     "The loss, zero where rounding alone may have taken it below; one that is lower still is refused, or kept where its value cannot be read."
     if slack is None: slack = _slack(loss.dtype)
-    if loss.device.type != "cpu": return torch.where(loss < -slack, loss, loss.clamp(min=0))
-    values = loss.tolist() if loss.ndim else [loss.item()]
-    lowest = min((value for value in values if value < 0), default=0.)
+    if loss.device.type != "cpu": return _lifted(loss, slack)
+    lowest = min(0., *loss.tolist()) if loss.ndim else min(0., loss.item())   # in this order, NaN is never the smallest
     if lowest < -slack: self._refuse(lowest)
-    return loss.clamp(min=0) if lowest < 0 else loss
+    return _lifted(loss, slack) if lowest < 0 else loss
+
+def _lifted(loss:Tensor, slack:float)->Tensor: return torch.where(loss < -slack, loss, loss.clamp(min=0))
 
 @patch
 def _check_gradients(self:LeastAction, task, action):
@@ -572,7 +586,7 @@ def kkt(
         raise ValueError(f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
     loss, lam, action = (_curve(name, curves[name]) for name in ("loss", "lambda", "action"))
     if lam.ndim != 1: raise ValueError(f"lambda has shape {tuple(lam.shape)}, expected [T]: take one network of the row, as in runs[i].curves")
-    if not loss.shape == lam.shape == action.shape: raise ValueError(f"loss, lambda and action have {len(loss)}, {len(lam)} and {len(action)} points, expected as many")
+    if not loss.shape == lam.shape == action.shape: raise ValueError(f"loss, lambda and action have {loss.numel()}, {lam.numel()} and {action.numel()} points, expected as many of each")
     if not len(lam): raise ValueError("curves have no points, expected at least one: train first")
     target, cap, low, tolerance = (_level(name, value) for name, value in dict(target=target, cap=cap, low=low, tolerance=tolerance).items())
     verdict, tail = _verdict(loss, lam, action, target, cap, low, tolerance), slice(len(lam) // 2, None)
