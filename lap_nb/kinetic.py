@@ -404,6 +404,8 @@ def _sign(self:EnergyMeter, name, like):
 def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
 
 # %% ../nbs/03_kinetic_bias.ipynb #3869b73c
+_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which PyTorch says what each axis is
+
 def _axes(blocks:Mapping[str, nn.Module], reduction:str, axis)->dict[str, int]:
     "Axis of the samples in what each block returns; raises `ValueError` where the sum over features must know and cannot."
     if axis is not None:
@@ -411,7 +413,7 @@ def _axes(blocks:Mapping[str, nn.Module], reduction:str, axis)->dict[str, int]:
         return dict.fromkeys(blocks, axis)
     axes = {}
     for name, block in blocks.items():
-        known = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        known = isinstance(block, _SEQUENCES)
         late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
         if late and not known and reduction == "sum":
             raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may not: "
@@ -422,9 +424,8 @@ def _axes(blocks:Mapping[str, nn.Module], reduction:str, axis)->dict[str, int]:
 @patch
 def _samples(self:EnergyMeter, name, like)->int:
     "Number of samples in what a block returned."
-    axis = self.axes[name]
-    if axis < like.ndim: return like.shape[axis]
-    if self.guessed: return 1   # one sequence, without an axis for samples
+    if self.guessed and like.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES): return 1   # one sequence, without an axis for samples
+    if (axis := self.axes[name]) < like.ndim: return like.shape[axis]
     raise ValueError(f"block {name!r} gives {tuple(like.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples")
 
 @patch
