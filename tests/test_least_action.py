@@ -852,7 +852,7 @@ def test_a_device_without_float64_gets_float32_and_a_warning(net):
     assert la.lam.item() == 4.
 
 
-@given(st.floats(least_action.SMALLEST, least_action.LARGEST), st.floats(0, 10, allow_subnormal=False))
+@given(st.floats(least_action._SMALLEST, least_action._LARGEST), st.floats(0, 10, allow_subnormal=False))
 @settings(max_examples=60, deadline=None)
 def test_any_multiplier_that_is_taken_gives_a_finite_objective(lambda0, loss):
     la = LeastAction(make(), lambda0=lambda0)
@@ -1141,3 +1141,29 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
     odd_calls(*CALLS[name], ODD)
+
+
+def test_a_network_that_is_frozen_and_evaluated_says_so(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    net.requires_grad_(False).eval()
+    with pytest.raises(RuntimeError, match="3 of 3 blocks are in evaluation mode"): la(F.cross_entropy(net(x), y))
+    net.train()
+    with pytest.raises(RuntimeError, match="the action has no gradient"): la(F.cross_entropy(net(x), y))
+
+
+def test_stationarity_needs_a_loss_of_the_network(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    with pytest.raises(RuntimeError, match="the task loss has no gradient"): la.stationarity(lambda: F.cross_entropy(net(x), y).detach())
+    with pytest.raises(TypeError, match="task is a Tensor, expected a function"): la.stationarity(F.cross_entropy(net(x), y))
+
+
+def test_all_processes_add_up_in_double_precision(net, monkeypatch):
+    import torch.distributed as dist
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.add_(3e-5))   # lost in bfloat16
+    la = LeastAction(net)
+    net(torch.ones(1, 8)); la(torch.tensor(1., dtype=torch.bfloat16, requires_grad=True))
+    assert la.lam.item() == 1 + (1 + 3e-5) / 2
