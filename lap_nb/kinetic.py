@@ -48,9 +48,11 @@ def _check_reduction(reduction:str):
 def _stages(traj:Trajectory)->list[Trajectory]:
     "The stages of a trajectory; raises on what has no energy."
     if not isinstance(traj, Trajectory):
-        raise TypeError(f"traj is of type {type(traj).__name__}, expected a Trajectory, as from trace(model, x) or net.trajectory(x)")
+        raise TypeError(f"traj is of type {type(traj).__name__}, expected a Trajectory, as from trace(model, x) or "
+                        "net.trajectory(x)")
     if empty := [s.x for s in traj.stages if not s.x[0].numel()]:
-        raise ValueError(f"positions have shape {tuple(empty[0].shape)}, expected at least one sample and one feature of it")
+        raise ValueError(f"positions have shape {tuple(empty[0].shape)}, expected at least one sample and one feature "
+                         "of it")
     return traj.stages
 
 def _reduce(step:Tensor, reduction:str)->Tensor:
@@ -80,7 +82,9 @@ class EnergyLedger:
         reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
     ):
         with torch.no_grad(): energies = block_energies(traj, reduction)
-        if energies.is_meta: raise ValueError("positions are on the meta device, expected one with values: trace the model on a CPU or a GPU")
+        if energies.is_meta:
+            raise ValueError("positions are on the meta device, expected one with values: trace the model on a CPU or "
+                             "a GPU")
         self.energies = energies.cpu().double()   # `[K, B]`
         B = self.energies.shape[1]
         y = torch.zeros(B, dtype=torch.long) if y is None else _labels(y, B)
@@ -114,9 +118,12 @@ class EnergyLedger:
 def _labels(y, B:int)->Tensor: # `[B]`
     "One whole number for each of `B` samples; raises `TypeError` on what holds none, `ValueError` on another shape."
     try: y = torch.as_tensor(y)
-    except (TypeError, ValueError, RuntimeError): raise TypeError(f"labels are of type {type(y).__name__}, expected a tensor of whole numbers, [{B}]") from None
-    if y.is_floating_point() or y.is_complex(): raise TypeError(f"labels are of type {y.dtype}, expected whole numbers: convert with .long()")
-    if y.is_meta or y.layout != torch.strided: raise TypeError("labels are sparse, or on the meta device, expected a dense tensor with values")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"labels are of type {type(y).__name__}, expected a tensor of whole numbers, [{B}]") from None
+    if y.is_floating_point() or y.is_complex():
+        raise TypeError(f"labels are of type {y.dtype}, expected whole numbers: convert with .long()")
+    if y.is_meta or y.layout != torch.strided:
+        raise TypeError("labels are sparse, or on the meta device, expected a dense tensor with values")
     if y.shape != (B,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({B},)")
     return y.cpu()
 
@@ -248,13 +255,15 @@ class EnergyMeter:
         batch_axis:int|None=None,                 # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks wrong `ValueError`
     ):
         _check_reduction(reduction)
-        if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}, expected a module")
         root = _unwrap(model)
         self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
         self.axes, self.guessed = _axes(self.blocks, reduction, batch_axis), batch_axis is None
         self.on, self.paused = True, False
-        self.resting = self.hidden = frozenset()   # blocks of the last pass that ran in evaluation mode or without gradients; that ran in a reentrant checkpoint
+        self.resting = frozenset()   # blocks of the last pass that ran in evaluation mode, or without gradients
+        self.hidden = frozenset()    # those that ran in a reentrant checkpoint
         self.forget()
         self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
         for name, module in branches.items():
@@ -270,7 +279,8 @@ class EnergyMeter:
         self._end(); self.forget()
         self.on = False
 
-    def __getstate__(self): return self.__dict__ | dict(on=False, running=False, passes=0, seen=[], _open=[], mark=None, earlier=[])   # of a copy: it is on no model
+    def __getstate__(self):   # of a copy: it is on no model
+        return self.__dict__ | dict(on=False, running=False, passes=0, seen=[], _open=[], mark=None, earlier=[])
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
@@ -278,7 +288,8 @@ class EnergyMeter:
 # %% ../nbs/03_kinetic_bias.ipynb #206eb423
 def _check_names(blocks):
     if not isinstance(blocks, Iterable) or isinstance(blocks, (Tensor, np.ndarray, bytes)):
-        raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, or names and patterns")
+        raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, or names "
+                        "and patterns")
 
 def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
     "The blocks to measure, by name; raises `ValueError` if there are none, or one is not in the model."
@@ -291,15 +302,17 @@ def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
     if not blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
     inside = set(root.modules())
     if lost := [n for n, m in blocks.items() if not isinstance(m, nn.Module)]:
-        raise TypeError(f"block {lost[0]!r} is of type {type(blocks[lost[0]]).__name__}, expected a module of the model")
+        raise TypeError(f"block {lost[0]!r} is of type {type(blocks[lost[0]]).__name__}, expected a module of the "
+                        "model")
     if lost := [n for n, m in blocks.items() if m not in inside]:
         raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is measured")
     return blocks
 
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     "The module that gives the branch of each block; empty for the displacement."
-    if not isinstance(velocity, (str, Mapping)) or isinstance(velocity, str) and velocity not in ("displacement", "branch"):
-        raise ValueError(f"velocity is {velocity!r}, expected 'displacement', 'branch' or a mapping of each block to the module of its branch")
+    if not (isinstance(velocity, Mapping) or isinstance(velocity, str) and velocity in ("displacement", "branch")):
+        raise ValueError(f"velocity is {velocity!r}, expected 'displacement', 'branch' or a mapping of each block to the "
+                         "module of its branch")
     if velocity == "displacement": return {}
     if velocity == "branch":
         if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock)]:
@@ -314,7 +327,8 @@ def _part(name:str, block:nn.Module, part)->nn.Module:
     "A module inside a block, given by itself or by its name there."
     parts = dict(block.named_modules())
     if isinstance(part, nn.Module) or isinstance(part, str) and part in parts: return parts.get(part, part)
-    raise ValueError(f"velocity of block {name!r} is {part!r}, expected a module or the name of one in the block, like {', '.join(list(parts)[1:4])}")
+    raise ValueError(f"velocity of block {name!r} is {part!r}, expected a module or the name of one in the block, like "
+                     f"{', '.join(list(parts)[1:4])}")
 
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
@@ -322,7 +336,8 @@ def _begin(self:EnergyMeter, name, module, args):
     if _recomputing(): return
     whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
     if not torch.compiler.is_compiling(): self._set_aside(whole)
-    self.passes, self.running, self.ended, self.mark, self.seen, self._open = 2 if whole else 1, True, False, None, [], []
+    self.passes, self.running, self.ended, self.mark = 2 if whole else 1, True, False, None
+    self.seen, self._open = [], []
     self.resting = self.hidden = frozenset()
 
 @patch
@@ -359,7 +374,8 @@ def _in_function()->bool:
     frame = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_argcount and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx): return True
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, torch.autograd.function.FunctionCtx): return True
         frame = frame.f_back
     return False
 
@@ -387,8 +403,10 @@ def _note(self:EnergyMeter, name, like, energy, factor):
     "Keep an energy, unless a checkpointed block is run again."
     if not like.numel():
         what = "there are no features" if len(like) else "the batch is empty"
-        raise ValueError(f"{what}: block {name!r} gives {tuple(like.shape)}; give at least one sample, and at least one feature of it")
-    if self.reduction == "sum": self.shapes[name], factor = like.shape, factor * (like.numel() // self._samples(name, like))
+        raise ValueError(f"{what}: block {name!r} gives {tuple(like.shape)}; give at least one sample, and at least "
+                         "one feature of it")
+    if self.reduction == "sum":
+        self.shapes[name], factor = like.shape, factor * (like.numel() // self._samples(name, like))
     if _recomputing(): return
     if not torch.compiler.is_compiling(): self._sign(name, like)
     self.seen.append((name, energy if factor == 1 else energy * factor))
@@ -396,7 +414,7 @@ def _note(self:EnergyMeter, name, like, energy, factor):
 @patch
 def _sign(self:EnergyMeter, name, like):
     "Leave the mark of this pass on the graph that comes out of a block."
-    alone = self.passes < 1 and any(name == old for old, _ in self.seen)   # blocks called without the model, one of them again
+    alone = self.passes < 1 and any(name == old for old, _ in self.seen)   # without the model, and one block again
     if alone: self._set_aside(True); self.passes, self.mark, self.seen = -1, None, []
     self.mark = self.mark or _Pass()
     if like.grad_fn is not None: like.grad_fn.metadata[_Pass] = self.mark
@@ -409,39 +427,43 @@ _SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which
 def _axes(blocks:Mapping[str, nn.Module], reduction:str, axis)->dict[str, int]:
     "Axis of the samples in what each block returns; raises `ValueError` where the sum over features must know and cannot."
     if axis is not None:
-        if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0: raise ValueError(f"batch_axis is {axis!r}, expected the number of an axis, from 0 on, or None")
+        if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
+            raise ValueError(f"batch_axis is {axis!r}, expected the number of an axis, from 0 on, or None")
         return dict.fromkeys(blocks, axis)
     axes = {}
     for name, block in blocks.items():
         known = isinstance(block, _SEQUENCES)
         late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
         if late and not known and reduction == "sum":
-            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may not: "
-                             "give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; reduction='mean' needs none")
+            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
+                             "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
+                             "reduction='mean' needs none")
         axes[name] = int(bool(late) and known)
     return axes
 
 @patch
 def _samples(self:EnergyMeter, name, like)->int:
     "Number of samples in what a block returned."
-    if self.guessed and like.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES): return 1   # one sequence, without an axis for samples
+    if self.guessed and like.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES):
+        return 1   # one sequence, without an axis for samples
     if (axis := self.axes[name]) < like.ndim: return like.shape[axis]
-    raise ValueError(f"block {name!r} gives {tuple(like.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples")
+    raise ValueError(f"block {name!r} gives {tuple(like.shape)}, expected an axis {axis} as in batch_axis: give the "
+                     "axis of the samples")
 
 @patch
 def _check_axis(self:EnergyMeter, out:Tensor|None):
     "Raise `ValueError` if the model's output counts as many samples as the second axis of a block, not the first."
     for name, shape in self.shapes.items():
         if out is not None and out.ndim and len(shape) > 2 and not self.axes[name] and shape[0] != len(out) == shape[1]:
-            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis seems to count the samples: "
-                             "give batch_axis=1, or 0 if it is the first after all; reduction='mean' needs none")
+            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
+                             "seems to count the samples: give batch_axis=1, or 0 if it is the first after all; reduction='mean' needs none")
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db
 @patch
 def take(self:EnergyMeter,
     loss:Tensor|None=None, # made of the pass: with it, earlier passes that it does not use do not matter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
-    "The energies of the last forward pass, once; raises `RuntimeError` if there is not exactly one, or, with a loss, if it is not made of the last one alone."
+    "The energies of the last forward pass, once; `RuntimeError` if there is not one, or a loss not made of it alone."
     passes, seen, sums, several = self.passes, self.seen, {}, self._several(loss)
     self.forget()
     for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
@@ -462,8 +484,11 @@ def put(self:EnergyMeter,
 ):
     "Hand in energies that were measured elsewhere, as if by a forward pass; raises `TypeError` for what is no tensor, `ValueError` for another number of blocks."
     if not isinstance(energies, Tensor) or not energies.is_floating_point():
-        raise TypeError(f"energies are of type {getattr(energies, 'dtype', type(energies).__name__)}, expected a tensor of floats, [..., {len(self.blocks)}]")
-    if energies.shape[-1:] != (len(self.blocks),): raise ValueError(f"energies have shape {tuple(energies.shape)}, expected [..., {len(self.blocks)}]: one per block")
+        raise TypeError(f"energies are of type {getattr(energies, 'dtype', type(energies).__name__)}, expected a "
+                        f"tensor of floats, [..., {len(self.blocks)}]")
+    if energies.shape[-1:] != (len(self.blocks),):
+        raise ValueError(f"energies have shape {tuple(energies.shape)}, expected [..., {len(self.blocks)}]: one per "
+                         "block")
     self.forget()
     self.passes, self.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
 
@@ -496,10 +521,14 @@ def _several(self:EnergyMeter, loss:Tensor|None)->bool:
 def _advice(meter:EnergyMeter, passes:int, several:bool, sums:dict)->str:
     "What may have gone wrong."
     if not meter.on: return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
-    if several: return "; the passes so far are forgotten now, the next one counts; after a pass that you do not use call forget(), here or on its LeastAction"
+    if several:
+        return ("; the passes so far are forgotten now, the next one counts; after a pass that you do not use call "
+                "forget(), here or on its LeastAction")
     missing = [name for name in meter.blocks if name not in sums]
-    if sums and meter.hidden: return f"; {min(meter.hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
-    if sums: return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
+    if sums and meter.hidden:
+        return f"; {min(meter.hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
+    how = "" if passes else ", or not in training mode with gradients on"
+    if sums: return f"; {missing[0]!r} was not called{how}" if missing else ""
     return ("; a compiled model heeds a meter only if it was made before the first compiled call, and blocks in a gradient checkpoint "
             "only with use_reentrant=False")
 
@@ -559,16 +588,23 @@ def _parts(name:str, values, n:int)->np.ndarray:
     try:
         if isinstance(values, Tensor): values = values.detach().cpu()
         values = np.asarray(values)
-        if values.shape == (n,) and not (values.dtype.kind in "fc" and np.isnan(values).any()): return np.unique(values, return_inverse=True)[1]
+        if values.shape == (n,) and not (values.dtype.kind in "fc" and np.isnan(values).any()):
+            return np.unique(values, return_inverse=True)[1]
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} is of type {type(values).__name__} and cannot be sorted, expected {n} numbers or strings") from None
-    raise ValueError(f"{name} has shape {values.shape}{' with NaN in it' * (values.shape == (n,))}, expected one number or string for each of {n} values")
+        raise TypeError(f"{name} is of type {type(values).__name__} and cannot be sorted, expected {n} numbers or "
+                        "strings") from None
+    raise ValueError(f"{name} has shape {values.shape}{' with NaN in it' * (values.shape == (n,))}, expected one "
+                     f"number or string for each of {n} values")
 
 def _check_bootstrap(n:int, resamples, level, seed):
     whole = lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole(resamples) or resamples < 1: raise ValueError(f"resamples is {resamples!r}, expected a positive whole number")
-    if (1 + resamples) * n > _MOST_DRAWN: raise ValueError(f"resamples is {resamples}, expected at most {_MOST_DRAWN // n - 1} for {n} values: memory would not hold them")
-    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a coverage between 0 and 1")
+    if not whole(resamples) or resamples < 1:
+        raise ValueError(f"resamples is {resamples!r}, expected a positive whole number")
+    if (1 + resamples) * n > _MOST_DRAWN:
+        raise ValueError(f"resamples is {resamples}, expected at most {_MOST_DRAWN // n - 1} for {n} values: memory "
+                         "would not hold them")
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+        raise ValueError(f"level is {level!r}, expected a coverage between 0 and 1")
     if not whole(seed) or seed < 0: raise ValueError(f"seed is {seed!r}, expected a whole number, zero or more")
 
 # %% ../nbs/03_kinetic_bias.ipynb #cdcc4f3e

@@ -32,10 +32,13 @@ def dual_ascent(
 )->Tensor:            # the next multipliers
     r"One step of dual ascent, $\lambda \leftarrow \min(\max(\lambda + \tau(L - \varepsilon),\, low),\, high)$; `TypeError` or `ValueError` for what are no multipliers, losses or settings; values in tensors are not looked at."
     for name, value in dict(lam=lam, loss=loss).items():
-        if not isinstance(value, Tensor) or not value.is_floating_point(): raise TypeError(f"{name} is {_kind(value)}, expected a tensor of floats")
-    if lam.ndim and loss.ndim and lam.shape != loss.shape: raise ValueError(f"loss has shape {tuple(loss.shape)}, expected {tuple(lam.shape)}, as lam")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} is {_kind(value)}, expected a tensor of floats")
+    if lam.ndim and loss.ndim and lam.shape != loss.shape:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}, expected {tuple(lam.shape)}, as lam")
     for name, value in dict(tau=tau, target=target, low=low, high=high).items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.device == lam.device and value.shape in ((), lam.shape): continue   # of a row: one each
+        row = isinstance(value, Tensor) and value.is_floating_point() and value.shape in ((), lam.shape)   # one each
+        if row and value.device == lam.device: continue
         if math.isnan(_plain(name, value)): raise ValueError(f"{name} is {value!r}, expected a number")
     return (lam + tau * (loss.detach() - target)).clamp(low, high)
 
@@ -45,22 +48,28 @@ def _kind(value)->str: return f"a tensor of {value.dtype}" if isinstance(value, 
 def _plain(name:str, value)->float:
     "A setting as a float; raises `TypeError` for what is no number, `ValueError` for several numbers."
     if isinstance(value, Tensor) and value.ndim:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number: networks of fit_many get their own by grid=dict({name}=[...])")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number: networks of fit_many get their "
+                         f"own by grid=dict({name}=[...])")
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real or isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta): raise TypeError(f"{name} is {value!r}, expected a number")
+    if not (real or isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta):
+        raise TypeError(f"{name} is {value!r}, expected a number")
     try: return float(value)
     except OverflowError: raise ValueError(f"{name} is {value!r}, expected a number of at most 1e308") from None
 
 def _as_loss(loss, lam:Tensor, name:str="loss")->Tensor: # of the shape of `lam`, on its device, without gradient
     "A measured loss; raises `TypeError` for what is no number or tensor of floats, `ValueError` for another shape."
-    if not isinstance(loss, Tensor): return lam.new_full(lam.shape, _plain(name, loss)) if not lam.ndim else _one_each(name, (), lam)
-    if not loss.is_floating_point() or loss.layout != torch.strided: raise TypeError(f"{name} is {_kind(loss)}, {loss.layout}, expected floating-point numbers")
+    if not isinstance(loss, Tensor):
+        return lam.new_full(lam.shape, _plain(name, loss)) if not lam.ndim else _one_each(name, (), lam)
+    if not loss.is_floating_point() or loss.layout != torch.strided:
+        raise TypeError(f"{name} is {_kind(loss)}, {loss.layout}, expected floating-point numbers")
     if loss.shape != lam.shape: _one_each(name, loss.shape, lam)
-    if loss.is_meta and not lam.is_meta: raise ValueError(f"{name} is on the meta device and has no value, expected one on {lam.device}")
+    if loss.is_meta and not lam.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no value, expected one on {lam.device}")
     return loss.detach().to(lam.device)
 
 def _one_each(name:str, shape, lam:Tensor):
-    raise ValueError(f"{name} has shape {tuple(shape)}, expected {tuple(lam.shape)}: one number per network, as from cross_entropy with its default reduction")
+    raise ValueError(f"{name} has shape {tuple(shape)}, expected {tuple(lam.shape)}: one number per network, as from "
+                     "cross_entropy with its default reduction")
 
 # %% ../nbs/05_least_action.ipynb #eea0199a
 class _Exact(nn.Module):
@@ -72,7 +81,8 @@ class _Exact(nn.Module):
             except TypeError:
                 if t.dtype != torch.float64: raise
                 out = fn(t.float())
-                warnings.warn(f"{out.device} has no float64: lambda is kept in float32 there, in which a step below lambda / 2**24 is lost", stacklevel=3)
+                warnings.warn(f"{out.device} has no float64: lambda is kept in float32 there, in which a step below "
+                              "lambda / 2**24 is lost", stacklevel=3)
                 return out
             return out if out.dtype == t.dtype else t.to(out.device)
         keep.exact = True
@@ -89,10 +99,10 @@ class Controller(_Exact):
     ):
         super().__init__()
         lam = _multipliers("lambda0", lambda0)
-        self.tau, self.target, self.cap = (_plain(name, value) for name, value in dict(tau=tau, target=target, cap=cap).items())
+        self.tau, self.target, self.cap = _plain("tau", tau), _plain("target", target), _plain("cap", cap)
         self.low = min(1e-3, lam.min().item()) if low is None else _plain("low", low)
         _check_settings(lam, self.tau, self.target, self.cap, None if low is None else self.low)
-        self.register_buffer("lam", _exact(lam).clone())
+        self.register_buffer("lam", _in_double(lam).clone())
         self.register_buffer("held", torch.zeros_like(self.lam, dtype=torch.int64))   # updates skipped
 
     @torch.no_grad()
@@ -113,22 +123,27 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32
 
 def _short(value)->str: return str(value.tolist()) if isinstance(value, Tensor) else f"{value:g}"
 
-def _exact(value:Tensor)->Tensor: return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+def _in_double(value:Tensor)->Tensor: return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 def _multipliers(name:str, value)->Tensor: # `[]` or `[S]`, as given
     "Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the action cannot be divided by."
-    given = value
-    try: value = torch.as_tensor(float(value) if isinstance(value, Real) and not isinstance(value, bool) else value).detach()
-    except OverflowError: raise ValueError(f"{name} is {given!r}, expected at most {_LARGEST:.2g}: leave least action out for no action at all") from None
+    given = value = _plain(name, value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    try:
+        value = torch.as_tensor(value).detach()
+        if value.is_floating_point() and not isinstance(given, Tensor): value = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError): value = torch.tensor(False)
     if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided or value.is_quantized:
         raise TypeError(f"{name} is {given!r}, expected a number, or one per network")
-    if value.ndim > 1 or not value.numel(): raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, or one per network")
+    if value.ndim > 1 or not value.numel():
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, or one per network")
     if value.is_meta: raise ValueError(f"{name} is on the meta device, expected one with values")
-    if not (value > 0).all(): raise ValueError(f"{name} is {value.tolist()}, expected positive: the action is divided by it")
-    if not value.isfinite().all(): raise ValueError(f"{name} is {value.tolist()}, expected finite: leave least action out for no action at all")
+    if not (value > 0).all():
+        raise ValueError(f"{name} is {value.tolist()}, expected positive: the action is divided by it")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} is {value.tolist()}, expected finite: leave least action out for no action at all")
     if not ((value >= _SMALLEST) & (value <= _LARGEST)).all():
-        raise ValueError(f"{name} is {value.tolist()}, expected between {_SMALLEST:.2g} and {_LARGEST:.2g}: the action is divided by it in float32")
+        raise ValueError(f"{name} is {value.tolist()}, expected between {_SMALLEST:.2g} and {_LARGEST:.2g}: the action "
+                         "is divided by it in float32")
     return value
 
 def _check_settings(lam:Tensor, tau:float, target:float, cap:float, low):
@@ -164,7 +179,8 @@ class ProportionalIntegral(Controller):
         super().__init__(*args, **kwargs)
         if not isinstance(relative, int): raise TypeError(f"relative is {relative!r}, expected True or False")
         self.gain, self.smooth = _check_gain("gain", gain), _plain("smooth", smooth)
-        if not 0 <= self.smooth < 1: raise ValueError(f"smooth is {smooth!r}, expected a decay in [0, 1); 0 smooths nothing")
+        if not 0 <= self.smooth < 1:
+            raise ValueError(f"smooth is {smooth!r}, expected a decay in [0, 1); 0 smooths nothing")
         self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
 
     def _next(self, loss):
@@ -322,15 +338,19 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
     if not isinstance(weights, Mapping): raise TypeError(f"weights is of type {type(weights).__name__}, expected a mapping of patterns to numbers")
     values = dict.fromkeys(blocks, 1.)
     for pattern, weight in weights.items():
-        if not isinstance(pattern, str): raise TypeError(f"found a {type(pattern).__name__} among the patterns of weights, expected names of blocks")
-        if not (isinstance(weight, Real) and 0 <= weight <= _LARGEST): raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more, and finite")
+        if not isinstance(pattern, str):
+            raise TypeError(f"found a {type(pattern).__name__} among the patterns of weights, expected names of blocks")
+        if not (isinstance(weight, Real) and 0 <= weight <= _LARGEST):
+            raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more, and finite")
         values |= dict.fromkeys(_matching(blocks, pattern), float(weight))
-    if not any(values.values()): raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
+    if not any(values.values()):
+        raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
     return torch.tensor(list(values.values()), dtype=torch.float64)
 
 # %% ../nbs/05_least_action.ipynb #a076b916
 def _check_floor(floor)->float:
-    if not (isinstance(floor, Real) and not isinstance(floor, bool) and 0 <= floor < math.inf): raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
+    if not (isinstance(floor, Real) and not isinstance(floor, bool) and 0 <= floor < math.inf):
+        raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
     try: return float(floor)
     except OverflowError: raise ValueError(f"floor is {floor!r}, expected a weight of at most 1e308") from None
 
@@ -347,7 +367,9 @@ def _check_clock(every, average, warmup, accumulate, controller):
         raise TypeError(f"controller is a {name}, expected what makes one: the class {name}, or partial({name}, ...) with its own settings")
     try: inspect.signature(controller).bind(lambda0=1., tau=1., target=0., cap=1.)
     except ValueError: pass   # written in C, without a signature
-    except TypeError as e: raise TypeError(f"controller is {controller!r}, expected what takes lambda0, tau, target and cap by name: {e}") from None
+    except TypeError as e:
+        raise TypeError(f"controller is {controller!r}, expected what takes lambda0, tau, target and cap by name: "
+                        f"{e}") from None
 
 # %% ../nbs/05_least_action.ipynb #524cce2a
 @patch
@@ -371,7 +393,8 @@ def forward(self:LeastAction,
     return objective
 
 @patch
-def _weigh(self:LeastAction, energies): return energies.sum(-1) if self.weights is None else (energies * self.weights.to(energies.dtype)).sum(-1)
+def _weigh(self:LeastAction, energies):
+    return energies.sum(-1) if self.weights is None else (energies * self.weights.to(energies.dtype)).sum(-1)
 
 @patch
 def ascend(self:LeastAction,
@@ -410,7 +433,7 @@ def _check_task(self:LeastAction, task)->Tensor: # the loss that the ascent sees
     if not isinstance(task, Tensor): raise TypeError(f"task loss is a {type(task).__name__}, expected a tensor, as from cross_entropy")
     if task.device != self.lam.device: self._follow(task.device)
     loss = self._rounded(_as_loss(task, self.lam, "task loss"), None)
-    if asleep := [name for name, block in self.blocks.items() if not block.training and self._trains(name)]:
+    if asleep := self._asleep():
         raise RuntimeError(f"{len(asleep)} of {len(self.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
                            "call model.train() before the forward pass; to evaluate, use the task's loss by itself; "
                            "a block may stay in evaluation mode if its parameters are frozen, requires_grad_(False), or its weight is 0")
@@ -418,19 +441,24 @@ def _check_task(self:LeastAction, task)->Tensor: # the loss that the ascent sees
     return loss
 
 @patch
-def _trains(self:LeastAction, name:str)->bool:
-    "Whether a block counts in the action and has a parameter to train."
-    return name not in self.left_out and any(p.requires_grad for p in self.blocks[name].parameters())
+def _asleep(self:LeastAction)->list[str]:
+    "Blocks in evaluation mode by mistake: those that count and have a parameter to train; all, if none was measured."
+    resting = [name for name, block in self.blocks.items() if not block.training]
+    if len(resting) == len(self.blocks) and not self.meter.seen: return resting
+    trains = lambda name: any(p.requires_grad for p in self.blocks[name].parameters())
+    return [name for name in resting if name not in self.left_out and trains(name)]
 
 @patch
 def _follow(self:LeastAction, device):
     "Move to the device of the loss, unless values would be lost on the way."
-    if device.type == "meta" and not any(p.is_meta for p in self.model.parameters()): raise ValueError("the task loss is on the meta device and has no value, the model is not: give the loss of this model")
+    if device.type == "meta" and not any(p.is_meta for p in self.model.parameters()):
+        raise ValueError("the task loss is on the meta device and has no value, the model is not: give the loss of "
+                         "this model")
     self.to(device)
 
 @patch
 def _rounded(self:LeastAction, loss:Tensor, slack:float|None)->Tensor:
-    "The loss, zero where rounding alone may have taken it below; one that is lower still is refused, or kept where its value cannot be read."
+    "The loss, zero where rounding may have taken it below; lower, it is refused, or kept where it cannot be read."
     if slack is None: slack = _slack(loss.dtype)
     if loss.device.type != "cpu": return _lifted(loss, slack)
     lowest = min(0., *loss.tolist()) if loss.ndim else min(0., loss.item())   # in this order, NaN is never the smallest
@@ -442,16 +470,16 @@ def _lifted(loss:Tensor, slack:float)->Tensor: return torch.where(loss < -slack,
 @patch
 def _check_gradients(self:LeastAction, task, action):
     if not task.requires_grad and action.requires_grad:
-        raise RuntimeError("the task loss has no gradient, expected one: it was detached, is a constant, or comes from another model or from parts that are frozen; "
-                           "give the loss of the pass just made, from outputs of the model, before detach() or item()")
+        raise RuntimeError("the task loss has no gradient, expected one: it was detached, is a constant, or comes from "
+                           "another model or from parts that are frozen; give the loss of the pass just made, from outputs of the model, before detach() or item()")
     if not action.requires_grad:
         raise RuntimeError("the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
                            "torch.no_grad(); thaw them, or use the task's loss by itself")
 
 @patch
 def _refuse(self:LeastAction, loss:float):
-    raise ValueError(f"the task loss was {loss:g}, expected zero or more, up to rounding: a multiplier on a loss that can fall below zero has no meaning; "
-                     "add a constant that makes it positive")
+    raise ValueError(f"the task loss was {loss:g}, expected zero or more, up to rounding: a multiplier on a loss that "
+                     "can fall below zero has no meaning; add a constant that makes it positive")
 
 @patch
 def check(self:LeastAction):
@@ -516,8 +544,11 @@ ADVICE = {
 
 def _curve(name:str, values)->Tensor: # `[...]`, float64, on the CPU
     try: values = torch.as_tensor(values).detach()
-    except (TypeError, ValueError, RuntimeError): raise TypeError(f"{name} is of type {type(values).__name__}, expected a tensor of numbers, [T]") from None
-    if values.is_complex() or values.is_meta or values.layout != torch.strided: raise TypeError(f"{name} is {_kind(values)} on {values.device}, {values.layout}, expected real numbers with values")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is of type {type(values).__name__}, expected a tensor of numbers, [T]") from None
+    if values.is_complex() or values.is_meta or values.layout != torch.strided:
+        raise TypeError(f"{name} is {_kind(values)} on {values.device}, {values.layout}, expected real numbers with "
+                        "values")
     return values.double().cpu()
 
 def _level(name:str, value)->float:
@@ -583,14 +614,19 @@ def kkt(
     **more,                      # further fields of the report
 )->KKT:
     "Judge a training by its curves; raises `ValueError` on curves of several networks, or without least action, `TypeError` on what are no curves."
-    if not isinstance(curves, Mapping): raise TypeError(f"curves is of type {type(curves).__name__}, expected a mapping of names to tensors, like run.curves")
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves is of type {type(curves).__name__}, expected a mapping of names to tensors, like "
+                        "run.curves")
     if missing := [name for name in ("loss", "lambda", "action") if name not in curves]:
         raise ValueError(f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
     loss, lam, action = (_curve(name, curves[name]) for name in ("loss", "lambda", "action"))
     if lam.ndim != 1: raise ValueError(f"lambda has shape {tuple(lam.shape)}, expected [T]: take one network of the row, as in runs[i].curves")
-    if not loss.shape == lam.shape == action.shape: raise ValueError(f"loss, lambda and action have {loss.numel()}, {lam.numel()} and {action.numel()} points, expected as many of each")
+    if not loss.shape == lam.shape == action.shape:
+        raise ValueError(f"loss, lambda and action have {loss.numel()}, {lam.numel()} and {action.numel()} points, "
+                         "expected as many of each")
     if not len(lam): raise ValueError("curves have no points, expected at least one: train first")
-    target, cap, low, tolerance = (_level(name, value) for name, value in dict(target=target, cap=cap, low=low, tolerance=tolerance).items())
+    target, cap = _level("target", target), _level("cap", cap)
+    low, tolerance = _level("low", low), _level("tolerance", tolerance)
     verdict, tail = _verdict(loss, lam, action, target, cap, low, tolerance), slice(len(lam) // 2, None)
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()
@@ -603,7 +639,9 @@ def stationarity(self:LeastAction,
     task:Callable[[], Tensor], # calls the model, in training mode, and returns the task's loss: on many samples, to be worth much
 )->tuple[float, float]:        # residual in [0, 1], and the multiplier that balances the gradients best
     "How well the gradients of loss and action cancel (NaN: there is none to cancel); leaves lambda, its history and the gradients of the model alone."
-    if not callable(task): raise TypeError(f"task is a {type(task).__name__}, expected a function that calls the model and returns the loss")
+    if not callable(task):
+        raise TypeError(f"task is a {type(task).__name__}, expected a function that calls the model and returns the "
+                        "loss")
     if self.lam.ndim: raise ValueError(f"lambda has shape {tuple(self.lam.shape)}, expected one network: take it out of the row")
     loss = task()
     self._check_task(loss)

@@ -1167,3 +1167,9 @@ def test_all_processes_add_up_in_double_precision(net, monkeypatch):
     la = LeastAction(net)
     net(torch.ones(1, 8)); la(torch.tensor(1., dtype=torch.bfloat16, requires_grad=True))
     assert la.lam.item() == 1 + (1 + 3e-5) / 2
+
+
+@pytest.mark.parametrize("lambda0", [.1, [.1, .7], Fraction(1, 10), np.array([.1]), np.float64(.1)])
+def test_the_first_multiplier_is_what_was_given(lambda0):
+    law = DualAscent(lambda0, tau=0.)
+    assert np.array_equal(law.lam.numpy(), np.asarray(lambda0, dtype=float))
