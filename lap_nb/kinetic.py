@@ -255,15 +255,12 @@ class EnergyMeter:
         batch_axis:int|None=None,                 # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks wrong `ValueError`
     ):
         _check_reduction(reduction)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is of type {type(model).__name__}, expected a module")
+        if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}, expected a module")
         root = _unwrap(model)
         self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
         self.axes, self.guessed = _axes(self.blocks, reduction, batch_axis), batch_axis is None
-        self.on, self.paused = True, False
-        self.resting = frozenset()   # blocks of the last pass that ran in evaluation mode, or without gradients
-        self.hidden = frozenset()    # those that ran in a reentrant checkpoint
+        self.on, self.paused, self.resting, self.hidden = True, False, frozenset(), frozenset()
         self.forget()
         self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
         for name, module in branches.items():
@@ -308,6 +305,7 @@ def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
         raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is measured")
     return blocks
 
+# %% ../nbs/03_kinetic_bias.ipynb #e748b4bd
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     "The module that gives the branch of each block; empty for the displacement."
     if not (isinstance(velocity, Mapping) or isinstance(velocity, str) and velocity in ("displacement", "branch")):
@@ -398,6 +396,7 @@ def _branch(self:EnergyMeter, name, module, args, out):
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
     self._note(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
 
+# %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
 @patch
 def _note(self:EnergyMeter, name, like, energy, factor):
     "Keep an energy, unless a checkpointed block is run again."

@@ -88,6 +88,7 @@ class _Exact(nn.Module):
         keep.exact = True
         return super()._apply(keep, *args)
 
+# %% ../nbs/05_least_action.ipynb #2b68e11e
 class Controller(_Exact):
     "A multiplier that keeps its value; the rules that move it say how in `_next`."
     def __init__(self,
@@ -332,6 +333,7 @@ def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
                          "call requires_grad_() on the blocks, or train without least action")
     return model, blocks
 
+# %% ../nbs/05_least_action.ipynb #1e10f8b6
 def _weights(blocks, weights)->Tensor|None: # `[K]`
     "One weight per block; raises `ValueError` on patterns without a block and negative numbers."
     if weights is None: return None
@@ -396,6 +398,7 @@ def forward(self:LeastAction,
 def _weigh(self:LeastAction, energies):
     return energies.sum(-1) if self.weights is None else (energies * self.weights.to(energies.dtype)).sum(-1)
 
+# %% ../nbs/05_least_action.ipynb #89220278
 @patch
 def ascend(self:LeastAction,
     loss:Tensor|float, # of the task, measured in any way: over all training samples, say
@@ -456,6 +459,7 @@ def _follow(self:LeastAction, device):
                          "this model")
     self.to(device)
 
+# %% ../nbs/05_least_action.ipynb #357aad67
 @patch
 def _rounded(self:LeastAction, loss:Tensor, slack:float|None)->Tensor:
     "The loss, zero where rounding may have taken it below; lower, it is refused, or kept where it cannot be read."
@@ -555,6 +559,7 @@ def _level(name:str, value)->float:
     if (plain := _plain(name, value)) >= 0: return plain
     raise ValueError(f"{name} is {value!r}, expected zero or more")
 
+# %% ../nbs/05_least_action.ipynb #6f1c1cb4
 def _trend(lam:Tensor)->tuple[float, float, int]: # drift and swing over the mean; changes of side
     "Slope of a series over its length, size and sign changes of what is left."
     time = torch.linspace(-1, 1, len(lam), dtype=lam.dtype)
