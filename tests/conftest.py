@@ -2,9 +2,11 @@
 import importlib.util
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,24 @@ def check(*args, cwd=ROOT):
 
 
 def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture
+def odd_calls():
+    "Calls a function with odd values in each of its arguments, and in pairs of them: it works, or raises an error that the package words itself."
+    return _call_with_odd_values
+
+
+def _call_with_odd_values(function, arguments, odd, pairs=60):
+    import lap_nb
+    home, rng = str(Path(lap_nb.__file__).parent), random.Random(0)
+    cases = [{name: value} for name in arguments for value in odd]
+    if len(arguments) > 1: cases += [{name: rng.choice(odd) for name in rng.sample(sorted(arguments), 2)} for _ in range(pairs)]
+    for case in cases:
+        try: function(**arguments | case)
+        except (TypeError, ValueError, RuntimeError) as e:
+            *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+            assert type(e) in (TypeError, ValueError, RuntimeError) and frame.f_code.co_filename.startswith(home), (case, e)
 
 
 @pytest.fixture

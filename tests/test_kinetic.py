@@ -2,6 +2,7 @@
 import copy
 import gc
 import weakref
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -570,3 +571,194 @@ def test_second_derivatives_of_the_mean_square(big):
     push, pull = torch.autograd.grad(kinetic._mean_square(after, before, False), (after, before), create_graph=True)
     second, = torch.autograd.grad(push.square().sum(), after)
     assert_close(pull, -push); assert_close(second, 8 * (after - before).detach() / after.numel() ** 2)
+
+
+# Passes that come to nothing
+
+@pytest.mark.parametrize("held", [False, True])
+def test_with_the_loss_the_pass_it_is_made_of_is_known(held):
+    net, x = small()
+    with EnergyMeter(net) as meter:
+        skipped = [net(9 * x) for _ in range(3)]
+        if not held: del skipped
+        out = net(x)
+        assert_close(meter.take(out.sum()), by_hand(net, x))
+        one, two = net(9 * x), net(x)
+        with pytest.raises(RuntimeError, match="in more than one pass.*the passes so far are forgotten.*call forget"): meter.take((one * two).sum())
+        one, two = net(9 * x), net(x)
+        with pytest.raises(RuntimeError, match="in more than one pass"): meter.take(one.sum())
+        net(9 * x); meter.forget(); net(x)
+        assert_close(meter.take(), by_hand(net, x))
+
+
+def test_a_pass_that_is_given_up_is_not_held():
+    net, x = small()
+    kept = []
+    hook = net.flow.blocks[1].register_forward_hook(lambda m, args, out: kept.append(weakref.ref(out)))
+    with EnergyMeter(net) as meter:
+        for _ in range(4): net(x)
+        gc.collect()
+        assert [out() is None for out in kept] == [True] * 3 + [False] and len(meter.earlier) <= 1
+    hook.remove()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_a_compiled_pass_that_is_given_up(fresh_compiler, backend):
+    net, x = small()
+    with EnergyMeter(net) as meter:
+        compiled = torch.compile(net, backend=backend, fullgraph=True)
+        compiled(9 * x); out = compiled(x)
+        if backend == "eager":   # its graph is an ordinary one, without the marks of ordinary passes
+            with pytest.raises(RuntimeError, match="call forget"): meter.take(out.sum())
+            compiled(9 * x); meter.forget(); out = compiled(x)
+        assert_close(meter.take(out.sum()), by_hand(net, x))
+        for other in (9 * x, x[:2]):   # the second is compiled anew
+            both = compiled(other).sum() + compiled(x).sum()
+            with pytest.raises(RuntimeError, match="in more than one pass"): meter.take(both)
+
+
+# Frozen parts
+
+class Two(nn.Module):
+    def __init__(self, way=None, off=False):
+        super().__init__()
+        self.a, self.b, self.head, self.way, self.off = ResidualBlock(nn.Linear(3, 3)), ResidualBlock(nn.Linear(3, 3)), nn.Linear(3, 2), way, off
+
+    def forward(self, x):
+        with torch.set_grad_enabled(not self.off): x = self.a(x)
+        return self.head(self.b(x) if self.way is None else checkpoint(self.b, x.requires_grad_() if self.off else x, use_reentrant=self.way))
+
+
+@pytest.mark.parametrize("way", [None, False])
+@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("asleep", ["", "a", "b", "ab"])
+def test_parts_without_gradient_or_in_evaluation_mode_are_measured_in_a_pass_that_trains(way, off, asleep):
+    net, x = Two(way, off), torch.randn(BATCH, 3)
+    want = trace_energies(net, x).energies().mean(1).detach()
+    for name in asleep: net.get_submodule(name).requires_grad_(False).eval()
+    with EnergyMeter(net) as meter:
+        for _ in range(2):
+            out = net(x)
+            got = meter.take()
+            assert_close(got.detach(), want)
+            (out.sum() + got.sum()).backward()   # a checkpointed block runs again here
+        net.eval()
+        xs = x.clone().requires_grad_()
+        net(xs).sum().backward()
+        assert meter.seen == []
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_reentrant_checkpoint_beside_other_blocks_is_named(off):
+    net, x = Two(True, off), torch.randn(BATCH, 3)
+    with EnergyMeter(net) as meter:
+        net(x)
+        with pytest.raises(RuntimeError, match="'b' is in a gradient checkpoint, which needs use_reentrant=False"): meter.take()
+
+
+# Which axis counts the samples
+
+def layer(cls=nn.TransformerEncoderLayer, **kw): return cls(6, 2, 8, dropout=0., norm_first=True, **kw)
+
+
+@pytest.mark.parametrize("T, B", [(5, 4), (4, 5), (3, 3), (7, 1)])
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_that_say_so_are_summed_over_the_features_of_a_sample(T, B, first):
+    net = nn.Sequential(layer(batch_first=first), layer(batch_first=first))
+    x = torch.randn(*((B, T) if first else (T, B)), 6)
+    with EnergyMeter(net, {"0": net[0], "1": net[1]}, "sum") as meter:
+        out = net(x)
+        middle = net[0](x)
+        assert_close(meter.take(), torch.stack([(middle - x).square().sum(), (out - middle).square().sum()]) / B)
+        alone = x.select(0 if first else 1, 0)   # one sequence without an axis for samples
+        out = net(alone)
+        assert_close(meter.take().sum(), (net[0](alone) - alone).square().sum() + (out - net[0](alone)).square().sum())
+
+
+class Late(nn.Module):
+    "Time first; nothing in it says so."
+    def __init__(self, out="mean"): super().__init__(); self.block, self.head, self.out = ResidualBlock(nn.Linear(6, 6)), nn.Linear(6, 2), out
+    def forward(self, x): return self.head(self.block(x).mean(0) if self.out == "mean" else self.block(x)[-1])
+
+
+@pytest.mark.parametrize("out", ["mean", "last"])
+def test_time_first_is_noticed_by_what_comes_out_of_the_model(out):
+    net, x = Late(out), torch.randn(5, 4, 6)
+    square = (net.block(x) - x).square().sum().item()
+    with EnergyMeter(net, reduction="sum"), pytest.raises(ValueError, match=r"'block' gives \(5, 4, 6\) and the model \(4, 2\).*batch_axis=1"): net(x)
+    for axis, samples in ((0, 5), (1, 4)):
+        with EnergyMeter(net, reduction="sum", batch_axis=axis) as meter:
+            net(x)
+            assert meter.take().item() == pytest.approx(square / samples)
+    with EnergyMeter(net) as meter:
+        net(x)
+        assert meter.take().item() == pytest.approx(square / x.numel())
+    with EnergyMeter(net, reduction="sum", batch_axis=3), pytest.raises(ValueError, match="expected an axis 3"): net(x)
+
+
+def test_a_part_that_takes_time_first_is_reason_to_ask():
+    class Attends(nn.Module):
+        def __init__(self, **kw): super().__init__(); self.attention = nn.MultiheadAttention(6, 2, **kw)
+        def forward(self, x): return x + self.attention(x, x, x)[0]
+
+    net = nn.Sequential(Attends())
+    with pytest.raises(ValueError, match="'attention' in block '0' takes time first.*give batch_axis"): EnergyMeter(net, {"0": net[0]}, "sum")
+    assert hook_count(net) == 0
+    for net, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")), (nn.Sequential(Attends(batch_first=True)), {})):
+        EnergyMeter(net, {"0": net[0]}, **{"reduction": "sum"} | kw).remove()
+    for axis in (True, -1, 1., "1"):
+        with pytest.raises(ValueError, match="batch_axis is"): EnergyMeter(net, {"0": net[0]}, "sum", batch_axis=axis)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (3, 0, 4)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("velocity", ["displacement", "branch"])
+def test_nothing_has_no_energy(shape, reduction, velocity):
+    net = nn.Sequential(ResidualBlock(nn.Identity()))
+    with EnergyMeter(net, reduction=reduction, velocity=velocity), pytest.raises(ValueError, match="the batch is empty|there are no features"): net(torch.zeros(shape))
+
+
+def test_samples_without_features_have_no_energy():
+    empty = Trajectory(torch.zeros(3, 2, 0))
+    for measure in (block_energies, kinetic_energy, relative_energy, EnergyLedger):
+        with pytest.raises(ValueError, match="at least one sample and one feature"): measure(empty)
+        with pytest.raises(TypeError, match="traj is of type Tensor, expected a Trajectory"): measure(torch.zeros(3, 2, 4))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1., 1e30])
+def test_relative_energy_at_any_scale(scale):
+    traj = Trajectory(scale * torch.tensor([[[1., 2.], [0., 3.]], [[2., 2.], [0., 3.]]]))
+    assert_close(relative_energy(traj), torch.tensor([[.2, 0.]]))
+    assert relative_energy(Trajectory(scale * torch.tensor([[[0., 0.], [0., 0.]], [[2., 2.], [0., 0.]]]))).isfinite().tolist() == [[False, False]]
+
+
+def test_ranks_of_many_values_need_little_memory():
+    a = torch.arange(30_000.)   # a table of values by values would take 7 GB
+    assert rank_correlation(a, -a, resamples=2).value == pytest.approx(-1)
+    with pytest.raises(ValueError, match="resamples is 2000, expected at most 558"): rank_correlation(a, a)
+
+
+# Everything else that cannot be meant
+
+ODD = [None, True, "x", b"x", 1j, float("nan"), float("inf"), -1., 0, 1e300, 10 ** 400, Fraction(1, 3), [], [1, "a"], {}, {"a": 1}, object(), print, range(5), torch.tensor(1),
+       torch.tensor(True), torch.tensor(1j), torch.empty((), device="meta"), torch.ones(3).to_sparse(), torch.ones(2, 3), torch.empty(0), np.array([1., 2.]), np.float32(.5),
+       np.bool_(True), torch.float32, "mean"]
+CALLS = {
+    "block_energies": (block_energies, dict(traj=Trajectory(torch.ones(3, 4, 5)), reduction="mean")),
+    "kinetic_energy": (kinetic_energy, dict(traj=Trajectory(torch.ones(3, 4, 5)), reduction="sum")),
+    "relative_energy": (relative_energy, dict(traj=Trajectory(torch.ones(3, 4, 5)))),
+    "EnergyLedger": (EnergyLedger, dict(traj=Trajectory(torch.ones(3, 4, 5)), y=None, reduction="mean")),
+    "EnergyMeter": (lambda **kw: EnergyMeter(**kw).remove(), dict(model=small()[0], blocks=None, reduction="mean", velocity="displacement", copy=False, batch_axis=None)),
+    "velocity": (lambda part: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), velocity={"0": part}), dict(part="velocity")),
+    "block": (lambda block: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), {"0": block}), dict(block=None)),
+    "put": (lambda energies: EnergyMeter(small()[0]).put(energies), dict(energies=torch.ones(3))),
+    "rank_correlation": (rank_correlation, dict(a=[1, 2, 3, 4.], b=[2, 1, 3, 4.], groups=None, clusters=None, resamples=20, level=.9, seed=0))}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
+    odd_calls(*CALLS[name], ODD)
+
+
+def test_a_ledger_of_positions_without_values():
+    with pytest.raises(ValueError, match="on the meta device"): EnergyLedger(Trajectory(torch.empty(3, 4, 5, device="meta")))

@@ -2,8 +2,11 @@
 import copy
 import io
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lap_nb import least_action
 from lap_nb.attach import find_blocks
 from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import fit_many
 from lap_nb.kinetic import block_energies
 from lap_nb.least_action import (ADVICE, AugmentedLagrangian, DualAscent, FixedWeight, LeastAction,
-                                 ProportionalIntegral, _History, kkt)
+                                 ProportionalIntegral, _History, dual_ascent, kkt)
 from lap_nb.training import fit
 
 MOVING = [DualAscent, partial(AugmentedLagrangian, penalty=2.), partial(ProportionalIntegral, gain=2.),
@@ -787,3 +791,385 @@ def test_a_report_of_a_loss_of_zero(net):
     la, x = LeastAction(net), torch.randn(6, 8)
     for _ in range(10): la(net(x).sum() * 0)
     assert 'nan' not in str(la.report())
+
+
+# Exact sums
+
+BIG = 2. ** 21   # in float32 a step of .1 is lost in it
+
+
+@pytest.mark.parametrize("rule, extra", list(zip(MOVING, [0., .2, .2, 0.])))
+@pytest.mark.parametrize("convert", [lambda m: m, nn.Module.half, nn.Module.bfloat16, nn.Module.float, lambda m: m.to(torch.float32)])
+def test_a_large_multiplier_notices_small_steps(rule, extra, convert):
+    law = convert(rule(lambda0=BIG))
+    for _ in range(1000): law.update(torch.tensor(.1))
+    assert law.lam.item() - BIG == pytest.approx(100 + extra, rel=1e-5)
+
+
+@pytest.mark.parametrize("row", [(), (3,)])
+def test_a_large_multiplier_in_a_training(net, batch, row):
+    x, y = batch
+    net.part = LeastAction(net, lambda0=torch.full(row, BIG) if row else BIG)
+    net.to(torch.bfloat16).float()   # there and back
+    la = net.part
+    for _ in range(300): la.meter.put(torch.ones(*row, 3, requires_grad=True)); la(worth(.1, *row))
+    for _ in range(200): la.ascend(torch.full(row, .1))
+    assert (la.lam - BIG).tolist() == pytest.approx([50.] * 3 if row else 50., rel=1e-5)
+    curve = la.curves()["lambda"]
+    assert (curve[-1] - curve[0]).min() > 20 and (row or kkt(la.curves()).verdict != "fixed")
+
+
+def test_a_mean_over_many_batches_goes_on():
+    "As after 2^24 losses of one."
+    sensor = least_action._Sensor(None, 0, 1, "mean", torch.zeros((), dtype=torch.float64))
+    sensor.every = 2 ** 26
+    sensor.total.fill_(2. ** 24); sensor.count = {"calls": 2 ** 24, "added": 2 ** 24}
+    for _ in range(1000): sensor.see(torch.tensor(.1))
+    assert sensor.total.item() - 2. ** 24 == pytest.approx(100, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(average="mean", every=3), dict(average=.9), dict(controller=AugmentedLagrangian), dict(controller=ProportionalIntegral)])
+def test_a_state_of_single_precision_is_taken_over(net, batch, settings):
+    x, y = batch
+    la = LeastAction(net, **settings)
+    for _ in range(4): la(F.cross_entropy(net(x), y))
+    old = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in la.state_dict().items()}
+    other = LeastAction(make(), **settings)
+    other.load_state_dict(old)
+    assert other.lam.dtype == other.sensor.total.dtype == other.history.points.dtype == torch.float64
+    for k, v in la.state_dict().items():
+        if isinstance(v, torch.Tensor): torch.testing.assert_close(other.state_dict()[k], v, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def test_a_device_without_float64_gets_float32_and_a_warning(net):
+    def move(t):   # as MPS does
+        if t.dtype == torch.float64: raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return t.clone()
+    la = LeastAction(net, lambda0=3.)
+    with pytest.warns(UserWarning, match="cpu has no float64: lambda is kept in float32"): la._apply(move)
+    assert la.lam.dtype == torch.float32 and la.lam.item() == 3.
+    net(torch.ones(1, 8)); la(worth(1.))
+    assert la.lam.item() == 4.
+
+
+@given(st.floats(least_action._SMALLEST, least_action._LARGEST), st.floats(0, 10, allow_subnormal=False))
+@settings(max_examples=60, deadline=None)
+def test_any_multiplier_that_is_taken_gives_a_finite_objective(lambda0, loss):
+    la = LeastAction(make(), lambda0=lambda0)
+    la.meter.put(torch.full((3,), .3, requires_grad=True))
+    assert la(worth(loss)).isfinite()
+
+
+@pytest.mark.parametrize("lambda0", [1e-45, 1e-39, 5e-324, 1e39, 1e300, 10 ** 400, torch.tensor([1., 1e-40])])
+def test_multipliers_that_single_precision_cannot_divide_by(net, lambda0):
+    with pytest.raises(ValueError, match="lambda0 is .*expected"): LeastAction(net, lambda0=lambda0)
+    with pytest.raises(ValueError, match="low is 1e-45"): DualAscent(low=1e-45)
+
+
+@pytest.mark.parametrize("dtype, wide", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("weights", [None, {"*": .5}])
+def test_the_objective_has_the_precision_of_the_loss_and_the_energies(net, batch, dtype, wide, weights):
+    x, y = batch
+    net.to(dtype)
+    la = LeastAction(net, weights=weights)
+    loss = la(net(x.to(dtype)).square().mean())
+    loss.backward()
+    assert loss.dtype == wide and la.lam.dtype == torch.float64
+
+
+# The clock against a plain reading of its description
+
+def plain_clock(losses, every, warmup, accumulate, average):
+    "What the controller sees: after each step, the loss of its batches, averaged over what came after the warm-up; at every `every`-th step."
+    found, window, level, mass = [], [], 0., 0.
+    for i in range(len(losses)):
+        found.append(None)
+        step, last = i // accumulate + 1, (i + 1) % accumulate == 0
+        if step <= warmup or not last: continue
+        batches = losses[i + 1 - accumulate:i + 1]
+        value = sum(batches) / accumulate
+        window += batches
+        level, mass = average_of(level, mass, value, average)
+        if every is None or step % every: continue
+        found[-1] = {"batch": value, "mean": sum(window) / len(window)}.get(average, level / mass if mass else None)
+        window = []
+    return found
+
+
+def average_of(level, mass, value, average):
+    return (average * level + (1 - average) * value, average * mass + 1 - average) if isinstance(average, float) else (0., 0.)
+
+
+@given(st.lists(st.floats(0, 9, width=32), min_size=1, max_size=24), st.sampled_from([None, 1, 2, 3, 5]), st.integers(0, 6), st.integers(1, 3),
+       st.sampled_from(["batch", "mean", .5, .9]))
+@settings(max_examples=300, deadline=None)
+def test_the_clock_against_its_description(losses, every, warmup, accumulate, average):
+    sensor = least_action._Sensor(every, warmup, accumulate, average, torch.zeros((), dtype=torch.float64))
+    seen = [sensor.see(torch.tensor(loss)) for loss in losses]
+    for ours, theirs in zip(seen, plain_clock(losses, every, warmup, accumulate, average)):
+        assert (ours is None) == (theirs is None) and (ours is None or ours.item() == pytest.approx(theirs, rel=1e-6, abs=1e-9))
+
+
+def test_losses_of_the_warm_up_enter_no_mean(net):
+    assert lams(net, [11.] * 5 + [2.] * 5, every=5, warmup=5, average="mean")[-1] == 3.
+    assert lams(net, [11.] * 5 + [2.] * 5, warmup=5, average=.9)[-1] == pytest.approx(11.)
+
+
+# Rounding below zero
+
+HALF = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rounding_below_zero_counts_as_zero(net, dtype):
+    eps = torch.finfo(dtype).eps
+    la = LeastAction(net)
+    for loss in (-eps, -3 * eps, -1e-9):
+        net(torch.ones(1, 8))
+        loss = torch.tensor(loss, dtype=dtype, requires_grad=True)
+        objective = la(loss)
+        objective.backward()
+        la.ascend(loss)
+        assert la.lam.item() == 1. and loss.grad == 1   # the objective itself is left alone
+    for refused in (la, la.ascend):
+        net(torch.ones(1, 8))
+        with pytest.raises(ValueError, match=r"the task loss was -0.[01]\d*, expected zero or more, up to rounding"): refused(torch.tensor(-.1, dtype=dtype, requires_grad=True))
+    la.ascend(-1e-7)
+    for loss in (-1., -.01):
+        with pytest.raises(ValueError, match="expected zero or more"): la.ascend(loss)
+    assert la.lam.item() == 1.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_losses_that_are_zero_on_paper(net, dtype):
+    g, la, below = torch.Generator().manual_seed(0), LeastAction(net, every=None), 0
+    for classes in (3, 100, 10_000) * 4:
+        logits = torch.randn(8, classes, generator=g).to(dtype)
+        near = (logits.float() * (1 + torch.finfo(dtype).eps * torch.randn(8, classes, generator=g))).to(dtype)
+        divergence = F.kl_div(logits.log_softmax(-1), near.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        for loss in (*(1 - F.cosine_similarity(logits, near, dim=-1)), *divergence):
+            la.meter.put(torch.ones(3, requires_grad=True)); la(loss.requires_grad_())
+            below += int(loss < 0)
+    assert below > 5, "hardly a loss came out below zero: nothing was tried"
+
+
+def test_off_the_cpu_the_smallest_loss_is_kept_but_not_what_rounding_did(net):
+    slack = least_action._slack(torch.float32)
+    row = torch.tensor([-1e-9, -.1, 0., 2., float("nan"), float("inf"), -slack, float("-inf")])
+    torch.testing.assert_close(least_action._lifted(row, slack), torch.tensor([0., -.1, 0., 2., float("nan"), float("inf"), 0., float("-inf")]), equal_nan=True)
+
+
+def test_a_negative_loss_beside_one_that_is_not_a_number(net):
+    la = LeastAction(net, lambda0=torch.ones(3))
+    for row in ([float("nan"), -1., 2.], [-1., float("nan"), 2.], [2., -1., float("nan")]):
+        with pytest.raises(ValueError, match="the task loss was -1"): la.ascend(torch.tensor(row))
+
+
+# Losses that are none
+
+@pytest.mark.parametrize("spoil", [lambda loss: loss.detach(), lambda loss: torch.tensor(1.), lambda loss: torch.tensor(float("nan")), lambda loss: loss.detach().double()])
+def test_a_loss_without_gradient_is_refused(net, batch, spoil):
+    x, y = batch
+    la = LeastAction(net)
+    with pytest.raises(RuntimeError, match="the task loss has no gradient"): la(spoil(F.cross_entropy(net(x), y)))
+    assert la.lam.item() == 1. and la.calls == 0
+    assert la(F.cross_entropy(net(x), y)).requires_grad
+
+
+def test_a_loss_of_another_network_that_is_frozen(net, batch):
+    x, y = batch
+    other, la = make().requires_grad_(False), LeastAction(net)
+    net(x)
+    with pytest.raises(RuntimeError, match="comes from another model or from parts that are frozen"): la(F.cross_entropy(other(x), y))
+
+
+NO_LOSSES = [None, True, "1", 1j, [1.], (1., 2.), {}, object(), torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.ones(2), torch.ones(0), torch.ones(1).to_sparse(),
+             torch.empty((), device="meta"), 10 ** 400]
+
+
+@pytest.mark.parametrize("loss", NO_LOSSES, ids=repr)
+@pytest.mark.parametrize("lambda0", [1., torch.ones(3)], ids=["one", "row"])
+def test_what_is_no_loss(net, loss, lambda0):
+    la = LeastAction(net, lambda0=lambda0)
+    net(torch.ones(1, 8))
+    for take in (la, la.ascend, la.controller.update):
+        with pytest.raises((TypeError, ValueError), match="loss|number"): take(loss)
+    assert (la.lam == 1).all() and la.calls == 0 and la.lam.device.type == "cpu"
+
+
+# Passes that come to nothing
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_that_skips_batches(net, batch, held, compiled):
+    x, y = batch
+    la, kept, taken = LeastAction(net), [], 0
+    model = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    for i in range(6):
+        loss = F.cross_entropy(model(x * float("nan") if i % 2 == 0 else x), y)
+        if held: kept.append(loss)
+        if not loss.isfinite(): continue
+        la(loss)
+        torch.testing.assert_close(la.energies, block_energies(net.trajectory(x)).mean(1).detach())
+        taken += 1
+    assert la.calls == taken == 3
+    both = F.cross_entropy(model(x), y) + F.cross_entropy(model(x), y)
+    with pytest.raises(RuntimeError, match="in more than one pass.*call forget"): la(both)
+
+
+def test_the_objective_is_of_the_last_pass(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    first, last = F.cross_entropy(net(x), y), F.cross_entropy(net(2 * x), y)
+    with pytest.raises(RuntimeError, match="in more than one pass"): la(first)
+    first, last = F.cross_entropy(net(x), y), F.cross_entropy(net(2 * x), y)
+    la(last)
+    torch.testing.assert_close(la.energies, block_energies(net.trajectory(2 * x)).mean(1).detach())
+    with pytest.raises(RuntimeError, match="in more than one pass"): la(F.cross_entropy(net(x + net(x).mean()), y))   # one inside the other
+    net(x); la.forget()
+    with pytest.raises(RuntimeError, match="energies of 0 blocks"): la(worth(1.))
+
+
+def test_an_interrupt_between_pass_and_objective(net, batch):
+    "In a function, whose variables the traceback holds."
+    x, y = batch
+    la = LeastAction(net)
+    def step(broken):
+        loss = F.cross_entropy(net(x), y)
+        if broken: raise KeyboardInterrupt
+        return la(loss)
+    with pytest.raises(KeyboardInterrupt) as held: step(True)
+    assert step(False).requires_grad and held
+
+
+def test_blocks_that_are_driven_without_their_model(net, batch):
+    x, y = batch
+    with LeastAction(find_blocks(net)) as la:
+        for _ in range(3): loss = F.cross_entropy(net(x), y)
+        la(loss)
+        with pytest.raises(RuntimeError, match="in more than one pass"): la(F.cross_entropy(net(x), y) + F.cross_entropy(net(x), y))
+        la(F.cross_entropy(net(x), y))
+
+
+# Frozen parts
+
+class Parts(nn.Module):
+    def __init__(self, how="plain"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head, self.how = Adds(), Adds(), nn.Linear(4, 3), how
+    def forward(self, x):
+        with {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(self.how, torch.enable_grad)(): z = self.a(x)
+        return self.head(self.b(z.clone()))
+
+
+@pytest.mark.parametrize("how", ["plain", "no_grad", "inference"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("asleep", [False, True])
+def test_frozen_parts_count_as_motion_without_gradient(how, frozen, asleep):
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    whole, net = Parts(), Parts(how)
+    expected = find_energies(whole, x)
+    if frozen: net.a.requires_grad_(False)
+    if asleep: net.a.eval()
+    la = LeastAction(net, blocks=["a", "b"])
+    if asleep and not frozen:
+        with pytest.raises(RuntimeError, match=r"1 of 2 blocks are in evaluation mode \(a.*may stay in evaluation mode if"): la(F.cross_entropy(net(x), y))
+        la.remove(); la = LeastAction(net, blocks=["a", "b"], weights={"a": 0.})
+    la(F.cross_entropy(net(x), y)).backward()
+    torch.testing.assert_close(la.energies, expected)
+    assert net.b.field.weight.grad is not None and (net.a.field.weight.grad is None) == (frozen or how != "plain")
+
+
+def find_energies(net, x):
+    z = net.a(x)
+    return torch.stack([(z - x).square().mean(), (net.b(z) - z).square().mean()]).detach()
+
+
+def test_a_network_that_is_evaluated_leaves_nothing_even_with_frozen_parts():
+    x, y, net = torch.randn(6, 4), torch.randint(3, (6,)), Parts("no_grad")
+    la = LeastAction(net, blocks=["a", "b"])
+    stop = net.head.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError): net(x)
+    stop.remove()
+    net.eval()
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(): net(9 * x)
+    net.train()
+    la(F.cross_entropy(net(x), y))
+    torch.testing.assert_close(la.energies, find_energies(net, x))
+
+
+def test_weights_that_leave_nothing(net):
+    with pytest.raises(ValueError, match="all blocks weigh zero"): LeastAction(net, weights={"*": 0.})
+
+
+# Sharpness-aware steps: two passes, one step of the optimiser
+
+def test_two_passes_per_step_move_lambda_once(net, batch):
+    x, y = batch
+    la, opt, losses = LeastAction(net, accumulate=2), torch.optim.SGD(net.parameters(), lr=.05), []
+    for _ in range(3):
+        lam = la.lam.item()
+        for _ in range(2):
+            losses.append(F.cross_entropy(net(x), y))
+            la(losses[-1]).backward()
+        opt.step(); opt.zero_grad()
+        assert la.lam.item() == pytest.approx(lam + sum(loss.item() for loss in losses[-2:]) / 2, rel=1e-6)
+
+
+# Everything else that cannot be meant
+
+ODD = [None, True, "x", b"x", 1j, float("nan"), float("inf"), -1., 0, 1e300, 1e-45, 10 ** 400, Fraction(1, 3), Decimal(1), [], [1, "a"], {}, {"a": 1}, object(), print, range(5),
+       torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.tensor(-1.), torch.empty((), device="meta"), torch.ones(3).to_sparse(), torch.ones(2, 3),
+       torch.empty(0), np.array([1., 2.]), np.float32(.5), np.int64(3), np.bool_(True), torch.float32]
+SETTINGS = dict(lambda0=1., tau=1., target=0., cap=float("inf"))
+CALLS = {
+    "dual_ascent": (dual_ascent, dict(lam=torch.tensor(1.), loss=torch.tensor(1.), tau=1., target=0., low=1e-3, high=9.)),
+    "kkt": (lambda loss, lam, action, **kw: kkt({"loss": loss, "lambda": lam, "action": action}, **kw),
+            dict(loss=torch.rand(9), lam=torch.rand(9) + 1, action=torch.rand(9), target=0., cap=9., low=1e-3, tolerance=.1)),
+    "curves": (kkt, dict(curves={})), **{rule.__name__: (rule, SETTINGS | dict(low=None)) for rule in (DualAscent, FixedWeight)},
+    "ProportionalIntegral": (ProportionalIntegral, SETTINGS | dict(gain=1., smooth=0., relative=False)),
+    "AugmentedLagrangian": (AugmentedLagrangian, SETTINGS | dict(penalty=1.)),
+    "LeastAction": (lambda **kw: LeastAction(**{"model": make()} | kw), SETTINGS | dict(
+        model=make(), every=1, reduction="mean", blocks=None, controller=DualAscent, velocity="displacement", average="batch", warmup=0, accumulate=1,
+        weights=None, floor=0., batch_axis=None)),
+    "lam": (lambda lam: setattr(LeastAction(make()), "lam", lam), dict(lam=2.)),
+    "stationarity": (lambda loss: LeastAction(make()).stationarity(lambda: loss), dict(loss=1.))}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
+    odd_calls(*CALLS[name], ODD)
+
+
+def test_a_network_that_is_frozen_and_evaluated_says_so(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    net.requires_grad_(False).eval()
+    with pytest.raises(RuntimeError, match="3 of 3 blocks are in evaluation mode"): la(F.cross_entropy(net(x), y))
+    net.train()
+    with pytest.raises(RuntimeError, match="the action has no gradient"): la(F.cross_entropy(net(x), y))
+
+
+def test_stationarity_needs_a_loss_of_the_network(net, batch):
+    x, y = batch
+    la = LeastAction(net)
+    with pytest.raises(RuntimeError, match="the task loss has no gradient"): la.stationarity(lambda: F.cross_entropy(net(x), y).detach())
+    with pytest.raises(TypeError, match="task is a Tensor, expected a function"): la.stationarity(F.cross_entropy(net(x), y))
+
+
+def test_all_processes_add_up_in_double_precision(net, monkeypatch):
+    import torch.distributed as dist
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.add_(3e-5))   # lost in bfloat16
+    la = LeastAction(net)
+    net(torch.ones(1, 8)); la(torch.tensor(1., dtype=torch.bfloat16, requires_grad=True))
+    assert la.lam.item() == 1 + (1 + 3e-5) / 2
+
+
+@pytest.mark.parametrize("lambda0", [.1, [.1, .7], Fraction(1, 10), np.array([.1]), np.float64(.1)])
+def test_the_first_multiplier_is_what_was_given(lambda0):
+    law = DualAscent(lambda0, tau=0.)
+    assert np.array_equal(law.lam.numpy(), np.asarray(lambda0, dtype=float))
