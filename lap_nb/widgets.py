@@ -301,6 +301,7 @@ def _within(setting:Setting)->Setting:
         raise ValueError(f"{name} is {value:g}, its slider {'ends' if value > high else 'starts'} at {high if value > high else low:g}: train it as a `Trial`")
     return setting
 
+# %% ../nbs/10_playground.ipynb #42c04ff6
 class Explorer:
     "One panel: set, train, stop, look. `view` is what to display."
     def __init__(self,
@@ -322,7 +323,7 @@ class Explorer:
         self.reset()
         self.follower.join()   # all pictures are there before the panel is shown: a page that is still loading can miss a later one
 
-# %% ../nbs/10_playground.ipynb #42c04ff6
+# %% ../nbs/10_playground.ipynb #52fc7269
 @patch(as_prop=True)
 def setting(self:Explorer
 )->Setting: # what the controls say
@@ -356,6 +357,7 @@ def turned(self:Explorer):
         self.put(self.trial.setting)
         self.status.value = f"<b>refused:</b> {html_escape(str(e))}"
 
+# %% ../nbs/10_playground.ipynb #77af2eac
 @patch
 def reset(self:Explorer):
     "An untrained network of the present setting; its paths are shown at once. A training under way is stopped first."
