@@ -250,11 +250,11 @@ def run_unit(unit, path):
     os.environ.update(MPLBACKEND='Agg', NO_COLOR='1')
     import torch
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
-    builtins.__portable__, started = Recorder(), time.time()
+    builtins.__portable__, started, before = Recorder(), time.time(), code(unit)
     stopped = (run_notebook if unit in NOTEBOOKS else run_tests)(unit)
     sites = {text: note for text, note in builtins.__portable__.sites.items() if note['held'] or note['failed']}
     part = path.with_suffix('.part')
-    part.write_text(json.dumps(dict(code=code(unit), stopped=stopped, seconds=round(time.time() - started, 1), sites=sites)))
+    part.write_text(json.dumps(dict(code=before, stopped=stopped, seconds=round(time.time() - started, 1), sites=sites)))
     part.rename(path)
 
 
@@ -343,7 +343,9 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(lambda each: run_apart(*each), product(args.under, units)))
     rows = report()
     if not args.report: record(rows, units)
-    sys.exit(any(r['failed'] or r['room'] < ROOM for r in rows))
+    left = [f'{unit} ({name})' for name in args.under for unit in units if not done(FOUND / name / f'{unit}.json', unit)]
+    if left: print('Not run to the end:', ', '.join(left))
+    sys.exit(bool(left) or any(r['failed'] or r['room'] < ROOM for r in rows))
 
 
 if __name__ == '__main__': main()
