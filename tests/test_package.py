@@ -24,7 +24,7 @@ NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
-ORDER = ('data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies widgets compare '
+ORDER = ('checks data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies widgets compare '
          'bench').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
 LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask lightning torchdiffeq transformers'.split()
