@@ -44,7 +44,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
-    package_data={cfg['lib_path']: ['py.typed']}, cmdclass={'build_py': Build, 'install': Install},
+    package_data={cfg['lib_path']: ['py.typed', '__init__.pyi']}, cmdclass={'build_py': Build, 'install': Install},
     install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
     python_requires='>=' + cfg['min_python'],
     long_description=readme(), long_description_content_type='text/markdown',

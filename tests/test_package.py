@@ -28,7 +28,7 @@ NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
-ORDER = ('files state data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies published widgets compare '
+ORDER = ('checks files state data dynamics attach kinetic transport regularity least_action training adapters ensembles depth studies published widgets compare '
          'bench').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
 LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask lightning torchdiffeq transformers'.split()
