@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'GAINS', 'FORMAT', 'MARKERS', 'make_net', 'Comparison', 'c
 # %% ../nbs/12_compare.ipynb #69992826
 import json
 import math
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -21,10 +22,11 @@ from torch import nn
 
 from .data import load, pick_device
 from .dynamics import Trajectory, colours, dense_net, init_velocities_
-from .ensembles import Interval, Runs, fit_many, interval
+from .ensembles import Interval, Runs, _check_kinds, _in_short, fit_many, interval
 from .files import read_bounded, write_atomically
 from .kinetic import block_energies
 from .least_action import LeastAction
+from .state import number
 from .studies import _one_line_errors
 from .training import provenance
 
@@ -38,10 +40,12 @@ def make_net(
     gain:float|None=None,   # initial gain of the velocities; None: PyTorch's default initialisation
 )->nn.Module:
     "The nine-block dense network of the comparison."
+    _check_kinds(make_net, locals())
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) not in (1, 3): raise ValueError(f"shape is {_in_short(shape)}, expected (D,) or (C, H, W)")
     picture = len(shape) == 3
     dim = shape[0] * (shape[1] // 2) * (shape[2] // 2) if picture else shape[0]
     net = dense_net(dim, classes, encoder=nn.Sequential(nn.AvgPool2d(2), nn.Flatten()) if picture else None)
-    return net if gain is None else init_velocities_(net, gain)
+    return net if gain is None else init_velocities_(net, float(gain))
 
 # %% ../nbs/12_compare.ipynb #f87f36a1
 def _rows(
@@ -50,7 +54,8 @@ def _rows(
     test_x:torch.Tensor, # test samples
     gain:float|None,    # initial gain, None for the default initialisation
 )->list[dict]:
-    "What each network of a row did, measured on the test samples; plain JSON values."
+    "What each network of a row did, measured on the test samples; plain JSON values. Raises `FloatingPointError` if one diverged."
+    if runs.diverged: raise FloatingPointError(f"{method} diverged with the seeds {', '.join(str(runs.members[i]['seed']) for i in runs.diverged)}: there is nothing to compare, lower lambda0 or tau")
     rows = []
     for i, seed in enumerate(runs.provenance["seeds"]):
         run = runs[i]
@@ -92,7 +97,11 @@ class Comparison:
         method:str, # as in `METHODS`
         key:str,    # of a row
     )->torch.Tensor: # one per seed, `[S]`, in the order of the seeds
-        "One number per seed."
+        "One number per seed; raises `ValueError` on a method or a column that there is not."
+        if not isinstance(method, str) or method not in METHODS: raise ValueError(f"method is {_in_short(method)}, expected one of {', '.join(METHODS)}")
+        numbers = [k for k, v in self.rows[0].items() if isinstance(v, (int, float)) or k in ("gain", "lambda")] if self.rows else []
+        if not isinstance(key, str) or key not in numbers: raise ValueError(f"key is {_in_short(key)}, expected one of {', '.join(numbers)}")
+        if any(r[key] is None for r in self.rows if r["method"] == method): raise ValueError(f"{method} has no {key}: choose another method, or another key")
         return torch.tensor([r[key] for r in self.rows if r["method"] == method], dtype=torch.float64)
 
     def advantage(self,
@@ -107,6 +116,7 @@ class Comparison:
     )->"Comparison":
         "Read a record; raises `ValueError` if it is not one."
         again = "write it anew with lap_compare --force"
+        if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is {_in_short(path)}, expected that of a record")
         try: found = json.loads(read_bounded(path))
         except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not a JSON file ({e}); {again}") from e
         version = found.get("format") if isinstance(found, dict) else None
@@ -226,7 +236,7 @@ def png(self:Comparison
 # %% ../nbs/12_compare.ipynb #5d9a5239
 def _check_comparison(n, seeds, epochs, lambda0, tau, every):
     for name, value, least in (("seeds", seeds, 2), ("epochs", epochs, 1), ("n", n, 1)):
-        if not (isinstance(value, int) and value >= least): raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least): raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
     LeastAction(dense_net(1, 2, K=1), lambda0=lambda0, tau=tau, every=every)
 
 def compare(
@@ -243,6 +253,8 @@ def compare(
     progress:bool=False,  # show a bar
 )->Comparison:
     "Train the three methods on the same seeds and samples; raises before any training if an argument cannot work."
+    _check_kinds(compare, locals())
+    n, seeds, epochs, every = (number(name, v, int) for name, v in (("n", n), ("seeds", seeds), ("epochs", epochs), ("every", every)))
     _check_comparison(n, seeds, epochs, lambda0, tau, every)
     start, device, samples = time.perf_counter(), pick_device(device), load(data, root, download)
     split, least_action = samples.splits(n, range(seeds)), dict(lambda0=lambda0, tau=tau, every=every)
@@ -261,7 +273,7 @@ def _train_all(split, least_action:dict, epochs:int, device, progress:bool)->tup
             bar.set_description("least action" if la else "plain" if gain is None else f"gain {gain:g}")
             return fit_many(partial(make_net, shape, split.classes, gain), split, least_action=la, epochs=epochs, device=device, progress=bar)
         tuned = {gain: train(gain) for gain in GAINS}
-        validation = {gain: runs.last["val_accuracy"].mean().item() for gain, runs in tuned.items()}
+        validation = {gain: runs.last["val_accuracy"].nan_to_num(0.).mean().item() for gain, runs in tuned.items()}
         best = max(validation, key=validation.get)
         return (_rows("plain", train(), test_x, None) + _rows("plain-tuned", tuned[best], test_x, best)
                 + _rows("least-action", train(la=partial(LeastAction, **least_action)), test_x, None)), {str(g): v for g, v in validation.items()}

@@ -16,23 +16,26 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
-from types import LambdaType, SimpleNamespace
+from types import LambdaType, SimpleNamespace, UnionType
+from typing import Union, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +44,44 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from .data import Split, whole
+from .data import Split, pick_device, whole
 from .dynamics import conv_net, dense_net
 from .files import write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
+from .state import number
 from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, load_checkpoint, provenance, train_loop
 from .transport import _free_memory
+
+# %% ../nbs/07_ensembles.ipynb #20546bfc
+def _is_kind(value, kind)->bool:
+    "Is a value of the kind that an annotation names? Numbers may be NumPy's, sequences anything with a length and an order; what an annotation cannot tell passes."
+    if kind in (int, float, bool):
+        value = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) and not getattr(value, "is_meta", False) else value
+        return isinstance(value, bool) if kind is bool else isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    origin, inside = get_origin(kind) or kind, [k for k in get_args(kind) if k is not ...]
+    if origin in (Union, UnionType): return any(_is_kind(value, k) for k in inside)
+    if origin in (None, type(None)): return value is None
+    if origin in (Sequence, Iterable, list, tuple):
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0 or getattr(value, "is_meta", False): return False
+        if isinstance(value, Tensor) and value.layout != torch.strided: return False
+        known = value.tolist() if hasattr(value, "tolist") else value if isinstance(value, (list, tuple)) else []
+        return len(inside) != 1 or all(_is_kind(each, inside[0]) for each in known)
+    if origin is Callable: return callable(value)
+    if origin is Tensor: return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return not isinstance(origin, type) or isinstance(value, os.PathLike if origin is Path else origin)
+
+def _check_kinds(of:Callable, given:Mapping):
+    "Raise `TypeError`, in words, if an argument is not of the kind that its annotation names."
+    for name, kind in of.__annotations__.items():
+        if name == "return" or name not in given or _is_kind(given[name], kind): continue
+        meant = re.sub(r"(\w+\.)+", "", kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)).replace("Ellipsis", "...").replace("|", "or")
+        raise TypeError(f"{name} is {_in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
+
+def _in_short(value)->str:
+    "A value on one line, for a message."
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -146,7 +180,7 @@ class Ensemble(nn.Module):
         for i, stack in enumerate(self._tensors()): self.register_buffer(f"kept_{i}", stack.detach().clone())
         self.register_buffer("died", torch.full((len(models),), -1))
         self.__dict__.update(skeleton=deepcopy(models[0]), blank=deepcopy(models[0]), meters=[], draws=True)
-        self._seed(range(len(models)) if seeds is None else seeds, self.stacks[0].device)
+        self._seed(range(len(models)) if seeds is None else _check_row_seeds(seeds, len(models)), self.stacks[0].device)
 
     def __len__(self)->int: return len(self.died)
     def _tensors(self)->list[Tensor]: return [*self.stacks, *(getattr(self, f"buffer_{i}") for i in range(len(self.buffer_names)))]
@@ -154,8 +188,9 @@ class Ensemble(nn.Module):
 
 # %% ../nbs/07_ensembles.ipynb #dfb80428
 def _check_alike(models:Sequence[nn.Module], conv:str):
+    if not isinstance(models, Sequence) or not all(isinstance(m, nn.Module) for m in models): raise TypeError(f"models is {_in_short(models)}, expected a list of modules")
     if not models: raise ValueError("found no model, expected at least one to put in a row")
-    if conv not in CONVS: raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
+    if conv not in list(CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
     if not devices: raise ValueError("the networks have no parameters, expected some to train")
     if len(devices) > 1: raise ValueError(f"the networks lie on {' and '.join(devices)}, expected one device: move them before they are put in a row")
@@ -163,6 +198,10 @@ def _check_alike(models:Sequence[nn.Module], conv:str):
     first = parts(models[0])
     for i, m in enumerate(models):
         if parts(m) != first: raise ValueError(f"network {i} is another architecture than network 0, expected {models[0]}, found {m}")
+
+def _check_row_seeds(seeds, networks:int)->list[int]:
+    if not _is_kind(seeds, Sequence[int]) or len(seeds) != networks: raise ValueError(f"seeds is {_in_short(seeds)}, expected a whole number for each of the {networks} networks")
+    return [whole("seed", seed) for seed in seeds]
 
 @patch
 def _seed(self:Ensemble, seeds:Sequence[int], device):
@@ -222,11 +261,18 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
                            f"use dropout, rand, randn or bernoulli_ in training only, or mode='sequential' ({e})") from e
 
 # %% ../nbs/07_ensembles.ipynb #87a570ca
+def _place(i, size:int)->int:
+    "An index from the start; raises `IndexError` if there is nothing."
+    if not _is_kind(i, int): raise IndexError(f"found the index {_in_short(i)}, expected a whole number from 0 to {size - 1}")
+    if not -size <= i < size: raise IndexError(f"there is no network {int(i)}, expected 0 to {size - 1}")
+    return int(i) % size
+
 @patch
 def member(self:Ensemble,
     i:int,       # index in the row
 )->nn.Module:    # an ordinary module with the parameters of network `i`, copied
-    "Network `i` of the row on its own."
+    "Network `i` of the row on its own; raises `IndexError` if there is none."
+    i = _place(i, len(self))
     model = deepcopy(self.blank).to(self.stacks[0].device)
     own = dict(model.named_parameters()) | dict(model.named_buffers())   # a state dict lacks buffers that are not persistent
     with torch.no_grad():
@@ -283,6 +329,7 @@ def grid_members(
     grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
+    _check_kinds(grid_members, dict(seeds=seeds))
     seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [_plain(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
@@ -292,8 +339,8 @@ def grid_members(
 
 def _plain(value):
     "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
-    if hasattr(value, "tolist"): return value.tolist()
-    return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
+    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided: return value.tolist()
+    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
 
 def _checked(grid)->Mapping:
     if not grid: raise ValueError("grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out")
@@ -308,7 +355,9 @@ def _checked(grid)->Mapping:
 SIDE_BY_SIDE = ("lambda0", "tau", "target") # of least action: tensors, one entry per network
 
 def _accepted(f, *without:str)->list[str]:
-    return [name for name, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD and name not in without]
+    try: parameters = inspect.signature(f).parameters
+    except ValueError: return []   # of C
+    return [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in without]
 
 def _owners(names:Sequence[str], make_model, least_action, settings:Mapping)->dict[str, str]:
     "Who takes each setting of the grid: training, least action or the maker of the networks."
@@ -337,7 +386,9 @@ def seeded(
         if elsewhere and not started: torch.cuda.manual_seed_all(torch.initial_seed())   # it was set, too, for when CUDA starts
 
 def _made(make_model, seed:int)->nn.Module:
-    with seeded(seed): return make_model()
+    with seeded(seed): model = make_model()
+    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {_in_short(model)}, expected a module")
+    return model
 
 def _check_apart(models:Sequence[nn.Module]):
     if len(set(map(id, models))) < len(models): raise ValueError("make_model gave the same network twice, expected a new one at each call: lambda: MyNet(), not lambda: net")
@@ -348,6 +399,7 @@ def member_memory(
     x:Tensor,                           # one batch of one network, `[B, ...]`
 )->int:                                 # bytes
     "An estimate of the memory that one member of a row needs in training."
+    _check_kinds(member_memory, locals())
     model, x, seen = _made(make_model, 0).to(x.device).train(), x.clone(), {}   # a storage of its own, not that of all samples
     state = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     def weigh(t):
@@ -361,6 +413,7 @@ def free_memory(
     device:torch.device, # where
 )->int:                  # bytes
     "What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's."
+    _check_kinds(free_memory, locals())
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(min(_free_memory(), 2 ** 62))
 
@@ -402,7 +455,7 @@ def _alone(job:_Job, bar=None)->Iterator[tuple[nn.Module, dict, int]]: # each ne
     for i, seed in enumerate(job.seeds):
         model, split = _made(job.make_model, seed).to(job.device), job.split.member(i) if job.split.train.ndim == 2 else job.split
         models.append(model); _check_apart(models)
-        la = job.least_action[i](model).to(job.device) if job.least_action else None
+        la = _on(job.least_action[i], model).to(job.device) if job.least_action else None
         keep = job.keep and job.keep | {"checkpoint": f"{job.keep['checkpoint']}-{i:03d}"}
         well = _Well(model)
         with seeded(seed):
@@ -434,11 +487,16 @@ def _in_order(found:tuple|list[tuple])->tuple: # networks, curves `[E, S, ...]`,
     return list(models), _end_to_end(with_axis, [1] * len(models)), list(died)
 
 # %% ../nbs/07_ensembles.ipynb #d779897e
+def _on(make, model:nn.Module)->nn.Module:
+    la = make(model)
+    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {_in_short(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
+    return la
+
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
     "Least action on the skeleton of the row, with multipliers and settings that differ as tensors `[S]`."
     if not makers: return None
     device = ensemble.stacks[0].device
-    each = [make(ensemble.skeleton) for make in makers]
+    each = [_on(make, ensemble.skeleton) for make in makers]
     for la in each[1:]: la.remove()
     for parts in zip(*(la.modules() for la in each)):
         own = {name for name, b in parts[0]._buffers.items() if b is not None} - parts[0]._non_persistent_buffers_set
@@ -609,8 +667,10 @@ def measure_modes(
     repeats:int=3,                      # measurements of each way; they take turns
 )->dict[str, list[tuple[float, float]]]: # wall and processor seconds per step and network, of each measurement
     "Time a training step in each way."
+    _check_kinds(measure_modes, locals())
+    _check_training(steps=steps, batch_size=batch_size, repeats=repeats)
     n = min(batch_size, data.train.shape[-1])
-    split = replace(data, train=data.train[:, :n], val=data.val[:, :1], test=data.test[:1]).to(device)
+    split = replace(data, train=data.train[:, :n], val=data.val[:, :1], test=data.test[:1]).to(pick_device(device))
     def train(mode, steps):
         if mode == "plain": return _by_hand(lambda: make_model().to(device), split, steps)
         way, _, conv = mode.partition(":")
@@ -639,6 +699,7 @@ def record_modes(
     extra:Sequence[str]=(), # further modes: `"processes"`, `"graph"`
 )->dict:                    # what was written
     "Measure all networks and row lengths; keeps the file up to date as it goes."
+    _check_kinds(record_modes, locals())
     path = Path(path)
     old = read_modes(path)["rows"] if path.exists() else []
     rows = [r for r in old if only not in r["net"] or r["device"] != device]
@@ -660,6 +721,7 @@ def read_modes(
     path:str|os.PathLike, # as `record_modes` writes it
 )->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
     "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
+    _check_kinds(read_modes, locals())
     try: found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
     if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):
@@ -687,6 +749,7 @@ def forward_flops(
     x:Tensor,        # one batch, `[B, ...]`
 )->int:              # floating-point operations
     "Multiplications and additions of the matrix products and convolutions in one forward pass."
+    _check_kinds(forward_flops, locals())
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as count, seeded(0), torch.no_grad(): model(x)
     return count.get_total_flops()
@@ -701,8 +764,11 @@ def choose_mode(
     device:str="cpu",                   # where
 )->tuple[str, str]:                     # mode, and form of the convolutions
     "The way that was fastest where it was measured; on other devices, which were not measured, a batched row."
+    _check_kinds(choose_mode, locals())
     if members == 1: return "sequential", "grouped"
-    if torch.device(device).type != "cpu": return "batched", "grouped"
+    try: kind = torch.device(device).type
+    except RuntimeError as e: raise ValueError(f"device is {device!r}, expected the name of one, as 'cpu' or 'cuda:0'") from e
+    if kind != "cpu": return "batched", "grouped"
     return "batched" if forward_flops(_made(make_model, 0), x.cpu()) <= SMALL else "sequential", "grouped"
 
 # %% ../nbs/07_ensembles.ipynb #170c0fa3
@@ -711,6 +777,7 @@ class Runs(Run):
     "What the training of `S` networks did: a `Run` whose curves have a second axis, the networks; `runs[i]` is one of them."
     def __len__(self)->int: return len(self.model)
     def __getitem__(self, i:int)->Run:
+        i = _place(i, len(self))
         curves = {name: c if name == "epoch" else c[:, i] for name, c in self.curves.items()}
         return Run(self.model.member(i), curves, self.provenance | self.members[i])
 
@@ -727,8 +794,10 @@ class Runs(Run):
         **settings, # of the grid, or `seed`
     )->"Runs":      # the members that have them, in order
         "Part of the networks; raises `ValueError` if there is none."
-        at = [i for i, m in enumerate(self.members) if all(k in m and m[k] == v for k, v in settings.items())]
-        if not at: raise ValueError(f"no network has {settings}; there are {self.members[0]} to {self.members[-1]}")
+        same = lambda a, b: type(b) in (bool, int, float, str, tuple, list, type(None)) and a == b
+        wanted = {k: _plain(v) for k, v in settings.items()}
+        at = [i for i, m in enumerate(self.members) if all(k in m and same(m[k], v) for k, v in wanted.items())]
+        if not at: raise ValueError(f"no network has {_in_short(settings)}; there are {self.members[0]} to {self.members[-1]}")
         curves = {name: c if name == "epoch" else c[:, at] for name, c in self.curves.items()}
         members = [self.members[i] for i in at]
         note = self.provenance | {"members": members, "seeds": [m["seed"] for m in members]}
@@ -765,21 +834,24 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    _check_split(data); _check_maker(make_model, least_action)
+    _check_split(data); _check_maker(make_model, least_action); _check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
+    chunk, memory, workers = (v if v is None else number(name, v, int) for name, v in (("chunk", chunk), ("memory", memory), ("workers", workers)))
+    _check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
+    device = pick_device(device)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
-    _check_many(data, seeds, grid, settings, mode, conv, workers, chunk)
+    _check_many(data, seeds, grid, settings, mode, conv)
     folder = None if checkpoint is None else Path(checkpoint)
     note = _noted(folder, resume, save_every, members, settings, least_action)
-    plan = _plan(make_model, data, least_action, members, settings, str(torch.device(device)), mode, conv, chunk, memory, workers, note)
+    plan = _plan(make_model, data, least_action, members, settings, str(device), mode, conv, chunk, memory, workers, note)
     if folder is not None: plan = _kept(plan, folder, note, resume, save_every)
     found = {}
     def trained()->Runs:
         results = {r: _in_order(result) for r, result in found.items()}
         part = [(plan[r][0][:len(died)], plan[r][1]) for r, (*_, died) in sorted(results.items())]   # of a row trained one by one, the first
         ensemble, curves, kept = _joined(part, [result for _, result in sorted(results.items())], members, settings)
-        note = provenance(torch.device(device), data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in kept], members=kept,
+        note = provenance(device, data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in kept], members=kept,
                           modes=sorted({job.mode for _, job in plan}), **settings)
         return Runs(ensemble, curves, note | {"seconds": time.perf_counter() - start})
     try: _run_all(plan, mode, workers, _Bar(_progress(progress, settings["epochs"]), settings["epochs"], len(members)), found)
@@ -806,7 +878,7 @@ def _check_maker(make_model, least_action):
     if isinstance(least_action, nn.Module):
         raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
 
-def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, workers, chunk):
+def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv):
     if data.train.ndim != 2 or len(data.train) != len(seeds):
         raise ValueError(f"training indices have shape {tuple(data.train.shape)}, expected [{len(seeds)}, n], one row per seed: "
                          "make the split with data.splits(n, seeds)")
@@ -815,7 +887,6 @@ def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv, wor
     if settings["patience"] is not None:
         raise ValueError("patience would stop each network at another epoch: leave it out, and read best_test_accuracy")
     if settings["compile"] and mode != "sequential": raise ValueError("compile is for single networks: leave it out, or choose mode='sequential'")
-    _check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk).items() if v is not None})
     for name in {"epochs", "eval_every", "patience", "compile"} & set(grid or {}):
         raise ValueError(f"{name} cannot be in a grid, the curves would have nothing in common: call fit_many for each value")
 
@@ -1001,8 +1072,10 @@ def interval(
 )->Interval:
     "Student's t-interval of the mean; raises `ValueError` on fewer than two values."
     from scipy.stats import t
-    if not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a share between 0 and 1, as .95")
-    values = torch.as_tensor(values, dtype=torch.float64)
+    if not _is_kind(level, float) or not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a share between 0 and 1, as .95")
+    try: values, level = torch.as_tensor(values, dtype=torch.float64), float(level)
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"found {_in_short(values)}, expected at least two finite values in one row") from None
+    if values.is_meta or values.layout != torch.strided: raise ValueError(f"found a tensor {'without values' if values.is_meta else 'that is sparse'}, expected at least two finite values in one row")
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"found {values.tolist()}, expected at least two finite values in one row")
     half = float(t.ppf((1 + level) / 2, len(values) - 1)) * (values.std() / len(values) ** .5).item()

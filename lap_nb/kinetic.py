@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .attach import _coming_out, _first, _going_in, _recomputing, _unwrap, find_blocks
 from .dynamics import ResidualBlock, Trajectory, colours, residual_blocks
+from .files import as_code
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -140,7 +141,7 @@ def table(self:EnergyLedger
 def _repr_markdown_(self:EnergyLedger):
     rows, labels = self.table(), [str(int(c)) for c in self.labels]
     line = lambda name, values, share: f"| {name} | {' | '.join(f'{v:.3g}' for v in values)} | {share} |"
-    out = [line(f"`{r['block']}`", [r[c] for c in labels] + [r["all"]], f"{r['share']:.0%}") for r in rows]
+    out = [line(as_code(r['block']), [r[c] for c in labels] + [r["all"]], f"{r['share']:.0%}") for r in rows]
     B, counts = self.energies.shape[1], torch.bincount(self.y)
     out += [line("all", [*(self.classes / B), self.total / B], "100%"), line("per sample of the class", [*(self.classes / counts), self.total / B], "")]
     return "\n".join([f"| block | {' | '.join(f'class {c}' for c in labels)} | all | share |", "|---" * (len(labels) + 3) + "|", *out])

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attach import _matching, find_blocks
+from .files import as_text
 from .kinetic import EnergyMeter, _check_names
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
@@ -701,7 +702,7 @@ def __repr__(self:KKT): return str(self)
 @patch
 def _repr_markdown_(self:KKT):
     rows = [f"| {name} | {value} | {note} |" for name, value, note in self.table()]
-    return "\n".join([f"**{self.verdict}.** {self.advice}", "", "| | value | should be |", "|---|---:|---|", *rows, "", *self.notes])
+    return "\n".join([f"**{self.verdict}.** {self.advice}", "", "| | value | should be |", "|---|---:|---|", *rows, "", *map(as_text, self.notes)])
 
 # %% ../nbs/05_least_action.ipynb #a91e1724
 @patch

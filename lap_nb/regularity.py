@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attach import _first, _swap, find_blocks
 from .dynamics import StochasticDepth, colours
 from .transport import _check_memory, _check_seed, _cloud, _costs, _count, _describe, _is_dense, _ldexp, _power
+from .files import as_text
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
 def _norm(x:Tensor)->Tensor:
@@ -195,7 +196,7 @@ class LipschitzProfile:
         return text + f"\nWarning: {self.warning}" * bool(self.warning)
     def _repr_markdown_(self)->str:
         line = lambda name, v: f"| {name} | {v.median():.3g} | {v.quantile(.95):.3g} | {v.max():.3g} |"
-        rows = [*map(line, self.names, self.blocks), line("**whole**", self.whole), line("product of the blocks", self.product)]
+        rows = [*map(line, map(as_text, self.names), self.blocks), line("**whole**", self.whole), line("product of the blocks", self.product)]
         return "\n".join(["| | median | 95 % | largest |", "|:--|--:|--:|--:|", *rows]) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 def lipschitz_profile(

@@ -38,7 +38,7 @@ from .data import Dataset, Split, load, pick_device, whole
 from .depth import Penalty, RandomDepth, measure_depth, measure_pruning, measure_speed
 from .dynamics import Flow, ResidualNet, StagedFlow, _varied, colours, conv_net, dense_net, init_velocities_, staged_net
 from .ensembles import Interval, _check_kinds, _in_short, _plain as _as_python, fit_many, interval
-from .files import in_words
+from .files import as_text, in_words
 from .kinetic import Correlation, block_energies, rank_correlation
 from .least_action import LeastAction
 from .regularity import measure_regularity
@@ -973,8 +973,8 @@ def standings_table(
     _check_kinds(standings_table, locals())
     sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
     at = {(r["family"], r["n"]): r for r in table}
-    lines = ["| family | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
-    return "\n".join(lines + [f"| {f} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |" for f in families])
+    lines = ["| family | " + " | ".join(f"n = {as_text(n)}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
+    return "\n".join(lines + [f"| {as_text(f)} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |" for f in families])
 
 def _standing(r:dict)->str:
     "One place of the table; a difference that its interval decides is bold."

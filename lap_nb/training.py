@@ -35,7 +35,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 import lap_nb
-from .data import Split, describe, whole
+from .data import Split, describe
 from .files import CheckpointError, check_storable, claim, digest, load_checkpoint, save_checkpoint, tidy
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
@@ -48,7 +48,7 @@ def shift_flip(
     crop:int=0,   # zeros added on every side before cropping; the corner at `crop` changes nothing
 )->Tensor:        # of the same shape
     "Crops of the padded pictures, some of them mirrored, in one indexing; raises `ValueError` on pictures and moves that do not go together."
-    _check_moves(x, moves, whole("crop", crop))
+    _check_moves(x, moves, crop := _count("crop", crop))
     *lead, C, H, W = x.shape
     padded, (down, right, mirrored) = F.pad(x.flatten(0, -4), (crop,) * 4), moves.reshape(-1, 3).unbind(-1)
     i, j = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
@@ -56,6 +56,11 @@ def shift_flip(
     n, c = torch.arange(len(padded), device=x.device), torch.arange(C, device=x.device)
     out = padded[n[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
     return out.view(*lead, C, H, W)
+
+def _count(name:str, value, least:int=0)->int:
+    found = number(name, value, int)
+    if not least <= found < 2 ** 63: raise ValueError(f"{name} is {value!r}, expected a whole number from {least}, below 2**63")
+    return found
 
 def _check_moves(x, moves, crop:int):
     if not isinstance(x, Tensor) or x.ndim < 4: raise ValueError(f"x is {describe(x)}, expected pictures [..., B, C, H, W]")
@@ -83,8 +88,9 @@ def batches(
     share:tuple[int, int]=(0, 1),          # `(rank, world)`: of each batch the samples `rank`, `rank + world`, ...
 )->Iterator[tuple[Tensor, Tensor]]:        # samples `[..., B, *sample]` and labels `[..., B]`
     "One epoch of shuffled batches; raises `TypeError` or `ValueError` at once on arguments that do not go together."
-    generators = _check_batches(split, generators, crop, flip, share)
-    return _batches(split, generators, whole("batch_size", batch_size, 1), crop, flip, whole("skip", skip), share)
+    crop, flip = _count("crop", crop), number("flip", flip, bool)
+    generators = _check_batches(split, generators, crop or flip)
+    return _batches(split, generators, _count("batch_size", batch_size, 1), crop, flip, _count("skip", skip), _check_share(share))
 
 def _batches(split, generators, batch_size, crop, flip, skip, share):
     train, n = split.train, split.train.shape[-1]
@@ -98,22 +104,25 @@ def _batches(split, generators, batch_size, crop, flip, skip, share):
         at = order[..., mine]
         yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine, :], crop), split.y[at]
 
+# %% ../nbs/06_training.ipynb #1160828e
 def _check_split(data):
     if not isinstance(data, Split):
         raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
 
 def _check_share(share)->tuple[int, int]:
-    try: rank, world = (whole("share", part) for part in share)
+    try: rank, world = (_count("share", part) for part in share)
     except (TypeError, ValueError): rank, world = 0, 0
     if not rank < world: raise ValueError(f"share is {share!r}, expected (rank, world) with a rank from 0 to world - 1")
     return rank, world
 
-def _check_batches(split, generators, crop, flip, share)->list[torch.Generator]:
-    _check_split(split); _check_share(share)
-    generators, networks = [generators] if isinstance(generators, torch.Generator) else list(generators), split.train.numel() // split.train.shape[-1]
+def _check_batches(split, generators, moved)->list[torch.Generator]:
+    _check_split(split)
+    networks = split.train.numel() // split.train.shape[-1]
+    try: generators = list(generators)
+    except TypeError: generators = []
     if len(generators) != networks or not all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generators):
         raise ValueError(f"found {len(generators)} generators, expected one per network, {networks}, each a torch.Generator() on the CPU")
-    if (whole("crop", crop) or number("flip", flip, bool)) and split.x.ndim != 4:
+    if moved and split.x.ndim != 4:
         raise ValueError(f"crop and flip are for pictures [C, H, W], and samples of {split.name} have shape {list(split.x.shape[1:])}")
     return generators
 
@@ -150,6 +159,15 @@ def check_logits(
     raise ValueError(f"the model gave {found}, expected logits {[*y.shape, classes]}, a number per sample and class: "
                      "wrap a model that gives something else, or train it in a loop of your own with LeastAction")
 
+def _called(model:nn.Module, call, x:Tensor, y:Tensor):
+    "What the model makes of a batch; an error in it is told with the batch it got."
+    try: return call(x)
+    except Exception as e:
+        p = next(model.parameters(), torch.zeros(()))
+        e.add_note(f"The model was called with a batch of shape {list(x.shape)}, {x.dtype}, on {x.device}; its parameters are {p.dtype}, on {p.device}." +
+                   (" Batch norm cannot take one sample: choose a batch_size that leaves none over." if y.shape[-1] == 1 and model.training else ""))
+        raise
+
 def _inside(model:nn.Module)->nn.Module:
     "The network that a row runs, or the model itself."
     return found if isinstance(found := vars(model).get("skeleton"), nn.Module) else model
@@ -181,14 +199,14 @@ def count_right(
 )->Tensor:                        # samples classified rightly, per network, `[...]`
     "Samples of a part that the model classifies rightly in evaluation mode; one whose logits are NaN is not. Raises `ValueError` if it gives no logits."
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
-    (rank, world), chunk = _check_share(share), whole("chunk", chunk, 1)
+    (rank, world), chunk = _check_share(share), _count("chunk", chunk, 1)
     index, networks = _part(split, part)[..., rank::world], split.train.shape[:-1]
     right = torch.zeros(networks, dtype=torch.long, device=split.y.device)
     with _evaluating(model):
         for at in index.split(chunk, -1) if index.numel() else ():
             x, y = split.x[at], split.y[at]
             if index.ndim == 1: x, y = x.expand(*networks, *x.shape), y.expand(*networks, *y.shape)
-            logits = check_logits(model(x), y, split.classes)
+            logits = check_logits(_called(model, model, x, y), y, split.classes)
             right += ((logits.argmax(-1) == y) & ~logits.isnan().any(-1)).sum(-1)
     return right
 
@@ -306,6 +324,7 @@ def _shares(name:str, value)->tuple[float, ...]:
     if several is None: raise ValueError(f"{name} is {value!r}, expected a tuple of shares of the training")
     return tuple(number(name, share) for share in several)
 
+# %% ../nbs/06_training.ipynb #03fcdf80
 def _check_recipe(r:Recipe):
     _check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
     if r.patience is not None: _check_training(patience=r.patience)
@@ -333,7 +352,7 @@ def learning_rate(
 )->float:
     "Learning rate of the next step."
     _check_is_recipe(recipe)
-    step, steps = whole("step", step), whole("steps", steps, 1)
+    step, steps = _count("step", step), _count("steps", steps, 1)
     warmup, done = recipe.warmup or .3 * (recipe.schedule == "onecycle"), step / steps
     if done < warmup: return recipe.lr * min(1, (step + 1) / (warmup * steps))
     if recipe.schedule == "constant": return recipe.lr
@@ -360,7 +379,8 @@ def clip_gradients(
     row:bool=False, # a row of networks?
 )->Tensor:          # norms before clipping, `[]`, of a row `[S]`
     "Scale gradients down to a norm of at most `limit`, each network by its own norm; raises `ValueError` if there are none."
-    if not number("limit", limit) > 0: raise ValueError(f"limit is {limit!r}, expected a positive norm")
+    limit, row = number("limit", limit), number("row", row, bool)
+    if not limit > 0: raise ValueError(f"limit is {limit!r}, expected a positive norm")
     grads = [p.grad for p in _tensors(params) if p.grad is not None]
     if not grads: raise ValueError("no parameter has a gradient, expected some to clip: call backward first")
     if row and len({len(g) if g.ndim else None for g in grads} - {None}) != 1 or row and not all(g.ndim for g in grads):
@@ -423,7 +443,7 @@ def _check_fits(split:Split, r:Recipe):
 def _check_attached(model:nn.Module, least_action:LeastAction|None, networks:tuple):
     "Raise if least action watches another network, none any more, or another number of networks."
     if least_action is None: return
-    if not isinstance(least_action, nn.Module):
+    if not isinstance(least_action, nn.Module) or not hasattr(least_action, "meter"):
         raise TypeError(f"least_action is {least_action!r}, expected one that is attached to the model, LeastAction(model): only fit_many takes what makes it")
     inside = set(_inside(model).modules())
     if not least_action.meter.on or not inside.issuperset(least_action.blocks.values()):
@@ -464,6 +484,7 @@ def _descend(self:Training, loss:Tensor):
     if scaled: self.scaler.step(self.opt); self.scaler.update()
     else: self.opt.step()
 
+# %% ../nbs/06_training.ipynb #eecbec6f
 @patch
 def train_step(self:Training,
     x:Tensor, # samples, `[..., B, *sample]`
@@ -492,13 +513,8 @@ def train_step(self:Training,
 # %% ../nbs/06_training.ipynb #a256fbce
 @patch
 def _logits(self:Training, x, y)->Tensor:
-    "What the model makes of a batch; an error in it is told with the batch it got."
-    try: logits = self.call(x)
-    except Exception as e:
-        p = next(self.model.parameters())
-        e.add_note(f"The model was called with a batch of shape {list(x.shape)}, {x.dtype}, on {x.device}; its parameters are {p.dtype}, on {p.device}." +
-                   (" Batch norm cannot take one sample: choose a batch_size that leaves none over." if y.shape[-1] == 1 else ""))
-        raise
+    "What the model makes of a batch, with a gradient."
+    logits = _called(self.model, self.call, x, y)
     check_logits(logits, y, self.split.classes)
     if not logits.requires_grad:
         raise ValueError("the model's output has no gradient, expected one: it was detached, made under torch.no_grad(), or comes from frozen parameters alone; "
@@ -625,6 +641,12 @@ def load_state_dict(self:Training,
     self.total = torch.zeros_like(self.total) + torch.as_tensor(total).to(self.total)
     self.epoch_start = None if other else state["generators"]
     self.stopped = state.get("stopped", False) and not force
+    self._take_back(state)
+
+# %% ../nbs/06_training.ipynb #1d3516de
+@patch
+def _take_back(self:Training, state:dict):
+    "What generators, modules and callbacks remember; and a word if there is nothing left to do."
     self._set_rng(state["rng"])
     if len(own := state.get("own", [])) == self.share[1]:   # older checkpoints have none
         set_sequences(own[self.share[0]])
@@ -744,6 +766,7 @@ def open(self:Training,
         state = self.state_dict()
         if self.share[0] == 0: check_storable(state)
 
+# %% ../nbs/06_training.ipynb #db7fd96f
 @patch
 def _claim(self:Training, path):
     "For all processes of this training; the first one holds the claim."
@@ -814,6 +837,7 @@ def _check_callbacks(callbacks)->list:
     if found is None or callable(callbacks) or not all(map(callable, found)): raise TypeError(f"callbacks is {callbacks!r}, expected a list of functions: callbacks=[...]")
     return found
 
+# %% ../nbs/06_training.ipynb #20e84e6f
 @patch
 def _stopped(self:Training)->bool:
     "By a callback, or since no network has improved its validation accuracy for `patience` points."
@@ -862,6 +886,7 @@ def train_loop(
     training = Training(model, split, least_action, generators, Recipe(**settings))
     training.callbacks = _check_callbacks(callbacks)
     save_every, rollback = save_every if save_every is None else number("save_every", save_every, int), number("rollback", rollback, int)
+    if not isinstance(resume, str): resume = number("resume", resume, bool)
     _check_rescue(checkpoint, resume, save_every, rollback)
     with _alone(model), _lost_processes(training), closing(training):
         training._wake()
@@ -938,7 +963,7 @@ def _progress(progress, epochs:int):
     "A progress bar: none, a new one, or the one that was handed in."
     if progress is False or progress is None: return None
     if progress is not True:
-        if not hasattr(progress, "update"): raise TypeError(f"progress is {progress!r}, expected True, False or a bar with update(1)")
+        if not callable(getattr(progress, "update", None)) or isinstance(progress, (dict, set)): raise TypeError(f"progress is {progress!r}, expected True, False or a bar with update(1)")
         return progress
     from tqdm.auto import tqdm
     return tqdm(total=epochs, unit="epoch", disable=_share()[0] > 0)

@@ -22,7 +22,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .dynamics import Trajectory, colours
+from .files import as_text
 from .kinetic import _check_reduction
+
 
 # %% ../nbs/04_transport.ipynb #e083da7e
 def _count(name:str, value, least:int=1, unit:str="", most:int=10 ** 9)->int:
@@ -624,7 +626,7 @@ def __repr__(self:ActionSplit):
 @patch
 def _repr_markdown_(self:ActionSplit):
     head = ["| " + self.reduction + " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |", "|:--|--:|--:|--:|--:|--:|"]
-    line = lambda row: f"| {row} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row)[0]:.1%} |"
+    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row)[0]:.1%} |"
     return "\n".join(head + list(map(line, self.parts))) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 # %% ../nbs/04_transport.ipynb #7a88bf07

@@ -252,7 +252,7 @@ def picture(
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         file = _png(canvas.buffer_rgba())
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file).decode()}">'
+    return f'<img alt="{html_escape(alt)}" src="data:image/png;base64,{base64.b64encode(file).decode()}">'
 
 # %% ../nbs/10_playground.ipynb #d2692952
 PICTURES = dict(
