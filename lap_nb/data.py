@@ -346,7 +346,9 @@ def read_idx(
         with gzip.open(path) as f:
             start = f.read(head)
             wanted = math.prod(struct.unpack_from(f">{ndim}I", start, 4)) if len(start) == head else 0
-            if wanted > most: raise ValueError(f"{path} announces {wanted:,} bytes, expected no more than {most:,} in a file of its size: fetch it again")
+            if wanted > most:
+                raise ValueError(f"{path} announces {wanted:,} bytes, expected no more than {most:,} in a file of its size: "
+                                 "fetch it again")
             content = start + f.read(wanted + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
@@ -360,7 +362,7 @@ class IdxSource:
     url: str # web address of the folder that holds the files
     md5: dict # file name -> checksum: training pictures and labels, then test pictures and labels
     classes: int = 10 # labels run from 0 to `classes - 1`
-    sizes: dict = field(default_factory=dict) # file name -> bytes, as far as known; of other files no more than `LARGEST` are fetched
+    sizes: dict = field(default_factory=dict) # file name -> bytes, as far as known; others may have up to `LARGEST`
 
     @property
     def folder(self) -> str:
@@ -400,7 +402,9 @@ PATIENCE = 60 # a whole file may take so many times the longest pause
 class _Redirects(HTTPRedirectHandler):
     "Follows a server to other addresses of the web, and nowhere else"
     def redirect_request(self, request, reply, code, message, headers, to):
-        if urlsplit(to).scheme not in ("http", "https"): raise HTTPError(request.full_url, code, f"it leads on to {to[:200]!r}, which is not on the web", headers, reply)
+        if urlsplit(to).scheme not in ("http", "https"):
+            words = f"it leads on to {to[:200]!r}, which is not on the web"
+            raise HTTPError(request.full_url, code, words, headers, reply)
         return super().redirect_request(request, reply, code, message, headers, to)
 
 class _Handler(HTTPHandler, HTTPSHandler):
@@ -435,14 +439,17 @@ def _kept(part: Path) -> int: # bytes
     "How much an earlier try has left; anything but a plain file of this user is deleted"
     try: found = os.lstat(part)
     except FileNotFoundError: return 0
-    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == getattr(os, "geteuid", lambda: found.st_uid)(): return found.st_size
+    mine = found.st_uid == getattr(os, "geteuid", lambda: found.st_uid)()
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and mine: return found.st_size
     part.unlink()
     return 0
 
 def _opened(part: Path, new: bool):
+    "The part, open at its end, or made anew; no link in its place is followed"
     flags = os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return os.fdopen(os.open(part, flags | (os.O_CREAT | os.O_EXCL if new else os.O_APPEND), 0o666), "wb" if new else "ab")
 
+# %% ../nbs/00_data.ipynb #b1a66041
 def fetch_part(
     url: str, # what to fetch
     part: Path, # file to append to; what it holds already is not fetched again
@@ -481,19 +488,21 @@ def download_file(
     progress: bool = True, # show a progress bar?
     size: int | None = None, # its bytes; None: unknown, no more than `LARGEST`
 ) -> Path: # `path`
-    "Fetch a file, resuming where an earlier call was cut off; `path` is complete and correct or not there. Raises `OSError` where it cannot be had, `ValueError` where it is another one"
+    """Fetch a file, resuming where an earlier call was cut off; `path` is complete and correct or not there. Raises
+    `OSError` where it cannot be had, `ValueError` where it is another one"""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    if (scheme := urlsplit(url).scheme) not in ("http", "https", "file"): raise ValueError(f"{url} begins with {scheme!r}, expected http, https or file")
+    if (scheme := urlsplit(url).scheme) not in ("http", "https", "file"):
+        raise ValueError(f"{url} begins with {scheme!r}, expected http, https or file")
     with in_words(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         resumed = _kept(part) > 0
     if not (resumed and file_md5(part) == md5):
         try: fetch_part(url, part, timeout, progress, size)
         except (OSError, HTTPException, ValueError) as error:
-            said = "".join(c if c.isprintable() else " " for c in str(error))[:300].strip()   # the server's own words may be in it
-            raise OSError(f"could not fetch {url}: {said or 'no answer'} ({type(error).__name__}). Call again to resume, or put the file "
-                          f"at {path} by other means") from error
+            said = "".join(c if c.isprintable() else " " for c in str(error))[:300].strip() # perhaps the server's words
+            raise OSError(f"could not fetch {url}: {said or 'no answer'} ({type(error).__name__}). Call again to resume, "
+                          f"or put the file at {path} by other means") from error
     found = file_md5(part)
     if found == md5: os.replace(part, path)
     else: part.unlink()
@@ -585,7 +594,8 @@ def read_npz(
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             most, nbytes = room_for(os.path.getsize(path)), sum(i.file_size for i in archive.infolist())
-            if nbytes > most: raise ValueError(f"its arrays take {nbytes:,} bytes, expected no more than {most:,} in a file of its size")
+            if nbytes > most:
+                raise ValueError(f"its arrays take {nbytes:,} bytes, expected no more than {most:,} in a file of its size")
             other = [i.filename for i in archive.infolist() if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
             if other: raise ValueError(f"{other[0]} is packed in an unknown way")
             return {name.removesuffix(".npy"): read_array(archive.read(name)) for name in archive.namelist()}
@@ -628,7 +638,8 @@ def cifar10_part(
         labels = [torch.from_numpy(index[f"{part}_labels"]).long() for part in parts]
         grids = [Image.open(folder / f"{part}.webp", formats=["WEBP"]) for part in parts]
         for grid, y in zip(grids, labels):
-            if grid.width * grid.height > 32 * (32 * len(y) + grid.width): raise ValueError(f"a grid of {grid.height} by {grid.width} pixels for {len(y)} pictures")
+            if grid.width * grid.height > 32 * (32 * len(y) + grid.width):
+                raise ValueError(f"a grid of {grid.height} by {grid.width} pixels for {len(y)} pictures")
         pictures = [cut_grid(np.asarray(grid.convert("RGB")), len(y)) for grid, y in zip(grids, labels)]
     except Exception as error: raise ValueError(f"{folder} holds no whole pictures with their labels ({error})") from error
     test = torch.arange(len(labels[0]), len(labels[0]) + len(labels[1]))

@@ -30,10 +30,11 @@ from torch import Tensor
 # %% ../nbs/00a_files.ipynb #ea988613
 _DISK, _PLACE, _LOCKS = "make room on that disk, or choose a place on another", "choose a place where you may write", \
     "this file system has no locks, choose a place on a disk of this machine"
-_REMEDIES = {errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: _DISK, errno.EACCES: _PLACE, errno.EPERM: _PLACE, errno.EROFS: _PLACE,
-             errno.ENOENT: "make its folder first", errno.ENOTDIR: "a folder on the way to it is a file, choose another place",
-             errno.EISDIR: "name a file in it", errno.ELOOP: "delete the link, or make it lead to a file",
-             errno.ENAMETOOLONG: "choose a shorter name", errno.ENOLCK: _LOCKS, errno.ENOSYS: _LOCKS, errno.ENOTSUP: _LOCKS}
+_REMEDIES = {
+    errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: _DISK, errno.EACCES: _PLACE, errno.EPERM: _PLACE, errno.EROFS: _PLACE,
+    errno.ENOLCK: _LOCKS, errno.ENOSYS: _LOCKS, errno.ENOTSUP: _LOCKS, errno.ENOENT: "make its folder first",
+    errno.ENOTDIR: "a folder on the way to it is a file, choose another place", errno.EISDIR: "name a file in it",
+    errno.ELOOP: "delete the link, or make it lead to a file", errno.ENAMETOOLONG: "choose a shorter name"}
 
 @contextmanager
 def in_words(
@@ -55,7 +56,8 @@ def write_atomically(
     with in_words(path):
         target = _target(path)
         mode = target.stat().st_mode & 0o777 if target.exists() else None
-        if mode is not None and not os.access(target, os.W_OK): raise OSError(errno.EACCES, "the file there is write-protected")
+        if mode is not None and not os.access(target, os.W_OK):
+            raise OSError(errno.EACCES, "the file there is write-protected")
         partial, file = _neighbour(target, 0o666 if mode is None else 0o600)
         try:
             with file:
@@ -104,7 +106,7 @@ def _neighbour(target:Path, mode:int):
 def tidy(
     path:str|Path, # of a file, there or not, or of a link to it
 ):
-    "Delete what killed processes left half-written of this file: nothing of another one, and nothing that is being written."
+    "Delete what killed processes left half-written of this file; nothing of another one, nothing that is being written."
     target = Path(os.path.realpath(path))
     with in_words(path): names = [p.name for p in target.parent.iterdir()]
     for name in filter(re.compile(rf"\.{re.escape(target.name)}\.[^.]+\.partial").fullmatch, names):
@@ -115,15 +117,17 @@ def tidy(
 def claim(
     path:str|Path, # of a file, there or not, or of a link to it
 )->Callable[[], None]: # gives it free
-    "Claim a file for one writer until it is given free or the process ends; raises `BlockingIOError` if another has it, `OSError` if that cannot be known."
+    """Claim a file for one writer until it is given free or the process ends; raises `BlockingIOError` if another has it,
+    `OSError` if that cannot be known."""
     target = Path(os.path.realpath(path))
     name = target.with_name(f".{target.name}.lock")
     lock = FileLock(name, thread_local=False)
     with in_words(path):
         try: lock.acquire(blocking=False)
         except Timeout:
-            raise BlockingIOError(f"{path} is in use by another training, in this process or in another: wait for its end or stop it, or choose another file") from None
-        except NotImplementedError as e: raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older versions of filelock
+            raise BlockingIOError(f"{path} is in use by another training, in this process or in another: wait for its end "
+                                  "or stop it, or choose another file") from None
+        except NotImplementedError as e: raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older filelocks
     def free():
         if not lock.is_locked: return
         with suppress(OSError): name.unlink()
@@ -161,9 +165,11 @@ class _Bytes(NamedTuple):
     "Stands for a tensor."
     nbytes:int   # that it takes when it is spread out
 
-_WIDTHS = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8)
-_STEPS = """PROTO STOP MARK GLOBAL REDUCE BUILD APPEND APPENDS SETITEM SETITEMS TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWFALSE NEWTRUE EMPTY_TUPLE EMPTY_LIST
-    EMPTY_DICT EMPTY_SET BINPERSID BININT BININT1 BININT2 BINFLOAT BINGET LONG_BINGET BINPUT LONG_BINPUT BINUNICODE SHORT_BINSTRING LONG1""".split()
+_WIDTHS = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1,
+               ComplexDouble=16, ComplexFloat=8)
+_STEPS = """PROTO STOP MARK GLOBAL REDUCE BUILD APPEND APPENDS SETITEM SETITEMS TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWFALSE
+    NEWTRUE EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET BINPERSID BININT BININT1 BININT2 BINFLOAT BINGET LONG_BINGET BINPUT
+    LONG_BINPUT BINUNICODE SHORT_BINSTRING LONG1""".split()
 
 def _tensor(storage:tuple, offset, size, stride, *rest)->_Bytes:
     "Stands for the function that lays a tensor over stored numbers."
@@ -172,7 +178,8 @@ def _tensor(storage:tuple, offset, size, stride, *rest)->_Bytes:
     if dtype is not None: stored, width = stored * width // dtype.itemsize, dtype.itemsize
     last, count = offset, 1
     for n, step in zip(size, stride, strict=True): last, count = last + (n - 1) * step, count * n
-    if min(offset, *size, *stride, 0) < 0 or count and last >= stored: raise ValueError(f"a tensor {list(size)} is laid over {stored} numbers")
+    if min(offset, *size, *stride, 0) < 0 or count and last >= stored:
+        raise ValueError(f"a tensor {list(size)} is laid over {stored} numbers")
     return _Bytes(count * width)
 
 def _latin(text:str="", encoding:str="latin1")->str:
@@ -180,17 +187,20 @@ def _latin(text:str="", encoding:str="latin1")->str:
     if encoding not in ("latin1", "latin-1"): raise _Foreign(f"bytes in the encoding {encoding[:20]!r}")
     return text
 
-_MAKERS = {"torch._utils _rebuild_tensor_v2": _tensor, "torch._utils _rebuild_tensor_v3": _tensor, "torch._utils _rebuild_parameter": lambda data, *_: data,
-           "collections OrderedDict": OrderedDict, "collections Counter": Counter, "torch Size": tuple, "torch device": lambda *_: None,
-           "__builtin__ set": set, "__builtin__ complex": complex, "__builtin__ bytearray": _latin, "_codecs encode": _latin}
+_MAKERS = {
+    "torch._utils _rebuild_tensor_v2": _tensor, "torch._utils _rebuild_tensor_v3": _tensor,
+    "torch._utils _rebuild_parameter": lambda data, *_: data, "torch Size": tuple, "torch device": lambda *_: None,
+    "collections OrderedDict": OrderedDict, "collections Counter": Counter, "__builtin__ set": set, "__builtin__ complex": complex,
+    "__builtin__ bytearray": _latin, "_codecs encode": _latin}
 
 # %% ../nbs/00a_files.ipynb #cd3bc68b
 class _Steps(dict):
-    def __missing__(self, code): raise _Foreign(f"a number or text out of the ordinary ({pickletools.code2op[chr(code)].name})")
+    def __missing__(self, code):
+        raise _Foreign(f"a number or text out of the ordinary ({pickletools.code2op[chr(code)].name})")
 
 class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory aside on the word of a number
     "Follows the instructions with stand-ins, as far as PyTorch knows them."
-    dispatch = _Steps({code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, step)[0] for step in _STEPS)})
+    dispatch = _Steps({code: pickle._Unpickler.dispatch[code] for code, in (getattr(pickle, step) for step in _STEPS)})
     def __init__(self, code:bytes, sizes:dict):
         super().__init__(io.BytesIO(code))
         self.sizes = sizes
@@ -204,7 +214,7 @@ class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory asi
         return found
     def persistent_load(self, pid):
         _, width, key, _, count = pid
-        if self.sizes[f"data/{key}"] != count * width: raise ValueError(f"{count} numbers of {width} bytes are announced")
+        if self.sizes[f"data/{key}"] != count * width: raise ValueError(f"{count} numbers of {width} bytes announced")
         return count, width
 
 # %% ../nbs/00a_files.ipynb #8f1b8cd4
@@ -226,7 +236,8 @@ def _check_size(value, room:int|None=None):
     values, nbytes = _size(value, seen)
     if values > (most := 100_000 + 4 * sum(places for *_, places in seen.values())):
         raise _Foreign(f"lists that share their parts, more than {most:,} values if each is written out")
-    if room is not None and nbytes > room: raise _Foreign(f"tensors that share their numbers, {nbytes:,} bytes if each is written out, more than {room:,}")
+    if room is not None and nbytes > room:
+        raise _Foreign(f"tensors that share their numbers, {nbytes:,} bytes if each is written out, more than {room:,}")
 
 # %% ../nbs/00a_files.ipynb #fd782a4e
 def _check_archive(
@@ -237,8 +248,9 @@ def _check_archive(
     whole = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         sizes = {part.filename: part.file_size for part in archive.infolist()}
-        packed = [part.filename for part in archive.infolist() if part.compress_type or part.file_size != part.compress_size]
-        damaged = packed[0] if packed else "a part that overlaps another" if sum(sizes.values()) > whole else archive.testzip() if old else None
+        packed = [p.filename for p in archive.infolist() if p.compress_type or p.file_size != p.compress_size]
+        if sum(sizes.values()) > whole: packed = ["a part that overlaps another"]
+        damaged = packed[0] if packed else archive.testzip() if old else None
         if damaged: raise zipfile.BadZipFile(f"{damaged} is not as it was written")
         root, = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
         code = archive.read(f"{root}data.pkl")
@@ -264,13 +276,13 @@ def find_unstorable(
     try: _packed(state); return None
     except RecursionError: return f"{name[:200] or 'the state'}, nested too deep"
     except Exception as e: reason = f" ({e})" if isinstance(e, _Foreign) and isinstance(state, (Tensor, list, dict)) else ""
-    inside = []
+    inside, mine = [], f"{name}." if name else ""
     if type(state) in (dict, OrderedDict):
-        inside = [(key, f"a key of {name or 'the state'}") for key in state] + [(v, f"{name}.{k}".removeprefix(".")) for k, v in state.items()]
+        inside = [(key, f"a key of {name or 'the state'}") for key in state] + [(v, f"{mine}{k}") for k, v in state.items()]
         inside += [(vars(state), f"{name} attributes")] if type(state) is OrderedDict else []
     elif type(state) in (list, tuple, set): inside = [(item, f"{name}[{i}]") for i, item in enumerate(state)]
     found = next((f for value, where in inside if (f := find_unstorable(value, where))), None)
-    kind = type(state).__qualname__ if type(state).__module__ == "builtins" else f"{type(state).__module__}.{type(state).__qualname__}"
+    kind = f"{type(state).__module__}.{type(state).__qualname__}".removeprefix("builtins.")
     return found or f"{name[:200] or 'the state'} of type {kind}{reason}"
 
 # %% ../nbs/00a_files.ipynb #084d9a41
@@ -283,31 +295,33 @@ def check_storable(
     try: return _packed(state)
     except Exception as e:
         if (found := find_unstorable(state)) is None: raise   # no memory, say
-        raise TypeError(f"a checkpoint cannot hold {found}: it holds tensors, numbers, texts, and lists, tuples, sets and dictionaries of them. "
-                        "Turn it into one of these where it is made (for a module, in get_extra_state)") from e
+        raise TypeError(f"a checkpoint cannot hold {found}: it holds tensors, numbers, texts, and lists, tuples, sets and "
+                        "dictionaries of them. Turn it into one of these where it is made (for a module, in get_extra_state)") from e
 
 def save_checkpoint(
     path:str|Path, # of the file
     state:dict,    # tensors and plain values
 ):
-    "Write a checkpoint; raises `TypeError` for a state that could not be read back and `OSError` if it cannot be written, and then leaves an earlier one untouched."
+    """Write a checkpoint; raises `TypeError` for a state that could not be read back and `OSError` if it cannot be written,
+    and then leaves an earlier one untouched."""
     write_atomically(path, check_storable(state).getbuffer())
 
 # %% ../nbs/00a_files.ipynb #dfb8650a
 def load_checkpoint(
     path:str|Path, # written by `save_checkpoint`
 )->dict:           # the state, on the CPU
-    "Read a checkpoint; raises `CheckpointError` if it is damaged or something else, `FileNotFoundError` if it is missing."
+    "Read a checkpoint; raises `CheckpointError` if it is damaged or something else, `OSError` if it cannot be read."
     advice, whole = "put a copy of the whole file in its place, or delete it and start anew", False
     try:
         with open(path, "rb") as file:
             _check_archive(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
         kind, version = (found.get("kind"), found.get("format")) if isinstance(found, dict) else (None, None)
-        whole = kind == CHECKPOINT and isinstance(found.get("state"), dict) and digest(found["state"]) == found.get("sha256")
+        state = found.get("state") if kind == CHECKPOINT else None
+        whole = isinstance(state, dict) and digest(state) == found.get("sha256")
     except _Foreign as e:
-        raise CheckpointError(f"{path} is whole, but holds {e}, which is not read back from a checkpoint of lap_nb: choose another file, or, if you trust this one, "
-                              "take what you need from torch.load(path, weights_only=False)") from e
+        raise CheckpointError(f"{path} is whole, but holds {e}, which is not read back from a checkpoint of lap_nb: choose another "
+                              "file, or, if you trust this one, take what you need from torch.load(path, weights_only=False)") from e
     except Exception as e:
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # of the system
         raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
@@ -317,7 +331,7 @@ def load_checkpoint(
                               "read it with the version of lap_nb that wrote it")
     if not whole:
         raise CheckpointError(f"{path} is damaged, its checksum does not fit: {advice}")
-    return found["state"]
+    return state
 
 # %% ../nbs/00a_files.ipynb #8496c908
 def room_for(
@@ -334,7 +348,8 @@ def read_bounded(
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(most + 1) if size <= most else b""
-    if max(size, len(content)) > most: raise ValueError(f"{path} has {max(size, len(content)):,} bytes or more, expected no more than {most:,}: choose another file")
+    if (found := max(size, len(content))) > most:
+        raise ValueError(f"{path} has {found:,} bytes or more, expected no more than {most:,}: choose another file")
     return content
 
 # %% ../nbs/00a_files.ipynb #285721ef
