@@ -101,6 +101,10 @@ def apportion(
 ) -> np.ndarray: # seats of each class [C]
     "Share `n` seats in proportion to `sizes` by largest remainder, at least one to each class that has a sample"
     sizes = np.asarray(sizes)
+    if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or not (sizes >= 0).all() or not sizes.any():
+        raise ValueError(f"sizes are {sizes.tolist()}, expected whole numbers of samples, one for each class, not all zero")
+    n = whole("n", n, int((sizes > 0).sum()), "each class that has a sample gets a seat")
+    if n > sizes.sum(): raise ValueError(f"n is {n}, expected at most the {sizes.sum()} samples there are")
     share = n * sizes / sizes.sum()
     seats = np.minimum(np.maximum(np.floor(share), 1), sizes).astype(int)
     while seats.sum() < n: seats[np.argmax(share - seats)] += 1
