@@ -207,6 +207,12 @@ def test_apportion(sizes):
         if up.any(): assert remainder[up].min() >= remainder[~up].max(initial=0), 'a larger remainder went without'
 
 
+@pytest.mark.parametrize('n, sizes, error', [(1e308, [3, 4], TypeError), (8, [3, 4], ValueError), (1, [3, 4], ValueError), (-1, [3], ValueError), (True, [3], TypeError),
+                                             (2, [], ValueError), (2, [0, 0], ValueError), (2, [-3, 9], ValueError), (2, [1.5, 2], ValueError), (2, [[3]], ValueError)])
+def test_seats_that_cannot_be_given_are_refused(n, sizes, error):
+    with pytest.raises(error, match='expected|must be'): apportion(n, sizes)
+
+
 def test_apportion_at_random():
     rng = np.random.default_rng(0)
     for _ in range(500):
