@@ -7,7 +7,6 @@ __all__ = ['REDUCTIONS', 'block_energies', 'kinetic_energy', 'relative_energy', 
            'rank_correlation']
 
 # %% ../nbs/03_kinetic_bias.ipynb #d5045991
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import _coming_out, _first, _going_in, _recomputing, _unwrap, find_blocks
+from . import attach
+from .attach import _coming_out, _first, _going_in, _late, _recomputing, _unwrap, _Watcher, find_blocks
 from .dynamics import ResidualBlock, Trajectory, colours, residual_blocks
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -194,22 +194,16 @@ def _large(after:Tensor, before:Tensor)->bool:
     return any(form(after).is_contiguous() and form(before).is_contiguous() for form in (lambda t: t, _channels_last))
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
-class _Hook:
-    "A forward hook that knows its meter, as long as somebody else does, and the name of its block; a copy knows none."
-    def __init__(self, meter=None, call=None, name=""):
-        self.meter, self.call, self.name = (lambda: None) if meter is None else weakref.ref(meter), call, name
-    def __reduce__(self): return _Hook, ()
-    def watcher(self): return self.meter()
+class _Hook(attach._Hook):
+    "A hook that calls its owner only in a pass that is recorded for a gradient, in training mode; else it notes why not."
     def __call__(self, module, *args):
-        meter = self.meter()
-        if meter is None or not meter.on or meter.paused: return
-        if module.training and torch.is_grad_enabled(): self.call(meter, self.name, module, *args)
-
-def _take_off(handles):
-    for handle in handles: handle.remove()
+        owner = self.awake(module)
+        if owner is None: return
+        if module.training and torch.is_grad_enabled(): return self.call(owner, self.name, module, *args)
+        if isinstance(owner, EnergyMeter): owner._rest(self.name, module)
 
 # %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
-class EnergyMeter:
+class EnergyMeter(_Watcher):
     "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
@@ -220,27 +214,30 @@ class EnergyMeter:
     ):
         _check_reduction(reduction)
         root = _unwrap(model)
+        super().__init__()
         self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
-        self.on, self.paused, self.passes, self.ended, self.seen, self._open = True, False, 0, False, [], []
-        self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
-        for name, module in branches.items():
-            self.hooks.append(module.register_forward_hook(_Hook(self, EnergyMeter._branch, name)))
-        for name, module in self.blocks.items() if velocity == "displacement" else ():
-            self.hooks += [module.register_forward_pre_hook(_Hook(self, EnergyMeter._enter, name), with_kwargs=True),
-                           module.register_forward_hook(_Hook(self, EnergyMeter._leave, name))]
-        self.hooks.append(root.register_forward_hook(_Hook(self, EnergyMeter._close)))
-        self._end = weakref.finalize(self, _take_off, self.hooks)
+        plan = [(root, EnergyMeter._begin, None, ""), *((m, None, EnergyMeter._branch, name) for name, m in branches.items())]
+        if not branches: plan += [(m, EnergyMeter._enter, EnergyMeter._leave, name) for name, m in self.blocks.items()]
+        self._watch([*plan, (root, None, EnergyMeter._close, "")])
+    _hook = _Hook
 
     def remove(self):
         "Take the hooks off; the model is as it was."
-        self._end(); self.forget()
         self.on = False
+        super().remove()
+        self.forget()
 
-    def __getstate__(self): return self.__dict__ | dict(on=False, passes=0, seen=[], _open=[])   # of a copy: it is on no model
-
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.remove()
+    @property
+    def seen(self)->list: return self._note.seen
+    @property
+    def ended(self)->bool: return self._note.ended
+    @ended.setter
+    def ended(self, value:bool): self._note.ended = value
+    @property
+    def idle(self)->dict[str, str]:
+        "Blocks that this thread called since its pass began, but not to be measured, and why: `\"without gradients\"` or `\"in evaluation mode\"`."
+        return dict(self._note.idle)
 
 # %% ../nbs/03_kinetic_bias.ipynb #206eb423
 def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
@@ -272,45 +269,47 @@ def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
 
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
-def _begin(self:EnergyMeter, name, module, args):
+def _begin(self:EnergyMeter, name, module, args, kwargs):
     if _recomputing(): return
-    whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
-    self.passes, self.ended, self.seen, self._open = 2 if whole else 1, False, [], []
+    note = self._begun()
+    whole = note.passes and (note.ended or note.passes > 1)   # a pass that broke off, at an error or by hand, does not count
+    note.clear(2 if whole else 1)
 
 @patch
 def _close(self:EnergyMeter, name, module, args, out):
-    if not _recomputing(): self.ended = True
+    if not _recomputing(): self._note.ended = True
 
 @patch
-def _aside(self:EnergyMeter)->bool:
-    "Whether a block is called for something else, after the model's own pass."
-    return self.ended and not _recomputing()
+def _rest(self:EnergyMeter, name, module):
+    "A block is called, but not to be measured."
+    if name and not torch.compiler.is_compiling(): self._note.idle[name] = "without gradients" if module.training else "in evaluation mode"
 
 # %% ../nbs/03_kinetic_bias.ipynb #c6b9feba
 @patch
 def _enter(self:EnergyMeter, name, block, args, kwargs):
-    if self._aside(): return
-    self._open.append(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
+    note = self._note
+    if not _late(note): note.push(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
 
 @patch
 def _leave(self:EnergyMeter, name, block, args, out):
-    if self._aside(): return
-    before, after = _coming_out(name, self._open.pop(), out)
-    self._note(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
+    note = self._note
+    if _late(note): return
+    before, after = _coming_out(name, note.pop(), out)
+    self._keep(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
-    if self._aside(): return
+    if _late(self._note): return
     v = _first(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
-    self._note(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
+    self._keep(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
 
 @patch
-def _note(self:EnergyMeter, name, like, energy, factor):
+def _keep(self:EnergyMeter, name, like, energy, factor):
     "Keep an energy, unless a checkpointed block is run again."
     if not like.numel(): raise ValueError(f"the batch is empty: block {name!r} gives {tuple(like.shape)}; give at least one sample")
     if self.reduction == "sum": factor = factor * like[0].numel()
-    if not _recomputing(): self.seen.append((name, energy if factor == 1 else energy * factor))
+    if not _recomputing(): self._note.seen.append((name, energy if factor == 1 else energy * factor))
 
 def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
 
@@ -319,8 +318,10 @@ def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else
 def take(self:EnergyMeter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
     "The energies of the last forward pass, once; raises `RuntimeError` if there is not exactly one."
-    passes, seen, sums = self.passes, self.seen, {}
-    self.forget()
+    note, sums = self._left(), {}
+    passes, seen, idle = note.passes, note.seen, note.idle
+    note.clear()
+    note.idle = idle   # until the next pass begins
     for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
     if passes < 2 and len(sums) == len(self.blocks) and (passes or len(seen) == len(sums)):
         return torch.stack([sums[name] for name in self.blocks], -1)
@@ -329,15 +330,16 @@ def take(self:EnergyMeter
 
 @patch
 def forget(self:EnergyMeter):
-    "Drop what passes so far have left, taken or not."
-    self.passes, self.ended, self.seen, self._open = 0, False, [], []
+    "Drop what this thread's passes so far have left, taken or not."
+    self._note.clear()
 
 @patch
 def put(self:EnergyMeter,
     energies:Tensor, # `[..., K]`: per block, leading axes free
 ):
     "Hand in energies that were measured elsewhere, as if by a forward pass."
-    self.passes, self.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
+    self._note.clear(1)
+    self._note.seen = list(zip(self.blocks, energies.unbind(-1)))
 
 # %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf
 def _advice(meter:EnergyMeter, passes:int, sums:dict)->str:
