@@ -158,7 +158,8 @@ class _Watcher:
         thread:int|None=None, # the only one that is watched; None: each
     ):
         self.on, self.thread, self.compiled, self.taker = True, thread, False, None   # `compiled`: whether compiled code has called a hook, `taker`: from which thread that is measured
-        self._threads, self._last = threading.local(), _Note()
+        self._threads = threading.local()
+        self._last = self._own()   # where the last pass began
 
     def _own(self)->_Note:
         "The note of this thread."
@@ -191,9 +192,9 @@ class _Watcher:
         self._last = self._own()
         return self._last
 
+    @property
     def _left(self)->_Note:
         "The note of what this thread's passes have left."
-        self._one_thread()
         own = self._own()
         return self._last if self.compiled and not (own.passes or own.seen) else own
 
@@ -688,7 +689,8 @@ def _leave(self:Tracer, name, module, args, out):
 def take(self:Tracer,
 )->Trace: # of the last forward pass
     "What was noted of this thread's pass, once; raises `RuntimeError` if there is nothing."
-    note = self._left()
+    self._one_thread()
+    note = self._left
     steps, note.seen = note.seen, []
     if steps: return Trace(steps, self.energies_only)
     if self.replaced: raise RuntimeError("this tracer was replaced by a later one on the same model: take from that one")

@@ -229,15 +229,15 @@ class EnergyMeter(_Watcher):
         self.forget()
 
     @property
-    def seen(self)->list: return self._note.seen
+    def seen(self)->list: return self._left.seen
     @property
-    def ended(self)->bool: return self._note.ended
+    def ended(self)->bool: return self._left.ended
     @ended.setter
-    def ended(self, value:bool): self._note.ended = value
+    def ended(self, value:bool): self._left.ended = value
     @property
     def idle(self)->dict[str, str]:
         "Blocks that this thread called since its pass began, but not to be measured, and why: `\"without gradients\"` or `\"in evaluation mode\"`."
-        return dict(self._note.idle)
+        return dict(self._left.idle)
 
 # %% ../nbs/03_kinetic_bias.ipynb #206eb423
 def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
@@ -318,7 +318,8 @@ def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else
 def take(self:EnergyMeter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
     "The energies of the last forward pass, once; raises `RuntimeError` if there is not exactly one."
-    note, sums = self._left(), {}
+    self._one_thread()
+    note, sums = self._left, {}
     passes, seen, idle = note.passes, note.seen, note.idle
     note.clear()
     note.idle = idle   # until the next pass begins
@@ -331,15 +332,16 @@ def take(self:EnergyMeter
 @patch
 def forget(self:EnergyMeter):
     "Drop what this thread's passes so far have left, taken or not."
-    self._note.clear()
+    self._left.clear()
 
 @patch
 def put(self:EnergyMeter,
     energies:Tensor, # `[..., K]`: per block, leading axes free
 ):
     "Hand in energies that were measured elsewhere, as if by a forward pass."
-    self._note.clear(1)
-    self._note.seen = list(zip(self.blocks, energies.unbind(-1)))
+    note = self._own()
+    note.clear(1)
+    note.seen = list(zip(self.blocks, energies.unbind(-1)))
 
 # %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf
 def _advice(meter:EnergyMeter, passes:int, sums:dict)->str:
