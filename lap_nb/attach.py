@@ -7,6 +7,7 @@ __all__ = ['Blocks', 'find_blocks', 'Trace', 'Tracer', 'trace', 'trace_energies'
 
 # %% ../nbs/02_attach.ipynb #8dc89c3d
 import inspect
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .dynamics import ResidualBlock, Trajectory, _wide
+from .dynamics import ResidualBlock, Trajectory, _called, _module, _several, _short, _tensor, _wide
 
 # %% ../nbs/02_attach.ipynb #399866a1
 _SAME = {"CloneBackward0", "AliasBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
@@ -323,9 +324,12 @@ def _judge(self:_Probe,
     if sums is None:
         bars = f": {', '.join(sorted(bars))} in the way" if bars else ""
         return _Call(f"its input is no summand of its output{bars}", True, None, inplace)
-    with torch.no_grad(): moved = None if inplace else ((y - x).float().norm() / x.float().norm()).item()
+    with torch.no_grad(): moved = math.nan if inplace or y.is_meta else ((y - x).float().norm() / x.float().norm()).item()
     sums = _unroll(sums)
     why = f"{len(sums)} addition{'s' * (len(sums) > 1)}" + (f", then {after}" if after else "")
+    if not math.isfinite(moved):
+        why += "" if inplace or y.is_meta or bool(y.isfinite().all()) else "; its output is not finite"
+        moved = None
     return _Call(why, True, sums, inplace, moved)
 
 # %% ../nbs/02_attach.ipynb #5295d5bf
@@ -399,10 +403,16 @@ def _run(root:nn.Module, x):
     return root(*x) if isinstance(x, (tuple, list)) else root(x)
 
 def _check_batch(x):
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
-    for t in values:
-        if isinstance(t, Tensor) and t.ndim and len(t) == 0:
-            raise ValueError(f"the batch is empty: an input has shape {tuple(t.shape)}; give at least one sample")
+    "Raises on an input that no network can be measured with."
+    if isinstance(x, nn.Module): raise TypeError(f"the input is a {type(x).__name__}, expected tensors: the network comes first, then its input")
+    if isinstance(x, Mapping) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"an input is named {_short(odd[0])}, expected names of arguments: strings")
+    for t in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]:
+        if not isinstance(t, Tensor): continue
+        _tensor(t, "an input")
+        if t.numel() == 0:
+            what = "the batch is empty" if t.ndim and len(t) == 0 else "the samples have no features"
+            raise ValueError(f"{what}: an input has shape {tuple(t.shape)}; give at least one {'sample' if t.ndim and len(t) == 0 else 'feature'}")
+        if t.is_meta: raise ValueError(f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a pass")
 
 def _probe(root:nn.Module, x)->dict: # module to its calls
     "One pass in which every module is judged."
@@ -410,7 +420,7 @@ def _probe(root:nn.Module, x)->dict: # module to its calls
     def body():
         probe._watch([(m, _Probe.enter, _Probe.leave, "") for m in modules])
         quiet.begin()
-        _run(root, x)
+        _called(root, x, lambda: _run(root, x))
         probe.look()
     def undo():
         try: probe.remove()
@@ -451,7 +461,8 @@ class Blocks(dict):
     def __init__(self,
         blocks:Mapping|tuple=(), # name to module
     ):
-        super().__init__(blocks)
+        try: super().__init__(blocks)
+        except (TypeError, ValueError): raise TypeError(f"blocks are {_short(blocks)}, expected a mapping of names to modules") from None
         self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
 
     def table(self)->list[dict]: # a row per module, keys `name`, `kind`, `verdict`, `moved`, `why`
@@ -472,7 +483,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 def _unwrap(model:nn.Module)->nn.Module:
     "The network inside compiled and data-parallel wrappers."
-    while True:
+    while _module(model, "model") is not None:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
         elif "_orig_mod" in model._modules: model = model._orig_mod
         else: return model
@@ -482,12 +493,19 @@ def _named(root:nn.Module)->dict[str, nn.Module]:
     clean = lambda name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or "(model)"
     return {clean(name): m for name, m in root.named_modules()}
 
+def _mapping(blocks)->Mapping[str, nn.Module]:
+    "The blocks; raises `TypeError` if they are no mapping of names to modules."
+    if not isinstance(blocks, Mapping): raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, as from find_blocks")
+    for name, module in blocks.items():
+        _module(module, f"block {name!r}")
+    return blocks
+
 def _within(name:str, outer:str)->bool: return outer == "(model)" or name.startswith(outer + ".")
 
 def _matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
     "Names that fit a pattern; raises `ValueError` for a pattern that fits none."
     names, found = list(names), set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+    for pattern in [patterns] if isinstance(patterns, str) else () if patterns is None else _several(patterns, "the patterns", "names of modules, or patterns of them"):
         if not isinstance(pattern, str):
             raise TypeError(f"found a {type(pattern).__name__} among the patterns, expected names of modules: strings, or a mapping of names to modules")
         if not (hits := {n for n in names if fnmatchcase(n, pattern)}):
@@ -506,7 +524,7 @@ def find_blocks(
     "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand."
     root = _unwrap(model)
     names, _ = _named(root), _check_batch(x)
-    if include is not None and not isinstance(include, str) and not (include := list(include)):
+    if include is not None and not isinstance(include, str) and not (include := _several(include, "include", "names of modules, or patterns of them")):
         raise ValueError("no pattern is given, expected at least one name of a block; None: all blocks that are found")
     wanted, barred = _matching(names, include), _matching(names, exclude)
     judge, blocks, reasons = _Judge(root, {} if x is None else _probe(root, x)), Blocks(), {}
@@ -627,6 +645,9 @@ def _coming_out(name:str, before:tuple[Tensor, int|None], out)->tuple[Tensor, Te
     if y is None or y.shape != x.shape:
         raise ValueError(f"block {name!r} gives {None if y is None else tuple(y.shape)} for an input of {tuple(x.shape)}, "
                          "expected the same shape: leave it out, find_blocks(model, x) does")
+    if not y.numel():
+        what = "the batch is empty" if not len(y) else "the samples have no features"
+        raise ValueError(f"{what}: block {name!r} gives {tuple(y.shape)}; give at least one {'sample' if not len(y) else 'feature'}")
     if _version(x) != version:
         raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
     return x, y
@@ -640,7 +661,7 @@ class Tracer(_Watcher):
         energies_only:bool=False,                 # keep no positions
     ):
         root = _unwrap(model)
-        plan = self._prepare(root, find_blocks(root) if blocks is None else blocks, energies_only)
+        plan = self._prepare(root, find_blocks(root) if blocks is None else _mapping(blocks), energies_only)
         for other in _watchers(root):
             if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
         self._watch(plan)
@@ -701,13 +722,13 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool)->Trace:
     "One forward pass under a tracer of its own; raises `ValueError` for a step that is not finite."
     root = _unwrap(model)
     _check_batch(x)
-    if blocks is None: blocks = find_blocks(root, x)
+    blocks = find_blocks(root, x) if blocks is None else _mapping(blocks)
     aside, tracer = _Aside(root), Tracer.__new__(Tracer)
     plan = tracer._prepare(root, blocks, energies_only, threading.get_ident())
     def body():
         aside.begin()
         tracer._watch(plan)
-        return _run(root, x)
+        return _called(root, x, lambda: _run(root, x))
     def undo():
         try: tracer.remove()
         finally: aside.end()

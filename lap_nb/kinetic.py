@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from . import attach
-from .attach import _coming_out, _first, _going_in, _late, _recomputing, _unwrap, _Watcher, find_blocks
-from .dynamics import ResidualBlock, Trajectory, colours, residual_blocks
+from .attach import _coming_out, _first, _going_in, _late, _mapping, _recomputing, _unwrap, _Watcher, find_blocks
+from .dynamics import ResidualBlock, Trajectory, _several, colours, residual_blocks
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -245,9 +245,10 @@ def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
     if blocks is None:
         residual_blocks(root)   # raises if there is none
         return find_blocks(root)
-    if not isinstance(blocks, Mapping) and (blocks := [blocks] if isinstance(blocks, str) else list(blocks)):
+    if not isinstance(blocks, Mapping) and (blocks := [blocks] if isinstance(blocks, str) else _several(blocks, "blocks", "a mapping of names to modules, or names")):
         blocks = find_blocks(root, include=blocks)
     if not blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
+    _mapping(blocks)
     inside = set(root.modules())
     if lost := [n for n, m in blocks.items() if m not in inside]:
         raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is measured")
