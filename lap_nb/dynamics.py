@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
@@ -66,9 +67,8 @@ def _called(module:nn.Module, x, call):
     try: return call()
     except torch.OutOfMemoryError: raise
     except Exception as error:
-        end = error.__traceback__
-        while end.tb_next: end = end.tb_next
-        ours = end.tb_frame.f_globals.get("__name__", "").startswith(f"{__package__}.")
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        ours = frames[-1].f_globals.get("__name__", "").startswith("lap_nb.") or any(hasattr(f.f_locals.get("self"), "watcher") for f in frames)   # a hook's
         if ours or type(error).__module__ not in ("builtins", "torch"): raise
         raise RuntimeError(f"{type(module).__name__} cannot be called on {_kind(x)} ({type(error).__name__}: {error}); expected an input as the network takes it") from error
 
