@@ -382,3 +382,32 @@ def test_an_interrupt_at_the_end_of_a_with_block(kind):
     for at in range(8, total + 1, 7):
         (_, hit), watcher = closing(at)
         assert hit and hook_count(model) == 0 and not own(model), at
+
+
+# Bad input
+
+@pytest.mark.parametrize('call, error, words', [
+    (lambda: find_blocks(X, net()), TypeError, 'model is of type Tensor, expected a torch.nn.Module; are two arguments swapped'),
+    (lambda: trace(net(), net()), TypeError, 'the network comes first, then its input'),
+    (lambda: trace(net(), X[:, :0]), ValueError, 'the samples have no features'),
+    (lambda: trace_energies(net(), X.to('meta')), ValueError, 'meta device'),
+    (lambda: find_blocks(net(), X[:, :2]), RuntimeError, r'ResidualNet cannot be called on a tensor of shape \(8, 2\)'),
+    (lambda: trace(net(), X, [1]), TypeError, 'blocks is of type list, expected a mapping'),
+    (lambda: find_blocks(net(), X, include=3), TypeError, 'include is of type int')])
+def test_bad_input_is_refused_in_words(call, error, words):
+    with pytest.raises(error, match=words): call()
+
+
+def test_a_network_of_nan_has_blocks_without_a_size():
+    n = net()
+    with torch.no_grad(): n.flow.blocks[1].velocity[2].bias.fill_(float('nan'))
+    blocks = find_blocks(n, X)
+    assert len(blocks) == 3 and blocks.moved['flow.blocks.1'] is None and 'its output is not finite' in blocks.why['flow.blocks.1']
+
+
+def test_blocks_that_are_called_but_not_measured_are_known():
+    n = net()
+    with EnergyMeter(n) as meter:
+        n.flow.blocks[1].eval()
+        n(X)
+        assert meter.idle == {'flow.blocks.1': 'in evaluation mode'}
