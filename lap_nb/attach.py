@@ -106,6 +106,7 @@ def _hide(module:nn.Module):
     if hasattr(old, "shown"): module.__dict__["forward"] = old.func
     elif old is not None and old == _own_forward(module): module.__dict__.pop("forward", None)
 
+# %% ../nbs/02_attach.ipynb #a1f0c2db
 class _Hooks:
     "The forward hooks of one owner on some modules: they come off together."
     def __init__(self, modules:Iterable[nn.Module], shown:bool=True): # shown: to a compiler
@@ -185,54 +186,71 @@ class _Watcher:
     @paused.setter
     def paused(self, value:bool): self._own().paused = value
 
-    def _begun(self)->_Note:
-        "The note for a pass that begins."
-        if torch.compiler.is_compiling():
-            self.compiled = True
-            return self._last
-        self._one_thread()
-        self._last = self._own()
-        return self._last
-
-    @property
-    def _left(self)->_Note:
-        "The note of what this thread's passes have left."
-        own = self._own()
-        return self._last if self.compiled and not (own.passes or own.seen) else own
-
-    def _one_thread(self):
-        "Raise if a compiled network is measured from a second thread."
-        if not self.compiled: return
-        here = threading.get_ident()
-        if self.taker not in (None, here) and any(t.ident == self.taker for t in threading.enumerate()):
-            raise RuntimeError("a compiled network was called in one thread and measured in another, expected one thread: compiled code cannot tell them apart; "
-                               "give each thread a copy of the network, or do not compile it")
-        self.taker = here
-
-    def _watch(self, plan:list): # of each hook or pair of them: module, what to call before and after it, name
-        "Put hooks on; if that is interrupted, they are gone again."
-        self._hooks = _Hooks([module for module, *_ in plan], self.thread is None)
-        weakref.finalize(self, self._hooks.off).atexit = False
-        try:
-            for module, before, after, name in plan:
-                self._hooks.put(module, before and self._hook(self, before, name), after and self._hook(self, after, name), self._ahead)
-        except BaseException:
-            self.remove()
-            raise
     _hook, _notes, _ahead, _hooks = _Hook, _Note, False, _Hooks(())
 
-    def remove(self):
-        "Take the hooks off; the model is as it was."
-        try: self._hooks.off()
-        finally: self._hooks.off()
+# %% ../nbs/02_attach.ipynb #a1f0c2dd
+@patch
+def _begun(self:_Watcher)->_Note:
+    "The note for a pass that begins."
+    if torch.compiler.is_compiling():
+        self.compiled = True
+        return self._last
+    self._one_thread()
+    self._last = self._own()
+    return self._last
 
-    def __del__(self): self._hooks.off()   # and once more by `finalize`, as an interrupt may hit either
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_last", "_hooks")} | dict(on=False)   # of a copy: it is on no model
-    def __setstate__(self, state): _Watcher.__init__(self); self.__dict__.update(state)
-    def __enter__(self): return self
-    def __exit__(self, *exc):
-        try: self.remove()
-        finally: self.remove()
+@patch(as_prop=True)
+def _left(self:_Watcher)->_Note:
+    "The note of what this thread's passes have left."
+    own = self._own()
+    return self._last if self.compiled and not (own.passes or own.seen) else own
+
+@patch
+def _one_thread(self:_Watcher):
+    "Raise if a compiled network is measured from a second thread."
+    if not self.compiled: return
+    here = threading.get_ident()
+    if self.taker not in (None, here) and any(t.ident == self.taker for t in threading.enumerate()):
+        raise RuntimeError("a compiled network was called in one thread and measured in another, expected one thread: compiled code cannot tell them apart; "
+                           "give each thread a copy of the network, or do not compile it")
+    self.taker = here
+
+# %% ../nbs/02_attach.ipynb #a1f0c2dc
+@patch
+def _watch(self:_Watcher, plan:list): # of each hook or pair of them: module, what to call before and after it, name
+    "Put hooks on; if that is interrupted, they are gone again."
+    self._hooks = _Hooks([module for module, *_ in plan], self.thread is None)
+    weakref.finalize(self, self._hooks.off).atexit = False
+    try:
+        for module, before, after, name in plan:
+            self._hooks.put(module, before and self._hook(self, before, name), after and self._hook(self, after, name), self._ahead)
+    except BaseException:
+        self.remove()
+        raise
+
+@patch
+def remove(self:_Watcher):
+    "Take the hooks off; the model is as it was."
+    try: self._hooks.off()
+    finally: self._hooks.off()
+
+@patch
+def __del__(self:_Watcher): self._hooks.off()   # and once more by `finalize`, as an interrupt may hit either
+
+@patch
+def __getstate__(self:_Watcher):   # of a copy: it is on no model
+    return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_last", "_hooks")} | dict(on=False)
+
+@patch
+def __setstate__(self:_Watcher, state): _Watcher.__init__(self); self.__dict__.update(state)
+
+@patch
+def __enter__(self:_Watcher): return self
+
+@patch
+def __exit__(self:_Watcher, *exc):
+    try: self.remove()
+    finally: self.remove()
 
 # %% ../nbs/02_attach.ipynb #aafc36e6
 def _first(value)->Tensor|None:

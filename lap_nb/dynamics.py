@@ -319,6 +319,7 @@ def samples(self:Trajectory,
     if chosen.ndim != 1: raise IndexError(f"samples are {_short(at)}, which gives numbers of shape {tuple(chosen.shape)}, expected a row of them")
     return self._map(lambda x: x[:, chosen.to(x.device)])
 
+# %% ../nbs/01_dynamics.ipynb #e0656b90
 @patch
 def classes(self:Trajectory,
     y:Tensor, # labels, `[B]`
