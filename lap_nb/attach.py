@@ -675,6 +675,62 @@ def _check_size(name:str, y:Tensor):
     what = "the samples have no features" if len(y) else "the batch is empty"
     raise ValueError(f"{what}: block {name!r} gives {tuple(y.shape)}; give at least one {'feature' if len(y) else 'sample'}")
 
+# %% ../nbs/02_attach.ipynb #b0a7c521
+_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which PyTorch says what each axis is
+
+class _Axes:
+    "Which axis of what each block returns counts the samples; raises `ValueError` where that is not sure."
+    def __init__(self,
+        blocks:Mapping[str, nn.Module], # by name
+        given:int|None=None,            # the axis; None: the first, except in sequences that run time first
+        summed:bool=False,              # it is for a sum over features, which a mean may replace
+    ):
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
+            raise ValueError(f"batch_axis is {given!r}, expected the number of an axis, from 0 on, or None")
+        self.blocks, self.guessed, self.summed = blocks, given is None, summed
+        self.axes = {name: self._guess(name, block) if given is None else given for name, block in blocks.items()}
+
+    def _guess(self, name, block)->int:
+        known = isinstance(block, _SEQUENCES)
+        late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
+        if late and not known and self.summed:
+            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
+                             "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
+                             "reduction='mean' needs none")
+        return int(bool(late) and known)
+
+    def of(self, name, y:Tensor)->int|None: # None: one sequence, without an axis for samples
+        "The axis of the samples in what a block returned."
+        if self.guessed and y.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES): return None
+        if (axis := self.axes[name]) < y.ndim: return axis
+        raise ValueError(f"block {name!r} gives {tuple(y.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples")
+
+# %% ../nbs/02_attach.ipynb #b0a7c522
+@patch
+def count(self:_Axes, name, y:Tensor)->int:
+    "Number of samples in what a block returned."
+    axis = self.of(name, y)
+    return 1 if axis is None else y.shape[axis]
+
+@patch
+def first(self:_Axes, name, y:Tensor)->Tensor: # `[B, ...]`
+    "What a block takes or returns, with the samples on its first axis."
+    axis = self.of(name, y)
+    return y[None] if axis is None else y.movedim(axis, 0) if axis else y
+
+@patch
+def check(self:_Axes,
+    shapes:Mapping[str, tuple], # of what the blocks returned
+    out,                        # what the model returned
+):
+    "Raise `ValueError` if the model's output counts as many samples as the second axis of a block, not the first."
+    if not self.guessed or (out := _first(out)) is None or not out.ndim: return
+    for name, shape in shapes.items():
+        doubt = len(shape) > 2 and not self.axes[name] and not isinstance(self.blocks[name], _SEQUENCES)
+        if doubt and shape[0] != len(out) == shape[1]:
+            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
+                             "seems to count the samples: give batch_axis=1, or 0 if it is the first after all" + "; reduction='mean' needs none" * self.summed)
+
 # %% ../nbs/02_attach.ipynb #91906f45
 class Tracer(_Watcher):
     "Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, the end of `with`, or while it is referenced."
@@ -682,20 +738,22 @@ class Tracer(_Watcher):
         model:nn.Module,                          # measured in place; an earlier tracer on it is replaced
         blocks:Mapping[str, nn.Module]|None=None, # name to module; None: its `ResidualBlock`s
         energies_only:bool=False,                 # keep no positions
+        batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
     ):
         root = _unwrap(model)
-        plan = self._prepare(root, find_blocks(root) if blocks is None else _mapping(blocks), energies_only)
+        plan = self._prepare(root, find_blocks(root) if blocks is None else _mapping(blocks), energies_only, batch_axis)
         for other in _watchers(root):
             if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
         self._watch(plan)
 
-    def _prepare(self, root, blocks, energies_only, thread=None)->list: # of hooks
+    def _prepare(self, root, blocks, energies_only, batch_axis, thread=None)->list: # of hooks
         if not blocks: raise ValueError("blocks is empty, expected at least one residual block")
         inside, copies = set(root.modules()), getattr(blocks, "inplace", ())
         if lost := [n for n, m in blocks.items() if m not in inside]:
             raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is traced")
         super().__init__(thread)
         self.blocks, self.energies_only, self.replaced = blocks, energies_only, False
+        self.axes = _Axes(blocks, batch_axis)
         self.copies = set(copies) if energies_only else set(blocks)
         return [(root, Tracer._begin, None, ""), *((m, Tracer._enter, Tracer._leave, n) for n, m in blocks.items()), (root, None, Tracer._close, "")]
 
@@ -706,7 +764,10 @@ def _begin(self:Tracer, name, module, args, kwargs):
 
 @patch
 def _close(self:Tracer, name, module, args, out):
-    if not _recomputing(): self._note.ended = True
+    if _recomputing(): return
+    note = self._note
+    note.ended = True
+    if not torch.compiler.is_compiling(): self.axes.check({s.name: (len(s.squares), *s.shape) for s in note.seen}, out)
 
 def _late(note:_Note)->bool:
     "Whether a block is called for something else, after the model's own pass."
@@ -721,7 +782,7 @@ def _enter(self:Tracer, name, module, args, kwargs):
 def _leave(self:Tracer, name, module, args, out):
     note = self._note
     if _late(note): return
-    before, after = _coming_out(name, note.pop(), out)
+    before, after = (self.axes.first(name, t) for t in _coming_out(name, note.pop(), out))
     squares = (_wide(after) - _wide(before)).square().sum(tuple(range(1, after.ndim)))
     h = module.h if isinstance(module, ResidualBlock) else 1.
     step = _Step(name, squares, tuple(after.shape[1:]), h)
@@ -741,13 +802,13 @@ def take(self:Tracer,
     raise RuntimeError(f"no step of the {len(self.blocks)} blocks was noted: call the model first, in the same thread, then take once")
 
 # %% ../nbs/02_attach.ipynb #94530cca
-def _pass(model:nn.Module, x, blocks, energies_only:bool)->Trace:
+def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->Trace:
     "One forward pass under a tracer of its own; raises `ValueError` for a step that is not finite."
     root = _unwrap(model)
     _check_batch(x)
     blocks = find_blocks(root, x) if blocks is None else _mapping(blocks)
     aside, tracer = _Aside(root), Tracer.__new__(Tracer)
-    plan = tracer._prepare(root, blocks, energies_only, threading.get_ident())
+    plan = tracer._prepare(root, blocks, energies_only, batch_axis, threading.get_ident())
     def body():
         aside.begin()
         tracer._watch(plan)
@@ -768,14 +829,16 @@ def trace(
     model:nn.Module,                          # called once, in the mode it is in, by itself if wrapped or compiled
     x:Any,                                    # its input: a tensor, a tuple of arguments or a mapping of named ones
     blocks:Mapping[str, nn.Module]|None=None, # name to module; None: found with `x`, by a probing pass before
+    batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
 )->Trajectory:                                # in float32 or wider, with `names` of the blocks and the model's `output`
     "Follow `x` through the residual blocks of `model`; differentiable unless gradients are off."
-    return _pass(model, x, blocks, energies_only=False).trajectory
+    return _pass(model, x, blocks, energies_only=False, batch_axis=batch_axis).trajectory
 
 def trace_energies(
     model:nn.Module,                          # as for `trace`
     x:Any,                                    # as for `trace`
     blocks:Mapping[str, nn.Module]|None=None, # as for `trace`
+    batch_axis:int|None=None,                 # as for `trace`
 )->Trace:                                     # with `energies()`, `names` and the model's `output`
     "As `trace`, but only the energies are kept: without gradients, no more than one block's activations are alive."
-    return _pass(model, x, blocks, energies_only=True)
+    return _pass(model, x, blocks, energies_only=True, batch_axis=batch_axis)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from . import attach
-from .attach import (_check_size, _coming_out, _first, _going_in, _late, _mapping, _Note, _recomputing, _unwrap,
+from .attach import (_Axes, _check_size, _coming_out, _first, _going_in, _late, _mapping, _Note, _recomputing, _unwrap,
                            _Watcher, find_blocks)
 from .dynamics import ResidualBlock, Trajectory, _several, colours, residual_blocks
 from .files import as_code
@@ -280,7 +280,7 @@ class EnergyMeter(_Watcher):
         super().__init__()
         self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
-        self.axes, self.guessed = _axes(self.blocks, reduction, batch_axis), batch_axis is None
+        self.axes = _Axes(self.blocks, batch_axis, summed=reduction == "sum")
         plan = [(root, EnergyMeter._begin, None, ""), *((m, None, EnergyMeter._branch, name) for name, m in branches.items())]
         if not branches: plan += [(m, EnergyMeter._enter, EnergyMeter._leave, name) for name, m in self.blocks.items()]
         self._watch([*plan, (root, None, EnergyMeter._close, "")])
@@ -355,7 +355,7 @@ def _close(self:EnergyMeter, name, module, args, out):
     if _recomputing(): return
     note = self._note
     note.running, note.ended = False, True
-    if self.reduction == "sum" and self.guessed and note.seen: self._check_axis(note.shapes, _first(out))
+    if self.reduction == "sum": self.axes.check(note.shapes, out)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
@@ -410,49 +410,12 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
     note = self._note
     _check_size(name, like)
     if self.reduction == "sum":
-        note.shapes[name], factor = like.shape, factor * (like.numel() // self._samples(name, like))
+        note.shapes[name], factor = like.shape, factor * (like.numel() // self.axes.count(name, like))
     if _recomputing(): return
     if not torch.compiler.is_compiling(): note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))
 
 def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
-
-# %% ../nbs/03_kinetic_bias.ipynb #3869b73c
-_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which PyTorch says what each axis is
-
-def _axes(blocks:Mapping[str, nn.Module], reduction:str, axis)->dict[str, int]:
-    "Axis of the samples in what each block returns; raises `ValueError` where the sum over features must know and cannot."
-    if axis is not None:
-        if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
-            raise ValueError(f"batch_axis is {axis!r}, expected the number of an axis, from 0 on, or None")
-        return dict.fromkeys(blocks, axis)
-    axes = {}
-    for name, block in blocks.items():
-        known = isinstance(block, _SEQUENCES)
-        late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
-        if late and not known and reduction == "sum":
-            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
-                             "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
-                             "reduction='mean' needs none")
-        axes[name] = int(bool(late) and known)
-    return axes
-
-@patch
-def _samples(self:EnergyMeter, name, like)->int:
-    "Number of samples in what a block returned."
-    if self.guessed and like.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES):
-        return 1   # one sequence, without an axis for samples
-    if (axis := self.axes[name]) < like.ndim: return like.shape[axis]
-    raise ValueError(f"block {name!r} gives {tuple(like.shape)}, expected an axis {axis} as in batch_axis: give the "
-                     "axis of the samples")
-
-@patch
-def _check_axis(self:EnergyMeter, shapes:dict, out:Tensor|None):
-    "Raise `ValueError` if the model's output counts as many samples as the second axis of a block, not the first."
-    for name, shape in shapes.items():
-        if out is not None and out.ndim and len(shape) > 2 and not self.axes[name] and shape[0] != len(out) == shape[1]:
-            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
-                             "seems to count the samples: give batch_axis=1, or 0 if it is the first after all; reduction='mean' needs none")
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db
 @patch
