@@ -6,21 +6,24 @@
 __all__ = ['Blocks', 'find_blocks', 'Trace', 'Tracer', 'trace', 'trace_energies']
 
 # %% ../nbs/02_attach.ipynb #8dc89c3d
+import inspect
+import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .dynamics import ResidualBlock, Trajectory, _wide
+from .dynamics import ResidualBlock, Trajectory, _called, _module, _several, _short, _tensor, _wide
 from .files import as_code, as_text
 
 # %% ../nbs/02_attach.ipynb #399866a1
@@ -53,6 +56,201 @@ def _identity_path(
         elif name in _ACTIVATIONS: todo.append((ways[0], sums, after if sums else name.split("Backward")[0].lower(), True))
         else: bars.add(name.split("Backward")[0])
     return None, None, bars
+
+# %% ../nbs/02_attach.ipynb #a1f0c2d5
+def _surely(body:Callable, undo:Callable):
+    "What `body` returns; `undo`, which does no harm twice, runs to its end even where an interrupt stops it once."
+    try:
+        try: return body()
+        finally: undo()
+    finally: undo()
+
+class _Hook:
+    "A forward hook that knows its owner, as long as somebody else does, and the name of its block; a copy knows none."
+    def __init__(self, owner=None, call=None, name=""):
+        self.owner, self.call, self.name = (lambda: None) if owner is None else weakref.ref(owner), call, name
+        self.group = self.module = None   # known once it is put on
+    def __reduce__(self): return type(self), ()
+    def watcher(self): return self.owner()
+
+    def awake(self, module):
+        "The owner, if it wants to hear of this call."
+        owner = self.owner()
+        if owner is None or not owner.on: return None
+        if not torch.compiler.is_compiling() and self.module is not None and self.module() is not module:
+            raise RuntimeError(f"a copy of {f'block {self.name!r}' if self.name else 'the network'} was called that shares its hooks, as nn.DataParallel and copy.copy make: "
+                               "measure on one device or with DistributedDataParallel, copy by copy.deepcopy, or remove what measures first")
+        return None if owner.paused else owner
+
+    def __call__(self, module, *args):
+        if (owner := self.awake(module)) is not None: return self.call(owner, self.name, module, *args)
+
+# %% ../nbs/02_attach.ipynb #a1f0c2d7
+def _own_forward(module:nn.Module)->MethodType|None: # None: it is not written in Python
+    "The `forward` of the module's class, as that of an instance."
+    forward = inspect.getattr_static(type(module), "forward", None)
+    return MethodType(forward, module) if isinstance(forward, FunctionType) else None
+
+def _show(module:nn.Module):
+    "Let a compiler see that the module has hooks: that it has a `forward` of its own, or another one than before."
+    old, new = module.__dict__.get("forward"), _own_forward(module)
+    if old is None and new is not None: module.__dict__["forward"] = new
+    elif old is not None and old != new and not hasattr(old, "shown"):
+        relay = partial(old)
+        relay.shown = True
+        module.__dict__["forward"] = relay
+
+def _hide(module:nn.Module):
+    "Undo `_show`."
+    old = module.__dict__.get("forward")
+    if hasattr(old, "shown"): module.__dict__["forward"] = old.func
+    elif old is not None and old == _own_forward(module): module.__dict__.pop("forward", None)
+
+# %% ../nbs/02_attach.ipynb #a1f0c2db
+class _Hooks:
+    "The forward hooks of one owner on some modules: they come off together."
+    def __init__(self, modules:Iterable[nn.Module], shown:bool=True): # shown: to a compiler
+        self.modules, self.shown = [weakref.ref(m) for m in dict.fromkeys(modules)], shown
+
+    def put(self, module:nn.Module, before:_Hook|None=None, after:_Hook|None=None, first:bool=False):
+        if self.shown: _show(module)
+        for hook in filter(None, (before, after)): hook.group, hook.module = self, weakref.ref(module)
+        if before is not None: module.register_forward_pre_hook(before, with_kwargs=True)
+        if after is not None: module.register_forward_hook(after, prepend=first)
+
+    def off(self):
+        try: self._off()
+        finally: self._off()
+
+    def _off(self):
+        for module in (ref() for ref in self.modules):
+            if module is None: continue
+            tables = ((module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+                      (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called))
+            for hooks, *notes in tables:
+                for key in [k for k, h in hooks.items() if getattr(h, "group", None) is self]:
+                    for table in (*notes, hooks): table.pop(key, None)
+            left = [h.group for hooks, *_ in tables for h in hooks.values() if isinstance(h, _Hook) and h.group]
+            if not any(group.shown for group in left): _hide(module)
+
+# %% ../nbs/02_attach.ipynb #a1f0c2d9
+def _recomputing()->bool:
+    "Whether a backward pass is running: then a checkpointed block is called for the second time."
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+class _Note:
+    "What the passes of one thread have left."
+    def __init__(self):
+        self.paused = False
+        self.clear()
+
+    def clear(self, passes:int=0): # begun: 0, 1, or 2 for more
+        self.passes, self.ended, self.seen, self.open = passes, False, [], []
+
+    def push(self, entry):
+        task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        if task != -1: self.open = [e for e in self.open if e[0] in (-1, task)]   # the recomputation before may have stopped early
+        self.open.append((task, entry))
+
+    def pop(self): return self.open.pop()[1]
+
+# %% ../nbs/02_attach.ipynb #a1f0c2da
+class _Watcher:
+    "Notes what the passes of a network show at its hooks; each thread finds what its own passes have left."
+    def __init__(self,
+        thread:int|None=None, # the only one that is watched; None: each
+    ):
+        self.on, self.thread, self.compiled, self.taker = True, thread, False, None   # `compiled`: whether compiled code has called a hook, `taker`: from which thread that is measured
+        self._threads = threading.local()
+        self._last = self._own()   # where the last pass began
+
+    def _own(self)->_Note:
+        "The note of this thread."
+        try: return self._threads.note
+        except AttributeError: self._threads.note = self._notes()
+        return self._threads.note
+
+    @property
+    def _note(self)->_Note:
+        "Where a hook writes. Compiled code knows no threads: it writes where the last pass began."
+        if torch.compiler.is_compiling():
+            self.compiled = True
+            return self._last
+        own, last = self._own(), self._last
+        return last if self.compiled and not own.passes and last.passes and not last.ended else own
+
+    @property
+    def paused(self)->bool:
+        "Whether passes of this thread are not noted."
+        return not torch.compiler.is_compiling() and (self.thread not in (None, threading.get_ident()) or self._own().paused)
+    @paused.setter
+    def paused(self, value:bool): self._own().paused = value
+
+    _hook, _notes, _ahead, _hooks = _Hook, _Note, False, _Hooks(())
+
+# %% ../nbs/02_attach.ipynb #a1f0c2dd
+@patch
+def _begun(self:_Watcher)->_Note:
+    "The note for a pass that begins."
+    if torch.compiler.is_compiling():
+        self.compiled = True
+        return self._last
+    self._one_thread()
+    self._last = self._own()
+    return self._last
+
+@patch(as_prop=True)
+def _left(self:_Watcher)->_Note:
+    "The note of what this thread's passes have left."
+    own = self._own()
+    return self._last if self.compiled and not (own.passes or own.seen) else own
+
+@patch
+def _one_thread(self:_Watcher):
+    "Raise if a compiled network is measured from a second thread."
+    if not self.compiled: return
+    here = threading.get_ident()
+    if self.taker not in (None, here) and any(t.ident == self.taker for t in threading.enumerate()):
+        raise RuntimeError("a compiled network was called in one thread and measured in another, expected one thread: compiled code cannot tell them apart; "
+                           "give each thread a copy of the network, or do not compile it")
+    self.taker = here
+
+# %% ../nbs/02_attach.ipynb #a1f0c2dc
+@patch
+def _watch(self:_Watcher, plan:list): # of each hook or pair of them: module, what to call before and after it, name
+    "Put hooks on; if that is interrupted, they are gone again."
+    self._hooks = _Hooks([module for module, *_ in plan], self.thread is None)
+    weakref.finalize(self, self._hooks.off).atexit = False
+    try:
+        for module, before, after, name in plan:
+            self._hooks.put(module, before and self._hook(self, before, name), after and self._hook(self, after, name), self._ahead)
+    except BaseException:
+        self.remove()
+        raise
+
+@patch
+def remove(self:_Watcher):
+    "Take the hooks off; the model is as it was."
+    try: self._hooks.off()
+    finally: self._hooks.off()
+
+@patch
+def __del__(self:_Watcher): self._hooks.off()   # and once more by `finalize`, as an interrupt may hit either
+
+@patch
+def __getstate__(self:_Watcher):   # of a copy: it is on no model
+    return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_last", "_hooks")} | dict(on=False)
+
+@patch
+def __setstate__(self:_Watcher, state): _Watcher.__init__(self); self.__dict__.update(state)
+
+@patch
+def __enter__(self:_Watcher): return self
+
+@patch
+def __exit__(self:_Watcher, *exc):
+    try: self.remove()
+    finally: self.remove()
 
 # %% ../nbs/02_attach.ipynb #aafc36e6
 def _first(value)->Tensor|None:
@@ -95,11 +293,14 @@ def _unroll(sums)->frozenset:
     return frozenset(nodes)
 
 # %% ../nbs/02_attach.ipynb #383781fa
-class _Probe:
+class _Probe(_Watcher):
     "Hooks for one pass in which every module is judged."
-    def __init__(self): self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
+    _ahead = True
+    def __init__(self):
+        super().__init__(threading.get_ident())
+        self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
 
-    def enter(self, module, args, kwargs):
+    def enter(self, name, module, args, kwargs):
         self.look()
         x = _first((args, kwargs))
         self.grad.append(torch.is_grad_enabled())
@@ -109,7 +310,7 @@ class _Probe:
         self.open.append((mark, mark.grad_fn, mark._version))
         return _swap(args, x, mark), _swap(kwargs, x, mark)
 
-    def leave(self, module, args, kwargs, out):
+    def leave(self, name, module, args, out):
         self.look()
         y = _first(out)
         self.calls.setdefault(module, []).append(call := self._judge(*self.open.pop(), y))
@@ -142,41 +343,77 @@ def _judge(self:_Probe,
     if sums is None:
         bars = f": {', '.join(sorted(bars))} in the way" if bars else ""
         return _Call(f"its input is no summand of its output{bars}", True, None, inplace)
-    with torch.no_grad(): moved = None if inplace else ((y - x).float().norm() / x.float().norm()).item()
+    with torch.no_grad(): moved = math.nan if inplace or y.is_meta else ((y - x).float().norm() / x.float().norm()).item()
     sums = _unroll(sums)
     why = f"{len(sums)} addition{'s' * (len(sums) > 1)}" + (f", then {after}" if after else "")
+    if not math.isfinite(moved):
+        why += "" if inplace or y.is_meta or bool(y.isfinite().all()) else "; its output is not finite"
+        moved = None
     return _Call(why, True, sums, inplace, moved)
 
 # %% ../nbs/02_attach.ipynb #5295d5bf
-@contextmanager
-def _undisturbed(root:nn.Module):
-    "Evaluation mode inside; modes, buffers and random state put back after."
-    modes = [(m, m.training) for m in root.modules()]
-    buffers = [(m, k, b, b._version, b.clone()) for m in root.modules() for k, b in m._buffers.items() if b is not None]
-    devices = {t.device.index or 0 for t in chain(root.parameters(), root.buffers()) if t.is_cuda}
-    with torch.random.fork_rng(sorted(devices)):
-        try:
-            root.eval()
-            yield
-        finally:
-            for m, mode in modes: m.training = mode
-            for m, k, b, version, old in buffers:
-                m._buffers[k] = b
-                if b._version != version: b.data.copy_(old)
+def _watchers(root:nn.Module)->list:
+    "Tracers and meters attached to `root` or in it, each once: what its hooks name by `watcher`."
+    hooks = chain.from_iterable((*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in root.modules())
+    found = [h.watcher() for h in hooks if hasattr(h, "watcher")]
+    return list({id(w): w for w in found if w is not None}.values())
 
-@contextmanager
-def _eagerly(root:nn.Module):
-    "Compiled parts of `root` run as they were written; what is attached to it already rests."
-    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in root.modules())
-    if compiled and not hasattr(torch.compiler, "set_stance"):
-        raise RuntimeError(f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
-                           "use PyTorch 2.6 or later, or come with the network before torch.compile")
-    watchers = [(w, w.paused) for w in _watchers(root)]
-    for w, _ in watchers: w.paused = True
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(): yield
-    finally:
-        for w, paused in watchers: w.paused = paused
+class _Aside:
+    "What a pass on the side changes: compiled parts of `root` run as they were written, what is attached to it rests. `end` may come at any time and twice."
+    def __init__(self, root:nn.Module):
+        compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in root.modules())
+        if compiled and not hasattr(torch.compiler, "set_stance"):
+            raise RuntimeError(f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
+                               "use PyTorch 2.6 or later, or come with the network before torch.compile")
+        self.stance = torch._dynamo.eval_frame._stance if compiled else None
+        self.watchers = [(w, w.paused) for w in _watchers(root)]
+
+    def begin(self):
+        for w, _ in self.watchers: w.paused = True
+        if self.stance is not None: torch.compiler.set_stance("force_eager")
+
+    def end(self):
+        if self.stance is not None: torch._dynamo.eval_frame._set_stance(self.stance)
+        for w, paused in self.watchers: w.paused = paused
+
+# %% ../nbs/02_attach.ipynb #5295d5c0
+class _Quiet(_Aside):
+    "A pass on the side of which nothing is left: in evaluation mode, with a graph that keeps no activations; buffers and random state are put back."
+    def __init__(self, root:nn.Module):
+        super().__init__(root)
+        self.root, self.modes, self.dropped = root, [(m, m.training) for m in root.modules()], []
+        self.buffers = [(m, k, b, None if b is None else (_version(b), b.clone())) for m in root.modules() for k, b in m._buffers.items()]
+        devices = {t.device.index or 0 for t in chain(root.parameters(), root.buffers()) if t.is_cuda}
+        self.random, self.randoms = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+        self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        drop = self.dropped.append   # returns None: that is what is kept of an activation
+        self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: drop(None), lambda t: t)
+
+    def begin(self):
+        super().begin()
+        self.root.eval()
+        if self.inference is not None: self.inference.__enter__()
+        torch.set_grad_enabled(True)
+        self.saved.__enter__()
+
+    def drops(self)->bool:
+        "Whether what a graph saves is dropped."
+        torch.set_grad_enabled(True)
+        self.dropped.clear()
+        torch.ones((), requires_grad=True).exp()
+        return bool(self.dropped)
+
+    def end(self):
+        if self.drops(): self.saved.__exit__()
+        if self.inference is not None and not torch.is_inference_mode_enabled(): self.inference.__exit__(None, None, None)
+        torch.set_grad_enabled(self.grad)
+        for m, mode in self.modes: m.training = mode
+        for m, k, b, old in self.buffers:
+            m._buffers[k] = b
+            if b is not None and _version(b) != old[0]: b.data.copy_(old[1])
+        torch.set_rng_state(self.random)
+        for device, state in self.randoms: torch.cuda.set_rng_state(state, device)
+        super().end()
 
 # %% ../nbs/02_attach.ipynb #579dc64b
 def _run(root:nn.Module, x):
@@ -185,37 +422,30 @@ def _run(root:nn.Module, x):
     return root(*x) if isinstance(x, (tuple, list)) else root(x)
 
 def _check_batch(x):
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
-    for t in values:
-        if isinstance(t, Tensor) and t.ndim and len(t) == 0:
-            raise ValueError(f"the batch is empty: an input has shape {tuple(t.shape)}; give at least one sample")
+    "Raises on an input that no network can be measured with."
+    if isinstance(x, nn.Module): raise TypeError(f"the input is a {type(x).__name__}, expected tensors: the network comes first, then its input")
+    if isinstance(x, Mapping) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"an input is named {_short(odd[0])}, expected names of arguments: strings")
+    for t in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]:
+        if not isinstance(t, Tensor): continue
+        _tensor(t, "an input")
+        if t.numel() == 0:
+            what = "the batch is empty" if t.ndim and len(t) == 0 else "the samples have no features"
+            raise ValueError(f"{what}: an input has shape {tuple(t.shape)}; give at least one {'sample' if t.ndim and len(t) == 0 else 'feature'}")
+        if t.is_meta: raise ValueError(f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a pass")
 
 def _probe(root:nn.Module, x)->dict: # module to its calls
     "One pass in which every module is judged."
-    probe, hooks = _Probe(), []
-    try:
-        for m in root.modules():
-            hooks += [m.register_forward_pre_hook(probe.enter, with_kwargs=True),
-                      m.register_forward_hook(probe.leave, with_kwargs=True, prepend=True)]
-        with (_undisturbed(root), _eagerly(root), torch.inference_mode(False), torch.enable_grad(),
-              torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t)): _run(root, x)
-    finally:
-        for hook in hooks: hook.remove()
-    probe.look()
+    probe, quiet, modules = _Probe(), _Quiet(root), list(root.modules())
+    def body():
+        probe._watch([(m, _Probe.enter, _Probe.leave, "") for m in modules])
+        quiet.begin()
+        _called(root, x, lambda: _run(root, x))
+        probe.look()
+    def undo():
+        try: probe.remove()
+        finally: quiet.end()
+    _surely(body, undo)
     return probe.calls
-
-# %% ../nbs/02_attach.ipynb #ec31693d
-def _watchers(root:nn.Module)->list:
-    "Tracers and meters attached to `root` or in it, each once: what its hooks name by `watcher`."
-    hooks = chain.from_iterable((*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in root.modules())
-    found = [h.watcher() for h in hooks if hasattr(h, "watcher")]
-    return list({id(w): w for w in found if w is not None}.values())
-
-class _Hook:
-    "A forward hook that knows whose it is."
-    def __init__(self, tracer, call, name=""): self.tracer, self.call, self.name = tracer, call, name
-    def watcher(self): return self.tracer
-    def __call__(self, *args): return self.call(self.name, *args)
 
 # %% ../nbs/02_attach.ipynb #cd7cbe34
 class _Judge:
@@ -250,7 +480,8 @@ class Blocks(dict):
     def __init__(self,
         blocks:Mapping|tuple=(), # name to module
     ):
-        super().__init__(blocks)
+        try: super().__init__(blocks)
+        except (TypeError, ValueError): raise TypeError(f"blocks are {_short(blocks)}, expected a mapping of names to modules") from None
         self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
 
     def table(self)->list[dict]: # a row per module, keys `name`, `kind`, `verdict`, `moved`, `why`
@@ -271,7 +502,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 def _unwrap(model:nn.Module)->nn.Module:
     "The network inside compiled and data-parallel wrappers."
-    while True:
+    while _module(model, "model") is not None:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
         elif "_orig_mod" in model._modules: model = model._orig_mod
         else: return model
@@ -281,12 +512,19 @@ def _named(root:nn.Module)->dict[str, nn.Module]:
     clean = lambda name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or "(model)"
     return {clean(name): m for name, m in root.named_modules()}
 
+def _mapping(blocks)->Mapping[str, nn.Module]:
+    "The blocks; raises `TypeError` if they are no mapping of names to modules."
+    if not isinstance(blocks, Mapping): raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, as from find_blocks")
+    for name, module in blocks.items():
+        _module(module, f"block {name!r}")
+    return blocks
+
 def _within(name:str, outer:str)->bool: return outer == "(model)" or name.startswith(outer + ".")
 
 def _matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
     "Names that fit a pattern; raises `ValueError` for a pattern that fits none."
     names, found = list(names), set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+    for pattern in [patterns] if isinstance(patterns, str) else () if patterns is None else _several(patterns, "the patterns", "names of modules, or patterns of them"):
         if not isinstance(pattern, str):
             raise TypeError(f"found a {type(pattern).__name__} among the patterns, expected names of modules: strings, or a mapping of names to modules")
         if not (hits := {n for n in names if fnmatchcase(n, pattern)}):
@@ -305,7 +543,7 @@ def find_blocks(
     "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand."
     root = _unwrap(model)
     names, _ = _named(root), _check_batch(x)
-    if include is not None and not isinstance(include, str) and not (include := list(include)):
+    if include is not None and not isinstance(include, str) and not (include := _several(include, "include", "names of modules, or patterns of them")):
         raise ValueError("no pattern is given, expected at least one name of a block; None: all blocks that are found")
     wanted, barred = _matching(names, include), _matching(names, exclude)
     judge, blocks, reasons = _Judge(root, {} if x is None else _probe(root, x)), Blocks(), {}
@@ -426,93 +664,159 @@ def _coming_out(name:str, before:tuple[Tensor, int|None], out)->tuple[Tensor, Te
     if y is None or y.shape != x.shape:
         raise ValueError(f"block {name!r} gives {None if y is None else tuple(y.shape)} for an input of {tuple(x.shape)}, "
                          "expected the same shape: leave it out, find_blocks(model, x) does")
+    _check_size(name, y)
     if _version(x) != version:
         raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
     return x, y
 
+def _check_size(name:str, y:Tensor):
+    "Raise `ValueError` on what a block gives, if there is nothing in it to measure."
+    if y.numel(): return
+    what = "the samples have no features" if len(y) else "the batch is empty"
+    raise ValueError(f"{what}: block {name!r} gives {tuple(y.shape)}; give at least one {'feature' if len(y) else 'sample'}")
+
+# %% ../nbs/02_attach.ipynb #b0a7c521
+_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which PyTorch says what each axis is
+
+class _Axes:
+    "Which axis of what each block returns counts the samples; raises `ValueError` where that is not sure."
+    def __init__(self,
+        blocks:Mapping[str, nn.Module], # by name
+        given:int|None=None,            # the axis; None: the first, except in sequences that run time first
+        summed:bool=False,              # it is for a sum over features, which a mean may replace
+    ):
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
+            raise ValueError(f"batch_axis is {given!r}, expected the number of an axis, from 0 on, or None")
+        self.blocks, self.guessed, self.summed = blocks, given is None, summed
+        self.axes = {name: self._guess(name, block) if given is None else given for name, block in blocks.items()}
+
+    def _guess(self, name, block)->int:
+        known = isinstance(block, _SEQUENCES)
+        late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
+        if late and not known and self.summed:
+            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
+                             "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
+                             "reduction='mean' needs none")
+        return int(bool(late) and known)
+
+    def of(self, name, y:Tensor)->int|None: # None: one sequence, without an axis for samples
+        "The axis of the samples in what a block returned."
+        if self.guessed and y.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES): return None
+        if (axis := self.axes[name]) < y.ndim: return axis
+        raise ValueError(f"block {name!r} gives {tuple(y.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples")
+
+# %% ../nbs/02_attach.ipynb #b0a7c522
+@patch
+def count(self:_Axes, name, y:Tensor)->int:
+    "Number of samples in what a block returned."
+    axis = self.of(name, y)
+    return 1 if axis is None else y.shape[axis]
+
+@patch
+def first(self:_Axes, name, y:Tensor)->Tensor: # `[B, ...]`
+    "What a block takes or returns, with the samples on its first axis."
+    axis = self.of(name, y)
+    return y[None] if axis is None else y.movedim(axis, 0) if axis else y
+
+@patch
+def check(self:_Axes,
+    shapes:Mapping[str, tuple], # of what the blocks returned
+    out,                        # what the model returned
+):
+    "Raise `ValueError` if the model's output counts as many samples as the second axis of a block, not the first."
+    if not self.guessed or (out := _first(out)) is None or not out.ndim: return
+    for name, shape in shapes.items():
+        doubt = len(shape) > 2 and not self.axes[name] and not isinstance(self.blocks[name], _SEQUENCES)
+        if doubt and shape[0] != len(out) == shape[1]:
+            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
+                             "seems to count the samples: give batch_axis=1, or 0 if it is the first after all" + "; reduction='mean' needs none" * self.summed)
+
 # %% ../nbs/02_attach.ipynb #91906f45
-class Tracer:
-    "Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, or the end of `with`."
+class Tracer(_Watcher):
+    "Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, the end of `with`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place; an earlier tracer on it is replaced
         blocks:Mapping[str, nn.Module]|None=None, # name to module; None: its `ResidualBlock`s
         energies_only:bool=False,                 # keep no positions
+        batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
     ):
         root = _unwrap(model)
-        self.blocks = find_blocks(root) if blocks is None else blocks
-        if not self.blocks: raise ValueError("blocks is empty, expected at least one residual block")
-        inside, copies = set(root.modules()), getattr(self.blocks, "inplace", ())
-        if lost := [n for n, m in self.blocks.items() if m not in inside]:
-            raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is traced")
+        plan = self._prepare(root, find_blocks(root) if blocks is None else _mapping(blocks), energies_only, batch_axis)
         for other in _watchers(root):
-            if isinstance(other, Tracer) and not other.paused: other.remove(); other.replaced = True
-        self.energies_only, self.copies = energies_only, set(copies) if energies_only else set(self.blocks)
-        self.paused, self.replaced, self.ended, self.steps, self._open = False, False, False, [], {}
-        self.hooks = [root.register_forward_pre_hook(_Hook(self, self._begin))]
-        for name, m in self.blocks.items():
-            self.hooks += [m.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True),
-                           m.register_forward_hook(_Hook(self, self._leave, name))]
-        self.hooks.append(root.register_forward_hook(_Hook(self, self._close)))
+            if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
+        self._watch(plan)
 
-    def remove(self):
-        "Take the hooks off; the model is as it was. What was noted can still be taken."
-        for hook in self.hooks: hook.remove()
-        self.hooks, self._open = [], {}
-
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.remove()
+    def _prepare(self, root, blocks, energies_only, batch_axis, thread=None)->list: # of hooks
+        if not blocks: raise ValueError("blocks is empty, expected at least one residual block")
+        inside, copies = set(root.modules()), getattr(blocks, "inplace", ())
+        if lost := [n for n, m in blocks.items() if m not in inside]:
+            raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is traced")
+        super().__init__(thread)
+        self.blocks, self.energies_only, self.replaced = blocks, energies_only, False
+        self.axes = _Axes(blocks, batch_axis)
+        self.copies = set(copies) if energies_only else set(blocks)
+        return [(root, Tracer._begin, None, ""), *((m, Tracer._enter, Tracer._leave, n) for n, m in blocks.items()), (root, None, Tracer._close, "")]
 
 # %% ../nbs/02_attach.ipynb #09a95cf0
-def _recomputing()->bool:
-    "Whether a backward pass is running: then a checkpointed block is called for the second time."
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
 @patch
-def _begin(self:Tracer, name, module, args):
-    if not (self.paused or _recomputing()): self.ended, self.steps, self._open = False, [], {}
+def _begin(self:Tracer, name, module, args, kwargs):
+    if not _recomputing(): self._begun().clear(1)
 
 @patch
 def _close(self:Tracer, name, module, args, out):
-    if not (self.paused or _recomputing()): self.ended = True
+    if _recomputing(): return
+    note = self._note
+    note.ended = True
+    if not torch.compiler.is_compiling(): self.axes.check({s.name: (len(s.squares), *s.shape) for s in note.seen}, out)
 
-@patch
-def _rests(self:Tracer)->bool:
-    "Whether a block is called for something else: another trace, or after the model's own pass."
-    return self.paused or self.ended and not _recomputing()
+def _late(note:_Note)->bool:
+    "Whether a block is called for something else, after the model's own pass."
+    return note.ended and not _recomputing()
 
 @patch
 def _enter(self:Tracer, name, module, args, kwargs):
-    if self._rests(): return
-    self._open[name] = _going_in(name, args, kwargs, partial(_wide, copy=True) if name in self.copies else None)
+    note = self._note
+    if not _late(note): note.push(_going_in(name, args, kwargs, partial(_wide, copy=True) if name in self.copies else None))
 
 @patch
 def _leave(self:Tracer, name, module, args, out):
-    if self._rests(): return
-    before, after = _coming_out(name, self._open.pop(name), out)
+    note = self._note
+    if _late(note): return
+    before, after = (self.axes.first(name, t) for t in _coming_out(name, note.pop(), out))
     squares = (_wide(after) - _wide(before)).square().sum(tuple(range(1, after.ndim)))
     h = module.h if isinstance(module, ResidualBlock) else 1.
     step = _Step(name, squares, tuple(after.shape[1:]), h)
     if not self.energies_only: step.before, step.after = before, _wide(after, copy=True)
-    if not _recomputing(): self.steps.append(step)
+    if not _recomputing(): note.seen.append(step)
 
 # %% ../nbs/02_attach.ipynb #ec40d5b7
 @patch
 def take(self:Tracer,
 )->Trace: # of the last forward pass
-    "What was noted, once; raises `RuntimeError` if there is nothing."
-    steps, self.steps = self.steps, []
+    "What was noted of this thread's pass, once; raises `RuntimeError` if there is nothing."
+    self._one_thread()
+    note = self._left
+    steps, note.seen = note.seen, []
     if steps: return Trace(steps, self.energies_only)
     if self.replaced: raise RuntimeError("this tracer was replaced by a later one on the same model: take from that one")
-    raise RuntimeError(f"no step of the {len(self.blocks)} blocks was noted: call the model first, then take once; a compiled model "
-                       "heeds a tracer only if it was attached before the first compiled call")
+    raise RuntimeError(f"no step of the {len(self.blocks)} blocks was noted: call the model first, in the same thread, then take once")
 
 # %% ../nbs/02_attach.ipynb #94530cca
-def _pass(model:nn.Module, x, blocks, energies_only:bool)->Trace:
+def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->Trace:
     "One forward pass under a tracer of its own; raises `ValueError` for a step that is not finite."
     root = _unwrap(model)
     _check_batch(x)
-    if blocks is None: blocks = find_blocks(root, x)
-    with _eagerly(root), Tracer(root, blocks, energies_only) as tracer: output = _run(root, x)
+    blocks = find_blocks(root, x) if blocks is None else _mapping(blocks)
+    aside, tracer = _Aside(root), Tracer.__new__(Tracer)
+    plan = tracer._prepare(root, blocks, energies_only, batch_axis, threading.get_ident())
+    def body():
+        aside.begin()
+        tracer._watch(plan)
+        return _called(root, x, lambda: _run(root, x))
+    def undo():
+        try: tracer.remove()
+        finally: aside.end()
+    output = _surely(body, undo)
     noted = replace(tracer.take(), output=output)
     finite = [bool(s.squares.isfinite().all()) for s in noted.steps]
     if all(finite): return noted
@@ -525,14 +829,16 @@ def trace(
     model:nn.Module,                          # called once, in the mode it is in, by itself if wrapped or compiled
     x:Any,                                    # its input: a tensor, a tuple of arguments or a mapping of named ones
     blocks:Mapping[str, nn.Module]|None=None, # name to module; None: found with `x`, by a probing pass before
+    batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
 )->Trajectory:                                # in float32 or wider, with `names` of the blocks and the model's `output`
     "Follow `x` through the residual blocks of `model`; differentiable unless gradients are off."
-    return _pass(model, x, blocks, energies_only=False).trajectory
+    return _pass(model, x, blocks, energies_only=False, batch_axis=batch_axis).trajectory
 
 def trace_energies(
     model:nn.Module,                          # as for `trace`
     x:Any,                                    # as for `trace`
     blocks:Mapping[str, nn.Module]|None=None, # as for `trace`
+    batch_axis:int|None=None,                 # as for `trace`
 )->Trace:                                     # with `energies()`, `names` and the model's `output`
     "As `trace`, but only the energies are kept: without gradients, no more than one block's activations are alive."
-    return _pass(model, x, blocks, energies_only=True)
+    return _pass(model, x, blocks, energies_only=True, batch_axis=batch_axis)

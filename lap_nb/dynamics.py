@@ -10,9 +10,12 @@ __all__ = ['ResidualBlock', 'Trajectory', 'Flow', 'ResidualNet', 'dense_net', 'S
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
+from numbers import Integral, Real
 from operator import index
 from pathlib import Path
 
@@ -25,6 +28,56 @@ from torch import Tensor, nn
 from .data import read_npz
 from .files import write_atomically
 
+# %% ../nbs/01_dynamics.ipynb #b2d0f1a0
+def _module(value, name:str)->nn.Module:
+    "The value; raises `TypeError` if it is no module."
+    if isinstance(value, nn.Module): return value
+    swapped = "; are two arguments swapped?" if isinstance(value, Tensor) else ""
+    raise TypeError(f"{name} is of type {type(value).__name__}, expected a torch.nn.Module{swapped}")
+
+def _tensor(value, name:str)->Tensor:
+    "The value; raises `TypeError` if it is no tensor."
+    if isinstance(value, Tensor) and not value.is_nested: return value
+    if isinstance(value, Tensor): raise TypeError(f"{name} is a nested tensor, expected a padded one: convert with .to_padded_tensor(0.)")
+    raise TypeError(f"{name} is of type {type(value).__name__}, expected a tensor: convert with torch.as_tensor")
+
+def _number(value, name:str, least:float=-math.inf, below:float=math.inf, what:str="a number")->float:
+    "The value as a float in `[least, below)`; raises `ValueError` for anything else."
+    real = isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not value.is_meta
+    try:
+        if real and least <= (number := float(value)) < below: return number
+    except OverflowError: pass
+    raise ValueError(f"{name} is {_short(value)}, expected {what}")
+
+def _short(value)->str: return text if len(text := repr(value)) < 100 else f"{text[:80]}..., a {type(value).__name__}"
+def _step_length(h)->float: return _number(h, "step h", math.ulp(0.), what="a positive number; use h=1 for an ordinary residual block")
+
+def _check_flags(**flags):
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)): raise TypeError(f"{name} is {_short(value)}, expected True or False")
+
+def _several(value, name:str, what:str)->list:
+    "The items; raises `TypeError` if the value has none."
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) and getattr(value, "ndim", 1): return list(value)
+    raise TypeError(f"{name} is of type {type(value).__name__}, expected {what}")
+
+# %% ../nbs/01_dynamics.ipynb #b2d0f1a1
+def _called(module:nn.Module, x, call):
+    "What `call` returns; an error that PyTorch or Python raise in a network comes with the input in words."
+    try: return call()
+    except torch.OutOfMemoryError: raise
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        ours = frames[-1].f_globals.get("__name__", "").startswith("lap_nb.") or any(hasattr(f.f_locals.get("self"), "watcher") for f in frames)   # a hook's
+        if ours or type(error).__module__ not in ("builtins", "torch"): raise
+        raise RuntimeError(f"{type(module).__name__} cannot be called on {_kind(x)} ({type(error).__name__}: {error}); expected an input as the network takes it") from error
+
+def _kind(x)->str:
+    "An input in words."
+    if isinstance(x, Tensor): return f"a tensor of shape {tuple(x.shape)} and type {x.dtype}" if x.layout == torch.strided and not x.is_nested else f"a tensor stored as {x.layout}"
+    if isinstance(x, Mapping): return "{" + ", ".join(f"{_short(k)}: {_kind(v)}" for k, v in x.items()) + "}"
+    return f"({', '.join(map(_kind, x))})" if isinstance(x, (tuple, list)) else _short(x)
+
 # %% ../nbs/01_dynamics.ipynb #7c47b38a
 class ResidualBlock(nn.Module):
     r"One Euler step $x + h\,v(x)$; the velocity must keep the shape of its input."
@@ -33,16 +86,14 @@ class ResidualBlock(nn.Module):
         h:float=1.,         # step length in time; must be positive
     ):
         super().__init__()
-        if not 0 < h < math.inf:
-            raise ValueError(f"step h is {h!r}, expected a positive number; use h=1 for an ordinary residual block")
-        self.velocity, self.h = velocity, float(h)
+        self.velocity, self.h = _module(velocity, "velocity"), _step_length(h)
 
     def forward(self,
         x:Tensor, # positions, `[B, ...]`
     )->Tensor:    # positions one step later, `[B, ...]`
-        v = self.velocity(x)
-        if v.shape != x.shape:
-            raise ValueError(f"velocity has shape {tuple(v.shape)}, its input {tuple(x.shape)}; "
+        v = self.velocity(_tensor(x, "the input of a block"))
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            raise ValueError(f"velocity has {f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else f'type {type(v).__name__}'}, its input shape {tuple(x.shape)}; "
                              "a flow keeps the shape: change width in the encoder or in the head")
         return x + self.h * v
 
@@ -57,11 +108,11 @@ class Trajectory:
         names:Iterable[str]|None=None, # of the `K` blocks, through all stages; None: their numbers
         output=None,                   # what the network returned, if this is a trace of it
     ):
-        xs = (x,) if isinstance(x, Tensor) else tuple(x)
+        xs = (x,) if isinstance(x, Tensor) else tuple(_several(x, "x", "the positions: a tensor, or one for each stage"))
         hs = tuple(h) if isinstance(h, (tuple, list)) else (h,) * len(xs)
         _check_stages(xs, hs)
-        self._stages, self.output = tuple(zip(xs, map(float, hs))), output
-        self.names = tuple(map(str, range(self.K) if names is None else names))
+        self._stages, self.output = tuple(zip(xs, map(_step_length, hs))), output
+        self.names = tuple(map(str, range(self.K) if names is None else _several(names, "names", "one name for each block")))
         if len(self.names) != self.K:
             raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
 
@@ -92,11 +143,13 @@ def _check_stages(xs:Sequence[Tensor], hs:Sequence[float]):
     if not xs or len(xs) != len(hs):
         raise ValueError(f"found {len(xs)} stages and {len(hs)} steps h, expected one or more stages, and one h for each")
     for x, h in zip(xs, hs):
+        _step_length(h)
+        if _tensor(x, "x").layout != torch.strided: raise ValueError(f"positions are stored as {x.layout}, expected a dense tensor: convert with .to_dense()")
         if x.ndim < 3 or len(x) < 2 or x.shape[1] == 0:
             raise ValueError(f"positions have shape {tuple(x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
+        if not x[0, 0].numel(): raise ValueError(f"positions have shape {tuple(x.shape)}, expected at least one feature for each sample")
         if not x.is_floating_point():
-            raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers: convert with .float()")
-        if not 0 < h < math.inf: raise ValueError(f"step h is {h!r}, expected a positive number")
+            raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers" + ("" if x.is_complex() else ": convert with .float()"))
     if len({x.shape[1] for x in xs}) > 1:
         raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
 
@@ -134,7 +187,7 @@ class Flow(nn.Module):
         h:float=1.,                     # step length in time, the same for all
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(v, h) for v in velocities)
+        self.blocks = nn.ModuleList(ResidualBlock(v, h) for v in _several(velocities, "velocities", "the modules of the fields, in order"))
         if not self.blocks: raise ValueError("a flow needs at least one velocity, found none")
 
     @property
@@ -154,9 +207,11 @@ class Flow(nn.Module):
         x:Tensor,    # positions at time 0, `[B, ...]`
     )->Trajectory:   # every position on the way; differentiable
         "Every position on the way through the blocks."
-        xs = [x]
-        for block in self.blocks: xs.append(block(xs[-1]))
-        return Trajectory(torch.stack(xs), self.h)
+        xs = [_tensor(x, "x")]
+        def walk():
+            for block in self.blocks: xs.append(block(xs[-1]))
+            return torch.stack(xs)
+        return Trajectory(_called(self, x, walk), self.h)
 
 # %% ../nbs/01_dynamics.ipynb #9473926a
 def _uniform(flow:"Flow")->list[dict]:
@@ -240,8 +295,8 @@ def __getitem__(self:Trajectory,
 )->Trajectory:        # of those blocks only
     "Some of the blocks, with the positions before and after them."
     one = not isinstance(blocks, slice)
-    k = index(blocks) if one else 0
-    first, last, stride = (slice(k, k + 1 or None) if one else blocks).indices(self.K)
+    try: k, (first, last, stride) = (k := index(blocks) if one else 0), (slice(k, k + 1 or None) if one else blocks).indices(self.K)
+    except (TypeError, ValueError): raise TypeError(f"blocks are {_short(blocks)}, expected the number of a block or a slice of such numbers") from None
     if stride != 1: raise ValueError(f"blocks are taken in steps of {stride}, expected neighbours: without the steps between it is no path")
     if not first < last or one and not -self.K <= k < self.K:
         raise IndexError(f"no block in {blocks}: there are {self.K}, from 0 to {self.K - 1}")
@@ -257,14 +312,21 @@ def samples(self:Trajectory,
     at, # numbers of samples, a slice, or a mask `[B]`
 )->Trajectory: # of those samples only
     "Some of the samples."
-    at = [at] if isinstance(at, int) else at
-    return self._map(lambda x: x[:, at])
+    at = [at] if isinstance(at, Integral) and not isinstance(at, bool) else at
+    try: chosen = torch.arange(self.B)[at.cpu() if isinstance(at, Tensor) else at]
+    except (IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise IndexError(f"samples are {_short(at)}, expected numbers from 0 to {self.B - 1}, a slice, or a mask of shape ({self.B},)") from error
+    if chosen.ndim != 1: raise IndexError(f"samples are {_short(at)}, which gives numbers of shape {tuple(chosen.shape)}, expected a row of them")
+    return self._map(lambda x: x[:, chosen.to(x.device)])
 
+# %% ../nbs/01_dynamics.ipynb #e0656b90
 @patch
 def classes(self:Trajectory,
     y:Tensor, # labels, `[B]`
 )->dict[int, Trajectory]: # label to the trajectory of its samples
     "The samples of each class."
+    if not isinstance(y, Tensor) or y.is_sparse or y.is_meta or y.is_complex() or y.is_floating_point() and y.isnan().any():
+        raise ValueError(f"labels are {_short(y)}, expected a tensor with a whole number for each sample")
     if y.shape != (self.B,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({self.B},)")
     return {int(c): self.samples((y == c).to(self._stages[0][0].device)) for c in y.unique()}
 
@@ -279,7 +341,9 @@ def to(self:Trajectory,
     **kwargs, # as for `Tensor.to`
 )->Trajectory:
     "The same positions elsewhere or in another precision."
-    return self._map(lambda x: x.to(*args, **kwargs))
+    try: return self._map(lambda x: x.to(*args, **kwargs))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"positions cannot go to {_short(args or kwargs)}, expected a device or a floating-point type: {error}") from error
 
 _KIND = "lap_nb trajectory 1"
 
@@ -291,6 +355,8 @@ def save(self:Trajectory,
     xs = [x.detach().cpu() for x, _ in self._stages]
     note = dict(kind=_KIND, h=[h for _, h in self._stages], names=self.names, dtypes=[str(x.dtype) for x in xs])
     arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
+    if any(x.is_meta for x in xs): raise ValueError("positions are on the meta device, expected numbers to write: there are none in such a tensor")
+    if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is of type {type(path).__name__}, expected a string or a Path")
     content = io.BytesIO()
     np.savez(content, note=np.array(json.dumps(note)), **arrays)
     write_atomically(path, content.getbuffer())
@@ -301,13 +367,14 @@ def load(cls:Trajectory,
     path:str|Path, # written by `save`
 )->Trajectory:     # on the CPU
     "Read a trajectory; raises `ValueError` for a file that is damaged or something else."
+    if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is of type {type(path).__name__}, expected a string or a Path")
     try:
         file = read_npz(path)
         note = json.loads(str(file["note"]))
         if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
         xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
         return cls(xs, note["h"], note["names"])
-    except FileNotFoundError: raise
+    except FileNotFoundError: raise FileNotFoundError(f"there is no file {path}, expected one written by Trajectory.save") from None
     except Exception as error:   # damage shows in many ways: checksums, headers, sizes
         raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
 
@@ -320,7 +387,8 @@ class ResidualNet(nn.Module):
         encoder:nn.Module|None=None, # inputs to start positions; None: the inputs themselves
     ):
         super().__init__()
-        self.encoder, self.flow, self.head = encoder or nn.Identity(), flow, head
+        self.encoder = nn.Identity() if encoder is None else _module(encoder, "encoder")
+        self.flow, self.head = _module(flow, "flow"), _module(head, "head")
 
     def forward(self,
         x:Tensor, # inputs, `[B, ...]`
@@ -331,12 +399,16 @@ class ResidualNet(nn.Module):
         x:Tensor,    # inputs, `[B, ...]`
     )->Trajectory:   # of the encoded inputs through the flow
         "The way of the encoded inputs through the flow."
-        return self.flow.trajectory(self.encoder(x))
+        return self.flow.trajectory(_called(self, x, lambda: self.encoder(_tensor(x, "x"))))
 
 # %% ../nbs/01_dynamics.ipynb #85309f44
+_MOST, _MOST_BLOCKS = 10 ** 6, 10 ** 4   # more is a slip of the pen, and would fill the memory
+
 def _check_sizes(**sizes):
     for name, value in sizes.items():
-        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        most = _MOST_BLOCKS if name.startswith("K") else _MOST
+        if not (isinstance(value, Integral) and not isinstance(value, bool) and 0 < value <= most):
+            raise ValueError(f"{name} is {_short(value)}, expected a positive integer, at most {most:,}")
 
 def dense_net(
     dim:int,                     # features of a start position
@@ -350,6 +422,7 @@ def dense_net(
 )->ResidualNet:
     "A `ResidualNet` with velocities Linear, ReLU, Linear and a linear head."
     _check_sizes(dim=dim, classes=classes, K=K, hidden=hidden)
+    _check_flags(skip_init=skip_init)
     field = lambda: nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
     return ResidualNet(Flow(_varied([field() for _ in range(K)], skip_init, drop), h), nn.Linear(dim, classes), encoder)
 
@@ -360,7 +433,7 @@ class SkipInit(nn.Module):
         velocity:nn.Module, # maps `[B, ...]` to the same shape
     ):
         super().__init__()
-        self.velocity, self.alpha = velocity, nn.Parameter(torch.zeros(()))
+        self.velocity, self.alpha = _module(velocity, "velocity"), nn.Parameter(torch.zeros(()))
 
     def forward(self, x:Tensor)->Tensor: return self.alpha * self.velocity(x)
 
@@ -371,8 +444,7 @@ class StochasticDepth(nn.Module):
         drop:float,         # probability of zero, in [0, 1)
     ):
         super().__init__()
-        if not 0 <= drop < 1: raise ValueError(f"drop is {drop!r}, expected a probability from 0 to below 1")
-        self.velocity, self.drop = velocity, drop
+        self.velocity, self.drop = _module(velocity, "velocity"), _probability(drop)
 
     def forward(self, x:Tensor)->Tensor:
         v = self.velocity(x)
@@ -382,14 +454,17 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self)->str: return f"drop={self.drop:g}"
 
+def _probability(drop)->float: return _number(drop, "drop", 0, 1, "a probability from 0 to below 1")
+
 def _varied(velocities:list[nn.Module], skip_init:bool, drop:float)->list[nn.Module]:
     "The velocities as `SkipInit` and `StochasticDepth`, where asked for; block `k` of `K` drops $(k+1)/K$ of `drop`."
+    drop = _probability(drop)
     if skip_init: velocities = [SkipInit(v) for v in velocities]
     return [StochasticDepth(v, drop * k / len(velocities)) for k, v in enumerate(velocities, 1)] if drop else velocities
 
 # %% ../nbs/01_dynamics.ipynb #8f102504
 def _check_image(shape):
-    if len(shape) != 3: raise ValueError(f"shape is {tuple(shape)}, expected (channels, height, width) of an image, without the batch")
+    if len(shape := _several(shape, "shape", "(channels, height, width) of an image")) != 3: raise ValueError(f"shape is {tuple(shape)}, expected (channels, height, width) of an image, without the batch")
     _check_sizes(**dict(zip(("channels", "height", "width"), shape)))
 
 def _conv_velocity(width:int, norm:bool)->nn.Sequential:
@@ -410,6 +485,7 @@ def conv_net(
     "A `ResidualNet` for images at one resolution, half that of the input, as in the paper's experiments on MNIST and CIFAR-10."
     _check_image(shape)
     _check_sizes(classes=classes, K=K, width=width)
+    _check_flags(norm=norm, skip_init=skip_init)
     features, hidden = width * math.prod((side + 1) // 2 for side in shape[1:]), 10 * classes
     encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=not norm), *[nn.BatchNorm2d(width)] * norm,
                             nn.ReLU(), nn.Conv2d(width, width, 5, stride=2, padding=2))
@@ -426,7 +502,8 @@ class StagedFlow(nn.Module):
         transitions:Iterable[nn.Module], # one between each two, which may change the shape
     ):
         super().__init__()
-        self.flows, self.transitions = nn.ModuleList(flows), nn.ModuleList(transitions)
+        self.flows = nn.ModuleList(_module(f, "a flow") for f in _several(flows, "flows", "one Flow for each stage"))
+        self.transitions = nn.ModuleList(_module(t, "a transition") for t in _several(transitions, "transitions", "one module between each two flows"))
         if len(self.transitions) != len(self.flows) - 1:
             raise ValueError(f"found {len(self.flows)} flows and {len(self.transitions)} transitions, expected one transition between each two flows")
 
@@ -457,6 +534,8 @@ def staged_net(
 )->ResidualNet:
     "A `ResidualNet` for images whose resolution is halved between stages: a small pre-activation ResNet."
     _check_image(shape)
+    _check_flags(norm=norm, skip_init=skip_init)
+    Ks = _several(Ks, "Ks", "the numbers of blocks, one for each stage")
     _check_sizes(classes=classes, width=width, stages=len(Ks), **{f"Ks[{i}]": K for i, K in enumerate(Ks)})
     widths = [width * 2 ** i for i in range(len(Ks))]
     velocities = iter(_varied([_conv_velocity(w, norm) for w, K in zip(widths, Ks) for _ in range(K)], skip_init, drop))
@@ -471,7 +550,7 @@ def residual_blocks(
     model:nn.Module, # any module that holds `ResidualBlock`s
 )->dict[str, ResidualBlock]: # name in the model to block, in the order of registration
     "The residual blocks of `model`; raises `ValueError` if there is none."
-    found = {name: m for name, m in model.named_modules() if isinstance(m, ResidualBlock)}
+    found = {name: m for name, m in _module(model, "model").named_modules() if isinstance(m, ResidualBlock)}
     if not found:
         raise ValueError(f"no residual block found in {type(model).__name__}: expected at least one lap_nb.dynamics.ResidualBlock; "
                          "write the network as a Flow, or name the modules that keep their input's shape with blocks=[...]")
@@ -492,14 +571,16 @@ def init_velocities_(
     kind:str="orthogonal",   # or `"normal"`, of deviation 1/√inputs, or `"default"`, what PyTorch draws
 )->nn.Module:                # the same model
     "Random weights times `gain` and zero biases in every linear or convolutional layer of the velocities."
-    if not 0 <= gain < math.inf: raise ValueError(f"gain is {gain!r}, expected zero or more")
-    if kind not in _INITS: raise ValueError(f"kind is {kind!r}, expected one of {', '.join(_INITS)}")
+    gain = _number(gain, "gain", 0, what="zero or more")
+    if not isinstance(kind, str) or kind not in _INITS: raise ValueError(f"kind is {_short(kind)}, expected one of {', '.join(_INITS)}")
     for block in residual_blocks(model).values():
         for layer in block.velocity.modules():
             if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
                 if nn.utils.parametrize.is_parametrized(layer, "weight"):
                     raise ValueError("the weights of a velocity are computed by a parametrization, expected plain ones: initialise before it is put on")
-                _INITS[kind](layer, gain)
+                try: _INITS[kind](layer, gain)
+                except NotImplementedError as error:
+                    raise ValueError(f"weights of type {layer.weight.dtype} cannot be drawn as {kind!r} ({error}): initialise in float32, then convert") from error
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
     return model
 

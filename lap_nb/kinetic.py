@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import _coming_out, _first, _going_in, _recomputing, _unwrap, find_blocks
-from .dynamics import ResidualBlock, Trajectory, colours, residual_blocks
+from . import attach
+from .attach import (_Axes, _check_size, _coming_out, _first, _going_in, _late, _mapping, _Note, _recomputing, _unwrap,
+                           _Watcher, find_blocks)
+from .dynamics import ResidualBlock, Trajectory, _several, colours, residual_blocks
 from .files import as_code
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -30,7 +32,7 @@ def block_energies(
     traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
 )->Tensor:                 # energy of each step and sample, `[K, B]`, float32 or wider
-    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the positions aren't. `TypeError` for what is no trajectory, `ValueError` for samples without features."
+    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the positions aren't. `TypeError` for what is no trajectory."
     _check_reduction(reduction)
     return torch.cat([_reduce(stage.steps.flatten(2), reduction) / stage.h for stage in _stages(traj)])
 
@@ -47,13 +49,10 @@ def _check_reduction(reduction:str):
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
 
 def _stages(traj:Trajectory)->list[Trajectory]:
-    "The stages of a trajectory; raises on what has no energy."
+    "The stages of a trajectory; raises `TypeError` for what is none."
     if not isinstance(traj, Trajectory):
         raise TypeError(f"traj is of type {type(traj).__name__}, expected a Trajectory, as from trace(model, x) or "
                         "net.trajectory(x)")
-    if empty := [s.x for s in traj.stages if not s.x[0].numel()]:
-        raise ValueError(f"positions have shape {tuple(empty[0].shape)}, expected at least one sample and one feature "
-                         "of it")
     return traj.stages
 
 def _reduce(step:Tensor, reduction:str)->Tensor:
@@ -230,22 +229,43 @@ def _large(after:Tensor, before:Tensor)->bool:
     return any(form(after).is_contiguous() and form(before).is_contiguous() for form in (lambda t: t, _channels_last))
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
-class _Hook:
-    "A forward hook that knows its meter, as long as somebody else does, and the name of its block; a copy knows none."
-    def __init__(self, meter=None, call=None, name=""):
-        self.meter, self.call, self.name = (lambda: None) if meter is None else weakref.ref(meter), call, name
-    def __reduce__(self): return _Hook, ()
-    def watcher(self): return self.meter()
+class _Hook(attach._Hook):
+    "A hook that calls its owner only in a pass that is recorded for a gradient, in training mode, and for what counts besides."
     def __call__(self, module, *args):
-        meter = self.meter()
-        if meter is None or not meter.on or meter.paused: return
-        if module.training and torch.is_grad_enabled() or meter._also(self): self.call(meter, self.name, module, *args)
+        if (owner := self.awake(module)) is None: return
+        counts = module.training and torch.is_grad_enabled() or isinstance(owner, EnergyMeter) and owner._also(self, module)
+        if counts: self.call(owner, self.name, module, *args)
 
-def _take_off(handles):
-    for handle in handles: handle.remove()
+# %% ../nbs/03_kinetic_bias.ipynb #a5619c31
+class _Passes(_Note):
+    "What the passes of one thread have left, and the marks by which a loss shows of which of them it is made."
+    def __init__(self):
+        self.idle = {}   # of the last pass, also when that is taken: its graph may be run again
+        super().__init__()
+        self.forget()
+
+    def clear(self, passes:int=0): # begun; -1: blocks called again without the model
+        super().clear(passes)
+        self.running, self.mark, self.shapes = False, None, {}
+
+    def forget(self):
+        self.clear()
+        self.earlier, self.blind = [], False
+
+    def begin(self):
+        whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
+        if not torch.compiler.is_compiling(): self.set_aside(whole)
+        self.clear(2 if whole else 1)
+        self.running, self.idle = True, {}
+
+    def set_aside(self, whole:bool):
+        "Let go of a pass that was not taken: its mark is remembered as long as its graph lives; a compiled pass has none."
+        self.earlier = [old for old in self.earlier if old() is not None]
+        if self.mark is not None: self.earlier.append(weakref.ref(self.mark))
+        elif whole: self.blind = True
 
 # %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
-class EnergyMeter:
+class EnergyMeter(_Watcher):
     "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
@@ -256,52 +276,48 @@ class EnergyMeter:
         batch_axis:int|None=None,                 # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks wrong `ValueError`
     ):
         _check_reduction(reduction)
-        if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}, expected a module")
         root = _unwrap(model)
+        super().__init__()
         self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
-        self.axes, self.guessed = _axes(self.blocks, reduction, batch_axis), batch_axis is None
-        self.on, self.paused, self.resting, self.hidden = True, False, frozenset(), frozenset()
-        self.forget()
-        self.hooks = [root.register_forward_pre_hook(_Hook(self, EnergyMeter._begin))]
-        for name, module in branches.items():
-            self.hooks.append(module.register_forward_hook(_Hook(self, EnergyMeter._branch, name)))
-        for name, module in self.blocks.items() if velocity == "displacement" else ():
-            self.hooks += [module.register_forward_pre_hook(_Hook(self, EnergyMeter._enter, name), with_kwargs=True),
-                           module.register_forward_hook(_Hook(self, EnergyMeter._leave, name))]
-        self.hooks.append(root.register_forward_hook(_Hook(self, EnergyMeter._close)))
-        self._end = weakref.finalize(self, _take_off, self.hooks)
+        self.axes = _Axes(self.blocks, batch_axis, summed=reduction == "sum")
+        plan = [(root, EnergyMeter._begin, None, ""), *((m, None, EnergyMeter._branch, name) for name, m in branches.items())]
+        if not branches: plan += [(m, EnergyMeter._enter, EnergyMeter._leave, name) for name, m in self.blocks.items()]
+        self._watch([*plan, (root, None, EnergyMeter._close, "")])
+    _hook, _notes = _Hook, _Passes
 
     def remove(self):
         "Take the hooks off; the model is as it was."
-        self._end(); self.forget()
         self.on = False
+        super().remove()
+        self.forget()
 
-    def __getstate__(self):   # of a copy: it is on no model
-        return self.__dict__ | dict(on=False, running=False, passes=0, seen=[], _open=[], mark=None, earlier=[])
-
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.remove()
+    @property
+    def seen(self)->list: return self._left.seen
+    @property
+    def ended(self)->bool: return self._left.ended
+    @ended.setter
+    def ended(self, value:bool): self._left.ended = value
+    @property
+    def idle(self)->dict[str, str]:
+        "Blocks of this thread's last pass that count without gradient, and why: `\"in evaluation mode\"` or `\"without gradients\"`; those `\"in a gradient checkpoint\"` with `use_reentrant=True` are not measured. What is compiled notes none."
+        return dict(self._left.idle)
 
 # %% ../nbs/03_kinetic_bias.ipynb #206eb423
-def _check_names(blocks):
-    if not isinstance(blocks, Iterable) or isinstance(blocks, (Tensor, np.ndarray, bytes)):
-        raise TypeError(f"blocks is of type {type(blocks).__name__}, expected a mapping of names to modules, or names "
-                        "and patterns")
+def _names(blocks)->str|list:
+    "Names and patterns; raises `TypeError` for what holds none."
+    return blocks if isinstance(blocks, str) else _several(blocks, "blocks", "a mapping of names to modules, or names and patterns")
 
 def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
     "The blocks to measure, by name; raises `ValueError` if there are none, or one is not in the model."
     if blocks is None:
         residual_blocks(root)   # raises if there is none
         return find_blocks(root)
-    _check_names(blocks)
-    if not isinstance(blocks, Mapping) and (blocks := [blocks] if isinstance(blocks, str) else list(blocks)):
+    if not isinstance(blocks, Mapping) and (blocks := _names(blocks)):
         blocks = find_blocks(root, include=blocks)
     if not blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
+    _mapping(blocks)
     inside = set(root.modules())
-    if lost := [n for n, m in blocks.items() if not isinstance(m, nn.Module)]:
-        raise TypeError(f"block {lost[0]!r} is of type {type(blocks[lost[0]]).__name__}, expected a module of the "
-                        "model")
     if lost := [n for n, m in blocks.items() if m not in inside]:
         raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is measured")
     return blocks
@@ -331,41 +347,30 @@ def _part(name:str, block:nn.Module, part)->nn.Module:
 
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
-def _begin(self:EnergyMeter, name, module, args):
-    if _recomputing(): return
-    whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
-    if not torch.compiler.is_compiling(): self._set_aside(whole)
-    self.passes, self.running, self.ended, self.mark = 2 if whole else 1, True, False, None
-    self.seen, self._open = [], []
-    self.resting = self.hidden = frozenset()
-
-@patch
-def _set_aside(self:EnergyMeter, whole:bool):
-    "Let go of a pass that was not taken: its mark is remembered as long as its graph lives; a compiled pass has none."
-    self.earlier = [old for old in self.earlier if old() is not None]
-    if self.mark is not None: self.earlier.append(weakref.ref(self.mark))
-    elif whole: self.blind = True
+def _begin(self:EnergyMeter, name, module, args, kwargs):
+    if not _recomputing(): self._begun().begin()
 
 @patch
 def _close(self:EnergyMeter, name, module, args, out):
     if _recomputing(): return
-    self.running, self.ended = False, True
-    if self.reduction == "sum" and self.guessed and self.seen: self._check_axis(_first(out))
-
-@patch
-def _aside(self:EnergyMeter)->bool:
-    "Whether a block is called for something else, after the model's own pass."
-    return self.ended and not _recomputing()
+    note = self._note
+    note.running, note.ended = False, True
+    if self.reduction == "sum": self.axes.check(note.shapes, out)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
-def _also(self:EnergyMeter, hook:_Hook)->bool:
+def _also(self:EnergyMeter, hook:_Hook, module)->bool:
     "Whether a call in evaluation mode or without gradients counts all the same: of a frozen part, in a pass that trains."
-    if hook.call is EnergyMeter._begin: self.running = False; return False   # the whole model is evaluated
-    if not self.running: return hook.name in self.resting and _recomputing()
-    if not torch.is_grad_enabled() and _in_function(): self.hidden |= {hook.name}; return False
-    self.resting |= {hook.name}
-    return True
+    note = self._note
+    if hook.call is EnergyMeter._begin: note.running = False; return False   # the whole model is evaluated
+    if not note.running:   # the graph may be run again in another thread than the pass
+        return _recomputing() and (hook.name in note.idle or hook.name in self._last.idle)
+    hidden = not torch.is_grad_enabled() and _in_function()
+    if hook.name and not torch.compiler.is_compiling():
+        note.idle[hook.name] = _CHECKPOINT if hidden else "without gradients" if module.training else "in evaluation mode"
+    return not hidden
+
+_CHECKPOINT = "in a gradient checkpoint" # of the older kind
 
 def _in_function()->bool:
     "Whether an autograd function is in its forward pass, for the hooks that run now."
@@ -381,102 +386,57 @@ def _in_function()->bool:
 # %% ../nbs/03_kinetic_bias.ipynb #c6b9feba
 @patch
 def _enter(self:EnergyMeter, name, block, args, kwargs):
-    if self._aside(): return
-    self._open.append(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
+    note = self._note
+    if not _late(note): note.push(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
 
 @patch
 def _leave(self:EnergyMeter, name, block, args, out):
-    if self._aside(): return
-    before, after = _coming_out(name, self._open.pop(), out)
-    self._note(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
+    note = self._note
+    if _late(note): return
+    before, after = _coming_out(name, note.pop(), out)
+    self._keep(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
-    if self._aside(): return
+    if _late(self._note): return
     v = _first(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
-    self._note(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
+    self._keep(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
 
 # %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
 @patch
-def _note(self:EnergyMeter, name, like, energy, factor):
+def _keep(self:EnergyMeter, name, like, energy, factor):
     "Keep an energy, unless a checkpointed block is run again."
-    if not like.numel():
-        what = "there are no features" if len(like) else "the batch is empty"
-        raise ValueError(f"{what}: block {name!r} gives {tuple(like.shape)}; give at least one sample, and at least "
-                         "one feature of it")
+    note = self._note
+    _check_size(name, like)
     if self.reduction == "sum":
-        self.shapes[name], factor = like.shape, factor * (like.numel() // self._samples(name, like))
+        note.shapes[name], factor = like.shape, factor * (like.numel() // self.axes.count(name, like))
     if _recomputing(): return
-    if not torch.compiler.is_compiling(): self._sign(name, like)
-    self.seen.append((name, energy if factor == 1 else energy * factor))
-
-@patch
-def _sign(self:EnergyMeter, name, like):
-    "Leave the mark of this pass on the graph that comes out of a block."
-    alone = self.passes < 1 and any(name == old for old, _ in self.seen)   # without the model, and one block again
-    if alone: self._set_aside(True); self.passes, self.mark, self.seen = -1, None, []
-    self.mark = self.mark or _Pass()
-    if like.grad_fn is not None: like.grad_fn.metadata[_Pass] = self.mark
+    if not torch.compiler.is_compiling(): note.sign(name, like)
+    note.seen.append((name, energy if factor == 1 else energy * factor))
 
 def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
-
-# %% ../nbs/03_kinetic_bias.ipynb #3869b73c
-_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which PyTorch says what each axis is
-
-def _axes(blocks:Mapping[str, nn.Module], reduction:str, axis)->dict[str, int]:
-    "Axis of the samples in what each block returns; raises `ValueError` where the sum over features must know and cannot."
-    if axis is not None:
-        if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
-            raise ValueError(f"batch_axis is {axis!r}, expected the number of an axis, from 0 on, or None")
-        return dict.fromkeys(blocks, axis)
-    axes = {}
-    for name, block in blocks.items():
-        known = isinstance(block, _SEQUENCES)
-        late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
-        if late and not known and reduction == "sum":
-            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
-                             "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
-                             "reduction='mean' needs none")
-        axes[name] = int(bool(late) and known)
-    return axes
-
-@patch
-def _samples(self:EnergyMeter, name, like)->int:
-    "Number of samples in what a block returned."
-    if self.guessed and like.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES):
-        return 1   # one sequence, without an axis for samples
-    if (axis := self.axes[name]) < like.ndim: return like.shape[axis]
-    raise ValueError(f"block {name!r} gives {tuple(like.shape)}, expected an axis {axis} as in batch_axis: give the "
-                     "axis of the samples")
-
-@patch
-def _check_axis(self:EnergyMeter, out:Tensor|None):
-    "Raise `ValueError` if the model's output counts as many samples as the second axis of a block, not the first."
-    for name, shape in self.shapes.items():
-        if out is not None and out.ndim and len(shape) > 2 and not self.axes[name] and shape[0] != len(out) == shape[1]:
-            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
-                             "seems to count the samples: give batch_axis=1, or 0 if it is the first after all; reduction='mean' needs none")
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db
 @patch
 def take(self:EnergyMeter,
     loss:Tensor|None=None, # made of the pass: with it, earlier passes that it does not use do not matter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
-    "The energies of the last forward pass, once; `RuntimeError` if there is not one, or a loss not made of it alone."
-    passes, seen, sums, several = self.passes, self.seen, {}, self._several(loss)
-    self.forget()
+    "The energies of this thread's last forward pass, once; `RuntimeError` if there is not one, or a loss not made of it alone."
+    self._one_thread()
+    note, sums = self._left, {}
+    passes, seen, several = note.passes, note.seen, note.several(loss)
+    note.forget()
     for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
     if not several and len(sums) == len(self.blocks) and (passes > 0 or len(seen) == len(sums)):
         return torch.stack([sums[name] for name in self.blocks], -1)
     raise RuntimeError(f"found energies of {len(sums)} blocks, expected {len(self.blocks)}, in {'more than one pass' if several else 'one pass'}: "
-                       f"call the model once, in training mode and with gradients on, then take them once{_advice(self, passes, several, sums)}")
+                       f"call the model once, in training mode and with gradients on, then take them once{_advice(self, note, passes, several, sums)}")
 
 @patch
 def forget(self:EnergyMeter):
-    "Drop what passes so far have left, taken or not."
-    self.passes, self.running, self.ended, self.seen, self._open = 0, False, False, [], []
-    self.mark, self.earlier, self.blind, self.shapes = None, [], False, {}
+    "Drop what this thread's passes so far have left, taken or not."
+    self._left.forget()
 
 @patch
 def put(self:EnergyMeter,
@@ -489,8 +449,9 @@ def put(self:EnergyMeter,
     if energies.shape[-1:] != (len(self.blocks),):
         raise ValueError(f"energies have shape {tuple(energies.shape)}, expected [..., {len(self.blocks)}]: one per "
                          "block")
-    self.forget()
-    self.passes, self.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
+    note = self._own()
+    note.forget()
+    note.passes, note.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
 
 # %% ../nbs/03_kinetic_bias.ipynb #7342422f
 class _Pass:
@@ -506,7 +467,15 @@ def _graph(*ends:Tensor)->set:
     return found
 
 @patch
-def _several(self:EnergyMeter, loss:Tensor|None)->bool:
+def sign(self:_Passes, name, like):
+    "Leave the mark of this pass on the graph that comes out of a block."
+    alone = self.passes < 1 and any(name == old for old, _ in self.seen)   # without the model, and one block again
+    if alone: self.set_aside(True); self.passes, self.mark, self.seen = -1, None, []
+    self.mark = self.mark or _Pass()
+    if like.grad_fn is not None: like.grad_fn.metadata[_Pass] = self.mark
+
+@patch
+def several(self:_Passes, loss:Tensor|None)->bool:
     "Whether there were passes before this one that were not taken, and that the loss, where it is known, is made of."
     earlier, untaken = {mark for old in self.earlier if (mark := old()) is not None}, self.passes not in (0, 1)
     if loss is None or not (earlier or untaken): return untaken
@@ -518,19 +487,18 @@ def _several(self:EnergyMeter, loss:Tensor|None)->bool:
     return not ours or not compiled(nodes) <= ours
 
 # %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf
-def _advice(meter:EnergyMeter, passes:int, several:bool, sums:dict)->str:
+def _advice(meter:EnergyMeter, note:_Passes, passes:int, several:bool, sums:dict)->str:
     "What may have gone wrong."
     if not meter.on: return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
     if several:
         return ("; the passes so far are forgotten now, the next one counts; after a pass that you do not use call "
                 "forget(), here or on its LeastAction")
+    if hidden := [name for name, why in note.idle.items() if why == _CHECKPOINT]:
+        return f"; {min(hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
     missing = [name for name in meter.blocks if name not in sums]
-    if sums and meter.hidden:
-        return f"; {min(meter.hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
-    how = "" if passes else ", or not in training mode with gradients on"
-    if sums: return f"; {missing[0]!r} was not called{how}" if missing else ""
-    return ("; a compiled model heeds a meter only if it was made before the first compiled call, and blocks in a gradient checkpoint "
-            "only with use_reentrant=False")
+    if passes or sums:
+        return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
+    return "; blocks in a gradient checkpoint need use_reentrant=False, and a pass counts in the thread that made it"
 
 # %% ../nbs/03_kinetic_bias.ipynb #ea7c466d
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attach import _matching, find_blocks
 from .files import as_text
-from .kinetic import EnergyMeter, _check_names
+from .kinetic import EnergyMeter, _names
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
 def dual_ascent(
@@ -322,8 +322,7 @@ def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module, or a mapping of names to blocks")
     if not isinstance(blocks, Mapping):
-        if blocks is not None: _check_names(blocks)
-        blocks = find_blocks(model, x, include=blocks)
+        blocks = find_blocks(model, x, include=None if blocks is None else _names(blocks))
     names = {}
     for name, block in blocks.items():
         if block in names: raise ValueError(f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")

@@ -824,8 +824,9 @@ def _start_epoch(self:Training):
 @patch
 def _wake(self:Training):
     "Training mode, but for what is frozen."
-    root, blocks = _inside(self.model), [] if self.least_action is None else list(self.least_action.blocks.values())
-    asleep = {m for m in root.modules() if not m.training} if root.training else {m for part in root.modules() if _is_frozen(part) for m in part.modules()}.difference(blocks)
+    root = _inside(self.model)
+    if root.training: asleep = {m for m in root.modules() if not m.training}
+    else: asleep = {m for part in root.modules() if _is_frozen(part) for m in part.modules()}
     self.model.train()
     for m in asleep: m.training = False
 

@@ -13,6 +13,7 @@ from conftest import hook_count
 from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
 from lap_nb.bench import memory
 from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
+from lap_nb.kinetic import EnergyLedger, EnergyMeter
 
 BATCH = 4
 
@@ -394,7 +395,7 @@ def test_checkpointed_blocks_count_once(reentrant, only):
         assert_close(found.energies(), plain)
         (loss if reentrant else loss * 0 + found.energies().sum()).backward()
         with pytest.raises(RuntimeError, match="no step of the 3 blocks"): tracer.take()
-        if only: assert not tracer._open
+        if only: assert not tracer._note.open
     if not reentrant: assert_close(model.layers[0].mix.weight.grad, want)
 
 
@@ -565,14 +566,15 @@ def test_compiled_without_a_graph_break(only):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="compiled networks need PyTorch 2.6 or later")
-def test_attached_too_late_says_so():
+def test_attached_after_the_first_compiled_call():
     torch._dynamo.reset()
     net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
+    want = energies(trace(net, x))
     compiled = torch.compile(net, backend="eager")
     compiled(x)
     with Tracer(compiled) as tracer:
         compiled(x)
-        with pytest.raises(RuntimeError, match="before the first compiled call"): tracer.take()
+        assert_close(tracer.take().energies(), want)
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="compiled networks need PyTorch 2.6 or later")
@@ -890,3 +892,64 @@ def test_reasons_inside_what_is_not_called_are_told():
 
     with pytest.raises(ValueError, match=r"layers.0: its input is no summand of its output: NativeLayerNorm in the way") as e: find_blocks(Listed(), torch.randn(5, 4))
     assert "layers: not called" not in str(e.value)
+
+
+# Which axis counts the samples
+
+class Late(nn.Module):
+    "Time first; nothing in it says so."
+    def __init__(self): super().__init__(); self.blocks = nn.ModuleList(ResidualBlock(nn.Linear(6, 6)) for _ in range(2)); self.head = nn.Linear(6, 2)
+    def forward(self, x):
+        for block in self.blocks: x = block(x)
+        return self.head(x.mean(0))
+
+
+def steps_by_hand(net, x):
+    "Positions of a time-first network, samples first."
+    xs = [x]
+    for block in net: xs.append(block(xs[-1]))
+    return torch.stack(xs).movedim(2, 1)
+
+
+@pytest.mark.parametrize("T, B", [(5, 4), (4, 5), (3, 3), (7, 1)])
+@pytest.mark.parametrize("kind", ["layers", "late"])
+def test_time_first_is_traced_with_the_samples_first(kind, T, B):
+    x = torch.randn(T, B, 6)
+    if kind == "layers":
+        net = nn.Sequential(*(nn.TransformerEncoderLayer(6, 2, 8, dropout=0., norm_first=True) for _ in range(2)))
+        blocks, kw, parts = dict(net.named_children()), {}, net
+    else:
+        net = Late()
+        blocks, kw, parts = None, dict(batch_axis=1), net.blocks
+    want = steps_by_hand(parts, x)
+    walk, light = trace(net, x, blocks, **kw), trace_energies(net, x, blocks, **kw)
+    assert_close(walk.x, want)
+    assert_close(light.energies("sum"), (want[1:] - want[:-1]).square().sum((2, 3)))
+    ledger = EnergyLedger(walk, torch.arange(B), "sum")
+    assert_close(ledger.samples.float(), light.energies("sum").sum(0).detach())
+    with EnergyMeter(net, blocks, "sum", **kw) as meter:
+        net.train()(x)
+        assert_close(meter.take(), light.energies("sum").mean(1))   # one rule for all of them
+
+
+def test_layers_alone_and_batch_first():
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0., batch_first=True, norm_first=True)
+    net, x = nn.Sequential(layer), torch.randn(5, 4, 6)
+    assert trace_energies(net, x, {"0": layer}).energies().shape == (1, 5)
+    alone = trace(net, x[0], {"0": layer})   # one sequence without an axis for samples
+    assert_close(alone.x, torch.stack([x[0], layer(x[0])])[:, None])
+
+
+def traced(net, x, **kw):
+    with Tracer(net, **kw): net(x)
+
+
+@pytest.mark.parametrize("call", [trace, trace_energies, traced])
+def test_an_axis_that_looks_wrong_is_asked_for(call):
+    net, x = Late(), torch.randn(5, 4, 6)
+    with pytest.raises(ValueError, match=r"'blocks.0' gives \(5, 4, 6\) and the model \(4, 2\), .*give batch_axis=1"): call(net, x)
+    call(net, x, batch_axis=0)   # it is meant
+    with pytest.raises(ValueError, match="expected an axis 3 as in batch_axis"): call(net, x, batch_axis=3)
+    for axis in (True, -1, 1., "1"):
+        with pytest.raises(ValueError, match="batch_axis is"): call(net, x, batch_axis=axis)
+    assert hook_count(net) == 0

@@ -384,14 +384,13 @@ def test_compiled_without_a_graph_break(fresh_compiler, velocity):
     assert meter.seen == []
 
 
-@pytest.mark.skipif(TORCH < (2, 6), reason="PyTorch 2.5 compiles again when a hook is added")
-def test_attached_too_late_says_so(fresh_compiler):
+def test_attached_after_the_first_compiled_call(fresh_compiler):
     net, x = small()
     compiled = torch.compile(net, backend="eager")
     compiled(x)
     with EnergyMeter(compiled) as meter:
         compiled(x)
-        with pytest.raises(RuntimeError, match="only if it was made before the first compiled call"): meter.take()
+        assert_close(meter.take(), by_hand(net, x))
 
 
 # Bad input
@@ -598,7 +597,7 @@ def test_a_pass_that_is_given_up_is_not_held():
     with EnergyMeter(net) as meter:
         for _ in range(4): net(x)
         gc.collect()
-        assert [out() is None for out in kept] == [True] * 3 + [False] and len(meter.earlier) <= 1
+        assert [out() is None for out in kept] == [True] * 3 + [False] and len(meter._note.earlier) <= 1
     hook.remove()
 
 
@@ -715,13 +714,11 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
 @pytest.mark.parametrize("velocity", ["displacement", "branch"])
 def test_nothing_has_no_energy(shape, reduction, velocity):
     net = nn.Sequential(ResidualBlock(nn.Identity()))
-    with EnergyMeter(net, reduction=reduction, velocity=velocity), pytest.raises(ValueError, match="the batch is empty|there are no features"): net(torch.zeros(shape))
+    with EnergyMeter(net, reduction=reduction, velocity=velocity), pytest.raises(ValueError, match="the batch is empty|the samples have no features"): net(torch.zeros(shape))
 
 
-def test_samples_without_features_have_no_energy():
-    empty = Trajectory(torch.zeros(3, 2, 0))
+def test_only_trajectories_have_energy():
     for measure in (block_energies, kinetic_energy, relative_energy, EnergyLedger):
-        with pytest.raises(ValueError, match="at least one sample and one feature"): measure(empty)
         with pytest.raises(TypeError, match="traj is of type Tensor, expected a Trajectory"): measure(torch.zeros(3, 2, 4))
 
 

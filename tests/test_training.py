@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lap_nb.data import Dataset, digits
-from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
+from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, init_velocities_
 from lap_nb.ensembles import Ensemble, _made, fit_many, interval
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
@@ -682,6 +682,27 @@ def test_a_network_in_evaluation_mode_is_trained_but_for_its_frozen_parts():
     fit(net, SMALL, epochs=2)
     assert net[1].num_batches_tracked == 2 and net[3][1].num_batches_tracked == 0
     assert net.training and net[1].training and not net[3][1].training and not net[3][2].training
+
+
+def with_a_frozen_block(how):
+    torch.manual_seed(0)
+    frozen = ResidualBlock(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))).requires_grad_(False)
+    net = nn.Sequential(frozen, ResidualBlock(nn.Linear(64, 64)), nn.Linear(64, 10))
+    (net if how == "network" else frozen).eval()
+    return net
+
+
+@pytest.mark.parametrize("how", ["network", "block"])
+def test_a_frozen_block_counts_in_the_action_and_stays_asleep(how):
+    "Whether it was put in evaluation mode by hand, or the whole network was when the training began; alone and in rows."
+    net, settings = with_a_frozen_block(how), dict(epochs=2, eval_every=1)
+    run = fit(net, digits().split(60), least_action=(la := LeastAction(net)), **settings)
+    assert la.meter.idle == {"0": "in evaluation mode"} and la.energies.min() > 0
+    assert net[0].velocity[1].num_batches_tracked == 0 and net[1].training and not any(m.training for m in net[0].modules())
+    for mode in ("sequential", "batched"):
+        member = fit_many(lambda: with_a_frozen_block(how), digits().splits(60, [0, 1]), least_action=LeastAction, mode=mode, **settings)[0]
+        torch.testing.assert_close(member.curves["action"], run.curves["action"])
+        assert member.model[0].velocity[1].num_batches_tracked == 0
 
 
 def test_a_train_method_of_ones_own_is_heard():
