@@ -987,7 +987,7 @@ NO_LOSSES = [None, True, "1", 1j, [1.], (1., 2.), {}, object(), torch.tensor(1),
              torch.empty((), device="meta"), 10 ** 400]
 
 
-@pytest.mark.parametrize("loss", NO_LOSSES, ids=repr)
+@pytest.mark.parametrize("loss", NO_LOSSES, ids=[f"{i}-{type(loss).__name__}" for i, loss in enumerate(NO_LOSSES)])
 @pytest.mark.parametrize("lambda0", [1., torch.ones(3)], ids=["one", "row"])
 def test_what_is_no_loss(net, loss, lambda0):
     la = LeastAction(net, lambda0=lambda0)
