@@ -96,7 +96,7 @@ $(VENV)/constraints-$(TORCH).txt: constraints.txt | $(VENV)/pyvenv.cfg
 $(VENV)/.installed: $(PACKAGING) $(VERSIONS) | $(VENV)/pyvenv.cfg
 	@echo "Installing lap_nb and what it requires into $(VENV): about a minute"
 	@$(PIP_INSTALL) -c $(VERSIONS) setuptools
-	@$(PIP_INSTALL) -c $(VERSIONS) $(CPU_TORCH) --no-build-isolation -e .
+	@$(PIP_INSTALL) -c $(VERSIONS) $(CPU_TORCH) --no-build-isolation -e '.[lab]'
 	@touch $@
 
 # All but torch comes in files whose hashes stand in the lock, and nothing is built but lap_nb.

@@ -16,6 +16,7 @@ ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 words = lambda key: shlex.split(cfg.get(key) or '')
+EXTRAS = 'lab', 'widgets', 'site'
 licences = dict(apache2='Apache-2.0', mit='MIT', bsd3='BSD-3-Clause')
 
 
@@ -45,7 +46,8 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
     package_data={cfg['lib_path']: ['py.typed', '__init__.pyi']}, cmdclass={'build_py': Build, 'install': Install},
-    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements'), 'study': words('study_requirements')},
+    install_requires=words('requirements'), extras_require={'dev': [word for name in (*EXTRAS, 'dev') for word in words(f'{name}_requirements')],
+                    **{name: words(f'{name}_requirements') for name in EXTRAS}},
     python_requires='>=' + cfg['min_python'],
     long_description=readme(), long_description_content_type='text/markdown',
     classifiers=['Intended Audience :: ' + cfg['audience'], 'Typing :: Typed', 'Programming Language :: Python :: 3',

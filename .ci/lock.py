@@ -23,7 +23,7 @@ def asked():
     "The lines of settings.ini that require packages, one package a line."
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT / 'settings.ini', encoding='utf-8')
-    return '\n'.join(word for key in ('requirements', 'dev_requirements', 'study_requirements') for word in ini['DEFAULT'][key].split())
+    return '\n'.join(word for key in ('requirements', 'lab_requirements', 'widgets_requirements', 'site_requirements', 'dev_requirements') for word in ini['DEFAULT'][key].split())
 
 
 def resolve(folder, upgrade, torch):

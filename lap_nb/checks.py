@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['F', 'described', 'WrongKind', 'whole', 'number', 'positive', 'share', 'one_of', 'real_tensor', 'checked',
-           'check_fields']
+           'check_fields', 'extra']
 
 # %% ../nbs/90_checks.ipynb #08fe3bd9
 import collections.abc
@@ -16,6 +16,7 @@ import os
 import re
 import types
 import typing
+from contextlib import contextmanager
 from decimal import Decimal
 from enum import Enum
 from numbers import Real
@@ -242,3 +243,14 @@ def check_fields(
     for name, hint in _hints(type(value)).items():
         if name in vars(value) and not _fits(vars(value)[name], hint):
             raise WrongKind(f"{name} is {described(vars(value)[name])}, expected {_expected(type(value), name, hint)}")
+
+# %% ../nbs/90_checks.ipynb #c4ec0021
+@contextmanager
+def extra(
+    name:str, # of the extra, as in `lap_nb[lab]`
+):
+    "Inside, an import that fails says which extra brings the package; still a `ModuleNotFoundError`."
+    try: yield
+    except ModuleNotFoundError as e:
+        said = f"{e.name} is not installed, expected it here: pip install 'lap_nb[{name}]'"
+        raise ModuleNotFoundError(said, name=e.name) from e

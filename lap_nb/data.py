@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .checks import extra
 from .files import in_words, room_for
 
 # %% ../nbs/00_data.ipynb #16b1b95a
@@ -294,7 +295,7 @@ def circles(
     seed: int = 0, # decides the points
 ) -> Dataset: # x [n, 2]; class 0 is the outer ring
     "Two noisy concentric rings, half of the points for testing"
-    from sklearn.datasets import make_circles
+    with extra("lab"): from sklearn.datasets import make_circles
     n = whole("n", n, least=8)
     return with_test(*make_circles(n, noise=noise, factor=factor, random_state=seed), n // 2, "circles", seed)
 
@@ -305,14 +306,14 @@ def moons(
     seed: int = 0, # decides the points
 ) -> Dataset: # x [n, 2]; class 0 is the upper moon
     "Two noisy interleaved half circles, half of the points for testing"
-    from sklearn.datasets import make_moons
+    with extra("lab"): from sklearn.datasets import make_moons
     n = whole("n", n, least=8)
     return with_test(*make_moons(n, noise=noise, random_state=seed), n // 2, "moons", seed)
 
 # %% ../nbs/00_data.ipynb #c63f1c90
 def digits() -> Dataset: # x [1797, 64], pixels in [0, 1]
     "scikit-learn's handwritten digits, 597 of them for testing"
-    from sklearn.datasets import load_digits
+    with extra("lab"): from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
     return with_test(x / 16, y, 597, "digits")
 
@@ -635,7 +636,7 @@ def cifar10_part(
     root=None, # folder that holds `cifar10-lossless-subset/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
 ) -> Dataset: # x [9085, 3, 32, 32] in [0, 1]; 1,017 of the official test part for testing, and nothing else of it
     "The part of CIFAR-10 whose exact pixels are available; needs Pillow with WebP"
-    from PIL import Image
+    with extra("lab"): from PIL import Image
     folder = data_root(root) / "cifar10-lossless-subset"
     missing = [name for name in CIFAR10_PART if not (folder / name).is_file()]
     if missing:

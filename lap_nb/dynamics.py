@@ -25,6 +25,7 @@ import torch.nn.utils.parametrize
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .checks import extra
 from .data import read_npz
 from .files import write_atomically
 
@@ -644,7 +645,7 @@ def _box(x:Tensor)->tuple[list[float], list[float]]:
 def _png(fig)->bytes:
     "The figure as a PNG file of few colours, and closed."
     import matplotlib.pyplot as plt
-    from PIL import Image
+    with extra("widgets"): from PIL import Image
     drawn, file = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=90); plt.close(fig)
     Image.open(drawn).convert("RGB").quantize(64).save(file, format="png", optimize=True)
@@ -657,7 +658,7 @@ def slider(self:Trajectory,
 ):                         # an ipywidgets box: a slider above the picture
     "Move through the layers with a slider; works in Jupyter and on a static page."
     import base64
-    from ipywidgets import HTML, IntSlider, Stack, VBox, jslink
+    with extra("widgets"): from ipywidgets import HTML, IntSlider, Stack, VBox, jslink
     low, high = _box(self.x)
     frames = []
     for k in range(self.K + 1):

@@ -22,10 +22,11 @@ ROW = re.compile(r'^\| ([\w-]+) \| (.*?) \| [\d.]+ s \| [\d.]+ MB \|$', re.M)
 
 
 def required():
-    "Names of the packages in `requirements` of settings.ini."
+    "Names of the packages in settings.ini that `lap_nb` and its extras for users need."
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT / 'settings.ini', encoding='utf-8')
-    return [re.match(r'[\w-]+', word)[0] for word in shlex.split(ini['DEFAULT']['requirements'])]
+    asked = ' '.join(ini['DEFAULT'][key] for key in ('requirements', 'lab_requirements', 'widgets_requirements'))
+    return list(dict.fromkeys(re.match(r'[\w-]+', word)[0] for word in shlex.split(asked)))
 
 
 def processor_seconds(code):

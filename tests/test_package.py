@@ -281,7 +281,7 @@ def asked():
     "What settings.ini requires, for use, studies and development."
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT / 'settings.ini', encoding='utf-8')
-    return [Requirement(word) for key in ('requirements', 'study_requirements', 'dev_requirements') for word in ini['DEFAULT'][key].split()]
+    return [Requirement(word) for key in ('requirements', 'lab_requirements', 'widgets_requirements', 'site_requirements', 'dev_requirements') for word in ini['DEFAULT'][key].split()]
 
 
 def needed():
