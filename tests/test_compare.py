@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lap_nb import compare as module
-from lap_nb.compare import Comparison, METHODS, compare, lap_compare
+from lap_nb.lab.compare import Comparison, METHODS, compare, lap_compare
 
 SMALL = dict(seeds=2, epochs=2, n=30)
 

@@ -499,7 +499,7 @@ def evil_net():
 def tables():
     "Everything that shows names in Markdown, with names that would act."
     from lap_nb.attach import Tracer, find_blocks, trace
-    from lap_nb.bench import bench_table
+    from lap_nb.lab.bench import bench_table
     from lap_nb.ensembles import Interval
     from lap_nb.kinetic import EnergyLedger
     from lap_nb.least_action import KKT

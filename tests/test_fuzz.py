@@ -24,12 +24,13 @@ import pytest
 import torch
 
 from lap_nb import data, files, studies
-from lap_nb.compare import FORMAT, METHODS, Comparison
+from lap_nb.lab.compare import FORMAT, METHODS, Comparison
 from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
 from lap_nb.ensembles import _read_note, read_modes
 from lap_nb.studies import done, overview, read_lines, records
 from lap_nb.files import CheckpointError, load_checkpoint, save_checkpoint
+from test_package import module_text, modules
 
 COUNT = int(os.environ.get('LAP_NB_FUZZ', 400))
 MEMORY = 512 << 20   # bytes that reading a file of a few kB may ask for
@@ -284,7 +285,7 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
 OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_spread`),
 # settings through JSON and back (`_noted`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
-OPENING = {'compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
+OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
            'ensembles._spread', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'transport._free_memory'}
 
@@ -292,10 +293,10 @@ OPENING = {'compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz'
 def test_no_reader_is_left_out():
     "A new function that opens a file needs a reader above."
     found = set()
-    for path in Path(studies.__file__).parent.glob('[a-z]*.py'):
-        text = path.read_text(encoding='utf-8')
+    for module in modules():
+        text = module_text(module)
         opening = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and OPENS.search(ast.get_source_segment(text, n))]
-        found |= {f'{path.stem}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}   # the innermost one
+        found |= {f'{module}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}   # the innermost one
     assert found == OPENING
 
 

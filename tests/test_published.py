@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from lap_nb.data import Dataset
 from lap_nb.least_action import DualAscent, LeastAction
-from lap_nb.published import (
+from lap_nb.lab.published import (
     LAP, STARTS, Arm, _check_precision, _one_epoch, _price, _right, _Training, paired_points, published_cells, published_net, published_rows, start_from_, train_published)
 from lap_nb.training import save_checkpoint
 
