@@ -516,7 +516,7 @@ def tables():
     yield 'report', KKT('satisfied', 1., 1., 1., 1., 0., 0., .1, 0., 0., notes=(EVIL,))._repr_markdown_()
     yield 'trace', kept._repr_markdown_()
     yield 'ledger', EnergyLedger(trace(net, x, blocks))._repr_markdown_()
-    yield 'lipschitz', LipschitzProfile((EVIL,), torch.ones(1, 5), torch.ones(5), 1.)._repr_markdown_()
+    yield 'lipschitz', LipschitzProfile((EVIL,), torch.ones(1, 5), torch.ones(5), 1., 0.)._repr_markdown_()
     yield 'split', ActionSplit({EVIL: (1., 1., 1.)}, (), 'mean', ())._repr_markdown_()
     yield 'bench', bench_table(dict(rows=[dict(name=EVIL, what=EVIL.replace('$x$', ''), ratio_median=1., ratio_low=1., ratio_high=1., ratio_min=1., ratio_max=1., ratio_of_best=1., goal=None, better='lower', met=None,
                                                pairs=1, unit='seconds', top=1., bottom=1.)]))
