@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lap_nb.lab import bench
-from lap_nb.lab.bench import BENCHMARKS, Sides, benchmark, lap_bench, measure, memory, run_benchmarks
+from lap_nb.lab.bench import BENCHMARKS, Sides, benchmark, measure, memory, run_benchmarks
+from lap_nb.lab.cli import lap_bench
 from lap_nb.kinetic import EnergyMeter
 
 CPU = torch.device("cpu")
@@ -164,9 +165,9 @@ def test_list(capsys):
 
 
 def test_command_line(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, "-c", "from lap_nb.lab import bench\nfrom fastcore.script import anno_parser\n"
-        "args = vars(anno_parser(bench.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}\n"
-        "bench.lap_bench(**args)", *args], capture_output=True, text=True)
+    run = lambda *args: subprocess.run([sys.executable, "-c", "from lap_nb.lab import cli\nfrom fastcore.script import anno_parser\n"
+        "args = vars(anno_parser(cli.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}\n"
+        "cli.lap_bench(**args)", *args], capture_output=True, text=True)
     done = run("nothing", "step-overhead", "--out", str(tmp_path / "x.json"))
     assert done.returncode == 2 and "no benchmark 'nothing'" in done.stderr and done.stderr.count("\n") == 1
 

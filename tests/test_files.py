@@ -504,7 +504,7 @@ def tables():
     from lap_nb.kinetic import EnergyLedger
     from lap_nb.least_action import KKT
     from lap_nb.regularity import LipschitzProfile
-    from lap_nb.studies import standings_table
+    from lap_nb.lab.analysis import standings_table
     from lap_nb.transport import ActionSplit
     net, x = evil_net().eval(), torch.randn(5, 4)
     blocks = find_blocks(net, x)

@@ -116,10 +116,10 @@ def test_commands_work_with_the_next_fastcore(installed, tmp_path):
     check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check', '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2,<3', cwd=tmp_path)
     code = ('import importlib, sys; sys.path.insert(0, sys.argv[1]); import fastcore; from fastcore.script import anno_parser\n'
             'for name in sys.argv[2:]: importlib.import_module(name)\n'
-            'from lap_nb import studies\nfrom lap_nb.lab import bench, compare\n'
+            'from lap_nb.lab.cli import lap_bench, lap_compare, lap_study\n'
             'read = lambda command, *words: anno_parser(command.__wrapped__).parse_args(words)\n'
-            'print(fastcore.__version__.split(".")[0], read(bench.lap_bench).names, *read(bench.lap_bench, "a", "b", "--force").names,\n'
-            '      repr(read(studies.lap_study).name), read(studies.lap_study, "c", "--seeds", "3").name, read(compare.lap_compare, "--n", "7").n)')
+            'print(fastcore.__version__.split(".")[0], read(lap_bench).names, *read(lap_bench, "a", "b", "--force").names,\n'
+            '      repr(read(lap_study).name), read(lap_study, "c", "--seeds", "3").name, read(lap_compare, "--n", "7").n)')
     assert check(installed / 'python', '-c', code, tmp_path / 'next', *NAMES, cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
 
 

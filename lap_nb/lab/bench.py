@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'RECIPE', 'FORMAT', 'clock', 'memory', 'Sides', 'measure', 'benchmark', 'plain_loop', 'published_loop',
-           'run_benchmarks', 'bench_table', 'lap_bench']
+           'run_benchmarks', 'bench_table']
 
 # %% ../../nbs/11_performance.ipynb #febaa102
 import gc
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.script import call_parse
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,7 +36,6 @@ from ..ensembles import fit_many, seeded
 from ..files import as_code, write_atomically
 from ..kinetic import EnergyMeter
 from ..least_action import LeastAction
-from ..studies import _one_line_errors, _positional
 from ..transport import exact_gap
 from ..training import evaluate, fit, provenance
 
@@ -487,21 +485,3 @@ def bench_table(
     what = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "&#124;")   # formulas stay
     rows = [f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} | {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |" for r in record["rows"]]
     return "\n".join(["| row | what | ratio | 95 % interval | best | goal | costs | pairs |", "|---|---|---|---|---|---|---|---|", *rows])
-
-# %% ../../nbs/11_performance.ipynb #f21a282e
-@call_parse
-def lap_bench(
-    names:_positional(str, "benchmarks to run; none: all but the slow ones", "*")=(), # benchmarks to run; none: all but the slow ones
-    device:str="auto",     # where to measure: auto, cpu, cuda, cuda:0, ...
-    out:str="lap_bench.json", # record to write
-    seconds:float=10.,     # time for the pairs of each row
-    threads:int=None,      # CPU threads of PyTorch (default: its own choice)
-    force:bool=False,      # overwrite an earlier record
-    list:bool=False,       # name the benchmarks and stop
-):
-    "Measure what least action and this library cost, in pairs; write a record with one row per comparison."
-    with _one_line_errors("lap_bench"):
-        if list: print("\n".join(f"{n}{' (slow: only if named)' * b.slow}" for n, b in BENCHMARKS.items())); return
-        if threads: torch.set_num_threads(threads)
-        record = run_benchmarks(names, device, seconds, out, force, report=partial(print, flush=True))
-        print(f"wrote {out} after {record['wall_seconds']:.0f} s")

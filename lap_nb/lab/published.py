@@ -10,18 +10,21 @@ __all__ = ['STARTS', 'LAP', 'DECIDING', 'OTHERS', 'EPOCHS', 'BATCH', 'MILESTONES
 # %% ../../nbs/08a_published.ipynb #cc3123fd
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from lap_nb.data import Dataset, Split, load
-from lap_nb.dynamics import Flow, ResidualNet
+from lap_nb.dynamics import Flow, ResidualNet, colours
+from lap_nb.ensembles import interval
 from lap_nb.files import digest, load_checkpoint, save_checkpoint
+from lap_nb.lab.store import append_rows, done, read_lines
 from lap_nb.least_action import DualAscent, FixedWeight, LeastAction
 from lap_nb.training import provenance
 
@@ -49,7 +52,7 @@ def published_net(
     n_blocks:int=9,   # residual blocks
     width:int=64,     # channels of the flow
     channels:int=1,   # of the pictures
-    side:int=28,      # rows and columns of the pictures; even
+    side:int=28,      # pixels of a row and of a column; even
 )->ResidualNet:
     "The published network for small pictures (`onerep` of the authors' code): an encoder, blocks of one shape, a head of three layers."
     flow = Flow([_velocity(width, k == 0) for k in range(n_blocks)])
@@ -251,8 +254,6 @@ def _config(data:str, n:int, arm:Arm)->str: return digest(dict(data=data, n=n, a
 
 def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)->bool:
     "Train and record one network, unless it is there, or another process is at it."
-    from filelock import FileLock, Timeout
-    from lap_nb.studies import append_rows, done
     config = _config(data.name, n, arm)
     claims = path.parent / ".claims"
     claims.mkdir(parents=True, exist_ok=True)
@@ -271,7 +272,6 @@ def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)-
     except Timeout: return False
 
 def _check_precision(path:Path, precision:str):
-    from lap_nb.studies import read_lines
     other = {line["precision"] for line in read_lines(path) if "seed" in line} - {precision}
     if other: raise ValueError(f"{path} holds networks in {', '.join(other)}, expected {precision}: run with that precision, or write to another folder")
 
@@ -281,7 +281,6 @@ def published_rows(
     data:str="mnist",           # data set
 )->list[dict]:                  # one row per network; empty where nothing is recorded
     "The networks that are recorded so far; raises `ValueError` on a damaged record."
-    from lap_nb.studies import read_lines
     return [line for line in read_lines(Path(out) / f"published-{data}.jsonl") if "seed" in line]
 
 def paired_points(
@@ -304,7 +303,6 @@ def published_table(
     n:int=100,          # training samples
 )->str:
     "Accuracy of every arm that is recorded at this size, and its paired difference to the plain network of the same start, with 95 % intervals."
-    from lap_nb.ensembles import interval
     arms = dict.fromkeys((r["start"], r["objective"]) for r in sorted(rows, key=lambda r: (r["start"], r["objective"])) if r["n"] == n)
     lines = [f"{'start':10}{'objective':16}{'seeds':>6}  {'test accuracy %':18}minus plain, same start"]
     for start, objective in arms:
@@ -321,8 +319,6 @@ def plot_published(
 ):                   # a figure
     "Accuracies by start and objective, and paired differences to the plain network of the same start."
     import matplotlib.pyplot as plt
-    from lap_nb.dynamics import colours
-    from lap_nb.ensembles import interval
     objectives = [Arm(**a).method for a in DECIDING]
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
     for k, objective in enumerate(objectives):
