@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DROPOUTS', 'DRAWS', 'CONVS', 'EVALUATED', 'SIDE_BY_SIDE', 'SHORTEST', 'ABREAST', 'SMALL', 'MODES', 'Ensemble',
-           'grid_members', 'seeded', 'member_memory', 'free_memory', 'Graphed', 'measure_modes', 'record_modes',
-           'read_modes', 'forward_flops', 'choose_mode', 'Runs', 'fit_many', 'Interval', 'interval']
+           'grid_members', 'seeded', 'member_memory', 'free_memory', 'Graphed', 'forward_flops', 'choose_mode', 'Runs',
+           'fit_many', 'Interval', 'interval']
 
 # %% ../nbs/07_ensembles.ipynb #6ff7dfbc
 import ctypes
@@ -45,7 +45,6 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
 from .data import Split, pick_device, whole
-from .dynamics import conv_net, dense_net
 from .files import write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
@@ -638,110 +637,6 @@ def _abreast(jobs:Sequence[_Job], bar, found:dict):
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
         found |= _ended(results)
-
-# %% ../nbs/07_ensembles.ipynb #68e51641
-def _by_hand(make_model, split:Split, steps:int):
-    "One network after the other in a plain PyTorch loop."
-    for i in range(len(split.train)):
-        model, x, y = make_model(), split.x[split.train[i]], split.y[split.train[i]]
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(steps):
-            order = torch.randperm(len(x), device=x.device)
-            loss = F.cross_entropy(model(x[order]), y[order])
-            opt.zero_grad(); loss.backward(); opt.step()
-
-def _clock(f:Callable)->tuple[float, float]: # wall and processor seconds
-    cpu = lambda: time.process_time() + sum(os.times()[2:4])   # of ended children, too
-    wall, used = time.perf_counter(), cpu()
-    f()
-    if torch.cuda.is_initialized(): torch.cuda.synchronize()
-    return time.perf_counter() - wall, cpu() - used
-
-def measure_modes(
-    make_model:Callable[[], nn.Module], # one network
-    data:Split,                         # of `S` networks
-    modes:Sequence[str],                # as for `fit_many`; `"batched:matmul"` names a form of convolution, `"plain"` is a loop written by hand
-    device:str="cpu",                   # where
-    steps:int=10,                       # training steps of each network that are timed
-    batch_size:int=100,                 # samples per step and network
-    repeats:int=3,                      # measurements of each way; they take turns
-)->dict[str, list[tuple[float, float]]]: # wall and processor seconds per step and network, of each measurement
-    "Time a training step in each way."
-    _check_kinds(measure_modes, locals())
-    _check_training(steps=steps, batch_size=batch_size, repeats=repeats)
-    n = min(batch_size, data.train.shape[-1])
-    split = replace(data, train=data.train[:, :n], val=data.val[:, :1], test=data.test[:1]).to(pick_device(device))
-    def train(mode, steps):
-        if mode == "plain": return _by_hand(lambda: make_model().to(device), split, steps)
-        way, _, conv = mode.partition(":")
-        fit_many(make_model, split, epochs=steps, device=device, batch_size=n, mode=way, conv=conv or None, eval_every=10 ** 6)
-    found = {mode: [] for mode in modes}
-    for mode in modes: mode == "processes" or train(mode, 2)
-    for mode in [m for _ in range(repeats) for m in modes]:
-        few, many = (_clock(partial(train, mode, k)) for k in (2, 2 + steps))
-        found[mode].append(tuple((b - a) / steps / len(split.train) for a, b in zip(few, many)))
-    return found
-
-# %% ../nbs/07_ensembles.ipynb #3bd67bba
-def _nets()->dict:
-    "Name to maker, samples of one network, numbers of members and timed steps."
-    forms = ["plain", "sequential", "batched:grouped", "batched:unfolded", "batched:matmul"]
-    return {"dense, 64 features": (partial(dense_net, 64, 10), (64,), {1: 200, 2: 100, 5: 60, 10: 40, 20: 30, 50: 20}, ["plain", "sequential", "batched"]),
-            "8 filters, 8 x 8": (partial(conv_net, (1, 8, 8), 10, 3, 8), (1, 8, 8), {1: 30, 2: 20, 5: 10, 10: 8, 20: 6, 50: 4}, forms),
-            "16 filters, 16 x 16": (partial(conv_net, (1, 16, 16), 10, 3, 16), (1, 16, 16), {1: 10, 2: 8, 5: 4, 20: 2}, forms),
-            "32 filters, 28 x 28": (partial(conv_net, (1, 28, 28), 10, 3, 32), (1, 28, 28), {1: 6, 2: 4, 5: 2}, forms)}
-
-def record_modes(
-    path:str|os.PathLike,   # of the record, JSON; rows of other networks and devices in it are kept
-    device:str="cpu",       # where
-    repeats:int=3,          # measurements of each
-    only:str="",            # networks whose name has this in it
-    extra:Sequence[str]=(), # further modes: `"processes"`, `"graph"`
-)->dict:                    # what was written
-    "Measure all networks and row lengths; keeps the file up to date as it goes."
-    _check_kinds(record_modes, locals())
-    path = Path(path)
-    old = read_modes(path)["rows"] if path.exists() else []
-    rows = [r for r in old if only not in r["net"] or r["device"] != device]
-    for name, (make_model, shape, lengths, modes) in _nets().items():
-        if only not in name: continue
-        flops = forward_flops(make_model(), torch.rand(100, *shape))
-        for S, steps in lengths.items():
-            note = dict(net=name, flops=flops, members=S, steps=steps, **_here(device))
-            for mode, seconds in measure_modes(make_model, _noise(shape, S), [*modes, *extra], device, steps, 100, repeats).items():
-                wall, processor = ([float(f"{s[k]:.4g}") for s in seconds] for k in (0, 1))
-                rows.append(note | dict(mode=mode, wall=wall, processor=processor))
-            write_atomically(path, (json.dumps(dict(format=1, rows=rows), indent=1) + "\n").encode())
-    return read_modes(path)
-
-# %% ../nbs/07_ensembles.ipynb #464ed880
-_MODE_ROW = dict(net=str, members=int, mode=str, device=str, device_name=str, threads=int, wall=list, processor=list)
-
-def read_modes(
-    path:str|os.PathLike, # as `record_modes` writes it
-)->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
-    "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
-    _check_kinds(read_modes, locals())
-    try: found = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
-    if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):
-        raise ValueError(f"{path} is no record of modes in format 1: read it with the version of lap_nb that wrote it, or write to another file")
-    for i, row in enumerate(found["rows"]):
-        wrong = [k for k, kind in _MODE_ROW.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
-        wrong = wrong or [k for k in ("wall", "processor") if not row[k] or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in row[k])]
-        if wrong: raise ValueError(f"row {i} of {path} lacks {', '.join(wrong)} of the expected type: restore the file from its history")
-    return found
-
-# %% ../nbs/07_ensembles.ipynb #c4242113
-def _noise(shape, S:int)->Split:
-    "One batch of 100 random samples, the same for all `S` networks."
-    x, rows = torch.rand(102, *shape, generator=torch.Generator().manual_seed(0)), lambda *at: torch.arange(*at).expand(S, -1)
-    return Split(x, torch.arange(102) % 10, rows(100), rows(100, 101), torch.tensor([101]), "noise", 10, tuple(range(S)))
-
-def _here(device:str)->dict:
-    "Device, by name, versions and load, as part of a row."
-    note = provenance(torch.device(device))
-    return {k: note[k] for k in ("device", "device_name", "cores", "threads", "lap_nb", "torch", "commit")} | dict(load=round(os.getloadavg()[0], 1))
 
 # %% ../nbs/07_ensembles.ipynb #ae608d2b
 def forward_flops(

@@ -27,7 +27,8 @@ from lap_nb.lab import analysis, catalogue, design, store
 from lap_nb.lab.compare import FORMAT, METHODS, Comparison
 from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
-from lap_nb.ensembles import _read_note, read_modes
+from lap_nb.ensembles import _read_note
+from lap_nb.lab.modes import read_modes
 from lap_nb.lab.analysis import overview, records
 from lap_nb.lab.store import done, read_lines
 from lap_nb.files import CheckpointError, load_checkpoint, save_checkpoint
@@ -287,7 +288,7 @@ OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_unpacked`), notes that are compared with new ones (`_kept`, `_lacks`),
 # settings through JSON and back (`_noted`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
 OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
-           'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'ensembles.read_modes', 'lab.store._parsed', 'lab.store.read_lines', 'files._check_archive',
+           'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed', 'lab.store.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'transport._free_memory'}
 
 

@@ -29,7 +29,7 @@ NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
 ORDER = ('checks files state data dynamics attach kinetic transport regularity least_action training adapters ensembles depth '
-         'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.bench lab.cli').split()
+         'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes lab.bench lab.cli').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
 LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask lightning torchdiffeq transformers'.split()
 EXPORTED = {'export', 'exports', 'exporti'}
