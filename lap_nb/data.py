@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'PATIENCE', 'MNIST', 'FASHION_MNIST', 'CIFAR10_PART', 'des
            'cifar10_part', 'load', 'pick_device']
 
 # %% ../nbs/00_data.ipynb #3d01b088
-import gzip, hashlib, io, math, operator, os, socket, stat, struct, threading, zipfile, zlib
+import gzip, hashlib, io, math, operator, os, socket, stat, struct, threading, warnings, zipfile, zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -238,11 +238,21 @@ def split(
     seed: int = 0, # decides which
     n_val: int | None = None, # validation samples; None: as many as `n`, or what is left
 ) -> Split: # with `train` [n] and `val` [n_val]
-    "Draw a stratified training and a disjoint stratified validation part from the pool"
+    "Draw a stratified training and a disjoint stratified validation part from the pool; warns of classes that are too rare for both"
     n, n_val = self.split_sizes(n, n_val)
     train, rest = draw(shuffled(self.pool, seed), self.y, n, self.classes)
     val, _ = draw(rest, self.y, n_val, self.classes)
+    _warn_of_absent(self, train, val)
     return Split(self.x, self.y, train, val, self.test, self.name, self.classes, (int(seed),))
+
+def _warn_of_absent(data: Dataset, *parts: Tensor):
+    "Say which classes have no sample in a part: what is chosen on it knows nothing of them."
+    for name, part in zip(("training", "validation"), parts):
+        absent = (data.y[part].bincount(minlength=data.classes) == 0).nonzero()[:, 0]
+        if not len(absent): continue
+        counts = data.y[data.pool].bincount(minlength=data.classes)[absent].tolist()
+        warnings.warn(f"the {name} part of {data.name} has no sample of classes {absent.tolist()}, which have {counts} outside the test "
+                      "part: it says nothing about them; take fewer training samples, or leave these classes out", stacklevel=3)
 
 # %% ../nbs/00_data.ipynb #628dc325
 @patch

@@ -208,7 +208,8 @@ def test_apportion(sizes):
 
 
 @pytest.mark.parametrize('n, sizes, error', [(1e308, [3, 4], TypeError), (8, [3, 4], ValueError), (1, [3, 4], ValueError), (-1, [3], ValueError), (True, [3], TypeError),
-                                             (2, [], ValueError), (2, [0, 0], ValueError), (2, [-3, 9], ValueError), (2, [1.5, 2], ValueError), (2, [[3]], ValueError)])
+                                             (2, [], ValueError), (2, [0, 0], ValueError), (2, [-3, 9], ValueError), (2, [1.5, 2], TypeError), (2, [[3]], TypeError),
+                                             (float('nan'), [3], TypeError), (10 ** 30, [3, 4], ValueError)])
 def test_seats_that_cannot_be_given_are_refused(n, sizes, error):
     with pytest.raises(error, match='expected|must be'): apportion(n, sizes)
 
@@ -962,9 +963,3 @@ def test_packed_zeros_are_refused(tmp_path):
         f.write(content)
         for _ in range(200): f.write(bytes(1 << 20))
     with pytest.raises(ValueError, match='announces 209,715,200 bytes, expected no more than'): data.read_idx(path, data.file_md5(path), 3)
-
-
-@pytest.mark.parametrize('n, sizes, error', [(1e308, [3, 4], TypeError), (8, [3, 4], ValueError), (1, [3, 4], ValueError), (-1, [3], ValueError), (3, [3, -1], ValueError), (2, [1.5, 2], TypeError),
-                                             (float('nan'), [3], TypeError), (10 ** 30, [3, 4], ValueError)])
-def test_seats_that_cannot_be_given(n, sizes, error):
-    with pytest.raises(error): data.apportion(n, sizes)

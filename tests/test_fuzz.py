@@ -235,7 +235,7 @@ READERS = {
     'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint, [damage, repacked], CheckpointError),
     'comparison': Reader(lambda f: [comparison_file(f)], read_comparison, [damage, twisted_json]),
     'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record], name='tiny.jsonl'),
-    'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {}, 'ways': [['batched', None]], 'rows': [[0]]}).encode()],
+    'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {}, 'ways': [['batched', 'grouped']], 'rows': [[0]]}).encode()],
                        _read_note, [damage, twisted_json]),
     'modes': Reader(lambda f: [modes_file(f)], read_measured, [damage, twisted_json]),
     'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]),
@@ -285,10 +285,12 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
 
 
 OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
-# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_unpacked`), notes that are compared with new ones (`_kept`, `_lacks`),
-# settings through JSON and back (`_noted`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
-OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
-           'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed', 'lab.store.read_lines', 'files._check_archive',
+# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process
+# sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
+# Trainer's own file is whole (`_lacks`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
+OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted',
+           'ensembles._read_note', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
+           'lab.store.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'transport._free_memory'}
 
 
