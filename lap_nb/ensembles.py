@@ -45,11 +45,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
 from .data import Split, pick_device, whole
-from .files import write_atomically
+from .files import load_checkpoint, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .state import number
-from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, load_checkpoint, provenance, train_loop
+from .training import Recipe, Run, _check_split, check_training, _progress, _share, fit, provenance, train_loop
 from .transport import _free_memory
 
 # %% ../nbs/07_ensembles.ipynb #20546bfc
@@ -70,14 +70,14 @@ def _is_kind(value, kind)->bool:
     if origin is Tensor: return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     return not isinstance(origin, type) or isinstance(value, os.PathLike if origin is Path else origin)
 
-def _check_kinds(of:Callable, given:Mapping):
+def check_kinds(of:Callable, given:Mapping):
     "Raise `TypeError`, in words, if an argument is not of the kind that its annotation names."
     for name, kind in of.__annotations__.items():
         if name == "return" or name not in given or _is_kind(given[name], kind): continue
         meant = re.sub(r"(\w+\.)+", "", kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)).replace("Ellipsis", "...").replace("|", "or")
-        raise TypeError(f"{name} is {_in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
+        raise TypeError(f"{name} is {in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
 
-def _in_short(value)->str:
+def in_short(value)->str:
     "A value on one line, for a message."
     text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -187,7 +187,7 @@ class Ensemble(nn.Module):
 
 # %% ../nbs/07_ensembles.ipynb #dfb80428
 def _check_alike(models:Sequence[nn.Module], conv:str):
-    if not isinstance(models, Sequence) or not all(isinstance(m, nn.Module) for m in models): raise TypeError(f"models is {_in_short(models)}, expected a list of modules")
+    if not isinstance(models, Sequence) or not all(isinstance(m, nn.Module) for m in models): raise TypeError(f"models is {in_short(models)}, expected a list of modules")
     if not models: raise ValueError("found no model, expected at least one to put in a row")
     if conv not in list(CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
@@ -199,7 +199,7 @@ def _check_alike(models:Sequence[nn.Module], conv:str):
         if parts(m) != first: raise ValueError(f"network {i} is another architecture than network 0, expected {models[0]}, found {m}")
 
 def _check_row_seeds(seeds, networks:int)->list[int]:
-    if not _is_kind(seeds, Sequence[int]) or len(seeds) != networks: raise ValueError(f"seeds is {_in_short(seeds)}, expected a whole number for each of the {networks} networks")
+    if not _is_kind(seeds, Sequence[int]) or len(seeds) != networks: raise ValueError(f"seeds is {in_short(seeds)}, expected a whole number for each of the {networks} networks")
     return [whole("seed", seed) for seed in seeds]
 
 @patch
@@ -262,7 +262,7 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
 # %% ../nbs/07_ensembles.ipynb #87a570ca
 def _place(i, size:int)->int:
     "An index from the start; raises `IndexError` if there is nothing."
-    if not _is_kind(i, int): raise IndexError(f"found the index {_in_short(i)}, expected a whole number from 0 to {size - 1}")
+    if not _is_kind(i, int): raise IndexError(f"found the index {in_short(i)}, expected a whole number from 0 to {size - 1}")
     if not -size <= i < size: raise IndexError(f"there is no network {int(i)}, expected 0 to {size - 1}")
     return int(i) % size
 
@@ -322,24 +322,25 @@ def _hold(self:Ensemble):
         frozen = (self.died >= 0).view(-1, *[1] * (stack.ndim - 1))
         stack.copy_(torch.where(frozen, getattr(self, f"kept_{i}"), stack))
 
+# %% ../nbs/07_ensembles.ipynb #38586a4a
+def as_python(value):
+    "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
+    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided: return value.tolist()
+    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
+
 # %% ../nbs/07_ensembles.ipynb #6929b285
 def grid_members(
     seeds:Sequence[int],                   # of weights, dropout and batches
     grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    _check_kinds(grid_members, dict(seeds=seeds))
-    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [_plain(each) for each in v] for n, v in _checked(grid).items()}
+    check_kinds(grid_members, dict(seeds=seeds))
+    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [as_python(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
         twice = [v for i, v in enumerate(values) if v in values[:i]]
         if twice: raise ValueError(f"{name} has {twice[0]!r} twice, expected each value once: a copy of a network teaches nothing")
     return [dict(zip(grid, point), seed=int(seed)) for point in itertools.product(*grid.values()) for seed in seeds]
-
-def _plain(value):
-    "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
-    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided: return value.tolist()
-    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
 
 def _checked(grid)->Mapping:
     if not grid: raise ValueError("grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out")
@@ -386,7 +387,7 @@ def seeded(
 
 def _made(make_model, seed:int)->nn.Module:
     with seeded(seed): model = make_model()
-    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {_in_short(model)}, expected a module")
+    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {in_short(model)}, expected a module")
     return model
 
 def _check_apart(models:Sequence[nn.Module]):
@@ -398,7 +399,7 @@ def member_memory(
     x:Tensor,                           # one batch of one network, `[B, ...]`
 )->int:                                 # bytes
     "An estimate of the memory that one member of a row needs in training."
-    _check_kinds(member_memory, locals())
+    check_kinds(member_memory, locals())
     model, x, seen = _made(make_model, 0).to(x.device).train(), x.clone(), {}   # a storage of its own, not that of all samples
     state = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     def weigh(t):
@@ -412,7 +413,7 @@ def free_memory(
     device:torch.device, # where
 )->int:                  # bytes
     "What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's."
-    _check_kinds(free_memory, locals())
+    check_kinds(free_memory, locals())
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(min(_free_memory(), 2 ** 62))
 
@@ -488,7 +489,7 @@ def _in_order(found:tuple|list[tuple])->tuple: # networks, curves `[E, S, ...]`,
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _on(make, model:nn.Module)->nn.Module:
     la = make(model)
-    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {_in_short(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
+    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {in_short(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
     return la
 
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
@@ -644,7 +645,7 @@ def forward_flops(
     x:Tensor,        # one batch, `[B, ...]`
 )->int:              # floating-point operations
     "Multiplications and additions of the matrix products and convolutions in one forward pass."
-    _check_kinds(forward_flops, locals())
+    check_kinds(forward_flops, locals())
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as count, seeded(0), torch.no_grad(): model(x)
     return count.get_total_flops()
@@ -659,7 +660,7 @@ def choose_mode(
     device:str="cpu",                   # where
 )->tuple[str, str]:                     # mode, and form of the convolutions
     "The way that was fastest where it was measured; on other devices, which were not measured, a batched row."
-    _check_kinds(choose_mode, locals())
+    check_kinds(choose_mode, locals())
     if members == 1: return "sequential", "grouped"
     try: kind = torch.device(device).type
     except RuntimeError as e: raise ValueError(f"device is {device!r}, expected the name of one, as 'cpu' or 'cuda:0'") from e
@@ -690,9 +691,9 @@ class Runs(Run):
     )->"Runs":      # the members that have them, in order
         "Part of the networks; raises `ValueError` if there is none."
         same = lambda a, b: type(b) in (bool, int, float, str, tuple, list, type(None)) and a == b
-        wanted = {k: _plain(v) for k, v in settings.items()}
+        wanted = {k: as_python(v) for k, v in settings.items()}
         at = [i for i, m in enumerate(self.members) if all(k in m and same(m[k], v) for k, v in wanted.items())]
-        if not at: raise ValueError(f"no network has {_in_short(settings)}; there are {self.members[0]} to {self.members[-1]}")
+        if not at: raise ValueError(f"no network has {in_short(settings)}; there are {self.members[0]} to {self.members[-1]}")
         curves = {name: c if name == "epoch" else c[:, at] for name, c in self.curves.items()}
         members = [self.members[i] for i in at]
         note = self.provenance | {"members": members, "seeds": [m["seed"] for m in members]}
@@ -729,9 +730,9 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    _check_split(data); _check_maker(make_model, least_action); _check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
+    _check_split(data); _check_maker(make_model, least_action); check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
     chunk, memory, workers = (v if v is None else number(name, v, int) for name, v in (("chunk", chunk), ("memory", memory), ("workers", workers)))
-    _check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
+    check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
     device = pick_device(device)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
@@ -969,7 +970,7 @@ def interval(
     from scipy.stats import t
     if not _is_kind(level, float) or not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a share between 0 and 1, as .95")
     try: values, level = torch.as_tensor(values, dtype=torch.float64), float(level)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f"found {_in_short(values)}, expected at least two finite values in one row") from None
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"found {in_short(values)}, expected at least two finite values in one row") from None
     if values.is_meta or values.layout != torch.strided: raise ValueError(f"found a tensor {'without values' if values.is_meta else 'that is sparse'}, expected at least two finite values in one row")
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"found {values.tolist()}, expected at least two finite values in one row")

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..dynamics import colours
-from ..ensembles import Interval, _check_kinds, _in_short, _plain as _as_python, interval
+from ..ensembles import Interval, check_kinds, in_short, as_python, interval
 from ..files import as_text
 from ..kinetic import Correlation, rank_correlation
 from .catalogue import STUDIES, study
@@ -27,7 +27,7 @@ from .store import read_lines, results
 def _check_columns(rows:list[dict], columns:Iterable[str]):
     there = dict.fromkeys(k for row in rows for k in row)   # rows of networks that diverged have fewer
     columns = list(columns)
-    unknown = [_in_short(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
+    unknown = [in_short(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
     if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
 
 @dataclass(frozen=True, repr=False)
@@ -55,9 +55,9 @@ class Records:
         **columns, # column = value, or a list of values
     )->"Records":
         "The rows that have these values; raises `ValueError` on an unknown column."
-        wanted = {k: [_as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [_as_python(v)] for k, v in columns.items()}
+        wanted = {k: [as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [as_python(v)] for k, v in columns.items()}
         odd = next((each for v in wanted.values() for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
-        if odd is not None: raise TypeError(f"found {_in_short(odd)}, expected a value of a column, or a list of values")
+        if odd is not None: raise TypeError(f"found {in_short(odd)}, expected a value of a column, or a list of values")
         _check_columns(self.rows, wanted)
         return Records([row for row in self.rows if all(row.get(k) in v for k, v in wanted.items())], self.runs)
 
@@ -82,7 +82,7 @@ def values(self:Records,
     column:str,  # of numbers
 )->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
     "A column as numbers; raises `ValueError` if no network that was trained to the end has it."
-    _check_kinds(Records.values, locals())
+    check_kinds(Records.values, locals())
     _check_columns([row for row in self.rows if not row.get("diverged")], [column])
     return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
 
@@ -92,7 +92,7 @@ def interval(self:Records,
     scale:float=100.,                # factor on the numbers; 100 for accuracies in percent
 )->Interval:
     "Mean over the rows with its 95 % interval; raises `ValueError` where a network diverged."
-    _check_kinds(Records.interval, locals())
+    check_kinds(Records.interval, locals())
     return interval(float(scale) * self.values(column))
 
 @patch
@@ -102,8 +102,8 @@ def advantage(self:Records,
     scale:float=100.,                # factor on the numbers
 )->Interval:
     "Mean of the differences to a rival, paired by data, size and seed."
-    _check_kinds(Records.advantage, locals())
-    if not isinstance(over, Records): raise TypeError(f"over is {_in_short(over)}, expected Records, as from where(method=...)")
+    check_kinds(Records.advantage, locals())
+    if not isinstance(over, Records): raise TypeError(f"over is {in_short(over)}, expected Records, as from where(method=...)")
     key = lambda row: (row["data"], row["n"], row["seed"])
     rival = {key(row): row.get(column) for row in over.rows}
     mine = {key(row): row.get(column) for row in self.rows}
@@ -119,7 +119,7 @@ def tuned(self:Records,
     within:tuple=("data", "n", "net"),    # one choice for each of these
 )->Records:                               # rows of the chosen candidates; `method` is still the candidate's name
     "For each family of methods, the candidate that is best on validation; the earliest of equals."
-    _check_kinds(Records.tuned, locals())
+    check_kinds(Records.tuned, locals())
     rows = []
     for group in self.by(*within, "family").values():
         mean = {name: r.values(by).nan_to_num(0.).mean().item() for name, r in group.by("method").items()}
@@ -140,7 +140,7 @@ def records(
     stale:bool=False,        # also rows whose cell is no longer described like that
 )->Records:
     "What is recorded of a study; raises `FileNotFoundError` if nothing is."
-    _check_kinds(records, locals())
+    check_kinds(records, locals())
     path = results(out) / f"{name}.jsonl"
     if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
     lines = read_lines(path)
@@ -158,7 +158,7 @@ def standings(
     reference:str="least-action", # family that the others are compared with
 )->list[dict]:                   # per data, size and family: chosen method, `last` and `best` accuracy, `gap` of the reference over it, `energy`, `diverged`
     "Families side by side, each with the candidate chosen on validation; intervals are None where networks diverged."
-    _check_kinds(standings, locals())
+    check_kinds(standings, locals())
     table, nets = [], list(found.by("net"))
     if len(nets) > 1: raise ValueError(f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
     for (data, n), group in sorted(found.tuned().by("data", "n").items()):
@@ -176,7 +176,7 @@ def verdict(
     gap:Interval, # of the reference over a rival
 )->str:           # `"better"`, `"worse"` or `"open"`
     "What an interval decides: better or worse if zero is outside, else nothing."
-    _check_kinds(verdict, locals())
+    check_kinds(verdict, locals())
     return "better" if gap.low > 0 else "worse" if gap.high < 0 else "open"
 
 # %% ../../nbs/95_analysis.ipynb #e888d78c
@@ -184,7 +184,7 @@ def standings_table(
     table:list[dict], # from `standings`, of one data set
 )->str:               # Markdown
     "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, and the difference to the reference with its interval."
-    _check_kinds(standings_table, locals())
+    check_kinds(standings_table, locals())
     sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
     at = {(r["family"], r["n"]): r for r in table}
     lines = ["| family | " + " | ".join(f"n = {as_text(n)}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
@@ -219,7 +219,7 @@ def plot(self:Records,
     label:str="{}",                  # of a line, with its value of `by`
 ):                                   # the axes
     "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."
-    _check_kinds(Records.plot, locals())
+    check_kinds(Records.plot, locals())
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
     groups = self.by(by)
@@ -245,7 +245,7 @@ def correlation(self:Records,
     seed:int=0,                 # of the bootstrap
 )->Correlation:
     "Rank correlation of two columns, see `rank_correlation`; networks that diverged are left out."
-    _check_kinds(Records.correlation, locals())
+    check_kinds(Records.correlation, locals())
     _check_columns(self.rows, [x, y, *within])
     rows, within = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None], list(within)
     groups = [str([row[c] for c in within]) for row in rows] if within else None
@@ -256,7 +256,7 @@ def overview(
     out:str|Path|None=None, # folder of the records, as in `results`
 )->list[dict]:              # per study and scale: networks wanted, recorded, stale; devices, seconds
     "What studies there are, what is recorded of them, on which device, and what is stale against the code."
-    _check_kinds(overview, locals())
+    check_kinds(overview, locals())
     table = []
     for name, scale in ((n, s) for n in STUDIES for s in ("cpu", "gpu")):
         path, wanted = results(out) / f"{name}.jsonl", {(c.config, s) for c, k in study(name, scale).cells() for s in range(k)}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..ensembles import _check_kinds
+from ..ensembles import check_kinds
 from .design import Grid, Method, Net, Schedule, Study
 
 # %% ../../nbs/08_replication.ipynb #e057a136
@@ -26,7 +26,7 @@ def study(
     scale:str="cpu",  # `"cpu"` or `"gpu"`
 )->Study:
     "The study called `name`, at the scale of a machine."
-    _check_kinds(study, locals())
+    check_kinds(study, locals())
     if scale not in ("cpu", "gpu"): raise ValueError(f"scale is {scale!r}, expected cpu or gpu")
     if name not in STUDIES: raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     return STUDIES[name](scale)

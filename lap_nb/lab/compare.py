@@ -21,7 +21,7 @@ from torch import nn
 
 from ..data import load, pick_device
 from ..dynamics import Trajectory, colours, dense_net, init_velocities_
-from ..ensembles import Interval, Runs, _check_kinds, _in_short, fit_many, interval
+from ..ensembles import Interval, Runs, check_kinds, in_short, fit_many, interval
 from ..files import read_bounded, write_atomically
 from ..kinetic import block_energies
 from ..least_action import LeastAction
@@ -38,8 +38,8 @@ def make_net(
     gain:float|None=None,   # initial gain of the velocities; None: PyTorch's default initialisation
 )->nn.Module:
     "The nine-block dense network of the comparison."
-    _check_kinds(make_net, locals())
-    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) not in (1, 3): raise ValueError(f"shape is {_in_short(shape)}, expected (D,) or (C, H, W)")
+    check_kinds(make_net, locals())
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) not in (1, 3): raise ValueError(f"shape is {in_short(shape)}, expected (D,) or (C, H, W)")
     picture = len(shape) == 3
     dim = shape[0] * (shape[1] // 2) * (shape[2] // 2) if picture else shape[0]
     net = dense_net(dim, classes, encoder=nn.Sequential(nn.AvgPool2d(2), nn.Flatten()) if picture else None)
@@ -96,9 +96,9 @@ class Comparison:
         key:str,    # of a row
     )->torch.Tensor: # one per seed, `[S]`, in the order of the seeds
         "One number per seed; raises `ValueError` on a method or a column that there is not."
-        if not isinstance(method, str) or method not in METHODS: raise ValueError(f"method is {_in_short(method)}, expected one of {', '.join(METHODS)}")
+        if not isinstance(method, str) or method not in METHODS: raise ValueError(f"method is {in_short(method)}, expected one of {', '.join(METHODS)}")
         numbers = [k for k, v in self.rows[0].items() if isinstance(v, (int, float)) or k in ("gain", "lambda")] if self.rows else []
-        if not isinstance(key, str) or key not in numbers: raise ValueError(f"key is {_in_short(key)}, expected one of {', '.join(numbers)}")
+        if not isinstance(key, str) or key not in numbers: raise ValueError(f"key is {in_short(key)}, expected one of {', '.join(numbers)}")
         if any(r[key] is None for r in self.rows if r["method"] == method): raise ValueError(f"{method} has no {key}: choose another method, or another key")
         return torch.tensor([r[key] for r in self.rows if r["method"] == method], dtype=torch.float64)
 
@@ -114,7 +114,7 @@ class Comparison:
     )->"Comparison":
         "Read a record; raises `ValueError` if it is not one."
         again = "write it anew with lap_compare --force"
-        if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is {_in_short(path)}, expected that of a record")
+        if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is {in_short(path)}, expected that of a record")
         try: found = json.loads(read_bounded(path))
         except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not a JSON file ({e}); {again}") from e
         version = found.get("format") if isinstance(found, dict) else None
@@ -251,7 +251,7 @@ def compare(
     progress:bool=False,  # show a bar
 )->Comparison:
     "Train the three methods on the same seeds and samples; raises before any training if an argument cannot work."
-    _check_kinds(compare, locals())
+    check_kinds(compare, locals())
     n, seeds, epochs, every = (number(name, v, int) for name, v in (("n", n), ("seeds", seeds), ("epochs", epochs), ("every", every)))
     _check_comparison(n, seeds, epochs, lambda0, tau, every)
     start, device, samples = time.perf_counter(), pick_device(device), load(data, root, download)

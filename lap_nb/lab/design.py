@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields
 from fastcore.basics import patch
 
 from ..data import whole
-from ..ensembles import _check_kinds, _in_short
+from ..ensembles import check_kinds, in_short
 
 # %% ../../nbs/91_design.ipynb #ff0e7b80
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
     try: return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
-    except (TypeError, ValueError): raise TypeError(f"found {_in_short(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
+    except (TypeError, ValueError): raise TypeError(f"found {in_short(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
 
 @dataclass(frozen=True)
 class Method:
@@ -42,7 +42,7 @@ class Method:
     lr:float|None=None         # learning rate; None: the schedule's
     def __post_init__(self):
         for name in ("least_action", "penalty"): object.__setattr__(self, name, _frozen(getattr(self, name)))
-        _check_kinds(Method, vars(self))
+        check_kinds(Method, vars(self))
         if self.least_action and self.penalty: raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
         if self.init not in INITS: raise ValueError(f"init of {self.name} is {self.init!r}, expected one of {', '.join(INITS)}")
         if self.init == "default" and self.gain != 1: raise ValueError(f"{self.name} has gain {self.gain:g}, which the default initialisation does not take: choose init='orthogonal' or 'normal'")
@@ -59,7 +59,7 @@ class Net:
     K:int=9          # blocks
     width:int=64     # hidden units, or filters
     def __post_init__(self):
-        _check_kinds(Net, vars(self))
+        check_kinds(Net, vars(self))
         if self.K < 1 or self.width < 1: raise ValueError(f"K is {self.K} and width {self.width}, expected at least one block and one unit")
     def __str__(self)->str: return f"{self.kind}{self.K}x{self.width}"
 
@@ -75,7 +75,7 @@ class Schedule:
     others:tuple=()          # further settings of `fit`, a mapping or pairs: optimiser, schedule, milestones, crop, flip, ...
     def __post_init__(self):
         object.__setattr__(self, "others", _frozen(self.others))
-        _check_kinds(Schedule, vars(self))
+        check_kinds(Schedule, vars(self))
     def length(self, n:int)->int:
         "Epochs for `n` samples."
         n = whole("n", n, 1)
@@ -112,7 +112,7 @@ class Grid:
     curve:bool=False             # keep action and lambda over time
     thin:int=1                   # every so many test samples are used
     def __post_init__(self):
-        _check_kinds(Grid, {name: value for name, value in vars(self).items() if not isinstance(value, str)})   # a study tells those
+        check_kinds(Grid, {name: value for name, value in vars(self).items() if not isinstance(value, str)})   # a study tells those
         for name in ("data", "sizes", "methods"):
             if not len(getattr(self, name)): raise ValueError(f"{name} of a grid is empty, expected at least one")
         if not isinstance(self.seeds, int) or self.seeds < 2: raise ValueError(f"seeds is {self.seeds!r}, expected at least two, as a number: an interval needs them")
@@ -137,7 +137,7 @@ class Study:
     scale:str="cpu"         # `"cpu"` or `"gpu"`: for which machine its sizes are chosen
     version:int=1           # raised when the same description gives other numbers than before
     def __post_init__(self):
-        _check_kinds(Study, vars(self))
+        check_kinds(Study, vars(self))
         if not self.grids: raise ValueError(f"study {self.name} has no grid, expected at least one")
         for grid in self.grids: _check_grid(grid)
         names = [cell.name for cell, _ in self.cells()]
@@ -148,7 +148,7 @@ class Study:
         only:str="",        # patterns of cell names like `digits/300/*`, separated by commas; empty: all
     )->list[tuple[Cell, int]]:
         "The cells whose names match, with their number of seeds."
-        _check_kinds(Study.cells, locals())
+        check_kinds(Study.cells, locals())
         cells = [(Cell(d, n, m, g.net, g.schedule, g.measures, g.curve, g.thin, self.version), g.seeds)
                  for g in self.grids for d in g.data for n in g.sizes for m in g.methods]
         patterns = [p.strip() for p in only.split(",") if p.strip()]

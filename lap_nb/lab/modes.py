@@ -20,9 +20,9 @@ from torch import nn
 
 from ..data import Split, pick_device
 from ..dynamics import conv_net, dense_net
-from ..ensembles import _check_kinds, fit_many, forward_flops
+from ..ensembles import check_kinds, fit_many, forward_flops
 from ..files import write_atomically
-from ..training import _check_training, provenance
+from ..training import check_training, provenance
 
 # %% ../../nbs/97_modes.ipynb #68e51641
 def _by_hand(make_model, split:Split, steps:int):
@@ -52,8 +52,8 @@ def measure_modes(
     repeats:int=3,                      # measurements of each way; they take turns
 )->dict[str, list[tuple[float, float]]]: # wall and processor seconds per step and network, of each measurement
     "Time a training step in each way."
-    _check_kinds(measure_modes, locals())
-    _check_training(steps=steps, batch_size=batch_size, repeats=repeats)
+    check_kinds(measure_modes, locals())
+    check_training(steps=steps, batch_size=batch_size, repeats=repeats)
     n = min(batch_size, data.train.shape[-1])
     split = replace(data, train=data.train[:, :n], val=data.val[:, :1], test=data.test[:1]).to(pick_device(device))
     def train(mode, steps):
@@ -84,7 +84,7 @@ def record_modes(
     extra:Sequence[str]=(), # further modes: `"processes"`, `"graph"`
 )->dict:                    # what was written
     "Measure all networks and row lengths; keeps the file up to date as it goes."
-    _check_kinds(record_modes, locals())
+    check_kinds(record_modes, locals())
     path = Path(path)
     old = read_modes(path)["rows"] if path.exists() else []
     rows = [r for r in old if only not in r["net"] or r["device"] != device]
@@ -106,7 +106,7 @@ def read_modes(
     path:str|os.PathLike, # as `record_modes` writes it
 )->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
     "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
-    _check_kinds(read_modes, locals())
+    check_kinds(read_modes, locals())
     try: found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
     if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..depth import RandomDepth
-from ..dynamics import Flow, ResidualNet, StagedFlow, _varied, conv_net, dense_net, init_velocities_, staged_net
-from ..ensembles import _check_kinds
+from ..dynamics import Flow, ResidualNet, StagedFlow, varied, conv_net, dense_net, init_velocities_, staged_net
+from ..ensembles import check_kinds
 from .design import Method, Net
 
 # %% ../../nbs/92_nets.ipynb #f46dcde9
@@ -31,7 +31,7 @@ def _grouped(width:int, groups:int=8)->nn.Module:
 def _resnext(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1., skip_init:bool=False, drop:float=0.)->nn.Module:
     "Three stages of post-activation blocks, with twice the width and half the resolution from stage to stage."
     widths = [width, 2 * width, 4 * width]
-    branches = iter(_varied([_grouped(w) for w in widths for _ in range(K // 3)], skip_init, drop))
+    branches = iter(varied([_grouped(w) for w in widths for _ in range(K // 3)], skip_init, drop))
     flows = [Flow([_PostActivation(next(branches)) for _ in range(K // 3)], h) for _ in widths]
     change = [nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU()) for w in widths[:2]]
     encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
@@ -69,7 +69,7 @@ def _vit(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1., skip_
     perceptron = lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
     fields = [perceptron() if k % 2 else _Attention(width) for k in range(K)]
     head = nn.Sequential(nn.LayerNorm(width), nn.Flatten(), nn.Linear(16 * width, classes))
-    return ResidualNet(Flow(_varied(fields, skip_init, drop), h), head, _Tokens(shape, width))
+    return ResidualNet(Flow(varied(fields, skip_init, drop), h), head, _Tokens(shape, width))
 
 def _staged(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
     return staged_net(shape, classes, (K // 2,) * 2, width, **options)
@@ -85,7 +85,7 @@ def make_net(
     classes:int,            # logits
 )->nn.Module:
     "A network of a study, drawn from the global generator."
-    _check_kinds(make_net, locals())
+    check_kinds(make_net, locals())
     options = {k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items() if v not in (False, 0.) and (k, v) != ("h", 1.)}
     model = NETS[net.kind](shape, classes, K=net.K, width=net.width, **options)
     if method.random_depth: RandomDepth(model)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..data import Dataset, Split, load, pick_device
 from ..depth import Penalty, measure_depth, measure_pruning, measure_speed
-from ..ensembles import _check_kinds, fit_many
+from ..ensembles import check_kinds, fit_many
 from ..kinetic import block_energies
 from .design import Cell, Method, Study, changed_fields
 from .nets import NETS, make_net
@@ -35,7 +35,7 @@ def dataset(
     root:str|None=None,    # folder of the larger sets; None: `LAP_NB_DATA`
 )->Dataset:
     "A data set by name: `noise` of the points, `flip` a share of the labels outside the test part, `pool` pictures by averaging."
-    _check_kinds(dataset, locals())
+    check_kinds(dataset, locals())
     return _loaded(spec, root)
 
 @lru_cache(maxsize=4)
@@ -78,7 +78,7 @@ def measure_motion(
     split:Split,     # test samples
 )->dict:             # plain JSON values
     "Energy per test sample and per block (mean over features), and straightness."
-    _check_kinds(measure_motion, locals())
+    check_kinds(measure_motion, locals())
     traj = model.trajectory(split.x[split.test[:TEST_CAP]])
     energies = block_energies(traj).mean(1)
     return dict(energy_per_sample=energies.sum().item(), energy_per_block=energies.tolist(), straightness=traj.straightness().mean().item())
@@ -140,7 +140,7 @@ def run_cell(
     bar=None,                       # anything with `update(1)`, called after each epoch
 )->tuple[dict, list[dict]]:         # provenance, and one row per seed
     "Train all seeds of a cell at once and measure them."
-    _check_kinds(run_cell, locals())
+    check_kinds(run_cell, locals())
     device, data, s, m = torch.device(device), dataset(cell.data, root), cell.schedule, cell.method
     split, epochs, clock, cpu = data.splits(cell.n, seeds), s.length(cell.n), time.perf_counter(), time.process_time()
     split = replace(split, test=split.test[::cell.thin]).to(device)
@@ -233,7 +233,7 @@ def run_study(
     progress:bool=False,            # show a bar with the time left
 )->int:                             # rows written
     "Train what the record lacks and append it, cell by cell; several processes may do so at once."
-    _check_kinds(run_study, locals())
+    check_kinds(run_study, locals())
     from tqdm.auto import tqdm
     _check_seeds(seeds); _check_known(study)
     path = results(out) / f"{study.name}.jsonl"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..ensembles import _check_kinds
+from ..ensembles import check_kinds
 from ..files import in_words
 from .design import checksum
 
@@ -72,7 +72,7 @@ def read_lines(
     path:str|Path, # of a record; a missing file is an empty record
 )->list[dict]:     # of provenance (`kind` is `"run"`) and rows, in the order they were written
     "The lines of a record; a last line without its end, from a process that was killed, is passed over."
-    _check_kinds(read_lines, locals())
+    check_kinds(read_lines, locals())
     path = Path(path)
     whole, _, _ = (path.read_bytes() if _is_there(path) else b"").rpartition(b"\n")
     lines = _once([(i, _parsed(line, f"line {i} of {path.name}")) for i, line in enumerate(whole.split(b"\n"), 1) if line], path.name)
@@ -126,7 +126,7 @@ def done(
     path:str|Path, # of a record
 )->dict[tuple[str, int], str]: # (config of the cell, seed) -> device name
     "Which networks a record holds."
-    _check_kinds(done, locals())
+    check_kinds(done, locals())
     lines = read_lines(path)
     device = {line["id"]: line["device_name"] for line in lines if line.get("kind") == "run"}
     return {(line["config"], line["seed"]): device[line["run"]] for line in lines if "seed" in line}
@@ -205,7 +205,7 @@ def append_rows(
     columns:dict,     # of every row, before the others
 )->int:               # rows that were new
     "Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left out. Raises `OSError`, in words, and then has written nothing."
-    _check_kinds(append_rows, locals())
+    check_kinds(append_rows, locals())
     path = Path(path)
     if not path.name: raise ValueError(f"found the folder {path}, expected a file in it, as {path / 'mine.jsonl'}")
     _check_written(note, rows, columns)
@@ -224,6 +224,6 @@ def results(
     out:str|Path|None=None, # a folder, taken as it is
 )->Path:
     "The folder of the records: the repository's `nbs/results`, seen from the root or from `nbs`; elsewhere `results`."
-    _check_kinds(results, locals())
+    check_kinds(results, locals())
     if out is not None: return Path(out)
     return next((p for p in (Path("nbs/results"), Path("results")) if p.is_dir()), Path("results"))
