@@ -97,6 +97,9 @@ def stub(source):
 
 
 def write_stubs(package, to):
-    "Write a stub beside each module of the folder `package`, in the folder `to`."
-    for path in sorted(Path(package).glob('*.py')):
-        if path.name != '_modidx.py': (Path(to) / path.with_suffix('.pyi').name).write_text(stub(path.read_text(encoding='utf-8')), encoding='utf-8')
+    "Write a stub for each module of the folder `package`, and of its packages, in the folder `to`; one that is there already is taken as it is."
+    for path in sorted(Path(package).rglob('*.py')):
+        if path.name == '_modidx.py': continue
+        own, new = path.with_suffix('.pyi'), Path(to) / path.relative_to(package).with_suffix('.pyi')
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(own.read_text(encoding='utf-8') if own.exists() else stub(path.read_text(encoding='utf-8')), encoding='utf-8')

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
-from .ensembles import _check_kinds
+from .ensembles import check_kinds
 from .files import as_text
 from .kinetic import _Hook
-from .training import _check_training, _part, check_logits, fit
+from .training import check_training, _part, check_logits, fit
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def stretched(
     sizes:Sequence[int],  # blocks in each stage
 )->DepthSchedule:
     "Each block steps to where the next kept block of its stage begins, the first from the start and the last to the end."
-    _check_kinds(stretched, locals())
+    check_kinds(stretched, locals())
     kept, scale = tuple(kept), []
     for low, high in _spans(sizes):
         mine = [k for k in kept if low <= k < high]
@@ -114,7 +114,7 @@ def coarsening(
     constants:Sequence[float]|None=None,    # Lipschitz constants of the velocities; None: by `lipschitz`
 )->Coarsening:
     "The error of `m` long steps, and its bound; in evaluation mode."
-    _check_kinds(coarsening, locals())
+    check_kinds(coarsening, locals())
     schedule = even(m, [len(flow.blocks)])
     constants = [lipschitz(b.velocity) for b in flow.blocks] if constants is None else constants
     norm = lambda v: v.flatten(1).norm(dim=1)
@@ -132,7 +132,7 @@ def lipschitz(
     velocity:nn.Module, # linear layers and activations in a row
 )->float:
     "Product of the spectral norms of the linear layers and the largest slopes between: at least the Lipschitz constant; raises `ValueError` for other layers."
-    _check_kinds(lipschitz, locals())
+    check_kinds(lipschitz, locals())
     known, bound = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Identity, nn.Flatten, nn.Softplus, nn.Sigmoid), 1.
     for layer in velocity if isinstance(velocity, nn.Sequential) else [velocity]:
         if isinstance(layer, nn.Linear): bound *= torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
@@ -175,7 +175,7 @@ def recompute_statistics(
     chunk:int=500,   # samples per pass
 )->nn.Module:        # the same model
     "Statistics of every batch norm that runs, anew from `x`, each chunk with equal weight."
-    _check_kinds(recompute_statistics, locals())
+    check_kinds(recompute_statistics, locals())
     if len(x) < 2: raise ValueError(f"found {len(x)} samples, expected at least two to take a variance over")
     norms = _norms(model)
     old = [(m, m.momentum, m.num_batches_tracked, m.running_mean, m.running_var) for m in norms]
@@ -291,7 +291,7 @@ class Elastic(nn.Module):
         blocks:Iterable[str]|None=None,        # names of the residual blocks; None: found
         schedules:Iterable[DepthSchedule]=(),       # used for their number of blocks instead of the even ones
     ):
-        _check_kinds(Elastic.__init__, dict(model=model))
+        check_kinds(Elastic.__init__, dict(model=model))
         super().__init__()
         self.model = _copy(model)
         gates = _gate(self.model, _found(self.model, x, blocks))
@@ -511,7 +511,7 @@ def depth_curve(
     recompute:bool=True,                   # take batch-norm statistics anew at each depth, if there are any
 )->DepthCurve:
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
-    _check_kinds(depth_curve, locals())
+    check_kinds(depth_curve, locals())
     _part(data, part)
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
     counts = sorted(elastic.schedules) if counts is None else sorted(set(counts))
@@ -618,8 +618,8 @@ def latency(
     clock:Callable=time.perf_counter, # seconds; `time.process_time` counts the processor's alone, of all threads
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
-    _check_kinds(latency, locals())
-    _check_training(repeats=repeats)
+    check_kinds(latency, locals())
+    check_training(repeats=repeats)
     times = {name: [] for name in models}
     devices = {p.device for net in models.values() for p in net.parameters() if p.is_cuda}
     sync = lambda: [torch.cuda.synchronize(d) for d in devices]
@@ -647,7 +647,7 @@ def shorten(
     verbose:bool=True,              # print what was chosen, with measured times
 )->nn.Module:                       # its attribute `shortened` holds what was chosen, as plain values
     "An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that can."
-    _check_kinds(shorten, locals())
+    check_kinds(shorten, locals())
     _check_goal(blocks, accuracy_drop, budget_ms)
     elastic, index = Elastic(model, data.x[data.val[:8]], names), data.val[:batch_size]
     if blocks is not None: _check_count(blocks, elastic.sizes)
@@ -744,7 +744,7 @@ def early_exit(self:Elastic,
     after:Iterable[int]|None=None, # numbers of blocks after which samples may leave; None: each, which costs a head per block
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
-    _check_kinds(Elastic.early_exit, locals())
+    check_kinds(Elastic.early_exit, locals())
     slack = float(slack)
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with torch.no_grad(), _evaluating(net):
@@ -849,7 +849,7 @@ def sliced_wasserstein(
     largest:bool=False, # the largest over the directions instead of the mean
 )->Tensor:              # `[]`; zero for equal clouds
     "Squared sliced 2-Wasserstein distance of two clouds: the mean squared distance after sorting along random directions."
-    _check_kinds(sliced_wasserstein, locals())
+    check_kinds(sliced_wasserstein, locals())
     x, y = x.flatten(1), y.flatten(1)
     way = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
     way = way / way.norm(dim=0)
@@ -908,7 +908,7 @@ class Penalty(nn.Module):
         kind:str="path_gap",                      # `"path_gap"`, or `"wasserstein"`: max-sliced, between input and output of each block
         blocks:Mapping[str, nn.Module]|None=None, # name to module; None: its `ResidualBlock`s
     ):
-        _check_kinds(Penalty.__init__, dict(model=model, weight=weight))
+        check_kinds(Penalty.__init__, dict(model=model, weight=weight))
         super().__init__()
         if not weight > 0: raise ValueError(f"weight is {weight!r}, expected positive; without a penalty, leave it out")
         if kind not in PENALTIES: raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PENALTIES)}")
@@ -948,7 +948,7 @@ def measure_depth(
     recompute:bool=True,           # take batch-norm statistics anew at each depth, if there are any
 )->dict: # plain JSON values
     "A `DepthCurve` as a record: `counts`, accuracy and area of each way, energies, path gap."
-    _check_kinds(measure_depth, locals())
+    check_kinds(measure_depth, locals())
     curve = depth_curve(model, data, part, ways, counts, blocks, recompute)
     record = dict(blocks=sum(curve.sizes), sizes=list(curve.sizes), part=part, recomputed=curve.recomputed, settled=curve.settled, path_gap=curve.path_gap,
                   energy=curve.energies.sum().item(), energies=curve.energies.tolist(), largest_share=curve.largest_share)
@@ -981,7 +981,7 @@ def measure_pruning(
     samples:int=300,    # of `val` a block is chosen on, and of `train` batch norms see meanwhile
 )->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
     "Fine-tuned pruning, block by block: the one that is missed least leaves, its time lost or not, and the others are trained on."
-    _check_kinds(measure_pruning, locals())
+    check_kinds(measure_pruning, locals())
     few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
     scores, times = [_accuracy(net, data, part)], None
     while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:
@@ -1000,8 +1000,8 @@ def measure_speed(
     repeats:int=10,    # timed passes of each depth
 )->dict: # plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, and their `samples`
     "How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on the machine hardly disturb."
-    _check_kinds(measure_speed, locals())
-    _check_training(repeats=repeats)
+    check_kinds(measure_speed, locals())
+    check_training(repeats=repeats)
     elastic, x = Elastic(model, data.x[data.val[:8]]), data.x[data.test[:samples]]
     nets = {m: elastic.cut(m) for m in elastic.schedules}
     with torch.no_grad(), _evaluating(elastic.model): z = elastic.model.encoder(x)

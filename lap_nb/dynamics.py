@@ -425,7 +425,7 @@ def dense_net(
     _check_sizes(dim=dim, classes=classes, K=K, hidden=hidden)
     _check_flags(skip_init=skip_init)
     field = lambda: nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-    return ResidualNet(Flow(_varied([field() for _ in range(K)], skip_init, drop), h), nn.Linear(dim, classes), encoder)
+    return ResidualNet(Flow(varied([field() for _ in range(K)], skip_init, drop), h), nn.Linear(dim, classes), encoder)
 
 # %% ../nbs/01_dynamics.ipynb #78103fdf
 class SkipInit(nn.Module):
@@ -457,7 +457,8 @@ class StochasticDepth(nn.Module):
 
 def _probability(drop)->float: return _number(drop, "drop", 0, 1, "a probability from 0 to below 1")
 
-def _varied(velocities:list[nn.Module], skip_init:bool, drop:float)->list[nn.Module]:
+# %% ../nbs/01_dynamics.ipynb #cd76b073
+def varied(velocities:list[nn.Module], skip_init:bool, drop:float)->list[nn.Module]:
     "The velocities as `SkipInit` and `StochasticDepth`, where asked for; block `k` of `K` drops $(k+1)/K$ of `drop`."
     drop = _probability(drop)
     if skip_init: velocities = [SkipInit(v) for v in velocities]
@@ -492,7 +493,7 @@ def conv_net(
                             nn.ReLU(), nn.Conv2d(width, width, 5, stride=2, padding=2))
     head = nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), *[nn.BatchNorm1d(hidden)] * norm,
                          nn.ReLU(), nn.Linear(hidden, classes))
-    velocities = _varied([_conv_velocity(width, norm) for _ in range(K)], skip_init, drop)
+    velocities = varied([_conv_velocity(width, norm) for _ in range(K)], skip_init, drop)
     return ResidualNet(Flow(velocities, h), head, encoder)
 
 # %% ../nbs/01_dynamics.ipynb #8cd35654
@@ -539,7 +540,7 @@ def staged_net(
     Ks = _several(Ks, "Ks", "the numbers of blocks, one for each stage")
     _check_sizes(classes=classes, width=width, stages=len(Ks), **{f"Ks[{i}]": K for i, K in enumerate(Ks)})
     widths = [width * 2 ** i for i in range(len(Ks))]
-    velocities = iter(_varied([_conv_velocity(w, norm) for w, K in zip(widths, Ks) for _ in range(K)], skip_init, drop))
+    velocities = iter(varied([_conv_velocity(w, norm) for w, K in zip(widths, Ks) for _ in range(K)], skip_init, drop))
     flows = [Flow([next(velocities) for _ in range(K)], h) for K in Ks]
     transitions = [nn.Conv2d(w, 2 * w, 1, stride=2, bias=False) for w in widths[:-1]]
     head = nn.Sequential(*[nn.BatchNorm2d(widths[-1])] * norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DROPOUTS', 'DRAWS', 'CONVS', 'EVALUATED', 'SIDE_BY_SIDE', 'SHORTEST', 'ABREAST', 'SMALL', 'MODES', 'Ensemble',
-           'grid_members', 'seeded', 'member_memory', 'free_memory', 'Graphed', 'measure_modes', 'record_modes',
-           'read_modes', 'forward_flops', 'choose_mode', 'Runs', 'fit_many', 'Interval', 'interval']
+           'grid_members', 'seeded', 'member_memory', 'free_memory', 'Graphed', 'forward_flops', 'choose_mode', 'Runs',
+           'fit_many', 'Interval', 'interval']
 
 # %% ../nbs/07_ensembles.ipynb #6ff7dfbc
 import ctypes
@@ -45,12 +45,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
 from .data import Split, pick_device, whole
-from .dynamics import conv_net, dense_net
-from .files import write_atomically
+from .files import load_checkpoint, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .state import number
-from .training import Recipe, Run, _check_split, _check_training, _progress, _share, fit, load_checkpoint, provenance, train_loop
+from .training import Recipe, Run, _check_split, check_training, _progress, _share, fit, provenance, train_loop
 from .transport import _free_memory
 
 # %% ../nbs/07_ensembles.ipynb #20546bfc
@@ -71,14 +70,14 @@ def _is_kind(value, kind)->bool:
     if origin is Tensor: return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     return not isinstance(origin, type) or isinstance(value, os.PathLike if origin is Path else origin)
 
-def _check_kinds(of:Callable, given:Mapping):
+def check_kinds(of:Callable, given:Mapping):
     "Raise `TypeError`, in words, if an argument is not of the kind that its annotation names."
     for name, kind in of.__annotations__.items():
         if name == "return" or name not in given or _is_kind(given[name], kind): continue
         meant = re.sub(r"(\w+\.)+", "", kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)).replace("Ellipsis", "...").replace("|", "or")
-        raise TypeError(f"{name} is {_in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
+        raise TypeError(f"{name} is {in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
 
-def _in_short(value)->str:
+def in_short(value)->str:
     "A value on one line, for a message."
     text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -188,7 +187,7 @@ class Ensemble(nn.Module):
 
 # %% ../nbs/07_ensembles.ipynb #dfb80428
 def _check_alike(models:Sequence[nn.Module], conv:str):
-    if not isinstance(models, Sequence) or not all(isinstance(m, nn.Module) for m in models): raise TypeError(f"models is {_in_short(models)}, expected a list of modules")
+    if not isinstance(models, Sequence) or not all(isinstance(m, nn.Module) for m in models): raise TypeError(f"models is {in_short(models)}, expected a list of modules")
     if not models: raise ValueError("found no model, expected at least one to put in a row")
     if conv not in list(CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
@@ -200,7 +199,7 @@ def _check_alike(models:Sequence[nn.Module], conv:str):
         if parts(m) != first: raise ValueError(f"network {i} is another architecture than network 0, expected {models[0]}, found {m}")
 
 def _check_row_seeds(seeds, networks:int)->list[int]:
-    if not _is_kind(seeds, Sequence[int]) or len(seeds) != networks: raise ValueError(f"seeds is {_in_short(seeds)}, expected a whole number for each of the {networks} networks")
+    if not _is_kind(seeds, Sequence[int]) or len(seeds) != networks: raise ValueError(f"seeds is {in_short(seeds)}, expected a whole number for each of the {networks} networks")
     return [whole("seed", seed) for seed in seeds]
 
 @patch
@@ -263,7 +262,7 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
 # %% ../nbs/07_ensembles.ipynb #87a570ca
 def _place(i, size:int)->int:
     "An index from the start; raises `IndexError` if there is nothing."
-    if not _is_kind(i, int): raise IndexError(f"found the index {_in_short(i)}, expected a whole number from 0 to {size - 1}")
+    if not _is_kind(i, int): raise IndexError(f"found the index {in_short(i)}, expected a whole number from 0 to {size - 1}")
     if not -size <= i < size: raise IndexError(f"there is no network {int(i)}, expected 0 to {size - 1}")
     return int(i) % size
 
@@ -323,24 +322,25 @@ def _hold(self:Ensemble):
         frozen = (self.died >= 0).view(-1, *[1] * (stack.ndim - 1))
         stack.copy_(torch.where(frozen, getattr(self, f"kept_{i}"), stack))
 
+# %% ../nbs/07_ensembles.ipynb #38586a4a
+def as_python(value):
+    "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
+    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided: return value.tolist()
+    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
+
 # %% ../nbs/07_ensembles.ipynb #6929b285
 def grid_members(
     seeds:Sequence[int],                   # of weights, dropout and batches
     grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    _check_kinds(grid_members, dict(seeds=seeds))
-    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [_plain(each) for each in v] for n, v in _checked(grid).items()}
+    check_kinds(grid_members, dict(seeds=seeds))
+    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [as_python(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
         twice = [v for i, v in enumerate(values) if v in values[:i]]
         if twice: raise ValueError(f"{name} has {twice[0]!r} twice, expected each value once: a copy of a network teaches nothing")
     return [dict(zip(grid, point), seed=int(seed)) for point in itertools.product(*grid.values()) for seed in seeds]
-
-def _plain(value):
-    "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
-    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided: return value.tolist()
-    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
 
 def _checked(grid)->Mapping:
     if not grid: raise ValueError("grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out")
@@ -387,7 +387,7 @@ def seeded(
 
 def _made(make_model, seed:int)->nn.Module:
     with seeded(seed): model = make_model()
-    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {_in_short(model)}, expected a module")
+    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {in_short(model)}, expected a module")
     return model
 
 def _check_apart(models:Sequence[nn.Module]):
@@ -399,7 +399,7 @@ def member_memory(
     x:Tensor,                           # one batch of one network, `[B, ...]`
 )->int:                                 # bytes
     "An estimate of the memory that one member of a row needs in training."
-    _check_kinds(member_memory, locals())
+    check_kinds(member_memory, locals())
     model, x, seen = _made(make_model, 0).to(x.device).train(), x.clone(), {}   # a storage of its own, not that of all samples
     state = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     def weigh(t):
@@ -413,7 +413,7 @@ def free_memory(
     device:torch.device, # where
 )->int:                  # bytes
     "What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's."
-    _check_kinds(free_memory, locals())
+    check_kinds(free_memory, locals())
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(min(_free_memory(), 2 ** 62))
 
@@ -489,7 +489,7 @@ def _in_order(found:tuple|list[tuple])->tuple: # networks, curves `[E, S, ...]`,
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _on(make, model:nn.Module)->nn.Module:
     la = make(model)
-    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {_in_short(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
+    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {in_short(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
     return la
 
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
@@ -639,117 +639,13 @@ def _abreast(jobs:Sequence[_Job], bar, found:dict):
         torch.set_num_threads(threads)
         found |= _ended(results)
 
-# %% ../nbs/07_ensembles.ipynb #68e51641
-def _by_hand(make_model, split:Split, steps:int):
-    "One network after the other in a plain PyTorch loop."
-    for i in range(len(split.train)):
-        model, x, y = make_model(), split.x[split.train[i]], split.y[split.train[i]]
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(steps):
-            order = torch.randperm(len(x), device=x.device)
-            loss = F.cross_entropy(model(x[order]), y[order])
-            opt.zero_grad(); loss.backward(); opt.step()
-
-def _clock(f:Callable)->tuple[float, float]: # wall and processor seconds
-    cpu = lambda: time.process_time() + sum(os.times()[2:4])   # of ended children, too
-    wall, used = time.perf_counter(), cpu()
-    f()
-    if torch.cuda.is_initialized(): torch.cuda.synchronize()
-    return time.perf_counter() - wall, cpu() - used
-
-def measure_modes(
-    make_model:Callable[[], nn.Module], # one network
-    data:Split,                         # of `S` networks
-    modes:Sequence[str],                # as for `fit_many`; `"batched:matmul"` names a form of convolution, `"plain"` is a loop written by hand
-    device:str="cpu",                   # where
-    steps:int=10,                       # training steps of each network that are timed
-    batch_size:int=100,                 # samples per step and network
-    repeats:int=3,                      # measurements of each way; they take turns
-)->dict[str, list[tuple[float, float]]]: # wall and processor seconds per step and network, of each measurement
-    "Time a training step in each way."
-    _check_kinds(measure_modes, locals())
-    _check_training(steps=steps, batch_size=batch_size, repeats=repeats)
-    n = min(batch_size, data.train.shape[-1])
-    split = replace(data, train=data.train[:, :n], val=data.val[:, :1], test=data.test[:1]).to(pick_device(device))
-    def train(mode, steps):
-        if mode == "plain": return _by_hand(lambda: make_model().to(device), split, steps)
-        way, _, conv = mode.partition(":")
-        fit_many(make_model, split, epochs=steps, device=device, batch_size=n, mode=way, conv=conv or None, eval_every=10 ** 6)
-    found = {mode: [] for mode in modes}
-    for mode in modes: mode == "processes" or train(mode, 2)
-    for mode in [m for _ in range(repeats) for m in modes]:
-        few, many = (_clock(partial(train, mode, k)) for k in (2, 2 + steps))
-        found[mode].append(tuple((b - a) / steps / len(split.train) for a, b in zip(few, many)))
-    return found
-
-# %% ../nbs/07_ensembles.ipynb #3bd67bba
-def _nets()->dict:
-    "Name to maker, samples of one network, numbers of members and timed steps."
-    forms = ["plain", "sequential", "batched:grouped", "batched:unfolded", "batched:matmul"]
-    return {"dense, 64 features": (partial(dense_net, 64, 10), (64,), {1: 200, 2: 100, 5: 60, 10: 40, 20: 30, 50: 20}, ["plain", "sequential", "batched"]),
-            "8 filters, 8 x 8": (partial(conv_net, (1, 8, 8), 10, 3, 8), (1, 8, 8), {1: 30, 2: 20, 5: 10, 10: 8, 20: 6, 50: 4}, forms),
-            "16 filters, 16 x 16": (partial(conv_net, (1, 16, 16), 10, 3, 16), (1, 16, 16), {1: 10, 2: 8, 5: 4, 20: 2}, forms),
-            "32 filters, 28 x 28": (partial(conv_net, (1, 28, 28), 10, 3, 32), (1, 28, 28), {1: 6, 2: 4, 5: 2}, forms)}
-
-def record_modes(
-    path:str|os.PathLike,   # of the record, JSON; rows of other networks and devices in it are kept
-    device:str="cpu",       # where
-    repeats:int=3,          # measurements of each
-    only:str="",            # networks whose name has this in it
-    extra:Sequence[str]=(), # further modes: `"processes"`, `"graph"`
-)->dict:                    # what was written
-    "Measure all networks and row lengths; keeps the file up to date as it goes."
-    _check_kinds(record_modes, locals())
-    path = Path(path)
-    old = read_modes(path)["rows"] if path.exists() else []
-    rows = [r for r in old if only not in r["net"] or r["device"] != device]
-    for name, (make_model, shape, lengths, modes) in _nets().items():
-        if only not in name: continue
-        flops = forward_flops(make_model(), torch.rand(100, *shape))
-        for S, steps in lengths.items():
-            note = dict(net=name, flops=flops, members=S, steps=steps, **_here(device))
-            for mode, seconds in measure_modes(make_model, _noise(shape, S), [*modes, *extra], device, steps, 100, repeats).items():
-                wall, processor = ([float(f"{s[k]:.4g}") for s in seconds] for k in (0, 1))
-                rows.append(note | dict(mode=mode, wall=wall, processor=processor))
-            write_atomically(path, (json.dumps(dict(format=1, rows=rows), indent=1) + "\n").encode())
-    return read_modes(path)
-
-# %% ../nbs/07_ensembles.ipynb #464ed880
-_MODE_ROW = dict(net=str, members=int, mode=str, device=str, device_name=str, threads=int, wall=list, processor=list)
-
-def read_modes(
-    path:str|os.PathLike, # as `record_modes` writes it
-)->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
-    "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
-    _check_kinds(read_modes, locals())
-    try: found = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
-    if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):
-        raise ValueError(f"{path} is no record of modes in format 1: read it with the version of lap_nb that wrote it, or write to another file")
-    for i, row in enumerate(found["rows"]):
-        wrong = [k for k, kind in _MODE_ROW.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
-        wrong = wrong or [k for k in ("wall", "processor") if not row[k] or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in row[k])]
-        if wrong: raise ValueError(f"row {i} of {path} lacks {', '.join(wrong)} of the expected type: restore the file from its history")
-    return found
-
-# %% ../nbs/07_ensembles.ipynb #c4242113
-def _noise(shape, S:int)->Split:
-    "One batch of 100 random samples, the same for all `S` networks."
-    x, rows = torch.rand(102, *shape, generator=torch.Generator().manual_seed(0)), lambda *at: torch.arange(*at).expand(S, -1)
-    return Split(x, torch.arange(102) % 10, rows(100), rows(100, 101), torch.tensor([101]), "noise", 10, tuple(range(S)))
-
-def _here(device:str)->dict:
-    "Device, by name, versions and load, as part of a row."
-    note = provenance(torch.device(device))
-    return {k: note[k] for k in ("device", "device_name", "cores", "threads", "lap_nb", "torch", "commit")} | dict(load=round(os.getloadavg()[0], 1))
-
 # %% ../nbs/07_ensembles.ipynb #ae608d2b
 def forward_flops(
     model:nn.Module, # one network
     x:Tensor,        # one batch, `[B, ...]`
 )->int:              # floating-point operations
     "Multiplications and additions of the matrix products and convolutions in one forward pass."
-    _check_kinds(forward_flops, locals())
+    check_kinds(forward_flops, locals())
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as count, seeded(0), torch.no_grad(): model(x)
     return count.get_total_flops()
@@ -764,7 +660,7 @@ def choose_mode(
     device:str="cpu",                   # where
 )->tuple[str, str]:                     # mode, and form of the convolutions
     "The way that was fastest where it was measured; on other devices, which were not measured, a batched row."
-    _check_kinds(choose_mode, locals())
+    check_kinds(choose_mode, locals())
     if members == 1: return "sequential", "grouped"
     try: kind = torch.device(device).type
     except RuntimeError as e: raise ValueError(f"device is {device!r}, expected the name of one, as 'cpu' or 'cuda:0'") from e
@@ -795,9 +691,9 @@ class Runs(Run):
     )->"Runs":      # the members that have them, in order
         "Part of the networks; raises `ValueError` if there is none."
         same = lambda a, b: type(b) in (bool, int, float, str, tuple, list, type(None)) and a == b
-        wanted = {k: _plain(v) for k, v in settings.items()}
+        wanted = {k: as_python(v) for k, v in settings.items()}
         at = [i for i, m in enumerate(self.members) if all(k in m and same(m[k], v) for k, v in wanted.items())]
-        if not at: raise ValueError(f"no network has {_in_short(settings)}; there are {self.members[0]} to {self.members[-1]}")
+        if not at: raise ValueError(f"no network has {in_short(settings)}; there are {self.members[0]} to {self.members[-1]}")
         curves = {name: c if name == "epoch" else c[:, at] for name, c in self.curves.items()}
         members = [self.members[i] for i in at]
         note = self.provenance | {"members": members, "seeds": [m["seed"] for m in members]}
@@ -834,9 +730,9 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    _check_split(data); _check_maker(make_model, least_action); _check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
+    _check_split(data); _check_maker(make_model, least_action); check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
     chunk, memory, workers = (v if v is None else number(name, v, int) for name, v in (("chunk", chunk), ("memory", memory), ("workers", workers)))
-    _check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
+    check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
     device = pick_device(device)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
@@ -1074,7 +970,7 @@ def interval(
     from scipy.stats import t
     if not _is_kind(level, float) or not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a share between 0 and 1, as .95")
     try: values, level = torch.as_tensor(values, dtype=torch.float64), float(level)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f"found {_in_short(values)}, expected at least two finite values in one row") from None
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"found {in_short(values)}, expected at least two finite values in one row") from None
     if values.is_meta or values.layout != torch.strided: raise ValueError(f"found a tensor {'without values' if values.is_meta else 'that is sparse'}, expected at least two finite values in one row")
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"found {values.tolist()}, expected at least two finite values in one row")

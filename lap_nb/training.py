@@ -298,11 +298,12 @@ class Recipe:
         for f in fields(self): object.__setattr__(self, f.name, _setting(f.name, getattr(self, f.name), get_args(f.type) or (f.type,)))
         _check_recipe(self)
 
-# %% ../nbs/06_training.ipynb #14f8d2cd
-def _check_training(**numbers):
+# %% ../nbs/06_training.ipynb #d0303864
+def check_training(**numbers):
     for name, value in numbers.items():
         if not (isinstance(value, int) and not isinstance(value, bool) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
+# %% ../nbs/06_training.ipynb #14f8d2cd
 def _check_model(model):
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
     if not any(p.requires_grad for p in model.parameters()):
@@ -326,8 +327,8 @@ def _shares(name:str, value)->tuple[float, ...]:
 
 # %% ../nbs/06_training.ipynb #03fcdf80
 def _check_recipe(r:Recipe):
-    _check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
-    if r.patience is not None: _check_training(patience=r.patience)
+    check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
+    if r.patience is not None: check_training(patience=r.patience)
     for name, options in dict(optimiser=OPTIMISERS, schedule=SCHEDULES, precision=PRECISIONS).items():
         if not isinstance(getattr(r, name), str) or getattr(r, name) not in options: raise ValueError(f"{name} is {getattr(r, name)!r}, expected one of {', '.join(options)}")
     if r.clip is not None and not r.clip > 0: raise ValueError(f"clip is {r.clip!r}, expected a positive norm, or None for no limit")
@@ -921,7 +922,7 @@ def _check_rescue(checkpoint, resume, save_every, rollback):
     if checkpoint is None and (resume or save_every is not None or rollback):
         raise ValueError("resume, save_every and rollback need a file: name it with checkpoint=")
     if resume not in (False, True, "force"): raise ValueError(f"resume is {resume!r}, expected True, False or 'force'")
-    if save_every is not None: _check_training(save_every=save_every)
+    if save_every is not None: check_training(save_every=save_every)
     if not (isinstance(rollback, int) and rollback >= 0): raise ValueError(f"rollback is {rollback!r}, expected a whole number, 0 or more")
     if not (checkpoint is None or isinstance(checkpoint, (str, os.PathLike)) and "\0" not in os.fspath(checkpoint)):
         raise TypeError(f"checkpoint is {checkpoint!r}, expected the name of a file, as text or Path")

@@ -103,7 +103,7 @@ def forked():
     "Starts processes that have imported the library, and what it imports late, already: forks of a server that does nothing else."
     from multiprocessing.forkserver import ensure_running
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['distributed', 'nbdev.test', 'lap_nb.studies', 'scipy.stats', 'sklearn.datasets', 'torch._dynamo'])
+    context.set_forkserver_preload(['distributed', 'nbdev.test', 'lap_nb.lab.run', 'scipy.stats', 'sklearn.datasets', 'torch._dynamo'])
     ensure_running()
     return context
 

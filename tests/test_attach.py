@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import hook_count
 from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
-from lap_nb.bench import memory
+from lap_nb.lab.bench import memory
 from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
 from lap_nb.kinetic import EnergyLedger, EnergyMeter
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from lap_nb import bench
-from lap_nb.bench import BENCHMARKS, Sides, benchmark, lap_bench, measure, memory, run_benchmarks
+from lap_nb.lab import bench
+from lap_nb.lab.bench import BENCHMARKS, Sides, benchmark, measure, memory, run_benchmarks
+from lap_nb.lab.cli import lap_bench
 from lap_nb.kinetic import EnergyMeter
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def test_memory_agrees_with_the_size_of_the_process():
     "The system's own record of the peak, in a fresh process that gives large blocks back at once."
     code = """
 import torch
-from lap_nb.bench import memory
+from lap_nb.lab.bench import memory
 from lap_nb.dynamics import dense_net
 torch.manual_seed(0); torch.set_num_threads(1)
 def size(field): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
@@ -164,9 +165,9 @@ def test_list(capsys):
 
 
 def test_command_line(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, "-c", "from lap_nb import bench\nfrom fastcore.script import anno_parser\n"
-        "args = vars(anno_parser(bench.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}\n"
-        "bench.lap_bench(**args)", *args], capture_output=True, text=True)
+    run = lambda *args: subprocess.run([sys.executable, "-c", "from lap_nb.lab import cli\nfrom fastcore.script import anno_parser\n"
+        "args = vars(anno_parser(cli.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}\n"
+        "cli.lap_bench(**args)", *args], capture_output=True, text=True)
     done = run("nothing", "step-overhead", "--out", str(tmp_path / "x.json"))
     assert done.returncode == 2 and "no benchmark 'nothing'" in done.stderr and done.stderr.count("\n") == 1
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lap_nb import compare as module
-from lap_nb.compare import Comparison, METHODS, compare, lap_compare
+from lap_nb.lab import compare as module
+from lap_nb.lab.cli import lap_compare
+from lap_nb.lab.compare import Comparison, METHODS, compare
 
 SMALL = dict(seeds=2, epochs=2, n=30)
 

@@ -20,7 +20,10 @@ from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, St
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import LeastAction
-from lap_nb.studies import CHOSEN, MEASURES, Method, Net, make_net, study
+from lap_nb.lab.catalogue import CHOSEN, study
+from lap_nb.lab.design import Method, Net
+from lap_nb.lab.nets import make_net
+from lap_nb.lab.run import MEASURES
 from lap_nb.training import fit
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)

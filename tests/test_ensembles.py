@@ -22,8 +22,8 @@ from torch import nn
 import lap_nb.ensembles
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import (Ensemble, _by_hand, _clock, _made, _noise, choose_mode, fit_many, forward_flops, free_memory, grid_members, interval, measure_modes,
-                              member_memory, read_modes, record_modes, seeded)
+from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, free_memory, grid_members, interval, member_memory, seeded
+from lap_nb.lab.modes import _by_hand, _clock, _noise, measure_modes, read_modes, record_modes
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit, load_checkpoint
 
@@ -692,9 +692,9 @@ def test_modes_are_measured_in_turn_per_step_and_network(monkeypatch):
         assert (batch_size, conv, device) == (40, "matmul" if mode == "batched" else None, "cpu") and eval_every > epochs
         spend(mode, epochs, split)
     def clock(f): before = now[0]; f(); return now[0] - before, 10 * (now[0] - before)
-    monkeypatch.setattr("lap_nb.ensembles.fit_many", fit_many)
-    monkeypatch.setattr("lap_nb.ensembles._by_hand", lambda make_model, split, steps: spend("plain", steps, split))
-    monkeypatch.setattr("lap_nb.ensembles._clock", clock)
+    monkeypatch.setattr("lap_nb.lab.modes.fit_many", fit_many)
+    monkeypatch.setattr("lap_nb.lab.modes._by_hand", lambda make_model, split, steps: spend("plain", steps, split))
+    monkeypatch.setattr("lap_nb.lab.modes._clock", clock)
     found = measure_modes(make, digits().splits(60, range(3)), ["plain", "batched:matmul", "sequential", "processes"], steps=4, batch_size=40, repeats=2)
     assert found == {mode: [pytest.approx((cost[mode.partition(":")[0]], 10 * cost[mode.partition(":")[0]]))] * 2 for mode in found} and len(found) == 4
     assert log[:3] == [("plain", 2), ("batched", 2), ("sequential", 2)]                       # a first time untimed; processes start anew anyway
@@ -723,8 +723,8 @@ def test_record_of_modes_keeps_what_others_wrote(tmp_path, monkeypatch):
         measured.append((len(data.train), steps))
         assert make_model()(data.x[:2]).shape == (2, 10) and (batch_size, repeats) == (100, 2)
         return {mode: [(.123456, .2)] * repeats for mode in modes}
-    monkeypatch.setattr("lap_nb.ensembles.measure_modes", fake)
-    monkeypatch.setattr("lap_nb.ensembles.forward_flops", lambda net, x: int(net(x[:2]).shape[1] * len(x)))
+    monkeypatch.setattr("lap_nb.lab.modes.measure_modes", fake)
+    monkeypatch.setattr("lap_nb.lab.modes.forward_flops", lambda net, x: int(net(x[:2]).shape[1] * len(x)))
     path = tmp_path / "modes.json"
     assert record_modes(path, repeats=2, only="dense", extra=["processes"]) == read_modes(path)
     rows, lengths = read_modes(path)["rows"], [1, 2, 5, 10, 20, 50]

@@ -499,12 +499,12 @@ def evil_net():
 def tables():
     "Everything that shows names in Markdown, with names that would act."
     from lap_nb.attach import Tracer, find_blocks, trace
-    from lap_nb.bench import bench_table
+    from lap_nb.lab.bench import bench_table
     from lap_nb.ensembles import Interval
     from lap_nb.kinetic import EnergyLedger
     from lap_nb.least_action import KKT
     from lap_nb.regularity import LipschitzProfile
-    from lap_nb.studies import standings_table
+    from lap_nb.lab.analysis import standings_table
     from lap_nb.transport import ActionSplit
     net, x = evil_net().eval(), torch.randn(5, 4)
     blocks = find_blocks(net, x)

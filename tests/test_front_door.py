@@ -31,7 +31,7 @@ def test_the_door_opens_onto_nothing_heavy():
 
 def test_a_name_brings_its_module_and_those_below():
     new = fresh('import lap_nb as lap; lap.kinetic_energy; print(json.dumps(sorted(m for m in sys.modules if m.startswith("lap_nb."))))')
-    assert 'lap_nb.kinetic' in new and not {'lap_nb.training', 'lap_nb.transport', 'lap_nb.studies'} & set(new)
+    assert 'lap_nb.kinetic' in new and not {'lap_nb.training', 'lap_nb.transport', 'lap_nb.lab'} & set(new)
 
 
 @pytest.mark.parametrize('name', OFFERED)

@@ -17,19 +17,22 @@ import time
 import warnings
 import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lap_nb import data, files, studies
-from lap_nb.compare import FORMAT, METHODS, Comparison
+from lap_nb import data, files
+from lap_nb.lab import analysis, catalogue, design, store
+from lap_nb.lab.compare import FORMAT, METHODS, Comparison
 from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
-from lap_nb.ensembles import _read_note, read_modes
-from lap_nb.studies import done, overview, read_lines, records
+from lap_nb.ensembles import _read_note
+from lap_nb.lab.modes import read_modes
+from lap_nb.lab.analysis import overview, records
+from lap_nb.lab.store import done, read_lines
 from lap_nb.files import CheckpointError, load_checkpoint, save_checkpoint
+from test_package import module_text, modules
 
 COUNT = int(os.environ.get('LAP_NB_FUZZ', 400))
 MEMORY = 512 << 20   # bytes that reading a file of a few kB may ask for
@@ -103,7 +106,7 @@ def twisted_record(rng, content, others):
         case 1: lines.insert(rng.randrange(len(lines)), lines.pop(at))
         case 2: lines.append(lines[at])
         case _: lines[at] = twist(rng, lines[at])
-    sealed = [line | {'sha': studies._digest({k: v for k, v in line.items() if k != 'sha'})} if isinstance(line, dict) else line for line in lines]
+    sealed = [line | {'sha': design.checksum({k: v for k, v in line.items() if k != 'sha'})} if isinstance(line, dict) else line for line in lines]
     return b''.join(json.dumps(line).encode() + b'\n' for line in sealed)
 
 
@@ -139,7 +142,7 @@ def comparison_file(folder):
                        'example': {'data': 'circles', 'labels': [0, 1], 'paths': paths}}).encode()
 
 
-TINY = studies.Study('tiny', 'Does it work?', (studies.Grid(('circles',), (20,), (studies.Method('default'),), seeds=3),))
+TINY = design.Study('tiny', 'Does it work?', (design.Grid(('circles',), (20,), (design.Method('default'),), seeds=3),))
 
 
 def record_file(folder):
@@ -147,15 +150,15 @@ def record_file(folder):
     note = {'id': 'r1', 'config': cell.config, 'device': 'cpu', 'device_name': 'a processor', 'threads': 1, 'device_seconds': 2.5, 'lap_nb': '0',
             'settings': {'method': {'name': 'default'}, 'net': {'K': 3}}}
     head = {'study': 'tiny', 'scale': 'cpu', 'data': 'digits', 'n': 50, 'net': 'dense', 'method': 'default'}
-    lines = [{'kind': 'run', 'format': studies.FORMAT, 'study': 'tiny', 'scale': 'cpu', **note}]
+    lines = [{'kind': 'run', 'format': store.FORMAT, 'study': 'tiny', 'scale': 'cpu', **note}]
     lines += [head | {'run': 'r1', 'config': cell.config, 'seed': s, 'test_accuracy_last': .5, 'curve': [[1, .5]]} for s in range(3)]
-    return ''.join(studies._line(line) for line in lines).encode()
+    return ''.join(store._line(line) for line in lines).encode()
 
 
 def read_record(path):
     "All that reads a record: its lines, what is done, and the rows of a study."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, 'STUDIES', {'tiny': lambda scale: TINY})
+        for room in (catalogue, analysis): patch.setattr(room, 'STUDIES', {'tiny': lambda scale: TINY})
         read_lines(path); done(path)
         found = records('tiny', path.parent, stale=True)
         len(found), found.device, found.where(seed=[0, 1]), repr(found)
@@ -282,20 +285,22 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
 
 
 OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
-# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process sends (`_unpacked`),
-# settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the Trainer's own file is whole (`_lacks`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
-OPENING = {'compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted', 'ensembles._read_note',
-           'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'ensembles.read_modes', 'studies._parsed', 'studies.read_lines', 'files._check_archive',
+# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process
+# sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
+# Trainer's own file is whole (`_lacks`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
+OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted',
+           'ensembles._read_note', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
+           'lab.store.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'transport._free_memory'}
 
 
 def test_no_reader_is_left_out():
     "A new function that opens a file needs a reader above."
     found = set()
-    for path in Path(studies.__file__).parent.glob('[a-z]*.py'):
-        text = path.read_text(encoding='utf-8')
+    for module in modules():
+        text = module_text(module)
         opening = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and OPENS.search(ast.get_source_segment(text, n))]
-        found |= {f'{path.stem}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}   # the innermost one
+        found |= {f'{module}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}   # the innermost one
     assert found == OPENING
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from conftest import ROOT, check, copy_checkout, run
 
-MODULES = sorted(p.name for p in (ROOT / 'lap_nb').glob('*.py'))
+MODULES = sorted(p.relative_to(ROOT / 'lap_nb').as_posix() for p in (ROOT / 'lap_nb').rglob('*.py'))
+NAMES = ['lap_nb.' + name.removesuffix('.py').replace('/', '.') for name in MODULES if not name.split('/')[-1].startswith('_')]
 DEV_PACKAGES = 'nbdev pytest jupyterlab jupytext playwright'.split()
 OPTIONS = '--data --n --seeds --epochs --device --out --force --lambda0 --tau --every'.split()
 METHODS = {'plain', 'plain-tuned', 'least-action'}
@@ -106,8 +107,7 @@ def test_only_runtime_packages_are_installed(installed, tmp_path):
 def test_every_module_imports_without_warnings(installed, tmp_path):
     code = ('import importlib, sys, warnings\nwarnings.filterwarnings("error", module=r"lap_nb(\\.|$)")\n'
             'for name in sys.argv[1:]: print(importlib.import_module(name).__file__)')
-    names = ['lap_nb'] + [f'lap_nb.{Path(name).stem}' for name in MODULES if name != '__init__.py']
-    for file in check(installed / 'python', '-c', code, *names, cwd=tmp_path).split('\n')[:-1]:
+    for file in check(installed / 'python', '-c', code, 'lap_nb', 'lap_nb.lab', *NAMES, cwd=tmp_path).split('\n')[:-1]:
         assert Path(file).is_relative_to(installed.parent), f'{file} is not the installed module'
 
 
@@ -115,13 +115,12 @@ def test_commands_work_with_the_next_fastcore(installed, tmp_path):
     "The environment has fastcore 1, which development needs; beside it stands fastcore 2, which declares options in another way."
     check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check', '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2,<3', cwd=tmp_path)
     code = ('import importlib, sys; sys.path.insert(0, sys.argv[1]); import fastcore; from fastcore.script import anno_parser\n'
-            'for name in sys.argv[2:]: importlib.import_module(f"lap_nb.{name}")\n'
-            'from lap_nb import bench, compare, studies\n'
+            'for name in sys.argv[2:]: importlib.import_module(name)\n'
+            'from lap_nb.lab.cli import lap_bench, lap_compare, lap_study\n'
             'read = lambda command, *words: anno_parser(command.__wrapped__).parse_args(words)\n'
-            'print(fastcore.__version__.split(".")[0], read(bench.lap_bench).names, *read(bench.lap_bench, "a", "b", "--force").names,\n'
-            '      repr(read(studies.lap_study).name), read(studies.lap_study, "c", "--seeds", "3").name, read(compare.lap_compare, "--n", "7").n)')
-    names = [Path(name).stem for name in MODULES if name != '__init__.py']
-    assert check(installed / 'python', '-c', code, tmp_path / 'next', *names, cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
+            'print(fastcore.__version__.split(".")[0], read(lap_bench).names, *read(lap_bench, "a", "b", "--force").names,\n'
+            '      repr(read(lap_study).name), read(lap_study, "c", "--seeds", "3").name, read(lap_compare, "--n", "7").n)')
+    assert check(installed / 'python', '-c', code, tmp_path / 'next', *NAMES, cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
 
 
 def test_compare_writes_the_record(compared):

@@ -22,7 +22,7 @@ REFUSED = re.compile(r'^ImportError:\s+\w+ requires .*PyTorch', re.M)   # by tra
 def count_cells_as_modules():
     "For `make coverage`: an exported cell carries the file and the line numbers that it has in `lap_nb`, so that its lines count there."
     from IPython.core.compilerop import CachingCompiler
-    files = {path: path.read_text(encoding='utf-8') for path in (ROOT / 'lap_nb').glob('*.py')}
+    files = {path: path.read_text(encoding='utf-8') for path in (ROOT / 'lap_nb').rglob('*.py')}
     cache, parse, shift = CachingCompiler.cache, CachingCompiler.ast_parse, {}
 
     def named(self, code, *args, **kwargs):

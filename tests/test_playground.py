@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from lap_nb.widgets import LIMITS, PICTURES, Explorer, Setting, Trial, playground
+from lap_nb.lab.widgets import LIMITS, PICTURES, Explorer, Setting, Trial, playground
 from test_site import AUDIT, AXE, LEVELS, sliders_say_what_they_show
 
 VOILA = re.search(r'-m voila (\S+) (.+)', (ROOT / 'Makefile').read_text(encoding='utf-8')).groups()   # the app, and how it is served

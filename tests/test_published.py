@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from lap_nb.data import Dataset
 from lap_nb.least_action import DualAscent, LeastAction
-from lap_nb.published import (
+from lap_nb.lab.published import (
     LAP, STARTS, Arm, _check_precision, _one_epoch, _price, _right, _Training, paired_points, published_cells, published_net, published_rows, start_from_, train_published)
 from lap_nb.training import save_checkpoint
 
@@ -78,7 +78,7 @@ def _stopped(stop, state):
 
 
 def test_a_record_holds_one_precision(tmp_path):
-    from lap_nb.studies import append_rows
+    from lap_nb.lab.store import append_rows
     note = dict(config='c', device='cpu', device_name='x', threads=1, device_seconds=1., settings=dict(method=dict(name='a/b'), net={}))
     append_rows(tmp_path / 'published-mnist.jsonl', note, [dict(seed=0, precision='float32')],
                 dict(study='published-mnist', scale='published', data='mnist', n=100, net='n', method='a/b'))

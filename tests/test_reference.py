@@ -12,7 +12,7 @@ from fastcore.docments import docments
 from test_package import EXPORTED, code_cells, modules, no, parse, public
 
 # Run by tests, not by a page: commands of a shell, and an app for a browser.
-ELSEWHERE = {'bench.lap_bench', 'compare.lap_compare', 'studies.lap_study', 'widgets.playground'}
+ELSEWHERE = {'lab.cli.lap_bench', 'lab.cli.lap_compare', 'lab.cli.lap_study', 'lab.widgets.playground'}
 SHAPE = re.compile(r'\[.*\]|(?:same|any|its) shape')
 
 

@@ -21,11 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lap_nb
-from lap_nb import studies
 from lap_nb.data import digits
 from lap_nb.dynamics import SkipInit, StochasticDepth
-from lap_nb.studies import (Cell, Grid, Method, Net, Records, Schedule, Study, append_rows, dataset, done, make_net, overview, read_lines, records,
-                            run_cell, run_study, study)
+from lap_nb.lab import catalogue, cli, nets, run, store
+from lap_nb.lab.analysis import Records, overview, records
+from lap_nb.lab.catalogue import study
+from lap_nb.lab.design import Cell, Grid, Method, Net, Schedule, Study
+from lap_nb.lab.nets import make_net
+from lap_nb.lab.run import dataset, run_cell, run_study
+from lap_nb.lab.store import append_rows, done, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(net=Net(K=2, width=8), schedule=Schedule(steps=6, points=2))
@@ -43,7 +47,7 @@ def written(path):
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(studies.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale))
+    monkeypatch.setitem(catalogue.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale))
 
 
 # Descriptions.
@@ -76,19 +80,19 @@ def test_bad_descriptions(make, message):
     with pytest.raises(ValueError, match=re.escape(message)): make()
 
 
-@pytest.mark.parametrize('name', studies.STUDIES)
+@pytest.mark.parametrize('name', catalogue.STUDIES)
 @pytest.mark.parametrize('scale', ['cpu', 'gpu'])
 def test_every_study_is_sound(name, scale):
     "Names are unique (checked as it is made), every cell names measures and networks that exist."
     for cell, seeds in study(name, scale).cells():
-        assert seeds >= 2 and set(cell.measures) <= set(studies.MEASURES) and cell.net.kind in studies.NETS
+        assert seeds >= 2 and set(cell.measures) <= set(run.MEASURES) and cell.net.kind in nets.NETS
         assert cell.data.partition(':')[0] in 'circles moons digits mnist fashion_mnist cifar10_part'.split()
 
 
-@pytest.mark.parametrize('kind', studies.NETS)
+@pytest.mark.parametrize('kind', nets.NETS)
 def test_every_network_takes_every_method(kind):
     "Each way to start and to run that some study asks of this kind of network, in small."
-    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in studies.STUDIES for scale in ('cpu', 'gpu') for cell, _ in study(name, scale).cells()
+    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in catalogue.STUDIES for scale in ('cpu', 'gpu') for cell, _ in study(name, scale).cells()
              if cell.net.kind == kind for m in [cell.method]}
     assert asked
     for init, skip_init, h, drop in sorted(asked):
@@ -186,7 +190,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match='line 2 of r.jsonl is not JSON'): read_lines(path)
     value = json.loads(whole.splitlines()[0]) | dict(format=99)
     value.pop('sha')
-    path.write_text(studies._line(value))
+    path.write_text(store._line(value))
     with pytest.raises(ValueError, match='format 99, expected 1'): read_lines(path)
     with pytest.raises(ValueError, match='format 99'): append_rows(path, NOTE, [dict(seed=5)], COLUMNS)
 
@@ -213,13 +217,13 @@ def test_rows_that_a_merge_doubled_are_taken_once(order, tmp_path):
 def test_rows_that_contradict_each_other_are_named(name, value, tmp_path):
     path = tmp_path / 'r.jsonl'
     lines = three(path)
-    other = studies._parsed(lines[2], '') | {name: value}
-    path.write_bytes(b''.join(lines) + studies._line(other).encode())
+    other = store._parsed(lines[2], '') | {name: value}
+    path.write_bytes(b''.join(lines) + store._line(other).encode())
     for read in (read_lines, done):
         if value is None: continue
         with pytest.raises(ValueError, match=rf'lines 3 and 5 of r.jsonl contradict each other: of circles/20/dense/\w+, seed 1, one has {name} .*Keep one of the two'): read(path)
-    note = studies._parsed(lines[0], '') | dict(threads=7)
-    path.write_bytes(b''.join(lines) + studies._line(note).encode())
+    note = store._parsed(lines[0], '') | dict(threads=7)
+    path.write_bytes(b''.join(lines) + store._line(note).encode())
     with pytest.raises(ValueError, match='lines 1 and 5 .* of the run .* one has threads 1, the other 7'): read_lines(path)
 
 
@@ -229,15 +233,15 @@ def test_the_same_numbers_from_two_runs_are_one_row(tmp_path):
     assert a[0] != b[0]
     (tmp_path / 'r.jsonl').write_bytes(b''.join(a + b))
     with pytest.warns(UserWarning, match='says 3 things twice'): rows = [line for line in read_lines(tmp_path / 'r.jsonl') if 'seed' in line]
-    assert [row['run'] for row in rows] == [studies._parsed(a[0], '')['id']] * 3
+    assert [row['run'] for row in rows] == [store._parsed(a[0], '')['id']] * 3
 
 
 def test_an_append_reads_what_was_added_and_no_more(tmp_path, monkeypatch):
     "Counted, not timed: bytes looked through and lines parsed, in records of 30 and 3,000 rows."
     counts = {}
-    original, parse = studies._Index._networks, studies._parsed
-    monkeypatch.setattr(studies._Index, '_networks', lambda self, lines: (counts.update(bytes=counts['bytes'] + len(lines)), original(self, lines))[1])
-    monkeypatch.setattr(studies, '_parsed', lambda *args: (counts.update(lines=counts['lines'] + 1), parse(*args))[1])
+    original, parse = store._Index._networks, store._parsed
+    monkeypatch.setattr(store._Index, '_networks', lambda self, lines: (counts.update(bytes=counts['bytes'] + len(lines)), original(self, lines))[1])
+    monkeypatch.setattr(store, '_parsed', lambda *args: (counts.update(lines=counts['lines'] + 1), parse(*args))[1])
     cost = {}
     for n in (30, 3000):
         path = tmp_path / f'{n}.jsonl'
@@ -268,8 +272,8 @@ def test_what_a_writer_has_seen_does_not_mislead_it(steps):
             if step == 'delete': path.unlink(missing_ok=True)
             if step == 'rewrite': path.write_bytes(b''.join(reversed(lines)))
             if step == 'spaces': path.write_bytes(b''.join(json.dumps(json.loads(line)).encode() + b'\n' for line in lines))
-            fresh = studies._Index(path.absolute()).look()
-            assert studies._known(path) == fresh
+            fresh = store._Index(path.absolute()).look()
+            assert store.networks_in(path) == fresh
             new = append_rows(path, NOTE | dict(config=f'c{k % 3}'), [dict(seed=s) for s in range(2)], COLUMNS)
             assert new == 2 - len({(f'c{k % 3}', s) for s in range(2)} & fresh)
             assert len(re.findall(rb'"config": ?"c%d", ?"seed"' % (k % 3), path.read_bytes())) == 2
@@ -285,8 +289,8 @@ def full(*calls):
 
 
 def test_a_full_disk_is_named_and_the_other_cells_are_tried(tmp_path, monkeypatch):
-    path, ran, original = tmp_path / 'tiny.jsonl', [], studies.run_cell
-    monkeypatch.setattr(studies, 'run_cell', lambda cell, *args: (ran.append(cell.name), original(cell, *args))[1])
+    path, ran, original = tmp_path / 'tiny.jsonl', [], run.run_cell
+    monkeypatch.setattr(run, 'run_cell', lambda cell, *args: (ran.append(cell.name), original(cell, *args))[1])
     run_study(TINY, tmp_path, device='cpu', only='*/20/*/default')
     before = path.read_bytes()
     with monkeypatch.context() as patched:
@@ -317,7 +321,7 @@ def test_half_of_a_write_is_taken_back(tmp_path, monkeypatch):
 def test_a_disk_without_locks_is_named(number, tmp_path, monkeypatch):
     def flock(*args): raise OSError(number, os.strerror(number))
     monkeypatch.setattr('fcntl.flock', flock)
-    monkeypatch.setattr(studies, 'run_cell', lambda *args: pytest.fail('it trained'))
+    monkeypatch.setattr(run, 'run_cell', lambda *args: pytest.fail('it trained'))
     with pytest.raises(RuntimeError, match=rf'6 cells failed.*has no locks.*{re.escape(str(tmp_path))}'): run_study(TINY, tmp_path, device='cpu')
     with pytest.raises(OSError, match='has no locks') as error: append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=5)], COLUMNS)
     assert error.value.errno == number and not list(tmp_path.glob('*.jsonl'))
@@ -340,7 +344,7 @@ def test_versions_in_one_table_are_told():
 
 def test_stale_rows_are_kept_but_not_read(tmp_path, registered, monkeypatch):
     run_study(TINY, tmp_path, device='cpu', only='*/default')
-    monkeypatch.setitem(studies.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale, version=2))
+    monkeypatch.setitem(catalogue.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale, version=2))
     assert len(records('tiny', tmp_path)) == 0 and len(records('tiny', tmp_path, stale=True)) == 6
     row = next(r for r in overview(tmp_path) if (r['study'], r['scale']) == ('tiny', 'cpu'))
     assert (row['networks'], row['recorded'], row['stale']) == (18, 0, 6)
@@ -370,7 +374,7 @@ def test_reading(tmp_path, registered):
     (dict(device='cuda:7'), 'no device'), (dict(only='moons/*'), 'no cell'), (dict(scheduler='tcp://127.0.0.1:9'), 'no Dask scheduler'),
     (dict(scheduler='nonsense'), 'no Dask scheduler')])
 def test_bad_runs_write_nothing(tmp_path, options, message, monkeypatch):
-    monkeypatch.setattr(studies, 'PATIENCE', '1s')
+    monkeypatch.setattr(run, 'PATIENCE', '1s')
     with pytest.raises((ValueError, OSError), match=message): run_study(TINY, tmp_path, **options)
     assert not (tmp_path / 'tiny.jsonl').exists()
 
@@ -384,7 +388,7 @@ def test_missing_data_is_said_before_any_work(tmp_path):
 
 def test_no_cell_is_finished_on_another_device(tmp_path, monkeypatch):
     run_study(TINY, tmp_path, device='cpu', seeds=[0], only='*/20/*/default')
-    monkeypatch.setattr(studies, 'provenance', lambda device, **note: dict(note, device='cuda', device_name='GPU'))
+    monkeypatch.setattr(run, 'provenance', lambda device, **note: dict(note, device='cuda', device_name='GPU'))
     with pytest.raises(ValueError, match='was begun on .*, this is GPU'): run_study(TINY, tmp_path, device='cpu')
 
 
@@ -406,7 +410,7 @@ def run_longer(folder, pipe):
         with suppress(EOFError, OSError): pipe.send('cell'); pipe.recv()
         return new
     torch.set_num_threads(1)
-    studies.append_rows = append_and_wait
+    run.append_rows = append_and_wait
     run_study(LONGER, folder, device='cpu')
 
 
@@ -444,14 +448,14 @@ def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch, forked):
     path = tmp_path / 'tiny.jsonl'
     slow = replace(TINY, grids=(replace(TINY.grids[0], schedule=Schedule(steps=100, points=2)),))
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
-        pids, killed, append = list(client.run(os.getpid).values()), [], studies.append_rows
+        pids, killed, append = list(client.run(os.getpid).values()), [], run.append_rows
         assert len(set(pids)) == 2 and os.getpid() not in pids
         def append_and_kill(*args):
             if not killed:
                 killed.append(pids[0])
                 os.kill(pids[0], signal.SIGKILL)
             return append(*args)
-        monkeypatch.setattr(studies, 'append_rows', append_and_kill)
+        monkeypatch.setattr(run, 'append_rows', append_and_kill)
         assert run_study(slow, tmp_path, scheduler=cluster.scheduler_address, device='cpu') == 18
         assert killed and written(path) == {(c.config, s) for c, k in slow.cells() for s in range(k)}
         client.run(partial(setattr, lap_nb, '__version__', '0.0.7'), workers=[list(client.run(os.getpid))[0]])
@@ -460,7 +464,7 @@ def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch, forked):
             run_study(more, tmp_path, scheduler=cluster.scheduler_address, device='cpu')
         client.run(partial(setattr, lap_nb, '__version__', '0.0.7'))        # after the start
         with monkeypatch.context() as patched, pytest.raises(RuntimeError, match='6 cells failed.*the worker that trained it has other versions: lap_nb 0.0.7'):
-            patched.setattr(studies, '_common_device', lambda *args: studies.provenance(torch.device('cpu'))['device_name'])
+            patched.setattr(run, '_common_device', lambda *args: run.provenance(torch.device('cpu'))['device_name'])
             run_study(more, tmp_path, scheduler=cluster.scheduler_address, device='cpu')
         assert not (tmp_path / 'more.jsonl').exists()
         lacking = Study('lacking', '?', (Grid(('mnist',), (20,), METHODS[:1], seeds=2, **SMALL),))
@@ -472,7 +476,7 @@ def test_workers_of_different_kinds_are_refused():
     class Client:
         def wait_for_workers(self, *args, **kwargs): pass
         def run(self, *args): return {'tcp://a': ('GPU A', ''), 'tcp://b': ('GPU B', '')}
-    with pytest.raises(ValueError, match="workers' devices differ: GPU A, GPU B"): studies._common_device(Client(), 'cuda', None, [])
+    with pytest.raises(ValueError, match="workers' devices differ: GPU A, GPU B"): run._common_device(Client(), 'cuda', None, [])
 
 
 PARENT = """
@@ -489,7 +493,7 @@ def announcing(*args):
 
 
 def endless(folder):
-    studies._run_there = announcing
+    run._run_there = announcing
     run_study(replace(LONGER, grids=(replace(LONGER.grids[0], schedule=Schedule(steps=10 ** 7, points=1)),)), folder, scheduler='local', device='cpu')
 
 
@@ -516,13 +520,13 @@ COMMAND = '''
 import contextlib, io, json, sys
 from dataclasses import replace
 from test_studies import TINY
-from lap_nb import studies
-studies.STUDIES["tiny"] = lambda scale: replace(TINY, scale=scale)
+from lap_nb.lab import catalogue, cli
+catalogue.STUDIES["tiny"] = lambda scale: replace(TINY, scale=scale)
 answers = []
 for args in json.loads(sys.argv[1]):
     out, err, code, sys.argv = io.StringIO(), io.StringIO(), 0, ["lap_study", *args]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: studies.lap_study()
+        try: cli.lap_study()
         except SystemExit as e: code = e.code or 0
     answers.append((code, out.getvalue(), err.getvalue()))
 print(json.dumps(answers))
@@ -535,7 +539,7 @@ def test_command(tmp_path):
     calls = [['tiny', *rest, '--seeds', '2', '--only', 'circles/20/*'], ['tiny', *rest], ['tiny', *rest, '--resume'], ['--list', *rest],
              ['tini', *rest], ['tiny', *rest, '--resume', '--seeds', '1,1']]
     run = subprocess.run([sys.executable, script, json.dumps(calls)], capture_output=True, text=True,
-                         env=os.environ | dict(PYTHONPATH=os.path.dirname(__file__), OMP_NUM_THREADS='1'))
+                         env=os.environ | dict(PYTHONPATH=os.pathsep.join((os.path.dirname(__file__), str(ROOT))), OMP_NUM_THREADS='1'))
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout)
     assert [code for code, _, _ in answers] == [0, 2, 0, 0, 2, 2]
@@ -552,20 +556,20 @@ def test_commands_of_the_results_folder_train_every_cell(scale):
     text = (ROOT / 'nbs' / 'results' / 'README.md').read_text().split(f'## On a {scale.upper()}')[1]
     script = 'lap_study() { printf "%s\\t" "$@"; echo; }\nlap_bench() { :; }\npython() { :; }\n' + re.search('```bash\n(.*?)```', text, re.S)[1]
     calls = subprocess.run(['bash', '-euc', script], capture_output=True, text=True, check=True).stdout.splitlines()
-    found = {name: set() for name in studies.STUDIES}
+    found = {name: set() for name in catalogue.STUDIES}
     for name, *options in (call.strip('\t').split('\t') for call in calls):
         only = options[options.index('--only') + 1] if '--only' in options else ''
         assert '--resume' in options and ('cuda' if scale == 'gpu' else 'cpu') in options
         found[name] |= {cell.name for cell, _ in study(name, scale).cells(only)}
-    assert found == {name: {cell.name for cell, _ in study(name, scale).cells()} for name in studies.STUDIES}
+    assert found == {name: {cell.name for cell, _ in study(name, scale).cells()} for name in catalogue.STUDIES}
 
 
 @pytest.mark.parametrize('text, seeds', [('', None), ('3', [0, 1, 2]), ('0,3,5', [0, 3, 5]), ('10:12', [10, 11])])
-def test_seeds_of_the_command(text, seeds): assert studies._seeds(text) == seeds
+def test_seeds_of_the_command(text, seeds): assert cli._seeds(text) == seeds
 
 
 def test_seeds_of_the_command_that_are_none():
-    with pytest.raises(ValueError, match='expected a number like 20'): studies._seeds('many')
+    with pytest.raises(ValueError, match='expected a number like 20'): cli._seeds('many')
 
 
 @pytest.mark.parametrize("spec, says", [("digits:flip=-0.1", "out of range"), ("digits:flip=1.5", "out of range"), ("circles:noise=.1,noise=.2", "twice"), ("digits:noise=.3", "only circles and moons"),
@@ -598,8 +602,8 @@ def test_a_study_of_ones_own_in_a_new_session(tmp_path):
 
 
 def test_a_measure_that_cannot_be_kept_fails_its_cells_only(tmp_path, monkeypatch):
-    monkeypatch.setitem(studies.MEASURES, "odd", lambda model, split: dict(odd=object()))
-    monkeypatch.setitem(studies.MEASURES, "norm", lambda model, split: dict(norm=sum(p.norm() for p in model.parameters())))
+    monkeypatch.setitem(run.MEASURES, "odd", lambda model, split: dict(odd=object()))
+    monkeypatch.setitem(run.MEASURES, "norm", lambda model, split: dict(norm=sum(p.norm() for p in model.parameters())))
     first, second = (replace(TINY.grids[0], sizes=(n,), measures=(name,)) for n, name in ((20, "odd"), (30, "norm")))
     with pytest.raises(RuntimeError, match="cells failed, the others are recorded"): run_study(replace(TINY, grids=(first, second)), tmp_path, device="cpu")
     rows = [row for row in read_lines(tmp_path / "tiny.jsonl") if row.get("kind") != "run"]

@@ -84,7 +84,7 @@ def test_misuse_is_found(checked):
 
 def test_methods_added_by_chapters_are_in_their_class():
     "Each `@patch` of the sources is seen by a checker."
-    for path in (ROOT / 'lap_nb').glob('*.py'):
+    for path in (ROOT / 'lap_nb').rglob('*.py'):
         text = path.read_text()
         names = re.findall(r'^@patch.*\n(?:@.*\n)*def (\w+)', text, re.M)
         written = re.findall(r'^    def (\w+)', stubs.stub(text), re.M)
