@@ -229,7 +229,7 @@ _drawing = threading.Lock()   # matplotlib draws one picture at a time
 def _png(pixels)->bytes:
     "RGBA pixels as a PNG file of 32 colours, a third of the size of one with all."
     import numpy as np
-    from PIL import Image
+    with extra("widgets"): from PIL import Image
     file = io.BytesIO()
     Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(32, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG")
     return file.getvalue()
@@ -280,7 +280,7 @@ def picture(self:Trial,
 LIMITS = dict(blocks=(1, 20), gain=(.01, 10 ** .5), lambda0=(.01, 100.), tau=(0., 10.), target=(0., .5))   # of a `Setting` in a panel, by field
 
 def _controls()->dict: # field of `Setting` to widget
-    from ipywidgets import Checkbox, Dropdown, FloatLogSlider, FloatSlider, IntSlider
+    with extra("widgets"): from ipywidgets import Checkbox, Dropdown, FloatLogSlider, FloatSlider, IntSlider
     s, style = Setting(), dict(style={"description_width": "7em"}, layout={"width": "21em"})
     def slider(kind, name:str, description:str, **step):
         low, high = map(math.log10, LIMITS[name]) if kind is FloatLogSlider else LIMITS[name]
@@ -307,7 +307,7 @@ class Explorer:
     def __init__(self,
         setting:Setting=Setting(), # where the controls start; `ValueError` for what lies beyond a slider
     ):
-        from ipywidgets import Button, HTML, IntProgress, IntSlider, Layout
+        with extra("widgets"): from ipywidgets import Button, HTML, IntProgress, IntSlider, Layout
         self.controls = _controls()
         self.ends = {name: {end: getattr(c, end) for end in ("base", "min", "max") if c.has_trait(end)} for name, c in self.controls.items()}
         self.start, self.halt = Button(description="Train", button_style="primary"), Button(description="Stop", disabled=True)
@@ -456,7 +456,7 @@ def close(self:Explorer):
 @patch(as_prop=True)
 def view(self:Explorer):
     "The panel, an ipywidgets box."
-    from ipywidgets import HBox, Layout, VBox
+    with extra("widgets"): from ipywidgets import HBox, Layout, VBox
     flow = Layout(display="flex", flex_flow="row wrap", align_items="flex-start")
     controls = VBox([*self.controls.values(), HBox([self.start, self.halt]), self.bar, self.status, self.layer])
     pictures = HBox([self.places[name] for name in PICTURES], layout=flow)
@@ -467,7 +467,7 @@ def playground(
     *settings:Setting, # where the panels start; none: plain beside least action
 ):                     # an ipywidgets box
     "Two panels that train apart and are looked at together."
-    from ipywidgets import HBox, Layout
+    with extra("widgets"): from ipywidgets import HBox, Layout
     panels = [Explorer(s) for s in settings or (Setting(least_action=False), Setting())]
     return HBox([p.view for p in panels], layout=Layout(display="flex", flex_flow="row wrap", grid_gap="2em"))
 
@@ -479,7 +479,7 @@ def scrub(
 ):                                   # an ipywidgets box that works on a static page; its attribute `trials` has the trained networks, `[gain][lambda]`
     "Pictures of trained settings, chosen by two sliders without a kernel."
     if not gains or not lambdas: raise ValueError("gains or lambdas is empty, expected at least one of each")
-    from ipywidgets import HTML, SelectionSlider, Stack, VBox, jslink
+    with extra("widgets"): from ipywidgets import HTML, SelectionSlider, Stack, VBox, jslink
     trials = [[Trial(Setting(gain=gain, least_action=la is not None, lambda0=la or 1., **others)) for la in lambdas] for gain in gains]
     for trial in (t for row in trials for t in row): trial.train()
     columns = [Stack([HTML(_summary(trial)) for trial in row], selected_index=0) for row in trials]
