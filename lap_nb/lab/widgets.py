@@ -20,6 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..checks import extra
 from ..data import Split, circles, digits, moons
 from ..depth import depth_curve
 from ..dynamics import Trajectory, colours, dense_net, init_velocities_
