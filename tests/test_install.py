@@ -43,12 +43,12 @@ def dists(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(dists, tmp_path_factory):
-    "The program folder of a new environment that holds the wheel and what it requires."
+    "The program folder of a new environment that holds the wheel, what it requires, and the laboratory's extra."
     folder = tmp_path_factory.mktemp('installed')
     venv.create(folder / 'env', with_pip=True)
     programs = folder / 'env' / 'bin'
     check(programs / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check',
-          *os.environ.get('LAP_NB_PIP', '').split(), '-c', ROOT / 'constraints.txt', dists[0], cwd=folder)
+          *os.environ.get('LAP_NB_PIP', '').split(), '-c', ROOT / 'constraints.txt', f'{dists[0]}[lab]', cwd=folder)
     yield programs
     shutil.rmtree(folder)
 

@@ -548,3 +548,22 @@ def test_each_requirement_has_its_row_in_the_guide():
     "Why each package is needed and what it costs stands in .github/MAINTAINING.md, and of no other."
     from dependencies import GUIDE, ROW, required
     assert sorted(name for name, why in ROW.findall(GUIDE.read_text(encoding='utf-8')) if why) == sorted(required())
+
+
+def test_the_loss_needs_no_extra():
+    "Without the packages of the extras all modules beside the laboratory import, three lines train, and what lacks a package names its extra."
+    code = ('import sys\n'
+            'class Without:\n'
+            '    def find_spec(self, name, path=None, target=None):\n'
+            '        if name.partition(".")[0] in sys.argv[1].split(","): raise ModuleNotFoundError(f"No module named {name!r}", name=name)\n'
+            'sys.meta_path.insert(0, Without())\n'
+            'import importlib, torch, lap_nb as lap\n'
+            'for name in sys.argv[2:]: importlib.import_module("lap_nb." + name)\n'
+            'net = lap.dense_net(4, 2, K=2)\n'
+            'la = lap.LeastAction(net)\n'
+            'la(torch.nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 2)).backward()\n'
+            'try: lap.digits()\n'
+            'except ModuleNotFoundError as e: print(e)')
+    extras = 'sklearn,ipywidgets,dask,distributed,voila,nbdev,nbformat,jupytext,pypandoc'
+    said = python('-c', code, extras, *(name for name in modules() if not name.startswith('lab.')))
+    assert said.strip() == "sklearn is not installed, expected it here: pip install 'lap_nb[lab]'"
