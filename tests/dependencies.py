@@ -17,7 +17,7 @@ from conftest import ROOT
 GUIDE = ROOT / '.github' / 'MAINTAINING.md'
 # What `lap_nb` imports from a package, where that is not the package by its own name
 MODULES = {'POT': 'ot', 'scikit-learn': 'sklearn.datasets', 'scipy': 'scipy.optimize, scipy.spatial.distance, scipy.stats', 'pillow': 'PIL.Image',
-           'matplotlib': 'matplotlib.pyplot', 'tqdm': 'tqdm.auto', 'fastcore': 'fastcore.basics, fastcore.meta, fastcore.script'}
+           'matplotlib': 'matplotlib.pyplot', 'tqdm': 'tqdm.auto', 'lazy-loader': 'lazy_loader', 'dask': 'dask', 'voila': 'voila.app', 'fastcore': 'fastcore.basics, fastcore.meta, fastcore.script'}
 ROW = re.compile(r'^\| ([\w-]+) \| (.*?) \| [\d.]+ s \| [\d.]+ MB \|$', re.M)
 
 
