@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ResidualBlock', 'Trajectory', 'Flow', 'ResidualNet', 'dense_net', 'SkipInit', 'StochasticDepth', 'conv_net',
-           'StagedFlow', 'staged_net', 'residual_blocks', 'init_velocities_', 'colours']
+           'StagedFlow', 'staged_net', 'init_velocities_']
 
 # %% ../nbs/01_dynamics.ipynb #6fc32b6e
 import io
@@ -25,7 +25,7 @@ import torch.nn.utils.parametrize
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import extra
+from .checks import checked, extra
 from .data import read_npz
 from .files import write_atomically
 
@@ -80,6 +80,7 @@ def _kind(x)->str:
     return f"({', '.join(map(_kind, x))})" if isinstance(x, (tuple, list)) else _short(x)
 
 # %% ../nbs/01_dynamics.ipynb #7c47b38a
+@checked
 class ResidualBlock(nn.Module):
     r"One Euler step $x + h\,v(x)$; the velocity must keep the shape of its input."
     def __init__(self,
@@ -101,6 +102,7 @@ class ResidualBlock(nn.Module):
     def extra_repr(self)->str: return f"h={self.h:g}"
 
 # %% ../nbs/01_dynamics.ipynb #d80fb5bc
+@checked
 class Trajectory:
     r"Positions of one batch at the times $0, h, \dots, Kh$, in one stage of constant shape or in several."
     def __init__(self,
@@ -181,6 +183,7 @@ def __repr__(self:Trajectory):
     return "\n".join([f"Trajectory: {self.K} steps in {len(parts)} stages", *(f"  {part}" for part in parts)])
 
 # %% ../nbs/01_dynamics.ipynb #61fffbc8
+@checked
 class Flow(nn.Module):
     r"$K$ residual blocks of the same step: Euler's method for $dx/dt = v(t, x)$."
     def __init__(self,
@@ -380,6 +383,7 @@ def load(cls:Trajectory,
         raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
 
 # %% ../nbs/01_dynamics.ipynb #7d4cd69f
+@checked
 class ResidualNet(nn.Module):
     "Encoder, flow, head: logits are `head(flow(encoder(x)))`."
     def __init__(self,
@@ -411,6 +415,7 @@ def _check_sizes(**sizes):
         if not (isinstance(value, Integral) and not isinstance(value, bool) and 0 < value <= most):
             raise ValueError(f"{name} is {_short(value)}, expected a positive integer, at most {most:,}")
 
+@checked
 def dense_net(
     dim:int,                     # features of a start position
     classes:int,                 # logits
@@ -428,6 +433,7 @@ def dense_net(
     return ResidualNet(Flow(varied([field() for _ in range(K)], skip_init, drop), h), nn.Linear(dim, classes), encoder)
 
 # %% ../nbs/01_dynamics.ipynb #78103fdf
+@checked
 class SkipInit(nn.Module):
     r"A velocity times a learned number $\alpha$ that starts at zero."
     def __init__(self,
@@ -438,6 +444,7 @@ class SkipInit(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return self.alpha * self.velocity(x)
 
+@checked
 class StochasticDepth(nn.Module):
     "A velocity that is zero for some samples, drawn anew in each training step; the others are scaled up, so that the mean stays."
     def __init__(self,
@@ -474,6 +481,7 @@ def _conv_velocity(width:int, norm:bool)->nn.Sequential:
     half = lambda: [*[nn.BatchNorm2d(width)] * norm, nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=not norm)]
     return nn.Sequential(*half(), *half())
 
+@checked
 def conv_net(
     shape:tuple[int, int, int], # of an image: channels, height, width
     classes:int,                # logits
@@ -497,6 +505,7 @@ def conv_net(
     return ResidualNet(Flow(velocities, h), head, encoder)
 
 # %% ../nbs/01_dynamics.ipynb #8cd35654
+@checked
 class StagedFlow(nn.Module):
     "Flows one after the other, each in a shape of its own."
     def __init__(self,
@@ -524,6 +533,7 @@ class StagedFlow(nn.Module):
         return Trajectory([s.x for s in stages], [s.h for s in stages])
 
 # %% ../nbs/01_dynamics.ipynb #95333a9b
+@checked
 def staged_net(
     shape:tuple[int, int, int], # of an image: channels, height, width
     classes:int,                # logits
@@ -567,6 +577,7 @@ def _default_(layer, gain):
 
 _INITS = {"orthogonal": _orthogonal_, "normal": _normal_, "default": _default_}
 
+@checked
 def init_velocities_(
     model:nn.Module,         # changed in place; encoder and head are left alone
     gain:float,              # factor on the random matrices, must not be negative

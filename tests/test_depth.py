@@ -20,7 +20,7 @@ from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, St
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, staged_net
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import LeastAction
-from lap_nb.lab.catalogue import CHOSEN, study
+from lap_nb.lab.catalogue import CHOSEN, load_study
 from lap_nb.lab.design import Method, Net
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import MEASURES
@@ -736,7 +736,7 @@ def test_settings_are_chosen_on_the_validation_part_alone(trained, split):
     measure = MEASURES['tuning']
     assert measure(trained, split) == measure(trained, shuffled_labels(split, 'test')) != measure(trained, shuffled_labels(split, 'val'))
     for kind, names in CHOSEN.items():
-        assert set(names) <= {cell.method.name for cell, _ in study('depth-tuning').cells() if cell.net.kind == kind}
+        assert set(names) <= {cell.method.name for cell, _ in load_study('depth-tuning').cells() if cell.net.kind == kind}
 
 
 def test_a_table_says_energy_and_whose_statistics(split):

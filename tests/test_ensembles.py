@@ -22,7 +22,7 @@ from torch import nn
 import lap_nb.ensembles
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, free_memory, grid_members, interval, member_memory, seeded
+from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, free_memory, grid_members, confidence_interval, member_memory, seeded
 from lap_nb.lab.modes import _by_hand, _clock, _noise, measure_modes, read_modes, record_modes
 from lap_nb.least_action import LeastAction
 from lap_nb.training import fit, load_checkpoint
@@ -619,13 +619,13 @@ def test_interval_of_the_mean_is_students(values):
     from scipy.stats import t
     x = torch.tensor(values, dtype=torch.float64)
     low, high = t.interval(.9, len(x) - 1, x.mean().item(), x.std().item() / len(x) ** .5)
-    found = interval(x, level=.9)
+    found = confidence_interval(x, level=.9)
     assert (found.mean, found.low, found.high) == pytest.approx((x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
 
 
 @pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])
 def test_too_little_for_an_interval(values):
-    with pytest.raises(ValueError, match="expected at least two finite values in one row"): interval(torch.tensor(values))
+    with pytest.raises(ValueError, match="expected at least two finite values in one row"): confidence_interval(torch.tensor(values))
 
 
 def test_the_clock_reads_the_wall_and_the_processor_apart(monkeypatch):
@@ -923,8 +923,8 @@ def test_settings_are_plain_numbers(plain, settings, tmp_path):
 @pytest.mark.parametrize("call, says", [
     (lambda: Ensemble([make(), 5]), "models is .*, expected a list of modules"), (lambda: Ensemble(make()), "expected a list of modules"),
     (lambda: Ensemble([make()], seeds=[1, 2]), "a whole number for each of the 1 networks"), (lambda: Ensemble([make()]).member(1), "there is no network 1, expected 0 to 0"),
-    (lambda: Ensemble([make()]).member(0.), "found the index 0.0"), (lambda: grid_members(5), "seeds is 5, expected Sequence"), (lambda: interval("ab"), "expected at least two finite values"),
-    (lambda: interval([1., 2.], None), "level is None"), (lambda: fit_many(lambda: None, digits().splits(40, [0])), "make_model gave None, expected a module"),
+    (lambda: Ensemble([make()]).member(0.), "found the index 0.0"), (lambda: grid_members(5), "seeds is 5, expected Sequence"), (lambda: confidence_interval("ab"), "expected at least two finite values"),
+    (lambda: confidence_interval([1., 2.], None), "level is None"), (lambda: fit_many(lambda: None, digits().splits(40, [0])), "make_model gave None, expected a module"),
     (lambda: fit_many(make, digits().splits(40, [0]), least_action=lambda m: 5), "least_action gave 5"), (lambda: fit_many(make, digits().splits(40, [0]), device="tpu"), "no device 'tpu' here"),
     (lambda: fit_many(make, digits().splits(40, [0]), memory="much"), "memory is 'much', expected a whole number"), (lambda: fit_many(make, digits().splits(40, [0]), checkpoint=5), "checkpoint is 5, expected"),
     (lambda: measure_modes(make, digits().splits(40, [0]), ["batched"], steps=0), "steps is 0"), (lambda: read_modes(None), "path is None, expected")])
@@ -972,7 +972,7 @@ def test_an_ensemble_takes_time_and_keeps_its_settings():
     runs = fit_many(make, digits().splits(60, [4, 2]), epochs=2, eval_every=1, lr=.5e-3)
     assert 0 < runs.provenance["seconds"] <= time.perf_counter() - before
     assert {k: runs.provenance[k] for k in ("n", "seeds", "modes", "lr", "data")} == dict(n=60, seeds=[4, 2], modes=["batched"], lr=.5e-3, data=digits().name)
-    assert runs[1].curves["epoch"].tolist() == [1, 2] and runs[1].provenance["seed"] == 2 and str(interval([1., 2., 3.], .5)) == "2.0 ± 0.5"
+    assert runs[1].curves["epoch"].tolist() == [1, 2] and runs[1].provenance["seed"] == 2 and str(confidence_interval([1., 2., 3.], .5)) == "2.0 ± 0.5"
 
 
 def test_a_recorded_graph_is_replayed_and_leaves_no_trace(monkeypatch):
@@ -1064,4 +1064,4 @@ def test_what_is_no_maker_and_no_grid():
 
 @pytest.mark.parametrize("level", [0, 1, 95])
 def test_a_level_is_a_share(level):
-    with pytest.raises(ValueError, match="expected a share between 0 and 1"): interval(torch.rand(5), level)
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"): confidence_interval(torch.rand(5), level)

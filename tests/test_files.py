@@ -502,7 +502,7 @@ def tables():
     from lap_nb.lab.bench import bench_table
     from lap_nb.ensembles import Interval
     from lap_nb.kinetic import EnergyLedger
-    from lap_nb.least_action import KKT
+    from lap_nb.least_action import KKTReport
     from lap_nb.regularity import LipschitzProfile
     from lap_nb.lab.analysis import standings_table
     from lap_nb.transport import ActionSplit
@@ -513,7 +513,7 @@ def tables():
         kept = tracer.take()
     yield 'blocks', blocks._repr_markdown_()
     yield 'standings', standings_table([dict(n=EVIL, family=EVIL, seeds=3, diverged=0, last=Interval(50., 40., 60., 3), best=Interval(50., 40., 60., 3), gap=None)])
-    yield 'report', KKT('satisfied', 1., 1., 1., 1., 0., 0., .1, 0., 0., notes=(EVIL,))._repr_markdown_()
+    yield 'report', KKTReport('satisfied', 1., 1., 1., 1., 0., 0., .1, 0., 0., notes=(EVIL,))._repr_markdown_()
     yield 'trace', kept._repr_markdown_()
     yield 'ledger', EnergyLedger(trace(net, x, blocks))._repr_markdown_()
     yield 'lipschitz', LipschitzProfile((EVIL,), torch.ones(1, 5), torch.ones(5), 1., 0.)._repr_markdown_()

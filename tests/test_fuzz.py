@@ -29,7 +29,7 @@ from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
 from lap_nb.ensembles import _read_note
 from lap_nb.lab.modes import read_modes
-from lap_nb.lab.analysis import overview, records
+from lap_nb.lab.analysis import overview, load_records
 from lap_nb.lab.store import done, read_lines
 from lap_nb.files import CheckpointError, load_checkpoint, save_checkpoint
 from test_package import module_text, modules
@@ -160,7 +160,7 @@ def read_record(path):
     with pytest.MonkeyPatch.context() as patch:
         for room in (catalogue, analysis): patch.setattr(room, 'STUDIES', {'tiny': lambda scale: TINY})
         read_lines(path); done(path)
-        found = records('tiny', path.parent, stale=True)
+        found = load_records('tiny', path.parent, stale=True)
         len(found), found.device, found.where(seed=[0, 1]), repr(found)
         overview(path.parent)
 

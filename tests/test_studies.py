@@ -24,8 +24,8 @@ import lap_nb
 from lap_nb.data import digits
 from lap_nb.dynamics import SkipInit, StochasticDepth
 from lap_nb.lab import catalogue, cli, nets, run, store
-from lap_nb.lab.analysis import Records, overview, records
-from lap_nb.lab.catalogue import study
+from lap_nb.lab.analysis import Records, overview, load_records
+from lap_nb.lab.catalogue import load_study
 from lap_nb.lab.design import Cell, Grid, Method, Net, Schedule, Study
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import dataset, run_cell, run_study
@@ -70,8 +70,8 @@ def test_fingerprint_sees_every_change_and_no_more():
     (lambda: Study('s', '?', (Grid(('circles',), (20, 20), METHODS),)), 'cells twice: circles/20'),
     (lambda: Study('s', '?', (Grid(('circles',), (20,), METHODS), Grid(('circles',), (20,), METHODS[:1]))), 'cells twice'),
     (lambda: Method('m', init='he'), "init of m is 'he'"),
-    (lambda: study('kinetics'), "no study 'kinetics'; there are kinetic-bias"),
-    (lambda: study('kinetic-bias', 'tpu'), 'expected cpu or gpu'),
+    (lambda: load_study('kinetics'), "no study 'kinetics'; there are kinetic-bias"),
+    (lambda: load_study('kinetic-bias', 'tpu'), 'expected cpu or gpu'),
     (lambda: TINY.cells('digits/*'), "no cell of tiny matches 'digits/*'; the first of its 6 cells is circles/20/"),
     (lambda: dataset('circles:nose=1'), 'asks for nose'),
     (lambda: dataset('ellipses'), "no data set 'ellipses'"),
@@ -84,7 +84,7 @@ def test_bad_descriptions(make, message):
 @pytest.mark.parametrize('scale', ['cpu', 'gpu'])
 def test_every_study_is_sound(name, scale):
     "Names are unique (checked as it is made), every cell names measures and networks that exist."
-    for cell, seeds in study(name, scale).cells():
+    for cell, seeds in load_study(name, scale).cells():
         assert seeds >= 2 and set(cell.measures) <= set(run.MEASURES) and cell.net.kind in nets.NETS
         assert cell.data.partition(':')[0] in 'circles moons digits mnist fashion_mnist cifar10_part'.split()
 
@@ -92,7 +92,7 @@ def test_every_study_is_sound(name, scale):
 @pytest.mark.parametrize('kind', nets.NETS)
 def test_every_network_takes_every_method(kind):
     "Each way to start and to run that some study asks of this kind of network, in small."
-    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in catalogue.STUDIES for scale in ('cpu', 'gpu') for cell, _ in study(name, scale).cells()
+    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in catalogue.STUDIES for scale in ('cpu', 'gpu') for cell, _ in load_study(name, scale).cells()
              if cell.net.kind == kind for m in [cell.method]}
     assert asked
     for init, skip_init, h, drop in sorted(asked):
@@ -105,7 +105,7 @@ def test_every_network_takes_every_method(kind):
 def test_rivals_have_the_same_budget(name):
     "At the scale of a GPU: on each data set, size and network eight families, three candidates in each, least action among them."
     groups = {}
-    for cell, _ in study(name, 'gpu').cells(): groups.setdefault((cell.data, cell.n, cell.net), []).append(cell.method)
+    for cell, _ in load_study(name, 'gpu').cells(): groups.setdefault((cell.data, cell.n, cell.net), []).append(cell.method)
     for methods in groups.values():
         families = [m.family or m.name for m in methods if m.name != 'published']
         assert {family: families.count(family) for family in families} == dict.fromkeys(
@@ -157,12 +157,12 @@ COLUMNS = dict(study='tiny', scale='cpu', data='circles', n=20, net='dense', met
 
 def test_columns_that_readers_rely_on(tmp_path, registered):
     run_study(TINY, tmp_path, device='cpu')
-    row = records('tiny', tmp_path).where(method='least', n=30).rows[0]
+    row = load_records('tiny', tmp_path).where(method='least', n=30).rows[0]
     for key in ('study data n method init gain seed test_accuracy_last test_accuracy_best val_accuracy_last energy_per_sample '
                 'energy_per_block straightness lambda task_loss diverged').split(): assert key in row
     assert len(row['energy_per_block']) == 2 and row['lambda'] > 1 and row['K'] == 2
     torch.testing.assert_close(sum(row['energy_per_block']), row['energy_per_sample'], rtol=1e-4, atol=0)
-    run = records('tiny', tmp_path).runs[row['run']]
+    run = load_records('tiny', tmp_path).runs[row['run']]
     for key in 'device device_name cores modes torch commit config wall_seconds device_seconds format settings'.split(): assert key in run
     assert written(tmp_path / 'tiny.jsonl') == WANTED
     assert run_study(TINY, tmp_path, device='cpu') == 0
@@ -345,15 +345,15 @@ def test_versions_in_one_table_are_told():
 def test_stale_rows_are_kept_but_not_read(tmp_path, registered, monkeypatch):
     run_study(TINY, tmp_path, device='cpu', only='*/default')
     monkeypatch.setitem(catalogue.STUDIES, 'tiny', lambda scale: replace(TINY, scale=scale, version=2))
-    assert len(records('tiny', tmp_path)) == 0 and len(records('tiny', tmp_path, stale=True)) == 6
+    assert len(load_records('tiny', tmp_path)) == 0 and len(load_records('tiny', tmp_path, stale=True)) == 6
     row = next(r for r in overview(tmp_path) if (r['study'], r['scale']) == ('tiny', 'cpu'))
     assert (row['networks'], row['recorded'], row['stale']) == (18, 0, 6)
 
 
 def test_reading(tmp_path, registered):
-    with pytest.raises(FileNotFoundError, match='lap_study tiny'): records('tiny', tmp_path)
+    with pytest.raises(FileNotFoundError, match='lap_study tiny'): load_records('tiny', tmp_path)
     run_study(TINY, tmp_path, device='cpu')
-    found = records('tiny', tmp_path)
+    found = load_records('tiny', tmp_path)
     a, b = found.where(method='least'), found.where(method='default')
     gap = a.advantage(b)
     both = {(r['n'], r['seed']): r['test_accuracy_last'] for r in b.rows}
@@ -560,8 +560,8 @@ def test_commands_of_the_results_folder_train_every_cell(scale):
     for name, *options in (call.strip('\t').split('\t') for call in calls):
         only = options[options.index('--only') + 1] if '--only' in options else ''
         assert '--resume' in options and ('cuda' if scale == 'gpu' else 'cpu') in options
-        found[name] |= {cell.name for cell, _ in study(name, scale).cells(only)}
-    assert found == {name: {cell.name for cell, _ in study(name, scale).cells()} for name in catalogue.STUDIES}
+        found[name] |= {cell.name for cell, _ in load_study(name, scale).cells(only)}
+    assert found == {name: {cell.name for cell, _ in load_study(name, scale).cells()} for name in catalogue.STUDIES}
 
 
 @pytest.mark.parametrize('text, seeds', [('', None), ('3', [0, 1, 2]), ('0,3,5', [0, 3, 5]), ('10:12', [10, 11])])
@@ -597,8 +597,8 @@ def test_columns_that_there_are_not():
 
 def test_a_study_of_ones_own_in_a_new_session(tmp_path):
     run_study(replace(TINY, name="mine"), tmp_path, device="cpu")
-    with pytest.raises(ValueError, match="is there, but no description of a study 'mine'.*stale=True"): records("mine", tmp_path)
-    assert len(records("mine", tmp_path, stale=True)) == len(WANTED)
+    with pytest.raises(ValueError, match="is there, but no description of a study 'mine'.*stale=True"): load_records("mine", tmp_path)
+    assert len(load_records("mine", tmp_path, stale=True)) == len(WANTED)
 
 
 def test_a_measure_that_cannot_be_kept_fails_its_cells_only(tmp_path, monkeypatch):

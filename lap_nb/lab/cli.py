@@ -18,7 +18,7 @@ from fastcore.script import call_parse
 from ..data import pick_device
 from .analysis import overview, text_table
 from .bench import BENCHMARKS, run_benchmarks
-from .catalogue import study
+from .catalogue import load_study
 from .compare import compare, output_files
 from .run import run_study
 from .store import results
@@ -65,7 +65,7 @@ def lap_study(
     with _one_line_errors("lap_study"):
         if list or not name: print(text_table(overview(out))); return
         if threads: torch.set_num_threads(threads)
-        chosen = study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
+        chosen = load_study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
         written = run_study(chosen, out, _seeds(seeds or ""), device, only or "", resume, root, scheduler or "", progress=True)
         print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
 
