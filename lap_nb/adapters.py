@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from .checks import checked
-from .least_action import LeastAction
 from .files import CheckpointError, load_checkpoint, save_checkpoint
+from .least_action import LeastAction
 from .training import global_mean
 
 # %% ../nbs/06a_adapters.ipynb #0126963a

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checks import checked
-from .dynamics import ResidualBlock, Trajectory, _called, _module, _several, _short, _tensor, _wide
+from .dynamics import _called, _module, ResidualBlock, _several, _short, _tensor, Trajectory, _wide
 from .files import as_code, as_text
 
 # %% ../nbs/02_attach.ipynb #399866a1

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/90_checks.ipynb #08fe3bd9
 import collections.abc
+import contextlib
 import functools
 import inspect
 import math
@@ -22,7 +23,7 @@ from numbers import Real
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # %% ../nbs/90_checks.ipynb #6e60dc03
 def described(
@@ -30,9 +31,10 @@ def described(
 )->str:    # in a few words
     "What `value` is, for an error message: a tensor by type and shape, something short by itself, all else by its type."
     if isinstance(value, Tensor):
-        kind = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        kind = "nested " if value.is_nested else "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
         place = " on meta, which has no values" if value.is_meta else ""
-        return f"a {kind}tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}{place}"
+        shape = [value.size(0), "..."] if value.is_nested else list(value.shape)
+        return f"a {kind}tensor {shape} of {str(value.dtype).removeprefix('torch.')}{place}"
     if isinstance(value, np.ndarray): return f"an array {list(value.shape)} of {value.dtype}"
     if value is None or isinstance(value, (bool, np.bool_, int, float, complex, np.number, str, bytes, os.PathLike)):
         text = repr(value) if not isinstance(value, int) or abs(value) < 10 ** 30 else f"a whole number of {value.bit_length()} bits"
@@ -54,19 +56,23 @@ def whole(
     value,              # anything that stands for a whole number, but not True or False
     least:int=0,        # smallest value allowed
     why:str="",         # reason for the bound, or what to do; added to the message
-    most:int|None=None, # largest value allowed; None: no limit
+    most:int=2**63 - 1, # largest value allowed; what 64 bits hold, if not told
 )->int:
     "`value` as an int; raises `TypeError` if it is not one whole number, `ValueError` if it is out of bounds."
-    found = _plain(value)
-    if isinstance(found, float) and found.is_integer(): found = int(found)
+    found = plain(value)
+    if isinstance(found, float) and _is_whole(found): found = int(found)
     if not isinstance(found, int): raise WrongKind(f"{name} is {described(value)}, expected a whole number" + (why and f": {why}"))
-    if found < least or most is not None and found > most:
-        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+    if not least <= found <= most:
+        bounds = f"at least {least}" + ", below 2**63" * (found >= 2 ** 63) if most == 2 ** 63 - 1 else f"from {least} to {most}"
         raise ValueError(f"{name} is {described(found)}, expected a whole number, {bounds}" + (why and f": {why}"))
     return found
 
-def _plain(value):
-    "One number as `int` or `float`, of whatever kind it came; None for all else."
+def _is_whole(value)->bool: return isinstance(value, int) or isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53
+
+def plain(
+    value,           # anything
+)->int|float|None:   # one number, of whatever kind it came; None for all else
+    "A number of NumPy, PyTorch, or exact, as Python's own."
     if isinstance(value, (Tensor, np.ndarray)):
         if value.ndim or getattr(value, "is_meta", False) or getattr(value, "layout", torch.strided) != torch.strided: return None
         value = value.item()
@@ -90,7 +96,7 @@ def number(
     why:str="",               # what to do; added to the message
 )->float:
     "`value` as a float; raises `TypeError` if it is not one number, `ValueError` if it is NaN or out of bounds."
-    found = _plain(value)
+    found = plain(value)
     if found is None: raise WrongKind(f"{name} is {described(value)}, expected a number" + (why and f": {why}"))
     try: found = float(found)
     except OverflowError: found = math.inf if found > 0 else -math.inf
@@ -103,6 +109,22 @@ def number(
         raise ValueError(f"{name} is {described(value)}, expected {kind}" + (limits and f" {limits}") + (why and f": {why}"))
     return found
 
+def flag(
+    name:str, # what is switched, for the message
+    value,    # True or False, of NumPy or PyTorch, too; or 1 or 0
+)->bool:
+    "`value` as `True` or `False`; raises `TypeError` if it is neither."
+    if isinstance(value, bool): return value
+    if isinstance(value, (Tensor, np.ndarray)) and not value.ndim and not getattr(value, "is_meta", False): value = value.item()
+    if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1): return bool(value)
+    raise WrongKind(f"{name} is {described(value)}, expected True or False")
+
+def counts(
+    **values, # by name; what stands for a whole number
+):
+    "Raise `TypeError` or `ValueError` unless each of `values` is a whole number of at least 1."
+    for name, value in values.items(): whole(name, value, 1)
+
 def positive(
     name:str,   # what the number is, for the message
     value,      # anything that stands for a number
@@ -110,6 +132,17 @@ def positive(
 )->float:
     "`value` as a finite float above zero; raises `TypeError` or `ValueError`."
     return number(name, value, above=0, why=why)
+
+def several(
+    name:str,  # what the values are, for the message
+    values,    # a list, an array, ... of them, in order
+    each:collections.abc.Callable=number, # makes one value of `name` and what was given, or raises
+)->tuple:
+    "`values` one by one; raises `TypeError` if they are no row, `ValueError` if there are too many."
+    row = isinstance(values, collections.abc.Iterable) and not isinstance(values, (str, bytes, collections.abc.Mapping))
+    if not row or isinstance(values, (Tensor, np.ndarray)) and not _numbers(values): raise WrongKind(f"{name} is {described(values)}, expected a row of values")
+    if isinstance(values, collections.abc.Sized) and len(values) > 2 ** 20: raise ValueError(f"{name} has {len(values):,} values, expected no more than a million")
+    return tuple(each(f"a value of {name}", value) for value in values)
 
 def share(
     name:str,   # what the number is, for the message
@@ -120,6 +153,17 @@ def share(
     return number(name, value, 0, 1, why=why)
 
 # %% ../nbs/90_checks.ipynb #93e6c66e
+@contextlib.contextmanager
+def in_room(
+    what:str, # of what there may be too much
+):
+    "Inside, what does not fit into memory is a `MemoryError` in words; stands above a function, too."
+    try: yield
+    except (MemoryError, RuntimeError, TypeError) as error:
+        said = str(error).split("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("bad_alloc|t allocate|[Oo]verflow|out of memory", said): raise
+        raise MemoryError(f"there is no room for {what}, expected less of it" + (said and f" ({said})")) from error
+
 def one_of(
     name:str,                             # what is chosen, for the message
     value,                                # the choice
@@ -159,30 +203,35 @@ def _fits(value, hint)->bool:
     if hint is None or hint is type(None): return value is None
     if origin in (typing.Union, types.UnionType): return any(_fits(value, h) for h in inside)
     if origin is typing.Literal: return any(type(value) is type(h) and value == h for h in inside)
-    if hint is float: return _plain(value) is not None
-    if hint is int: return isinstance(found := _plain(value), int) or isinstance(found, float) and found.is_integer()
+    if hint is float: return plain(value) is not None
+    if hint is int: return _is_whole(plain(value))
     if hint is bool: return isinstance(value, (bool, np.bool_))
     if hint is Tensor: return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)
     if origin is None: return isinstance(value, hint) if isinstance(hint, type) else True
     if origin is collections.abc.Callable: return callable(value)
     if isinstance(value, (str, bytes)): return False   # letters are not elements
+    if isinstance(value, (Tensor, np.ndarray)) and not _rows(value): return False
     if isinstance(value, collections.abc.Mapping): return issubclass(origin, collections.abc.Mapping) and _inside_fits(value, origin, inside)
-    return (isinstance(value, origin) or _numbers(value) and issubclass(origin, collections.abc.Iterable)) and _inside_fits(value, origin, inside)
+    row = _numbers(value) and issubclass(origin, collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping)
+    return (isinstance(value, origin) or row) and _inside_fits(value, origin, inside)
 
-def _numbers(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and not getattr(value, "is_meta", False)
+def _rows(value)->bool: return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided
+
+def _numbers(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
 
 def _inside_fits(value, origin, inside)->bool:
     if isinstance(value, collections.abc.Mapping): return len(inside) < 2 or all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
-    if not isinstance(value, (list, tuple, Tensor, np.ndarray)) or len(value) > 1000 or not inside: return True   # an iterator is not used up
+    if not isinstance(value, (list, tuple, Tensor, np.ndarray)) or not inside: return True   # an iterator is not used up
     if origin is tuple and inside[-1] is not Ellipsis: return len(value) == len(inside) and all(map(_fits, value, inside))
-    return all(_fits(v, inside[0]) for v in value)
+    return all(_fits(v, inside[0]) for v in value[:1000])
 
+# %% ../nbs/90_checks.ipynb #c4ec0004
 def _plainly(value, options:tuple):
     "Numbers as `int` and `float` where the annotation says so."
     if isinstance(value, (bool, np.bool_)) and bool in options: return bool(value)
     if isinstance(value, Tensor) and Tensor in options: return value
-    if int in options and isinstance(found := _plain(value), (int, float)) and float(found).is_integer() and float not in options: return int(found)
-    return float(found) if float in options and not isinstance(value, (int, float)) and (found := _plain(value)) is not None else value
+    if int in options and float not in options and _is_whole(found := plain(value)): return int(found)
+    return float(found) if float in options and not isinstance(value, (int, float)) and (found := plain(value)) is not None else value
 
 def _expected(f, name:str, hint)->str:
     "What an argument is for, in the words of its comment."
@@ -194,6 +243,12 @@ def _expected(f, name:str, hint)->str:
 
 # %% ../nbs/90_checks.ipynb #da0fbbce
 F = typing.TypeVar("F")
+
+@typing.runtime_checkable
+class Axes(typing.Protocol):
+    "Axes of matplotlib, which need not be imported to say so."
+    def plot(self, *args, **kwargs): ...
+    def scatter(self, *args, **kwargs): ...
 
 def checked(
     f:F, # a function, a method, or a class, of which `__init__` is meant

@@ -6,7 +6,8 @@
 __all__ = ['Split', 'Dataset', 'circles', 'moons', 'digits', 'mnist', 'fashion_mnist', 'cifar10_part', 'load']
 
 # %% ../nbs/00_data.ipynb #3d01b088
-import gzip, hashlib, io, math, operator, os, socket, stat, struct, threading, warnings, zipfile, zlib
+import gzip, hashlib, io, math, os, socket, stat, struct, threading, warnings, zipfile, zlib
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -19,16 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .checks import checked, extra
+from .checks import checked, described, extra, number, several, whole
 from .files import in_words, room_for
-
-# %% ../nbs/00_data.ipynb #16b1b95a
-def describe(
-    value, # anything
-) -> str: # type and shape of a tensor, else the type's name
-    "`value` in a few words, for an error message"
-    if not isinstance(value, Tensor): return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 # %% ../nbs/00_data.ipynb #868cd597
 def check_samples(
@@ -38,9 +31,9 @@ def check_samples(
 ):
     "Raise unless `x` and `y` are finite samples and their labels"
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and x.numel()):
-        raise ValueError(f"samples must be a floating-point tensor [N, ...] with N > 0, found {describe(x)}")
+        raise ValueError(f"samples must be a floating-point tensor [N, ...] with N > 0, found {described(x)}")
     if not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]):
-        raise ValueError(f"labels must be int64 [{len(x)}], one for each sample, found {describe(y)}")
+        raise ValueError(f"labels must be int64 [{len(x)}], one for each sample, found {described(y)}")
     if not torch.isfinite(torch.stack(x.aminmax())).all(): # one pass; NaN reaches both ends
         bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()[:, 0]
         raise ValueError(f"{len(bad):,} of {len(x):,} samples hold NaN or Inf, the first at index {bad[0]}: "
@@ -58,7 +51,7 @@ def check_index(
 ) -> int: # number of rows
     "Raise unless `index` points at samples"
     if not (isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim in (1, 2) and index.numel()):
-        raise ValueError(f"{name} indices must be int64 [M] or [S, M] and not empty, found {describe(index)}")
+        raise ValueError(f"{name} indices must be int64 [M] or [S, M] and not empty, found {described(index)}")
     if index.min() < 0 or index.max() >= size:
         raise ValueError(f"{name} indices must lie in 0..{size - 1}, found {index.min()} to {index.max()}")
     return 1 if index.ndim == 1 else len(index)
@@ -80,27 +73,13 @@ def check_parts(
             row, sample = (used > 1).nonzero()[0].tolist()
             raise ValueError(f"{name} uses sample {sample} a second time (row {row}); parts must not share samples")
 
-# %% ../nbs/00_data.ipynb #feac3996
-def whole(
-    name: str, # what the number is, for the message
-    value, # anything that acts as a whole number
-    least: int = 0, # smallest value allowed
-    why: str = "", # reason for the bound, added to the message
-) -> int:
-    "`value` as an int of at least `least`"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, found {value!r}")
-    if operator.index(value) < least:
-        raise ValueError(f"{name} must be at least {least}, found {value}" + (why and f": {why}"))
-    return operator.index(value)
-
 # %% ../nbs/00_data.ipynb #efcfcb14
 def apportion(
     n: int, # seats to give, no fewer than classes and no more than samples
     sizes, # samples in each class [C]
 ) -> np.ndarray: # seats of each class [C]
     "Share `n` seats in proportion to `sizes` by largest remainder, at least one to each class that has a sample"
-    sizes = np.asarray([whole("a size", int(k) if isinstance(k, np.integer) else k) for k in sizes])
+    sizes = np.asarray([whole("a size", k) for k in sizes])
     n = whole("n", n, least=int((sizes > 0).sum()), why="one for each class that has a sample")
     if n > sizes.sum(): raise ValueError(f"n is {n:,}, expected no more than the {sizes.sum():,} samples")
     share = n * sizes / sizes.sum()
@@ -147,11 +126,12 @@ class Split:
 
     def __post_init__(self):
         check_samples(self.x, self.y, whole("classes", self.classes, least=1))
+        object.__setattr__(self, "seeds", several("seeds", self.seeds, whole))
         check_parts(len(self.x), dict(train=self.train, val=self.val, test=self.test))
         shapes = {(t.ndim, len(t) if t.ndim == 2 else 1) for t in (self.train, self.val)}
         if len(shapes) > 1 or self.test.ndim > 1 or len(self.seeds) != shapes.pop()[1]:
             raise ValueError("train [S, n] and val [S, n_val] need S seeds and one test [M]; found train "
-                             f"{describe(self.train)}, val {describe(self.val)}, test {describe(self.test)} and "
+                             f"{described(self.train)}, val {described(self.val)}, test {described(self.test)} and "
                              f"{len(self.seeds)} seeds")
 
 # %% ../nbs/00_data.ipynb #bd497e67
@@ -163,17 +143,19 @@ def __repr__(self: Split):
 
 # %% ../nbs/00_data.ipynb #1499a99a
 @patch
-def to(
-    self: Split,
-    device, # anything `torch.device` understands
+@checked
+def to(self:Split,
+    device: str | torch.device, # as in `pick_device`, or any other that PyTorch has
 ) -> Split: # all tensors there
-    "The same split on `device`"
+    "The same split on `device`; raises `ValueError` if this PyTorch has none such"
+    try: device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error: raise ValueError(f"device is {str(device)!r}, expected one that PyTorch has here ({error})") from error
     return replace(self, **{k: getattr(self, k).to(device) for k in ("x", "y", "train", "val", "test")})
 
 # %% ../nbs/00_data.ipynb #d9414398
 @patch
-def member(
-    self: Split,
+@checked
+def member(self:Split,
     i: int, # row of `train` and `val`
 ) -> Split: # with `train` [n] and `val` [n_val]
     "The split of one member of a stacked split"
@@ -194,7 +176,7 @@ class Dataset:
     def __post_init__(self):
         check_samples(self.x, self.y, whole("classes", self.classes, least=1))
         if check_index("test", self.test, len(self.x)) and self.test.ndim > 1:
-            raise ValueError(f"test indices must be int64 [M], found {describe(self.test)}")
+            raise ValueError(f"test indices must be int64 [M], found {described(self.test)}")
         check_parts(len(self.x), dict(test=self.test))
 
     @property
@@ -210,8 +192,8 @@ class Dataset:
 
 # %% ../nbs/00_data.ipynb #0c92dfc7
 @patch
-def split_sizes(
-    self: Dataset,
+@checked
+def split_sizes(self:Dataset,
     n: int, # training samples wanted
     n_val: int | None = None, # validation samples wanted; None: as many as `n`, or what is left
 ) -> tuple[int, int]: # training and validation samples
@@ -229,8 +211,8 @@ def split_sizes(
 
 # %% ../nbs/00_data.ipynb #df689b70
 @patch
-def split(
-    self: Dataset,
+@checked
+def split(self:Dataset,
     n: int, # training samples
     seed: int = 0, # decides which
     n_val: int | None = None, # validation samples; None: as many as `n`, or what is left
@@ -253,10 +235,10 @@ def _warn_of_absent(data: Dataset, *parts: Tensor):
 
 # %% ../nbs/00_data.ipynb #628dc325
 @patch
-def splits(
-    self: Dataset,
+@checked
+def splits(self:Dataset,
     n: int, # training samples of each member
-    seeds, # one whole number for each member
+    seeds: Iterable[int], # one whole number for each member
     n_val: int | None = None, # validation samples of each member; None: as in `Dataset.split`
 ) -> Split: # with `train` [S, n] and `val` [S, n_val]
     "One split for each seed, stacked; member `i` is `split(n, seeds[i], n_val)`"
@@ -276,7 +258,7 @@ def with_test(
     "A `Dataset` of arrays that come without a test part"
     x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
     if y.ndim != 1 or len(y) == 0 or y.is_floating_point() or y.min() < 0:
-        raise ValueError(f"labels must be whole numbers 0, 1, ... [N], one for each sample, found {describe(y)}: class numbers in floats become whole with .long(), a regression needs a loop of your own with LeastAction")
+        raise ValueError(f"labels must be whole numbers 0, 1, ... [N], one for each sample, found {described(y)}: class numbers in floats become whole with .long(), a regression needs a loop of your own with LeastAction")
     y, n_test = y.long(), whole("n_test", n_test, len(y.unique()), "one sample for each class")
     if n_test >= len(y): raise ValueError(f"n_test is {n_test}, expected fewer than the {len(y)} samples")
     classes = int(y.max()) + 1
@@ -293,7 +275,8 @@ def circles(
 ) -> Dataset: # x [n, 2]; class 0 is the outer ring
     "Two noisy concentric rings, half of the points for testing"
     with extra("lab"): from sklearn.datasets import make_circles
-    n = whole("n", n, least=8)
+    n, seed = whole("n", n, least=8), whole("seed", seed, most=2 ** 32 - 1)
+    noise, factor = number("noise", noise, 0), number("factor", factor, 0, below=1)
     return with_test(*make_circles(n, noise=noise, factor=factor, random_state=seed), n // 2, "circles", seed)
 
 # %% ../nbs/00_data.ipynb #4449b301
@@ -305,7 +288,7 @@ def moons(
 ) -> Dataset: # x [n, 2]; class 0 is the upper moon
     "Two noisy interleaved half circles, half of the points for testing"
     with extra("lab"): from sklearn.datasets import make_moons
-    n = whole("n", n, least=8)
+    n, seed, noise = whole("n", n, least=8), whole("seed", seed, most=2 ** 32 - 1), number("noise", noise, 0)
     return with_test(*make_moons(n, noise=noise, random_state=seed), n // 2, "moons", seed)
 
 # %% ../nbs/00_data.ipynb #c63f1c90
@@ -381,7 +364,7 @@ class IdxSource:
 
 # %% ../nbs/00_data.ipynb #64bed61d
 def data_root(
-    root=None, # folder that holds `mnist/`, `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None, # folder that holds `mnist/`, `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
 ) -> Path:
     "The folder in which data sets are looked for and to which they are downloaded"
     return Path(root or os.environ.get("LAP_NB_DATA") or "~/.cache/lap_nb").expanduser()
@@ -389,11 +372,11 @@ def data_root(
 # %% ../nbs/00_data.ipynb #80a5d2f5
 def read_source(
     source: IdxSource, # what to read
-    root=None, # see `data_root`
+    root: str | os.PathLike | None = None, # see `data_root`
 ) -> Dataset: # x [N, 1, height, width] in [0, 1]; the published test part comes last
     "Read the four files of a data set"
     folder = data_root(root) / source.folder
-    missing = [name for name in source.md5 if not (folder / name).is_file()]
+    with in_words(folder): missing = [name for name in source.md5 if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{source.name}: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
                                 f"to the folder that holds {source.folder}/, or fetch the files with {source.name}(download=True), on a command line lap_compare --download")
@@ -536,7 +519,7 @@ def locked(
 # %% ../nbs/00_data.ipynb #76138806
 def fetch_source(
     source: IdxSource, # what to fetch
-    root=None, # see `data_root`
+    root: str | os.PathLike | None = None, # see `data_root`
     timeout: float = 30., # seconds without a byte before giving up
     progress: bool = True, # show progress bars?
 ) -> Path: # the folder that holds the files
@@ -567,7 +550,7 @@ FASHION_MNIST = IdxSource("fashion_mnist", "http://fashion-mnist.s3-website.eu-c
 # %% ../nbs/00_data.ipynb #e4e8f438
 @checked
 def mnist(
-    root=None, # folder that holds `mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None, # folder that holds `mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
     download: bool = False, # fetch missing files (11.6 MB) into that folder?
 ) -> Dataset: # x [70000, 1, 28, 28] in [0, 1]
     "MNIST: handwritten digits, the official 10,000 for testing"
@@ -577,7 +560,7 @@ def mnist(
 # %% ../nbs/00_data.ipynb #3904cc31
 @checked
 def fashion_mnist(
-    root=None, # folder that holds `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None, # folder that holds `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
     download: bool = False, # fetch missing files (30.9 MB) into that folder?
 ) -> Dataset: # x [70000, 1, 28, 28] in [0, 1]
     "Fashion-MNIST: pictures of clothes, the official 10,000 for testing"
@@ -636,12 +619,12 @@ CIFAR10_PART = {"train.webp": "4cc42e708736e481f02a6a74c0e07215", "test.webp": "
 # %% ../nbs/00_data.ipynb #42d80263
 @checked
 def cifar10_part(
-    root=None, # folder that holds `cifar10-lossless-subset/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None, # folder that holds `cifar10-lossless-subset/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
 ) -> Dataset: # x [9085, 3, 32, 32] in [0, 1]; 1,017 of the official test part for testing, and nothing else of it
     "The part of CIFAR-10 whose exact pixels are available; needs Pillow with WebP"
     with extra("lab"): from PIL import Image
     folder = data_root(root) / "cifar10-lossless-subset"
-    missing = [name for name in CIFAR10_PART if not (folder / name).is_file()]
+    with in_words(folder): missing = [name for name in CIFAR10_PART if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"cifar10_part: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
                                 "to the folder that holds cifar10-lossless-subset/; there is no download")
@@ -663,7 +646,7 @@ def cifar10_part(
 @checked
 def load(
     name: str, # circles, moons, digits, mnist, fashion_mnist or cifar10_part
-    root=None, # where the files of the last three are, see `data_root`
+    root: str | os.PathLike | None = None, # where the files of the last three are, see `data_root`
     download: bool = False, # fetch missing files?
 ) -> Dataset:
     "The data set called `name`, with default settings"

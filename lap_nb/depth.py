@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked
-from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
-from .data import Split, apportion
-from .dynamics import Flow, ResidualBlock, ResidualNet, colours
-from .ensembles import check_kinds
+from .attach import Blocks, _coming_out, find_blocks, _first, _going_in, _recomputing, _run, _swap, _unwrap
+from .checks import Axes, checked, counts, number, real_tensor, several, whole
+from .data import apportion, Split
+from .dynamics import Flow, ResidualBlock, ResidualNet
 from .files import as_text
 from .kinetic import _Hook
-from .training import check_training, _part, check_logits, fit
+from .training import check_logits, fit, _part
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class DepthSchedule:
     kept:tuple[int, ...]    # indices of the blocks that run, rising, at least one
     scale:tuple[float, ...] # factor on the step of each of them; 1 is the step it was trained with
     def __post_init__(self):
-        object.__setattr__(self, "kept", tuple(int(k) for k in self.kept))
-        object.__setattr__(self, "scale", tuple(float(s) for s in self.scale))
+        object.__setattr__(self, "kept", several("kept", self.kept, whole))
+        object.__setattr__(self, "scale", several("scale", self.scale, partial(number, infinite=True)))
         if not self.kept or len(self.kept) != len(self.scale) or list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0:
             raise ValueError(f"kept is {self.kept} and scale {self.scale}, expected rising indices of at least one block and a factor for each")
         if not all(0 < s < float("inf") for s in self.scale):
@@ -214,7 +213,9 @@ def _copy(model:nn.Module)->nn.Module:
 def _found(root:nn.Module, x, blocks)->dict[str, nn.Module]:
     "The blocks of `root`: those named, its `ResidualBlock`s, or those found by a probing pass."
     if blocks is not None:
-        found = Blocks({name: root.get_submodule(name) for name in blocks})
+        names, known = list(blocks), dict(root.named_modules())
+        if lost := [name for name in names if name not in known]: raise ValueError(f"found no module {lost[0]!r} in the model, expected names of its blocks, as find_blocks gives them")
+        found = Blocks({name: known[name] for name in names})
         found.inplace = set(getattr(blocks, "inplace", ()))
         return found
     own = any(isinstance(m, ResidualBlock) for m in root.modules())
@@ -316,6 +317,7 @@ class Elastic(nn.Module):
 
 # %% ../nbs/09_depth.ipynb #a288a397
 @patch
+@checked
 def check(self:Elastic,
     depth:int|DepthSchedule|None, # number of blocks, schedule, or None for all blocks
 )->DepthSchedule:
@@ -329,6 +331,7 @@ def check(self:Elastic,
     return depth
 
 @patch
+@checked
 def at(self:Elastic,
     depth:int|DepthSchedule|None, # number of blocks, schedule, or None for all blocks
 ):                                # a context manager that gives the schedule
@@ -378,6 +381,7 @@ def _statistics_kept(model:nn.Module):
 
 # %% ../nbs/09_depth.ipynb #550ae9b5
 @patch
+@checked
 def calibrate(self:Elastic,
     x:Tensor, # unlabelled training samples, `[n, ...]`
 )->Elastic:   # itself
@@ -487,8 +491,9 @@ def __repr__(self:DepthCurve)->str:
     return f"DepthCurve of {sum(self.sizes)} blocks on the {self.part} part; area: {areas}; path gap {100 * self.path_gap:.0f} %"
 
 @patch
+@checked
 def plot(self:DepthCurve,
-    ax=None, # matplotlib axes; None: a new figure
+    ax:Axes|None=None, # matplotlib axes; None: a new figure
 ):           # the axes
     "Accuracy against the number of blocks, a line for each way."
     import matplotlib.pyplot as plt
@@ -596,6 +601,7 @@ def _cut_gate(parent:nn.Module, key:str, gate:Stretch):
     else: parent._modules[key] = gate.block if gate.scale == 1 else Stretch(gate.block, gate.scale, gate.copies)
 
 @patch
+@checked
 def cut(self:Elastic,
     depth:int|DepthSchedule|None=None, # number of blocks that stay, or which and how far they step
 )->nn.Module:
@@ -611,13 +617,13 @@ def cut(self:Elastic,
 @torch.no_grad()
 @checked
 def latency(
-    models:Mapping[str, nn.Module], # by name
+    models:Mapping[str|int, nn.Module], # by name, or by number of blocks
     x,                              # what one pass gets: a tensor, a tuple of arguments or a mapping of named ones
     repeats:int=20,                 # timed passes of each, in turn, after three that are not timed
     clock:Callable=time.perf_counter, # seconds; `time.process_time` counts the processor's alone, of all threads
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
-    check_training(repeats=repeats)
+    counts(repeats=repeats)
     times = {name: [] for name in models}
     devices = {p.device for net in models.values() for p in net.parameters() if p.is_cuda}
     sync = lambda: [torch.cuda.synchronize(d) for d in devices]
@@ -728,8 +734,9 @@ class Exit:
 def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
     "How fast the difference of two logits can change with the position; raises `ValueError` if the head isn't affine."
     A = torch.func.jacrev(lambda z: head(z[None])[0])(torch.zeros_like(x[0])).flatten(1)
-    gap = (head(x) - head(torch.zeros_like(x)) - x.flatten(1) @ A.T).abs().max()
-    if gap > 1e-3 * (1 + head(x).abs().max()):
+    if (logits := head(x)).ndim != 2: raise ValueError(f"logits have shape {list(logits.shape)}, expected [B, classes], of samples [B, ...]")
+    gap = (logits - head(torch.zeros_like(x)) - x.flatten(1) @ A.T).abs().max()
+    if gap > 1e-3 * (1 + logits.abs().max()):
         raise ValueError(f"the head is not affine (off by {gap:.2g}), expected linear layers, pooling or norms with stored statistics: "
                          "only then the margin bounds the distance to the next decision")
     return torch.cdist(A, A)
@@ -746,7 +753,7 @@ def early_exit(self:Elastic,
     slack = float(slack)
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with torch.no_grad(), _evaluating(net):
-        z, alive = net.encoder(x), torch.arange(len(x), device=x.device)
+        z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]", finite=False), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):
             start, z = z, gate(z)
@@ -791,7 +798,7 @@ def deepen(
     times:int=2,     # how often each block stands in the new network
 )->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
     "Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network without a `Flow`."
-    if isinstance(times, bool) or not isinstance(times, int) or times < 1: raise ValueError(f"times is {times!r}, expected a whole number from 1")
+    counts(times=times)
     net = _copy(model)
     flows = [m for m in net.modules() if isinstance(m, Flow)]
     if not flows: raise ValueError(f"found no Flow in {type(_unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
@@ -834,8 +841,14 @@ class RandomDepth:
         x, y = _coming_out(self.names[k], self._open.pop(), out)
         return _swap(out, y, x + self.schedule.get(k, 0.) * (y - x))
 
-    def state_dict(self)->dict: return dict(random=list(self.random.getstate()))   # a checkpoint of `fit` holds it
-    def load_state_dict(self, state:dict): self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
+    def state_dict(self)->dict:
+        "Where its random numbers are; a checkpoint of `fit` holds it."
+        return dict(random=list(self.random.getstate()))
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
+        "Go on from there."
+        self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
 
     def remove(self):
         "Take the hooks off."
@@ -883,6 +896,7 @@ class _Steps:
     @property
     def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
+    def _also(self, hook)->bool: return False   # what trains nothing does not count
     def forget(self): self.seen, self.given, self._open = [], None, []
     def remove(self):
         for hook in self.hooks: hook.remove()
@@ -1002,7 +1016,7 @@ def measure_speed(
     repeats:int=10,    # timed passes of each depth
 )->dict: # plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, and their `samples`
     "How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on the machine hardly disturb."
-    check_training(repeats=repeats)
+    counts(repeats=repeats)
     elastic, x = Elastic(model, data.x[data.val[:8]]), data.x[data.test[:samples]]
     nets = {m: elastic.cut(m) for m in elastic.schedules}
     with torch.no_grad(), _evaluating(elastic.model): z = elastic.model.encoder(x)

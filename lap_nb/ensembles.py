@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pickle
-import re
 import signal
 import sys
 import threading
@@ -30,10 +29,9 @@ from decimal import Decimal
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
-from types import LambdaType, SimpleNamespace, UnionType
-from typing import Union, get_args, get_origin
+from types import LambdaType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -42,44 +40,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from .checks import checked
-from .data import Split, pick_device, whole
+from .checks import checked, described, number, whole
+from .data import pick_device, Split
 from .files import load_checkpoint, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
-from .state import number
-from .training import Recipe, Run, _check_split, check_training, _progress, _share, fit, provenance, train_loop
+from .training import _check_split, fit, _progress, provenance, Recipe, Run, _share, train_loop
 from .transport import _free_memory
-
-# %% ../nbs/07_ensembles.ipynb #20546bfc
-def _is_kind(value, kind)->bool:
-    "Is a value of the kind that an annotation names? Numbers may be NumPy's, sequences anything with a length and an order; what an annotation cannot tell passes."
-    if kind in (int, float, bool):
-        value = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) and not getattr(value, "is_meta", False) else value
-        return isinstance(value, bool) if kind is bool else isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    origin, inside = get_origin(kind) or kind, [k for k in get_args(kind) if k is not ...]
-    if origin in (Union, UnionType): return any(_is_kind(value, k) for k in inside)
-    if origin in (None, type(None)): return value is None
-    if origin in (Sequence, Iterable, list, tuple):
-        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0 or getattr(value, "is_meta", False): return False
-        if isinstance(value, Tensor) and value.layout != torch.strided: return False
-        known = value.tolist() if hasattr(value, "tolist") else value if isinstance(value, (list, tuple)) else []
-        return len(inside) != 1 or all(_is_kind(each, inside[0]) for each in known)
-    if origin is Callable: return callable(value)
-    if origin is Tensor: return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    return not isinstance(origin, type) or isinstance(value, os.PathLike if origin is Path else origin)
-
-def check_kinds(of:Callable, given:Mapping):
-    "Raise `TypeError`, in words, if an argument is not of the kind that its annotation names."
-    for name, kind in of.__annotations__.items():
-        if name == "return" or name not in given or _is_kind(given[name], kind): continue
-        meant = re.sub(r"(\w+\.)+", "", kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)).replace("Ellipsis", "...").replace("|", "or")
-        raise TypeError(f"{name} is {in_short(given[name])}, expected {re.sub(' +', ' ', meant)}")
-
-def in_short(value)->str:
-    "A value on one line, for a message."
-    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -187,7 +154,6 @@ class Ensemble(nn.Module):
 
 # %% ../nbs/07_ensembles.ipynb #dfb80428
 def _check_alike(models:Sequence[nn.Module], conv:str):
-    if not isinstance(models, Sequence) or not all(isinstance(m, nn.Module) for m in models): raise TypeError(f"models is {in_short(models)}, expected a list of modules")
     if not models: raise ValueError("found no model, expected at least one to put in a row")
     if conv not in list(CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
@@ -199,7 +165,7 @@ def _check_alike(models:Sequence[nn.Module], conv:str):
         if parts(m) != first: raise ValueError(f"network {i} is another architecture than network 0, expected {models[0]}, found {m}")
 
 def _check_row_seeds(seeds, networks:int)->list[int]:
-    if not _is_kind(seeds, Sequence[int]) or len(seeds) != networks: raise ValueError(f"seeds is {in_short(seeds)}, expected a whole number for each of the {networks} networks")
+    if len(seeds) != networks: raise ValueError(f"seeds is {described(seeds)}, expected a whole number for each of the {networks} networks")
     return [whole("seed", seed) for seed in seeds]
 
 @patch
@@ -262,11 +228,11 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
 # %% ../nbs/07_ensembles.ipynb #87a570ca
 def _place(i, size:int)->int:
     "An index from the start; raises `IndexError` if there is nothing."
-    if not _is_kind(i, int): raise IndexError(f"found the index {in_short(i)}, expected a whole number from 0 to {size - 1}")
-    if not -size <= i < size: raise IndexError(f"there is no network {int(i)}, expected 0 to {size - 1}")
-    return int(i) % size
+    try: return whole("i", i, -size, most=size - 1) % size
+    except ValueError as e: raise IndexError(f"there is no such network: {e}") from None
 
 @patch
+@checked
 def member(self:Ensemble,
     i:int,       # index in the row
 )->nn.Module:    # an ordinary module with the parameters of network `i`, copied
@@ -331,10 +297,9 @@ def as_python(value):
 # %% ../nbs/07_ensembles.ipynb #6929b285
 def grid_members(
     seeds:Sequence[int],                   # of weights, dropout and batches
-    grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; None: nothing but seeds
+    grid:Mapping[str, Iterable]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    check_kinds(grid_members, dict(seeds=seeds))
     seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [as_python(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
@@ -387,7 +352,7 @@ def seeded(
 
 def _made(make_model, seed:int)->nn.Module:
     with seeded(seed): model = make_model()
-    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {in_short(model)}, expected a module")
+    if not isinstance(model, nn.Module): raise TypeError(f"make_model gave {described(model)}, expected a module")
     return model
 
 def _check_apart(models:Sequence[nn.Module]):
@@ -489,7 +454,7 @@ def _in_order(found:tuple|list[tuple])->tuple: # networks, curves `[E, S, ...]`,
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _on(make, model:nn.Module)->nn.Module:
     la = make(model)
-    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {in_short(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
+    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {described(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
     return la
 
 def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
@@ -693,7 +658,7 @@ class Runs(Run):
         same = lambda a, b: type(b) in (bool, int, float, str, tuple, list, type(None)) and a == b
         wanted = {k: as_python(v) for k, v in settings.items()}
         at = [i for i, m in enumerate(self.members) if all(k in m and same(m[k], v) for k, v in wanted.items())]
-        if not at: raise ValueError(f"no network has {in_short(settings)}; there are {self.members[0]} to {self.members[-1]}")
+        if not at: raise ValueError(f"no network has {described(settings)}; there are {self.members[0]} to {self.members[-1]}")
         curves = {name: c if name == "epoch" else c[:, at] for name, c in self.curves.items()}
         members = [self.members[i] for i in at]
         note = self.provenance | {"members": members, "seeds": [m["seed"] for m in members]}
@@ -708,7 +673,7 @@ class Runs(Run):
 @checked
 def fit_many(
     make_model:Callable[..., nn.Module],  # makes a new network from its values of the grid alone, while the global generator stands at the member's seed
-    data:Split,                           # with a row for each seed: training indices `[S, n]`
+    data:Split,                           # with a row for each seed, as from `Dataset.splits`: training indices `[S, n]`
     seeds:Sequence[int]|None=None,        # of weights, batches and dropout, `S` of them; None: those of the split
     least_action:Callable[[nn.Module], LeastAction]|None=None, # e.g. `LeastAction`; None: the task's loss alone
     device:str|torch.device="cpu",        # where to train
@@ -719,7 +684,7 @@ def fit_many(
     label_smoothing:float=0.,             # share of the target spread over all classes
     eval_every:int=10,                    # epochs between two points of the curves
     progress=False,                       # True: a progress bar; or a bar to `update(1)` after each epoch of all
-    grid:Mapping[str, Sequence]|None=None, # name of a setting to its values; each combination is trained with each seed
+    grid:Mapping[str, Iterable]|None=None, # name of a setting to its values; each combination is trained with each seed
     mode:str="auto",                      # `"sequential"`, `"batched"`, `"graph"`, `"processes"`, or as `choose_mode` says
     conv:str|None=None,                   # form of convolutions in a row, as in `Ensemble`; None: as `choose_mode` says
     chunk:int|None=None,                  # networks at once, at most; None: as many as fit
@@ -731,9 +696,8 @@ def fit_many(
     **recipe,                             # other settings of `training.Recipe`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    _check_split(data); _check_maker(make_model, least_action); check_kinds(fit_many, dict(seeds=seeds, checkpoint=checkpoint))
-    chunk, memory, workers = (v if v is None else number(name, v, int) for name, v in (("chunk", chunk), ("memory", memory), ("workers", workers)))
-    check_training(**{k: v for k, v in dict(workers=workers, chunk=chunk, memory=memory).items() if v is not None})
+    _check_split(data); _check_maker(make_model, least_action)
+    for name, value in dict(chunk=chunk, memory=memory, workers=workers).items(): value is None or whole(name, value, 1)
     device = pick_device(device)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
@@ -965,17 +929,15 @@ class Interval:
 
 @checked
 def confidence_interval(
-    values:Tensor,    # one per seed, `[S]`, finite; for two methods: their difference, seed by seed
+    values:Tensor|Sequence[float], # one per seed, `[S]`, finite; for two methods: their difference, seed by seed
     level:float=.95,  # coverage
 )->Interval:
     "Student's t-interval of the mean; raises `ValueError` on fewer than two values."
     from scipy.stats import t
-    if not _is_kind(level, float) or not 0 < level < 1: raise ValueError(f"level is {level!r}, expected a share between 0 and 1, as .95")
-    try: values, level = torch.as_tensor(values, dtype=torch.float64), float(level)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f"found {in_short(values)}, expected at least two finite values in one row") from None
-    if values.is_meta or values.layout != torch.strided: raise ValueError(f"found a tensor {'without values' if values.is_meta else 'that is sparse'}, expected at least two finite values in one row")
+    level = number("level", level, above=0, below=1)
+    values = torch.as_tensor(values, dtype=torch.float64)
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
-        raise ValueError(f"found {values.tolist()}, expected at least two finite values in one row")
+        raise ValueError(f"values is {described(values)}, expected at least two finite values in one row")
     half = float(t.ppf((1 + level) / 2, len(values) - 1)) * (values.std() / len(values) ** .5).item()
     mean = values.mean().item()
     return Interval(mean, mean - half, mean + half, len(values), level)

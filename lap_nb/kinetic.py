@@ -11,7 +11,6 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import torch
@@ -19,12 +18,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked
-from . import attach
-from .attach import (_Axes, _check_size, _coming_out, _first, _going_in, _late, _mapping, _Note, _recomputing, _unwrap,
-                           _Watcher, find_blocks)
-from .dynamics import ResidualBlock, Trajectory, _several, colours, residual_blocks
+from lap_nb.attach import (
+    _Axes, _check_size, _coming_out, find_blocks, _first, _going_in, _late, _mapping, _Note, _recomputing, _unwrap,
+    _Watcher)
+from .checks import Axes, checked, described, number, one_of, whole
+from .dynamics import colours, residual_blocks, ResidualBlock, _several, Trajectory
 from .files import as_code
+from . import attach
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -49,14 +49,10 @@ def kinetic_energy(
 
 # %% ../nbs/03_kinetic_bias.ipynb #459dd61d
 def _check_reduction(reduction:str):
-    if not (isinstance(reduction, str) and reduction in REDUCTIONS):
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    one_of("reduction", reduction, REDUCTIONS)
 
 def _stages(traj:Trajectory)->list[Trajectory]:
-    "The stages of a trajectory; raises `TypeError` for what is none."
-    if not isinstance(traj, Trajectory):
-        raise TypeError(f"traj is of type {type(traj).__name__}, expected a Trajectory, as from trace(model, x) or "
-                        "net.trajectory(x)")
+    "The stages of a trajectory."
     return traj.stages
 
 def _reduce(step:Tensor, reduction:str)->Tensor:
@@ -158,8 +154,9 @@ def __repr__(self:EnergyLedger):
 
 # %% ../nbs/03_kinetic_bias.ipynb #e8020d04
 @patch
+@checked
 def plot(self:EnergyLedger,
-    axes=None, # two matplotlib axes; None: a new figure
+    axes:Iterable[Axes]|None=None, # two matplotlib axes; None: a new figure
 ):             # the axes
     "Block by class as a map; the energies of the samples of each class, in order."
     import matplotlib.pyplot as plt
@@ -276,7 +273,7 @@ class EnergyMeter(_Watcher):
     "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
-        blocks:Mapping[str, nn.Module]|Iterable[str]|None=None, # name to module, or names and patterns; None: its `ResidualBlock`s
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # name to module, or names and patterns; None: its `ResidualBlock`s
         reduction:str="mean",                     # over the features of a sample: `"mean"` or `"sum"`
         velocity:str|Mapping[str, str|nn.Module]="displacement", # or `"branch"`; or, for each block, the module in it that gives the branch
         copy:bool=False,                          # keep a copy of each step, for networks that write to a block's output later; `find_blocks(model, x)` notices those by itself
@@ -332,9 +329,7 @@ def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
 # %% ../nbs/03_kinetic_bias.ipynb #e748b4bd
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     "The module that gives the branch of each block; empty for the displacement."
-    if not (isinstance(velocity, Mapping) or isinstance(velocity, str) and velocity in ("displacement", "branch")):
-        raise ValueError(f"velocity is {velocity!r}, expected 'displacement', 'branch' or a mapping of each block to the "
-                         "module of its branch")
+    if isinstance(velocity, str): one_of("velocity", velocity, ("displacement", "branch"))
     if velocity == "displacement": return {}
     if velocity == "branch":
         if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock)]:
@@ -550,8 +545,12 @@ def rank_correlation(
 # %% ../nbs/03_kinetic_bias.ipynb #53a76041
 _MOST_DRAWN = 2 ** 24 # values times resamples of a bootstrap: about 1 GB
 
+def _check_length(name:str, values):
+    if isinstance(values, range) and len(values) > _MOST_DRAWN: raise ValueError(f"{name} is {described(values)}, expected at most {_MOST_DRAWN:,} values")
+
 def _numbers(name:str, values)->np.ndarray:
     "As floats; raises `TypeError` on what are no real numbers."
+    _check_length(name, values)
     try:
         if isinstance(values, Tensor): values = values.detach().cpu()
         values = np.asarray(values)
@@ -561,6 +560,7 @@ def _numbers(name:str, values)->np.ndarray:
 
 def _parts(name:str, values, n:int)->np.ndarray:
     "Number of the part to which each of `n` values belongs; raises on other shapes, and on what cannot be told apart."
+    _check_length(name, values)
     try:
         if isinstance(values, Tensor): values = values.detach().cpu()
         values = np.asarray(values)
@@ -573,15 +573,12 @@ def _parts(name:str, values, n:int)->np.ndarray:
                      f"number or string for each of {n} values")
 
 def _check_bootstrap(n:int, resamples, level, seed):
-    whole = lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole(resamples) or resamples < 1:
-        raise ValueError(f"resamples is {resamples!r}, expected a positive whole number")
+    whole("resamples", resamples, 1)
     if (1 + resamples) * n > _MOST_DRAWN:
         raise ValueError(f"resamples is {resamples}, expected at most {_MOST_DRAWN // n - 1} for {n} values: memory "
                          "would not hold them")
-    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
-        raise ValueError(f"level is {level!r}, expected a coverage between 0 and 1")
-    if not whole(seed) or seed < 0: raise ValueError(f"seed is {seed!r}, expected a whole number, zero or more")
+    number("level", level, above=0, below=1)
+    whole("seed", seed)
 
 # %% ../nbs/03_kinetic_bias.ipynb #cdcc4f3e
 def _resampled(n:int, resamples:int, seed:int)->np.ndarray:

@@ -10,21 +10,19 @@ __all__ = ['dual_ascent', 'Controller', 'FixedWeight', 'DualAscent', 'Proportion
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked
-from .attach import _matching, find_blocks
+from .attach import find_blocks, _matching
+from .checks import checked, described, flag, number, plain, whole, WrongKind
 from .files import as_text
 from .kinetic import EnergyMeter, _names
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
-@checked
 def dual_ascent(
     lam:Tensor,       # multipliers, `[]` or `[S]`
     loss:Tensor,      # task losses, of the same shape, or for which `lam` is the same
@@ -36,35 +34,24 @@ def dual_ascent(
     r"One step of dual ascent, $\lambda \leftarrow \min(\max(\lambda + \tau(L - \varepsilon),\, low),\, high)$; `TypeError` or `ValueError` for what are no multipliers, losses or settings; values in tensors are not looked at."
     for name, value in dict(lam=lam, loss=loss).items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} is {_kind(value)}, expected a tensor of floats")
+            raise WrongKind(f"{name} is {described(value)}, expected a tensor of floats")
     if lam.ndim and loss.ndim and lam.shape != loss.shape:
         raise ValueError(f"loss has shape {tuple(loss.shape)}, expected {tuple(lam.shape)}, as lam")
-    for name, value in dict(tau=tau, target=target, low=low, high=high).items():
+    def setting(name, value):
         row = isinstance(value, Tensor) and value.is_floating_point() and value.shape in ((), lam.shape)   # one each
-        if row and value.device == lam.device: continue
-        if math.isnan(_plain(name, value)): raise ValueError(f"{name} is {value!r}, expected a number")
+        return value if row and value.device == lam.device else number(name, value, infinite=True)
+    tau, target, low, high = setting("tau", tau), setting("target", target), setting("low", low), setting("high", high)
     return (lam + tau * (loss.detach() - target)).clamp(low, high)
 
 # %% ../nbs/05_least_action.ipynb #2d209035
-def _kind(value)->str: return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-def _plain(name:str, value)->float:
-    "A setting as a float; raises `TypeError` for what is no number, `ValueError` for several numbers."
-    if isinstance(value, Tensor) and value.ndim:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number: networks of fit_many get their "
-                         f"own by grid=dict({name}=[...])")
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real or isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    try: return float(value)
-    except OverflowError: raise ValueError(f"{name} is {value!r}, expected a number of at most 1e308") from None
-
 def _as_loss(loss, lam:Tensor, name:str="loss")->Tensor: # of the shape of `lam`, on its device, without gradient
     "A measured loss; raises `TypeError` for what is no number or tensor of floats, `ValueError` for another shape."
     if not isinstance(loss, Tensor):
-        return lam.new_full(lam.shape, _plain(name, loss)) if not lam.ndim else _one_each(name, (), lam)
+        if (value := plain(loss)) is None: raise WrongKind(f"{name} is {described(loss)}, expected a number, or a tensor of floats")
+        value = value if value != value else number(name, value, infinite=isinstance(value, float))
+        return lam.new_full(lam.shape, value) if not lam.ndim else _one_each(name, (), lam)
     if not loss.is_floating_point() or loss.layout != torch.strided:
-        raise TypeError(f"{name} is {_kind(loss)}, {loss.layout}, expected floating-point numbers")
+        raise WrongKind(f"{name} is {described(loss)}, expected floating-point numbers")
     if loss.shape != lam.shape: _one_each(name, loss.shape, lam)
     if loss.is_meta and not lam.is_meta:
         raise ValueError(f"{name} is on the meta device and has no value, expected one on {lam.device}")
@@ -96,7 +83,7 @@ class _Exact(nn.Module):
 class Controller(_Exact):
     "A multiplier that keeps its value; the rules that move it say how in `_next`."
     def __init__(self,
-        lambda0:float|Tensor=1., # first multiplier; a tensor `[S]` for `S` networks at once
+        lambda0:float|Tensor|Sequence[float]=1., # first multiplier; a tensor `[S]` for `S` networks at once
         tau:float=1.,            # step of the ascent, in units of lambda per nat
         target:float=0.,         # task loss that is good enough, $\varepsilon$
         cap:float=math.inf,      # largest multiplier
@@ -104,8 +91,8 @@ class Controller(_Exact):
     ):
         super().__init__()
         lam = _multipliers("lambda0", lambda0)
-        self.tau, self.target, self.cap = _plain("tau", tau), _plain("target", target), _plain("cap", cap)
-        self.low = min(1e-3, lam.min().item()) if low is None else _plain("low", low)
+        self.tau, self.target, self.cap = number("tau", tau, 0), number("target", target, 0), number("cap", cap, infinite=True)
+        self.low = min(1e-3, lam.min().item()) if low is None else number("low", low)
         _check_settings(lam, self.tau, self.target, self.cap, None if low is None else self.low)
         self.register_buffer("lam", _in_double(lam).clone())
         self.register_buffer("held", torch.zeros_like(self.lam, dtype=torch.int64))   # updates skipped
@@ -132,7 +119,7 @@ def _in_double(value:Tensor)->Tensor: return value.to(torch.float32 if value.dev
 
 def _multipliers(name:str, value)->Tensor: # `[]` or `[S]`, as given
     "Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the action cannot be divided by."
-    given = value = _plain(name, value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    given = value = value if (found := plain(value)) is None or isinstance(value, Tensor) else float(number(name, found, infinite=True))
     try:
         value = torch.as_tensor(value).detach()
         if value.is_floating_point() and not isinstance(given, Tensor): value = torch.as_tensor(given, dtype=torch.float64)
@@ -152,16 +139,13 @@ def _multipliers(name:str, value)->Tensor: # `[]` or `[S]`, as given
     return value
 
 def _check_settings(lam:Tensor, tau:float, target:float, cap:float, low):
-    if not 0 <= tau < math.inf: raise ValueError(f"tau is {tau!r}, expected zero or more, and finite; 0 keeps lambda fixed")
-    if not 0 <= target < math.inf: raise ValueError(f"target is {target!r}, expected zero or more, and finite: it is a level of the task loss")
     if low is not None and not _SMALLEST <= low <= lam.min():
         raise ValueError(f"low is {low!r}, expected at least {_SMALLEST:.2g} and at most lambda0, {lam.min().item():g}")
     if not cap >= lam.max(): raise ValueError(f"cap is {cap!r}, expected at least lambda0, {lam.max().item():g}")
 
 def _check_gain(name:str, value)->float:
     "A factor of an extra part, as a float."
-    if 0 <= (plain := _plain(name, value)) < math.inf: return plain
-    raise ValueError(f"{name} is {value!r}, expected zero or more, and finite; 0 is plain dual ascent")
+    return number(name, value, 0, why="0 is plain dual ascent")
 
 # %% ../nbs/05_least_action.ipynb #8988112a
 class FixedWeight(Controller):
@@ -183,10 +167,8 @@ class ProportionalIntegral(Controller):
         **kwargs,       # the same by name
     ):
         super().__init__(*args, **kwargs)
-        if not isinstance(relative, int): raise TypeError(f"relative is {relative!r}, expected True or False")
-        self.gain, self.smooth = _check_gain("gain", gain), _plain("smooth", smooth)
-        if not 0 <= self.smooth < 1:
-            raise ValueError(f"smooth is {smooth!r}, expected a decay in [0, 1); 0 smooths nothing")
+        relative = flag("relative", relative)
+        self.gain, self.smooth = _check_gain("gain", gain), number("smooth", smooth, 0, below=1, why="a decay; 0 smooths nothing")
         self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
 
     def _next(self, loss):
@@ -280,13 +262,13 @@ class LeastAction(_Exact):
     "The task's loss plus the action over lambda, from one forward pass; lambda ascends by itself. `TypeError` or `ValueError` for settings that cannot work."
     def __init__(self,
         model:nn.Module|Mapping[str, nn.Module],  # the network to train, or its blocks by name; measured in place
-        lambda0:float|Tensor=1.,                  # first multiplier; a tensor `[S]` for `S` networks at once
+        lambda0:float|Tensor|Sequence[float]=1.,                  # first multiplier; a tensor `[S]` for `S` networks at once
         tau:float=1.,                             # step of the ascent; 0 keeps the multiplier fixed
         every:int|None=1,                         # steps between two updates of lambda; None: only by `ascend`
         target:float=0.,                          # task loss that is good enough; above 0 lambda may fall
         cap:float=math.inf,                       # largest multiplier
         reduction:str="mean",                     # energy over features: `"mean"` (published scale) or `"sum"`
-        blocks:Mapping[str, nn.Module]|Iterable[str]|None=None, # as from `find_blocks`, or names and patterns; None: found
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as from `find_blocks`, or names and patterns; None: found
         x=None,                                   # example input that finds the blocks of any network; None: `ResidualBlock`s
         controller:Callable[..., Controller]=DualAscent, # makes the rule from `lambda0`, `tau`, `target`, `cap`
         velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
@@ -299,11 +281,11 @@ class LeastAction(_Exact):
     ):
         super().__init__()
         _check_clock(every, average, warmup, accumulate, controller)
-        floor = _check_floor(floor)
+        floor = number("floor", floor, 0)
         model, self.blocks = _found(model, blocks, x)
         self.__dict__["model"] = model   # not a submodule: its parameters are not ours
         self.kind = {"reduction": reduction, "velocity": velocity if isinstance(velocity, str) else "named modules"}
-        self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(_plain("cap", cap), 1 / floor) if floor else cap)
+        self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(number("cap", cap, infinite=True), 1 / floor) if floor else cap)
         self._prepare(every, warmup, accumulate, average, weights)
         self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
 
@@ -322,11 +304,7 @@ def _prepare(self:LeastAction, every, warmup, accumulate, average, weights):
 
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     "The model and its blocks; raises `ValueError` if they cannot be driven."
-    given = model if isinstance(model, Mapping) else blocks if isinstance(blocks, Mapping) else {}
-    if odd := [name for name, block in given.items() if not isinstance(block, nn.Module)]:
-        raise TypeError(f"block {odd[0]!r} is of type {type(given[odd[0]]).__name__}, expected a module")
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
-    if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module, or a mapping of names to blocks")
     if not isinstance(blocks, Mapping):
         blocks = find_blocks(model, x, include=None if blocks is None else _names(blocks))
     names = {}
@@ -343,30 +321,18 @@ def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
 def _weights(blocks, weights)->Tensor|None: # `[K]`
     "One weight per block; raises `ValueError` on patterns without a block and negative numbers."
     if weights is None: return None
-    if not isinstance(weights, Mapping): raise TypeError(f"weights is of type {type(weights).__name__}, expected a mapping of patterns to numbers")
     values = dict.fromkeys(blocks, 1.)
     for pattern, weight in weights.items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"found a {type(pattern).__name__} among the patterns of weights, expected names of blocks")
-        if not (isinstance(weight, Real) and 0 <= weight <= _LARGEST):
-            raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more, and finite")
-        values |= dict.fromkeys(_matching(blocks, pattern), float(weight))
+        values |= dict.fromkeys(_matching(blocks, pattern), number(f"the weight of {pattern!r}", weight, 0, _LARGEST))
     if not any(values.values()):
         raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
     return torch.tensor(list(values.values()), dtype=torch.float64)
 
 # %% ../nbs/05_least_action.ipynb #a076b916
-def _check_floor(floor)->float:
-    if not (isinstance(floor, Real) and not isinstance(floor, bool) and 0 <= floor < math.inf):
-        raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
-    try: return float(floor)
-    except OverflowError: raise ValueError(f"floor is {floor!r}, expected a weight of at most 1e308") from None
-
 def _check_clock(every, average, warmup, accumulate, controller):
-    whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not (every is None or whole(every, 1)): raise ValueError(f"every is {every!r}, expected a positive whole number of steps, or None")
-    if not whole(warmup, 0): raise ValueError(f"warmup is {warmup!r}, expected a whole number of steps, zero or more")
-    if not whole(accumulate, 1): raise ValueError(f"accumulate is {accumulate!r}, expected the number of batches per step of the optimiser")
+    if every is not None: whole("every", every, 1, "of steps, or None")
+    whole("warmup", warmup, 0, "of steps")
+    whole("accumulate", accumulate, 1, "of batches per step of the optimiser")
     if not (isinstance(average, str) and average in ("batch", "mean") or isinstance(average, float) and 0 < average < 1):
         raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
     if not callable(controller): raise TypeError(f"controller is {controller!r}, expected what makes one, like the class DualAscent")
@@ -557,13 +523,11 @@ def _curve(name:str, values)->Tensor: # `[...]`, float64, on the CPU
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is of type {type(values).__name__}, expected a tensor of numbers, [T]") from None
     if values.is_complex() or values.is_meta or values.layout != torch.strided:
-        raise TypeError(f"{name} is {_kind(values)} on {values.device}, {values.layout}, expected real numbers with "
-                        "values")
+        raise WrongKind(f"{name} is {described(values)}, expected real numbers with values")
     return values.double().cpu()
 
 def _level(name:str, value)->float:
-    if (plain := _plain(name, value)) >= 0: return plain
-    raise ValueError(f"{name} is {value!r}, expected zero or more")
+    return number(name, value, 0, infinite=True)
 
 # %% ../nbs/05_least_action.ipynb #6f1c1cb4
 def _trend(lam:Tensor)->tuple[float, float, int]: # drift and swing over the mean; changes of side
@@ -627,9 +591,6 @@ def kkt(
     **more,                      # further fields of the report
 )->KKTReport:
     "Judge a training by its curves; raises `ValueError` on curves of several networks, or without least action, `TypeError` on what are no curves."
-    if not isinstance(curves, Mapping):
-        raise TypeError(f"curves is of type {type(curves).__name__}, expected a mapping of names to tensors, like "
-                        "run.curves")
     if missing := [name for name in ("loss", "lambda", "action") if name not in curves]:
         raise ValueError(f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
     loss, lam, action = (_curve(name, curves[name]) for name in ("loss", "lambda", "action"))
@@ -648,6 +609,7 @@ def kkt(
 
 # %% ../nbs/05_least_action.ipynb #108fc575
 @patch
+@checked
 def stationarity(self:LeastAction,
     task:Callable[[], Tensor], # calls the model, in training mode, and returns the task's loss: on many samples, to be worth much
 )->tuple[float, float]:        # residual in [0, 1], and the multiplier that balances the gradients best
@@ -667,6 +629,7 @@ def stationarity(self:LeastAction,
     return residual.item(), (-(dl @ dc) / (dl @ dl)).item()
 
 @patch
+@checked
 def report(self:LeastAction,
     task:Callable[[], Tensor]|None=None, # as in `stationarity`, which is left out without it
     tolerance:float=.1,                  # part of the target by which the loss may miss it

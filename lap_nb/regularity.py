@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checks import checked
-from .attach import _first, _swap, find_blocks
-from .dynamics import StochasticDepth, colours
-from .transport import _check_memory, _check_seed, _cloud, _costs, _count, _describe, _is_dense, _ldexp, _power
+from .attach import find_blocks, _first, _swap
+from .checks import Axes, checked, described, number, whole
+from .dynamics import colours, StochasticDepth
 from .files import as_text
+from .transport import _check_memory, _cloud, _costs, _is_dense, _ldexp, _power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
 def _norm(x:Tensor)->Tensor:
@@ -30,9 +30,8 @@ def _norm(x:Tensor)->Tensor:
 
 def _check_map(f, x:Tensor):
     "Refuse what would make the Jacobian of a batch something else than one Jacobian per sample."
-    if not callable(f): raise ValueError(f"the map is {_describe(f)}, expected something to call: a function of [B, ...] points, or a module")
     if not _is_dense(x) or x.ndim < 2 or not x.is_floating_point() or x.dtype.itemsize < 2 or x.numel() == 0:
-        raise ValueError(f"x is {_describe(x)}, expected real points [B, ...] with at least one sample and one feature")
+        raise ValueError(f"x is {described(x)}, expected real points [B, ...] with at least one sample and one feature")
     if not x.isfinite().all(): raise ValueError("x has entries that are not finite; look for the block that makes them, or leave these samples out")
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
     moody = lambda m: isinstance(m, mixing) and (m.training or getattr(m, "running_mean", 0) is None)
@@ -52,10 +51,10 @@ def _wide_map(f, x:Tensor)->tuple[Callable, Tensor]:
     try:
         with torch.no_grad(): y = g(z)
     except RuntimeError as error:
-        raise ValueError(f"the map does not take {_describe(z)} on {z.device}: {error}; expected a map of points of this kind. Half precision is widened to float32, the "
+        raise ValueError(f"the map does not take {described(z)} on {z.device}: {error}; expected a map of points of this kind. Half precision is widened to float32, the "
                          "weights of a module with it: pass the module itself, or model.float()") from error
     if not _is_dense(y) or not y.is_floating_point() or y.ndim < 1 or len(y) != len(z) or y.numel() == 0:
-        raise ValueError(f"the map makes {_describe(y)} of {_describe(z)}, expected a real tensor [B, ...] with a row for each sample")
+        raise ValueError(f"the map makes {described(y)} of {described(z)}, expected a real tensor [B, ...] with a row for each sample")
     _check_finite("the map", y)
     return g, z
 
@@ -69,7 +68,7 @@ class LocalLipschitz:
     "The largest stretch of small differences at each point."
     values:Tensor      # largest singular value of the Jacobian, `[B]`; never above it, but for rounding
     error:Tensor       # relative error at most, `[B]`: zero of a whole Jacobian, of Lanczos' method the residual's bound; rounding in the dtype of the points comes on top
-    tolerance:float    # error that counts as converged
+    tolerance:float    # relative error that counts as converged
     @property
     def converged(self)->float:
         "Share of the points at which the error is at most the tolerance."
@@ -89,8 +88,8 @@ def local_lipschitz(
     r"""Spectral norm of $Df(x)$: of the whole Jacobian up to 128 features or outputs (and no more than `iterations`), else by Lanczos' method on $Df^\top Df$, with a bound of the error.
     `ValueError` on unusable points or maps, or on layers that are random or mix samples (a plain function cannot be checked), `MemoryError` before it allocates too much."""
     _check_map(f, x)
-    iterations, seed = _count("iterations", iterations), _check_seed(seed)
-    if not (isinstance(tolerance, (int, float)) and tolerance >= 0): raise ValueError(f"tolerance is {tolerance!r}, expected a relative error of zero or more, such as 1e-4")
+    iterations, seed = whole("iterations", iterations, 1, most=10 ** 9), whole("seed", seed)
+    number("tolerance", tolerance, 0, infinite=True, why="a relative error, such as 1e-4")
     f, x = _wide_map(f, x)
     y, back = vjp(f, x)
     push = lambda u: _pushed(f, x, u.view_as(x))
@@ -170,7 +169,7 @@ def _calls(model:nn.Module, x:Tensor, blocks:Mapping[str, nn.Module])->list:
     try:
         for name, block in blocks.items(): hooks.append(block.register_forward_pre_hook(note(name), with_kwargs=True))
         with torch.no_grad(): model(x)
-    except RuntimeError as error: raise ValueError(f"the model does not take {_describe(x)} on {x.device}: {error}; expected inputs of the model") from error
+    except RuntimeError as error: raise ValueError(f"the model does not take {described(x)} on {x.device}: {error}; expected inputs of the model") from error
     finally:
         for hook in hooks: hook.remove()
     return calls
@@ -209,13 +208,10 @@ def lipschitz_profile(
     **settings,                               # of `local_lipschitz`: `iterations`, `tolerance`, `seed`
 )->LipschitzProfile:                          # constants of the blocks and of the whole
     "Spectral norms of the Jacobians along the way; compare Theorems 1 to 3 of arXiv 2306.04252. Errors as in `local_lipschitz`."
-    if not isinstance(model, nn.Module): raise ValueError(f"the model is {_describe(model)}, expected a module")
     _check_map(model, x)
     whole = getattr(model, "flow", model)
     (_, f, start), *_ = _calls(model, x, {"whole": whole})
     blocks = find_blocks(model, x) if blocks is None else blocks
-    if not isinstance(blocks, Mapping) or not all(isinstance(b, nn.Module) for b in blocks.values()):
-        raise ValueError(f"blocks is {type(blocks).__name__}, expected a mapping of names to modules")
     calls = _calls(model, x, blocks)
     if not calls: raise ValueError(f"none of the {len(blocks)} blocks ran: take blocks of this model, those that find_blocks gives")
     found = [local_lipschitz(g, at, **settings) for _, g, at in [*calls, ("whole", f, start)]]
@@ -224,8 +220,9 @@ def lipschitz_profile(
 
 # %% ../nbs/04a_regularity.ipynb #2f3b8434
 @patch
+@checked
 def plot(self:LipschitzProfile,
-    ax=None,           # matplotlib axes; None: a new figure
+    ax:Axes|None=None,   # matplotlib axes; None: a new figure
     label="blocks",    # name in the legend
     colour:int=0,      # which of `colours()`
 ):                     # the axes
@@ -311,10 +308,10 @@ def holder_exponent(
     r"Slope of the log of $\omega(r) = \max_{|x-y| \approx r} |f(x)-f(y)|$, nan with a warning for a map that does not change; `ValueError` on unusable points, `MemoryError` on too many."
     _check_map(f, x)
     if len(x) < 50: raise ValueError(f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
-    if not (isinstance(shift, (int, float)) and math.isfinite(shift)): raise ValueError(f"shift is {shift!r}, expected a finite number of radii")
-    bins, halves, directions, seed = _count("bins", bins, 3, most=10_000), _count("halves", halves, 2, most=10_000), _count("directions", directions, most=10_000), _check_seed(seed)
+    number("shift", shift, why="in radii")
+    bins, halves, directions = (whole(name, value, least, most=10_000) for name, value, least in (("bins", bins, 3), ("halves", halves, 2), ("directions", directions, 1)))
     _check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
-    (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(seed)
+    (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(whole("seed", seed))
     distance, power = _distances("x", x.flatten(1))
     low, high = distance.kthvalue(21, dim=1).values.median(), distance.median()
     if not low > 0: raise ValueError("more than half of the samples have 20 twins, and no distance to them; remove the duplicates")
@@ -338,8 +335,9 @@ def _fit(logs:Tensor, at:Tensor, change:Tensor, bins:int, halves:int, g)->tuple[
     return slope, 2.2 * (half.std() + error) + (half.mean() - slope).abs() / (math.sqrt(2) - 1), top
 
 @patch
+@checked
 def plot(self:Holder,
-    ax=None,       # matplotlib axes; None: a new figure
+    ax:Axes|None=None, # matplotlib axes; None: a new figure
     label=None,    # name in the legend; None: the exponent
     colour:int=0,  # which of `colours()`
 ):                 # the axes

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -33,12 +33,11 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 import lap_nb
-from .checks import checked
-from .data import Split, describe
-from .files import CheckpointError, check_storable, claim, digest, load_checkpoint, save_checkpoint, tidy
+from .checks import Axes, checked, counts, described, flag, number, one_of, several, share, whole, WrongKind
+from .data import Split
+from .files import check_storable, CheckpointError, claim, digest, load_checkpoint, save_checkpoint, tidy
 from .kinetic import EnergyMeter
-from .least_action import LeastAction
-from .state import Memory, number, sequences, set_sequences
+from .state import Memory, sequences, set_sequences
 
 # %% ../nbs/06_training.ipynb #fafe76d5
 def shift_flip(
@@ -47,7 +46,7 @@ def shift_flip(
     crop:int=0,   # zeros added on every side before cropping; the corner at `crop` changes nothing
 )->Tensor:        # of the same shape
     "Crops of the padded pictures, some of them mirrored, in one indexing; raises `ValueError` on pictures and moves that do not go together."
-    _check_moves(x, moves, crop := _count("crop", crop))
+    _check_moves(x, moves, crop := whole("crop", crop))
     *lead, C, H, W = x.shape
     padded, (down, right, mirrored) = F.pad(x.flatten(0, -4), (crop,) * 4), moves.reshape(-1, 3).unbind(-1)
     i, j = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
@@ -56,16 +55,11 @@ def shift_flip(
     out = padded[n[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
     return out.view(*lead, C, H, W)
 
-def _count(name:str, value, least:int=0)->int:
-    found = number(name, value, int)
-    if not least <= found < 2 ** 63: raise ValueError(f"{name} is {value!r}, expected a whole number from {least}, below 2**63")
-    return found
-
 def _check_moves(x, moves, crop:int):
-    if not isinstance(x, Tensor) or x.ndim < 4: raise ValueError(f"x is {describe(x)}, expected pictures [..., B, C, H, W]")
+    if not isinstance(x, Tensor) or x.ndim < 4: raise ValueError(f"x is {described(x)}, expected pictures [..., B, C, H, W]")
     expected = [*x.shape[:-3], 3]
     if not isinstance(moves, Tensor) or list(moves.shape) != expected or moves.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"moves is {describe(moves)}, expected int64 {expected}: row, column and mirror of each picture")
+        raise ValueError(f"moves is {described(moves)}, expected int64 {expected}: row, column and mirror of each picture")
     if moves.device.type != "cpu" or not moves.numel(): return   # to look at a number on another device is to wait for it
     corners, mirrored = moves[..., :2].aminmax(), moves[..., 2].aminmax()
     if corners.min < 0 or corners.max > 2 * crop or mirrored.min < 0 or mirrored.max > 1:
@@ -87,9 +81,9 @@ def batches(
     share:tuple[int, int]=(0, 1),          # `(rank, world)`: of each batch the samples `rank`, `rank + world`, ...
 )->Iterator[tuple[Tensor, Tensor]]:        # samples `[..., B, *sample]` and labels `[..., B]`
     "One epoch of shuffled batches; raises `TypeError` or `ValueError` at once on arguments that do not go together."
-    crop, flip = _count("crop", crop), number("flip", flip, bool)
+    crop, flip = whole("crop", crop), flag("flip", flip)
     generators = _check_batches(split, generators, crop or flip)
-    return _batches(split, generators, _count("batch_size", batch_size, 1), crop, flip, _count("skip", skip), _check_share(share))
+    return _batches(split, generators, whole("batch_size", batch_size, 1), crop, flip, whole("skip", skip), _check_share(share))
 
 def _batches(split, generators, batch_size, crop, flip, skip, share):
     train, n = split.train, split.train.shape[-1]
@@ -109,7 +103,7 @@ def _check_split(data):
         raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
 
 def _check_share(share)->tuple[int, int]:
-    try: rank, world = (_count("share", part) for part in share)
+    try: rank, world = (whole("share", part) for part in share)
     except (TypeError, ValueError): rank, world = 0, 0
     if not rank < world: raise ValueError(f"share is {share!r}, expected (rank, world) with a rank from 0 to world - 1")
     return rank, world
@@ -133,13 +127,12 @@ def task_loss(
 )->Tensor:                    # cross-entropy of each network, `[...]`
     "Cross-entropy, averaged over the batch; raises `ValueError` on logits and labels that do not go together."
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2 or not logits.numel():
-        raise ValueError(f"logits is {describe(logits)}, expected floating-point logits [..., B, classes] of at least one sample")
+        raise ValueError(f"logits is {described(logits)}, expected floating-point logits [..., B, classes] of at least one sample")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != logits.shape[:-1]:
-        raise ValueError(f"y is {describe(y)}, expected labels int64 {list(logits.shape[:-1])}, one per sample")
+        raise ValueError(f"y is {described(y)}, expected labels int64 {list(logits.shape[:-1])}, one per sample")
     if y.device.type == "cpu" and (y.min() < 0 or y.max() >= logits.shape[-1]):
         raise ValueError(f"labels run from {y.min()} to {y.max()}, expected 0 to {logits.shape[-1] - 1}, as there are {logits.shape[-1]} logits")
-    if not 0 <= number("label_smoothing", label_smoothing) <= 1: raise ValueError(f"label_smoothing is {label_smoothing!r}, expected a share in [0, 1]")
-    return _cross_entropy(logits, y, float(label_smoothing))
+    return _cross_entropy(logits, y, share("label_smoothing", label_smoothing))
 
 def _cross_entropy(logits, y, label_smoothing=0.):
     if y.ndim == 1: return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
@@ -154,7 +147,7 @@ def check_logits(
 )->Tensor:       # `out`
     "Raise `ValueError` unless there is a number per sample and class."
     if isinstance(out, Tensor) and out.is_floating_point() and out.ndim and out.shape[:-1] == y.shape and out.shape[-1] >= classes: return out
-    found = (list(out.shape) if out.is_floating_point() else describe(out)) if isinstance(out, Tensor) else f"an object of type {type(out).__name__}"
+    found = (list(out.shape) if out.is_floating_point() else described(out)) if isinstance(out, Tensor) else f"an object of type {type(out).__name__}"
     raise ValueError(f"the model gave {found}, expected logits {[*y.shape, classes]}, a number per sample and class: "
                      "wrap a model that gives something else, or train it in a loop of your own with LeastAction")
 
@@ -198,7 +191,7 @@ def count_right(
 )->Tensor:                        # samples classified rightly, per network, `[...]`
     "Samples of a part that the model classifies rightly in evaluation mode; one whose logits are NaN is not. Raises `ValueError` if it gives no logits."
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
-    (rank, world), chunk = _check_share(share), _count("chunk", chunk, 1)
+    (rank, world), chunk = _check_share(share), whole("chunk", chunk, 1)
     index, networks = _part(split, part)[..., rank::world], split.train.shape[:-1]
     right = torch.zeros(networks, dtype=torch.long, device=split.y.device)
     with _evaluating(model):
@@ -307,7 +300,6 @@ def check_training(**numbers):
 
 # %% ../nbs/06_training.ipynb #14f8d2cd
 def _check_model(model):
-    if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters to train, expected some: call requires_grad_() if they are frozen")
     for name, p in model.named_parameters():
@@ -317,32 +309,23 @@ def _check_model(model):
 def _setting(name:str, value, kinds:tuple):
     "A setting as a plain value of its kind."
     if value is None and type(None) in kinds: return None
-    if tuple in kinds: return _shares(name, value)
+    if tuple in kinds: return several(name, value)
     if str in kinds and isinstance(value, str): return str.__str__(value)
-    return value if kinds == (str,) else number(name, value, kinds[0])
-
-def _shares(name:str, value)->tuple[float, ...]:
-    try: several = None if isinstance(value, (str, bytes, dict)) else list(value)
-    except TypeError: several = None
-    if several is None: raise ValueError(f"{name} is {value!r}, expected a tuple of shares of the training")
-    return tuple(number(name, share) for share in several)
+    return value if kinds == (str,) else {float: number, int: whole, bool: flag}[kinds[0]](name, value)
 
 # %% ../nbs/06_training.ipynb #03fcdf80
 def _check_recipe(r:Recipe):
-    check_training(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
-    if r.patience is not None: check_training(patience=r.patience)
+    counts(epochs=r.epochs, batch_size=r.batch_size, eval_every=r.eval_every, check_every=r.check_every)
+    if r.patience is not None: counts(patience=r.patience)
     for name, options in dict(optimiser=OPTIMISERS, schedule=SCHEDULES, precision=PRECISIONS).items():
-        if not isinstance(getattr(r, name), str) or getattr(r, name) not in options: raise ValueError(f"{name} is {getattr(r, name)!r}, expected one of {', '.join(options)}")
+        one_of(name, getattr(r, name), options)
     if r.clip is not None and not r.clip > 0: raise ValueError(f"clip is {r.clip!r}, expected a positive norm, or None for no limit")
-    if not r.crop >= 0: raise ValueError(f"crop is {r.crop!r}, expected a whole number of pixels, 0 or more")
     for name in ("lr", "gamma"):
         if not getattr(r, name) > 0: raise ValueError(f"{name} is {getattr(r, name)!r}, expected a positive number")
     for name in ("weight_decay", "momentum"):
         if not getattr(r, name) >= 0: raise ValueError(f"{name} is {getattr(r, name)!r}, expected zero or more")
     for name, value in [("label_smoothing", r.label_smoothing), ("warmup", r.warmup), *[("milestones", m) for m in r.milestones]]:
         if not 0 <= value < 1: raise ValueError(f"{name} is {value!r}, expected a share in [0, 1)")
-    for name in ("epochs", "batch_size", "eval_every", "check_every", "patience", "crop"):
-        if (getattr(r, name) or 0) >= 2 ** 63: raise ValueError(f"{name} is {getattr(r, name)!r}, expected below 2**63")
     if not math.log(r.lr) + len(r.milestones) * math.log(r.gamma) < 700: raise ValueError(f"gamma is {r.gamma!r}, expected a rate that stays finite after {len(r.milestones)} milestones")
     if isinstance(r.compile, str) and r.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(f"compile is {r.compile!r}, expected True, False or one of {', '.join(torch.compiler.list_backends(exclude_tags=()))}")
@@ -355,7 +338,7 @@ def learning_rate(
 )->float:
     "Learning rate of the next step."
     _check_is_recipe(recipe)
-    step, steps = _count("step", step), _count("steps", steps, 1)
+    step, steps = whole("step", step), whole("steps", steps, 1)
     warmup, done = recipe.warmup or .3 * (recipe.schedule == "onecycle"), step / steps
     if done < warmup: return recipe.lr * min(1, (step + 1) / (warmup * steps))
     if recipe.schedule == "constant": return recipe.lr
@@ -382,8 +365,7 @@ def clip_gradients(
     row:bool=False, # a row of networks?
 )->Tensor:          # norms before clipping, `[]`, of a row `[S]`
     "Scale gradients down to a norm of at most `limit`, each network by its own norm; raises `ValueError` if there are none."
-    limit, row = number("limit", limit), number("row", row, bool)
-    if not limit > 0: raise ValueError(f"limit is {limit!r}, expected a positive norm")
+    limit, row = number("limit", limit, above=0), flag("row", row)
     grads = [p.grad for p in _tensors(params) if p.grad is not None]
     if not grads: raise ValueError("no parameter has a gradient, expected some to clip: call backward first")
     if row and len({len(g) if g.ndim else None for g in grads} - {None}) != 1 or row and not all(g.ndim for g in grads):
@@ -398,7 +380,7 @@ def _tensors(params)->list[Tensor]:
     try: found = list(params)
     except TypeError: found = []
     if isinstance(params, Tensor) or not found or not all(isinstance(p, Tensor) for p in found):
-        raise TypeError(f"params is {describe(params)}, expected the parameters of a model: model.parameters()")
+        raise TypeError(f"params is {described(params)}, expected the parameters of a model: model.parameters()")
     return found
 
 # %% ../nbs/06_training.ipynb #6a746acd
@@ -408,7 +390,7 @@ class Training:
     def __init__(self,
         model:nn.Module,                      # one network, or a row of them (`Ensemble`)
         split:Split,                          # samples and indices, on the model's device
-        least_action:LeastAction|None,        # attached to the model; None: the task's loss alone
+        least_action:nn.Module|None,          # `LeastAction` or another penalty, attached to the model; None: the task's loss alone
         generators:Sequence[torch.Generator], # one per network, for its batches
         recipe:Recipe,                        # how to train
     ):
@@ -444,11 +426,11 @@ def _check_fits(split:Split, r:Recipe):
         raise ValueError(f"the smallest batch has {min(n % r.batch_size or r.batch_size, r.batch_size)} samples, fewer than the {world} "
                          "processes: choose another batch_size")
 
-def _check_attached(model:nn.Module, least_action:LeastAction|None, networks:tuple):
+def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple):
     "Raise if least action watches another network, none any more, or another number of networks."
     if least_action is None: return
-    if not isinstance(least_action, nn.Module) or not hasattr(least_action, "meter"):
-        raise TypeError(f"least_action is {least_action!r}, expected one that is attached to the model, LeastAction(model): only fit_many takes what makes it")
+    if not hasattr(least_action, "meter"):
+        raise WrongKind(f"least_action is {described(least_action)}, expected one that is attached to the model, LeastAction(model): only fit_many takes what makes it")
     inside = set(_inside(model).modules())
     if not least_action.meter.on or not inside.issuperset(least_action.blocks.values()):
         raise ValueError("least_action is not on this model: make it for the model that is trained, LeastAction(model), and remove it only afterwards")
@@ -748,6 +730,7 @@ def save(self:Training):
     self.saved = self.step
 
 @patch
+@checked
 def open(self:Training,
     path:str|Path,            # of the checkpoint
     resume:bool|str=False,    # go on from the checkpoint if it exists; `"force"`: even with other samples or batch size
@@ -877,7 +860,7 @@ def curves(self:Training
 def train_loop(
     model:nn.Module,                      # one network, or a row of them (`Ensemble`)
     split:Split,                          # samples and indices, on the model's device
-    least_action:LeastAction|None,        # attached to the model; None: the task's loss alone
+    least_action:nn.Module|None,          # `LeastAction` or another penalty, attached to the model; None: the task's loss alone
     generators:Sequence[torch.Generator], # one per network, for the order of its batches
     bar=None,                             # anything with `update(1)`, called after each epoch
     callbacks:Sequence[Callable]=(),      # called with the `Training` at each point of the curves; one that returns True stops it
@@ -890,8 +873,8 @@ def train_loop(
     "Train as `settings` say, plain or with least action; evaluates as it goes."
     training = Training(model, split, least_action, generators, Recipe(**settings))
     training.callbacks = _check_callbacks(callbacks)
-    save_every, rollback = save_every if save_every is None else number("save_every", save_every, int), number("rollback", rollback, int)
-    if not isinstance(resume, str): resume = number("resume", resume, bool)
+    save_every, rollback = save_every if save_every is None else whole("save_every", save_every, 1), whole("rollback", rollback)
+    if not isinstance(resume, str): resume = flag("resume", resume)
     _check_rescue(checkpoint, resume, save_every, rollback)
     with _alone(model), _lost_processes(training), closing(training):
         training._wake()
@@ -925,10 +908,7 @@ def _check_rescue(checkpoint, resume, save_every, rollback):
     if checkpoint is None and (resume or save_every is not None or rollback):
         raise ValueError("resume, save_every and rollback need a file: name it with checkpoint=")
     if resume not in (False, True, "force"): raise ValueError(f"resume is {resume!r}, expected True, False or 'force'")
-    if save_every is not None: check_training(save_every=save_every)
-    if not (isinstance(rollback, int) and rollback >= 0): raise ValueError(f"rollback is {rollback!r}, expected a whole number, 0 or more")
-    if not (checkpoint is None or isinstance(checkpoint, (str, os.PathLike)) and "\0" not in os.fspath(checkpoint)):
-        raise TypeError(f"checkpoint is {checkpoint!r}, expected the name of a file, as text or Path")
+    if checkpoint is not None and "\0" in os.fspath(checkpoint): raise WrongKind(f"checkpoint is {checkpoint!r}, expected the name of a file, as text or Path")
     if checkpoint is not None and Path(checkpoint).is_dir(): raise IsADirectoryError(f"{checkpoint} is a folder, expected a file: say {Path(checkpoint) / 'run.pt'}")
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {Path(checkpoint).parent} for the checkpoint: make it first")
@@ -991,8 +971,8 @@ def join_processes(
 @checked
 def fit(
     model:nn.Module,                     # trained in place; logits `[B, classes]`
-    data:Split,                          # training, validation and test samples
-    least_action:LeastAction|None=None,  # attached to this model; None: the task's loss alone
+    data:Split,                          # training, validation and test samples, as from `Dataset.split`
+    least_action:nn.Module|None=None,    # `LeastAction` or another penalty, attached to this model; None: the task's loss alone
     seed:int=0,                          # of the order of the batches
     progress=False,                      # True: a progress bar; or a bar to `update(1)` after each epoch
     callbacks:Sequence[Callable]=(),     # called with the `Training` at each point of the curves; one that returns True stops it
@@ -1006,8 +986,7 @@ def fit(
     _check_split(data); _check_model(model)
     if data.train.ndim > 1:
         raise ValueError(f"data has rows for {len(data.train)} networks, expected those of one: take data.member(i), or train all with fit_many")
-    recipe, seed, start = Recipe(**kwargs), number("seed", seed, int), time.perf_counter()
-    if not -2 ** 63 <= seed < 2 ** 64: raise ValueError(f"seed is {seed}, expected a whole number of 64 bits")
+    recipe, seed, start = Recipe(**kwargs), whole("seed", seed, -2 ** 63, most=2 ** 64 - 1), time.perf_counter()
     device = join_processes(next(model.parameters()).device)
     for module in (model, least_action): isinstance(module, nn.Module) and module.to(device)
     curves = train_loop(model, data.to(device), least_action, [torch.Generator().manual_seed(seed)], _progress(progress, recipe.epochs),
@@ -1019,8 +998,9 @@ fit.__delwrap__ = Recipe # its comments are those of the settings
 
 # %% ../nbs/06_training.ipynb #bed9fece
 @patch
+@checked
 def plot(self:Run,
-    axes=None, # axes by panel, from an earlier plot; None: a new figure
+    axes:Mapping[str, Axes]|None=None, # axes by panel, from an earlier plot; None: a new figure
     label="",  # name of the run in the legend
 )->dict:       # the axes: `loss`, `accuracy`, `lambda`, `action`, `energy`, as far as there is something to show
     "Curves over the epochs, from the first one evaluated; networks in a row as their mean. Energies of the blocks from the first (dark) to the last (pale)."

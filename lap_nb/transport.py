@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +19,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .checks import checked
-from .dynamics import Trajectory, colours
+from .checks import Axes, checked, described, number, whole
+from .dynamics import colours, Trajectory
 from .files import as_text
 from .kinetic import _check_reduction
 
 
 # %% ../nbs/04_transport.ipynb #e083da7e
-def _count(name:str, value, least:int=1, unit:str="", most:int=10 ** 9)->int:
-    try: number = least - 1 if isinstance(value, bool) else index(value)
-    except TypeError: number = least - 1
-    if number < least: raise ValueError(f"{name} is {value!r}, expected at least {least}{unit}, a whole number")
-    if number > most: raise ValueError(f"{name} is {value!r}, expected at most {most:,}")
-    return number
-
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
 
 def _free_memory()->float:
@@ -48,25 +40,19 @@ def _free_memory()->float:
     return max(0, min(found))
 
 def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None, do:str="bound the value with sliced_w2, which needs no matrix"):
-    if max_bytes is not None and not (isinstance(max_bytes, (int, float)) and max_bytes >= 0):
-        raise ValueError(f"max_bytes is {max_bytes!r}, expected a number of bytes, or None for the memory that is free")
+    if max_bytes is not None: number("max_bytes", max_bytes, 0, infinite=True, why="in bytes, or None for the memory that is free")
     need, free = 8. * n * m * matrices, _free_memory() if max_bytes is None else max_bytes
     if need > free:
         raise MemoryError(f"{n:,} by {m:,} points need {_gib(need)} for {matrices:g} matrices of costs, {_gib(free)} are free: "
                           f"take a subset of the samples, or {do}")
 
 # %% ../nbs/04_transport.ipynb #b10a0544
-def _describe(x)->str:
-    if not isinstance(x, Tensor): return type(x).__name__
-    kind = "nested" if x.is_nested else "quantized" if x.is_quantized else "sparse" if x.layout != torch.strided else "meta" if x.is_meta else ""
-    return f"a {kind} tensor" if kind else f"{x.dtype} of shape {tuple(x.shape)}"
-
 def _is_dense(x)->bool: return isinstance(x, Tensor) and not (x.is_nested or x.is_quantized or x.layout != torch.strided or x.is_meta)
 
 def _cloud(name:str, x:Tensor, least:int=1)->Tensor:
     "The points as a float64 matrix on the CPU, without graph, after checks."
     if not _is_dense(x) or x.ndim < 2 or x.is_complex():
-        raise ValueError(f"{name} is {_describe(x)}, expected a real tensor [n, ...] with an axis of features; write x[:, None] for numbers")
+        raise ValueError(f"{name} is {described(x)}, expected a real tensor [n, ...] with an axis of features; write x[:, None] for numbers")
     if len(x) < least or math.prod(x.shape[1:]) == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature or more"
                          + "; one point has only one matching" * (least == 2 and len(x) == 1))
@@ -231,7 +217,8 @@ def _guess(x:Tensor, y:Tensor)->tuple[Tensor, Tensor, Tensor]:
     (u, left), (v, right) = _draw_in(x), _draw_in(y)
     few = -2 * u[::len(x) // 256 + 1] @ v.T
     few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
-    f, g, pairs, eps = _rough(u, v, (few.median().item() or few.mean().item() or 1.) / 8)   # before the costs: it takes as much memory
+    size = max(u.abs().max().item(), v.abs().max().item()) ** 2
+    f, g, pairs, eps = _rough(u, v, (few.median().item() or few.mean().item() or size or 1.) / 8)   # before the costs: it takes as much memory
     f, g, (i, j), cost = f + u.square().sum(1), g + v.square().sum(1), pairs, _costs(x, y)
     df, dg = _sharp(cost[i, j] - f[i] - g[j], pairs, len(x), eps)
     f, g = f + df, g + dg
@@ -286,7 +273,7 @@ def _emd(a:Tensor, b:Tensor, cost:Tensor, max_iter:int)->tuple[Tensor, Tensor, T
 def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
     "Weights as float64 that sum to one; equal ones if there are none."
     if w is None: return torch.full((n,), 1 / n, dtype=torch.float64)
-    if not _is_dense(w) or w.is_complex(): raise ValueError(f"{name} is {_describe(w)}, expected a real tensor ({n},): a weight for each point")
+    if not _is_dense(w) or w.is_complex(): raise ValueError(f"{name} is {described(w)}, expected a real tensor ({n},): a weight for each point")
     w = w.detach().to("cpu", torch.float64)
     if w.shape != (n,): raise ValueError(f"{name} has shape {tuple(w.shape)}, expected ({n},): a weight for each point")
     if not (w >= 0).all(): raise ValueError(f"{name} has {int((~(w >= 0)).sum())} weights that are negative or not a number, expected zero or more")
@@ -331,7 +318,7 @@ def optimal_coupling(
 def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto", max_iter:int=10_000_000, max_bytes:float|None=None):
     "Matching, plan, prices and solver of the two clouds, each at its own median."
     if solver not in SOLVERS: raise ValueError(f"solver is {solver!r}, expected one of {', '.join(SOLVERS)}")
-    n, m, max_iter = len(pair.x), len(pair.y), _count("max_iter", max_iter)
+    n, m, max_iter = len(pair.x), len(pair.y), whole("max_iter", max_iter, 1, most=10 ** 9)
     a, b = _check_weights("a", a, n), _check_weights("b", b, m)
     equal = n == m and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
     if solver == "auto": solver = "assignment" if equal else "simplex"
@@ -442,8 +429,8 @@ def exact_gap(
 )->Gap:
     r"Mean of $|x_i - y_i|^2$ minus the exact $W_2^2$ of the clouds (Monge's problem on a sample); no graph is kept. Errors as in `optimal_coupling`."
     _check_reduction(reduction)
-    resamples, seed = _count("resamples", resamples), _check_seed(seed)
-    _check_level(level)
+    resamples, seed = whole("resamples", resamples, 1, most=10 ** 9), whole("seed", seed)
+    number("level", level, above=0, below=1)
     pair = _displaced(start, end, squares=True)
     w = _check_weights("weights", weights, len(pair.x))
     moved, gap, slack, (target, plan, *_, used) = _judge(pair, w, solver, max_bytes)
@@ -485,11 +472,6 @@ def _self_share(pair:_Pair, i:Tensor, j:Tensor, mass:Tensor)->float:
     own = (i == j) | (pair.start[i] == pair.start[j]).all(1) | (pair.end[i] == pair.end[j]).all(1)
     return (mass[own].sum() / mass.sum()).item()
 
-def _check_seed(seed:int)->int:
-    return _count("seed", seed, 0, most=2 ** 63 - 1)
-
-def _check_level(level:float):
-    if not (isinstance(level, (int, float)) and 0 < level < 1): raise ValueError(f"level is {level!r}, expected a number between 0 and 1, such as .95")
 
 # %% ../nbs/04_transport.ipynb #5241f1f0
 @dataclass(frozen=True)
@@ -508,15 +490,14 @@ class GapCurve:
 def gap_curve(
     start:Tensor,       # where the samples start, `[n, ...]`
     end:Tensor,         # where they end, same shape
-    sizes=None,         # sizes of the subsets; None: n, n/2, n/4, ... down to 8
+    sizes:Iterable[int]|None=None, # sizes of the subsets; None: n, n/2, n/4, ... down to 8
     repeats:int=10,     # subsets of each size
     seed:int=0,         # decides the subsets and the placebo
 )->GapCurve:
     "Relative gap against the number of samples; grows in expectation. Errors as in `exact_gap`."
-    pair, repeats, seed = _displaced(start, end), _count("repeats", repeats, most=10_000), _check_seed(seed)
+    pair, repeats, seed = _displaced(start, end), whole("repeats", repeats, 1, most=10_000), whole("seed", seed)
     x, y, n = pair.start, pair.end, len(pair.x)
-    if not (sizes is None or isinstance(sizes, Iterable)): raise ValueError(f"sizes is {sizes!r}, expected numbers of samples in a list, or None")
-    sizes = sorted({n >> k for k in range(20) if n >> k >= 8} or {n}) if sizes is None else sorted(_count("a size", m, 0) for m in sizes)
+    sizes = sorted({n >> k for k in range(20) if n >> k >= 8} or {n}) if sizes is None else sorted(whole("a size", m) for m in sizes)
     if not sizes or not 2 <= sizes[0] <= sizes[-1] <= n:
         raise ValueError(f"sizes run from {sizes[0]} to {sizes[-1]}, expected from 2 to the {n} samples there are" if sizes else "sizes is empty, expected one or more")
     g, pairs = torch.Generator().manual_seed(seed), []
@@ -532,8 +513,9 @@ def _relative_gap(x:Tensor, y:Tensor)->float:
     return min(1., gap / moved) if moved else 0.
 
 @patch
+@checked
 def plot(self:GapCurve,
-    ax=None,         # matplotlib axes; None: a new figure
+    ax:Axes|None=None, # matplotlib axes; None: a new figure
     label="network", # name of the map in the legend
 ):                   # the axes
     "Mean over the subsets, with the range of the middle 80 %."
@@ -596,11 +578,11 @@ def _split_stage(stage:Trajectory, y:Tensor|None, reduction:str, settings:dict)-
 
 def _check_trajectory(traj:Trajectory)->Trajectory:
     if isinstance(traj, Trajectory): return traj
-    raise ValueError(f"traj is {_describe(traj)}, expected a Trajectory: Trajectory(x) of positions [K+1, B, ...], or what net.trajectory and trace give")
+    raise ValueError(f"traj is {described(traj)}, expected a Trajectory: Trajectory(x) of positions [K+1, B, ...], or what net.trajectory and trace give")
 
 def _check_labels(y:Tensor|None, n:int)->Tensor|None:
     if y is None: return None
-    if not _is_dense(y) or y.is_complex() or not y.isfinite().all(): raise ValueError(f"labels are {_describe(y)}, expected a dense tensor ({n},) of finite numbers")
+    if not _is_dense(y) or y.is_complex() or not y.isfinite().all(): raise ValueError(f"labels are {described(y)}, expected a dense tensor ({n},) of finite numbers")
     if y.shape != (n,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected ({n},): one for each sample of the trajectory")
     return y.detach().cpu()
 
@@ -641,7 +623,7 @@ def plot_splits(
     splits:dict[str, ActionSplit], # by name, one bar or one group of bars each
     row:str="all",                 # which row of each split
     shares:bool=True,              # True: each bar adds up to 1, its total written beside it
-    ax=None,                       # matplotlib axes; None: a new figure
+    ax:Axes|None=None,               # matplotlib axes; None: a new figure
 ):                                 # the axes
     "Bars of the three parts; the nearer to all optimal, the nearer to least action."
     import matplotlib.pyplot as plt
@@ -684,7 +666,7 @@ def monotonicity(
     level:float=.95,  # of the interval
 )->Violations:
     r"Share of *all* pairs with $\langle y_i - y_j, x_i - x_j\rangle < 0$ (Brenier, 1991); errors as in `exact_gap`."
-    _check_level(level)
+    number("level", level, above=0, below=1)
     pair = _displaced(start, end)
     x, bad = pair.start, sum(pays.sum().item() for _, pays in _crossings(pair.start, pair.end))
     pairs = len(x) * (len(x) - 1) // 2
@@ -702,11 +684,11 @@ def cyclical_monotonicity(
     seed:int=0,            # of the draw
 )->Violations:
     r"Share of random cycles with $\sum_l \langle y_l, x_l - x_{l+1}\rangle < 0$ (Rockafellar, 1966); errors as in `exact_gap`."
-    length = _count("length", length, 2, " samples")
-    _check_level(level)
+    length = whole("length", length, 2, "samples of a cycle", most=10 ** 9)
+    number("level", level, above=0, below=1)
     pair = _displaced(start, end, length)
     x, y = pair.start, pair.end
-    at, bad = _draw_cycles(pair.x, length, cycles, near, _check_seed(seed)), 0
+    at, bad = _draw_cycles(pair.x, length, cycles, near, whole("seed", seed)), 0
     for i in at.split(2 ** 21 // (length * x.shape[1]) + 1):
         terms = ((y[i] - y[i[:, :1]]) * (x[i] - x[i.roll(-1, 1)])).flatten(1)
         bad += (terms.sum(1) < -(terms.shape[1] + 3) * torch.finfo(x.dtype).eps * terms.abs().sum(1)).sum().item()
@@ -715,11 +697,11 @@ def cyclical_monotonicity(
 # %% ../nbs/04_transport.ipynb #8628fe9e
 def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Tensor:
     "Indices `[cycles, length]`, distinct in each row."
-    cycles = _count("cycles", cycles)
+    cycles = whole("cycles", cycles, 1, most=10 ** 9)
     _check_memory(cycles, length, 4, None, "draw fewer cycles")
     g = torch.Generator().manual_seed(seed)
     first = torch.randint(len(x), (cycles,), generator=g)
-    pool = len(x) - 1 if near is None else _count("near", near, 0)
+    pool = len(x) - 1 if near is None else whole("near", near)
     if not length - 1 <= pool < len(x): raise ValueError(f"near is {near!r}, expected from {length - 1} to {len(x) - 1}: the others of a cycle are drawn from it")
     others = []
     for j in range(length - 1):
@@ -786,8 +768,9 @@ def _mccann_stage(x:Tensor, power:int, reduction:str)->McCannFit:
     return McCannFit(*torch.tensor(lengths, dtype=torch.float64).T, x.shape[1])
 
 @patch
+@checked
 def plot(self:McCannFit,
-    ax=None,  # matplotlib axes; None: a new figure
+    ax:Axes|None=None, # matplotlib axes; None: a new figure
 ):            # the axes
     "Distance, detour and clock by layer, over the distance of the ends."
     import matplotlib.pyplot as plt
@@ -824,9 +807,9 @@ def sliced_w2(
 )->Bound:
     r"Lower bound $d\cdot SW_2^2 \le W_2^2$ through `ot.sliced_wasserstein_distance`; needs no matrix. `ValueError` on unusable points."
     import ot
-    directions = _count("directions", directions, 2)
+    directions = whole("directions", directions, 2, most=10 ** 9)
     _check_reduction(reduction)
-    pair, seed = _pair(x, y), _check_seed(seed)
+    pair, seed = _pair(x, y), whole("seed", seed)
     _check_memory(len(pair.x) + len(pair.y), directions, 3, None, "project on fewer directions")
     x, y, moved = _at_means(pair)
     _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32, log=True)
@@ -856,10 +839,9 @@ def entropic_w2(
     r"""Upper bound: the cost of Sinkhorn's plan (`ot.sinkhorn`, in logarithms), rounded to a feasible one (Altschuler and others, 2017).
     `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
     import ot
-    for name, v in dict(epsilon=epsilon, tolerance=tolerance).items():
-        if not (isinstance(v, (int, float)) and 0 < v < 1e18): raise ValueError(f"{name} is {v!r}, expected a positive number; the exact value is optimal_coupling's")
+    for name, v in dict(epsilon=epsilon, tolerance=tolerance).items(): number(name, v, above=0, most=1e18, why="the exact value is optimal_coupling's")
     _check_reduction(reduction)
-    pair, max_iter = _pair(x, y), _count("max_iter", max_iter)
+    pair, max_iter = _pair(x, y), whole("max_iter", max_iter, 1, most=10 ** 9)
     _check_memory(len(pair.x), len(pair.y), 5, max_bytes)
     x, y, moved = _at_means(pair)
     cost = _costs(x, y)

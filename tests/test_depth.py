@@ -659,7 +659,7 @@ def test_deepening_approaches_the_flow_of_the_blocks_and_keeps_stages(x):
 
 @pytest.mark.parametrize('times', [0, -1, 1.5, True])
 def test_impossible_numbers_of_repetitions(times):
-    with pytest.raises(ValueError, match='expected a whole number from 1'): deepen(dense(), times)
+    with pytest.raises(ValueError, match='times is .*, expected'): deepen(dense(), times)
 
 
 def test_a_block_that_leaves_loses_its_time_or_gives_it_to_its_neighbour():

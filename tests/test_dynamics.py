@@ -234,7 +234,7 @@ def test_flows_that_are_not_uniform_are_refused():
 
 def in_stages():
     torch.manual_seed(0)
-    return Trajectory([torch.randn(4, 5, 3), torch.randn(2, 5, 2, 2), torch.randn(3, 5, 7)], h=[1., .5, .1], names="abcdef")
+    return Trajectory([torch.randn(4, 5, 3), torch.randn(2, 5, 2, 2), torch.randn(3, 5, 7)], h=[1., .5, .1], names=list("abcdef"))
 
 
 def test_stages_add_up():
@@ -408,7 +408,7 @@ def test_images_of_any_size(shape):
 
 def test_wrong_sizes_are_named():
     for make, message in [(lambda: conv_net((1, 0, 8), 3), "height is 0"), (lambda: staged_net((1, 8, 8), 3, Ks=(2, 0)), r"Ks\[1\] is 0"),
-                          (lambda: dense_net(2, 2, K=2.), "K is 2.0"), (lambda: staged_net((1, 8, 8), 3, Ks=()), "stages is 0"),
+                          (lambda: dense_net(2, 2, K=2.5), "K is 2.5"), (lambda: staged_net((1, 8, 8), 3, Ks=()), "stages is 0"),
                           (lambda: conv_net((8, 8), 3), "shape is")]:
         with pytest.raises(ValueError, match=message): make()
 

@@ -399,7 +399,7 @@ def test_a_grid_is_as_many_trainings():
 
 @pytest.mark.parametrize("settings, message", [
     (dict(grid={}), "grid is empty"), (dict(grid=dict(lr=[])), "is empty"), (dict(grid=dict(lr=[.1, .1])), "has 0.1 twice"),
-    (dict(grid=dict(lr=.1)), "expected a list"), (dict(grid=dict(lambda0=[1.])), "nobody takes"), (dict(grid=dict(speed=[1.])), "nobody takes"),
+    (dict(grid=dict(lr=.1)), "grid is .*, expected"), (dict(grid=dict(lambda0=[1.])), "nobody takes"), (dict(grid=dict(speed=[1.])), "nobody takes"),
     (dict(grid=dict(epochs=[1, 2])), "epochs cannot be in a grid"), (dict(grid=dict(lr=[1e-3, -1.])), "lr is -1"),
     (dict(seeds=[1, 1]), "seeds has 1 twice"), (dict(mode="fast"), "mode is 'fast'"), (dict(conv="fft"), "conv is 'fft'"),
     (dict(patience=2), "patience would stop"), (dict(compile=True), "compile is for single"), (dict(workers=0), "workers is 0"), (dict(chunk=0), "chunk is 0"),
@@ -921,12 +921,12 @@ def test_settings_are_plain_numbers(plain, settings, tmp_path):
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: Ensemble([make(), 5]), "models is .*, expected a list of modules"), (lambda: Ensemble(make()), "expected a list of modules"),
-    (lambda: Ensemble([make()], seeds=[1, 2]), "a whole number for each of the 1 networks"), (lambda: Ensemble([make()]).member(1), "there is no network 1, expected 0 to 0"),
-    (lambda: Ensemble([make()]).member(0.), "found the index 0.0"), (lambda: grid_members(5), "seeds is 5, expected Sequence"), (lambda: confidence_interval("ab"), "expected at least two finite values"),
+    (lambda: Ensemble([make(), 5]), "models is .*, expected"), (lambda: Ensemble(make()), "models is .*, expected"),
+    (lambda: Ensemble([make()], seeds=[1, 2]), "a whole number for each of the 1 networks"), (lambda: Ensemble([make()]).member(1), "no such network: i is 1, expected"),
+    (lambda: Ensemble([make()]).member(.5), "i is 0.5, expected"), (lambda: fit_many(make, digits().splits(40, [0]), 5), "seeds is 5, expected Sequence"), (lambda: confidence_interval("ab"), "values is 'ab', expected"),
     (lambda: confidence_interval([1., 2.], None), "level is None"), (lambda: fit_many(lambda: None, digits().splits(40, [0])), "make_model gave None, expected a module"),
     (lambda: fit_many(make, digits().splits(40, [0]), least_action=lambda m: 5), "least_action gave 5"), (lambda: fit_many(make, digits().splits(40, [0]), device="tpu"), "no device 'tpu' here"),
-    (lambda: fit_many(make, digits().splits(40, [0]), memory="much"), "memory is 'much', expected a whole number"), (lambda: fit_many(make, digits().splits(40, [0]), checkpoint=5), "checkpoint is 5, expected"),
+    (lambda: fit_many(make, digits().splits(40, [0]), memory="much"), "memory is 'much', expected"), (lambda: fit_many(make, digits().splits(40, [0]), checkpoint=5), "checkpoint is 5, expected"),
     (lambda: measure_modes(make, digits().splits(40, [0]), ["batched"], steps=0), "steps is 0"), (lambda: read_modes(None), "path is None, expected")])
 def test_arguments_of_another_kind_are_told(call, says):
     with pytest.raises((TypeError, ValueError, IndexError), match=says): call()
@@ -1054,9 +1054,9 @@ def test_lambdas_are_told_apart_by_what_they_hold(tmp_path):
 def test_what_is_no_maker_and_no_grid():
     split, run = digits().splits(60, range(2)), partial(fit_many, epochs=1)
     with pytest.raises(TypeError, match="make_model is of type ResidualNet, expected what makes a network"): run(make(), split)
-    with pytest.raises(TypeError, match="least_action is True, expected what makes one"): run(make, split, least_action=True)
+    with pytest.raises(TypeError, match="least_action is True, expected"): run(make, split, least_action=True)
     with pytest.raises(ValueError, match="seeds are not a setting"): run(make, split, grid=dict(seed=[7, 8]))
-    with pytest.raises(ValueError, match="expected a mapping"): run(make, split, grid=[("lr", [1.])])
+    with pytest.raises(ValueError, match="grid is .*, expected"): run(make, split, grid=[("lr", [1.])])
     same = make()
     for mode in ("sequential", "batched"):
         with pytest.raises(ValueError, match="gave the same network twice"): run(lambda: same, split, mode=mode)
@@ -1064,4 +1064,4 @@ def test_what_is_no_maker_and_no_grid():
 
 @pytest.mark.parametrize("level", [0, 1, 95])
 def test_a_level_is_a_share(level):
-    with pytest.raises(ValueError, match="expected a share between 0 and 1"): confidence_interval(torch.rand(5), level)
+    with pytest.raises(ValueError, match="level is .*, expected"): confidence_interval(torch.rand(5), level)

@@ -10,9 +10,12 @@ import pytest
 
 import lap_nb as lap
 from conftest import ROOT, run
+from test_package import modules, no, public
 
 STUB = ast.parse((ROOT / 'lap_nb' / '__init__.pyi').read_text(encoding='utf-8'))
 OFFERED = {alias.asname or alias.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+MOST_PUBLIC = 110   # names in the `__all__` of all modules
 
 
 def fresh(code):
@@ -53,3 +56,11 @@ def test_a_type_checker_finds_no_fault_with_the_lines_of_the_readme(tmp_path):
     (tmp_path / 'readme.py').write_text('\n'.join(lines), encoding='utf-8')
     found = run(sys.executable, '-m', 'mypy', '--config-file', ROOT / 'pyproject.toml', '--cache-dir', tmp_path / 'cache', 'readme.py', cwd=tmp_path)
     assert 'readme.py' not in found.stdout.replace('checked 1 source file', ''), found.stdout
+
+
+def test_public_names_are_few_and_differ_in_more_than_case():
+    names = [(name, module) for module in modules() for name in public(importlib.import_module(f'lap_nb.{module}'))]
+    assert len(names) <= MOST_PUBLIC, f'{len(names)} public names, at most {MOST_PUBLIC}'
+    seen = {}
+    for name, module in names: seen.setdefault(name.lower(), []).append(f'{module}.{name}')
+    no([' and '.join(twins) for twins in seen.values() if len(twins) > 1], 'names that differ in case only, or stand twice')

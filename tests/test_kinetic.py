@@ -705,7 +705,7 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
     assert hook_count(net) == 0
     for net, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")), (nn.Sequential(Attends(batch_first=True)), {})):
         EnergyMeter(net, {"0": net[0]}, **{"reduction": "sum"} | kw).remove()
-    for axis in (True, -1, 1., "1"):
+    for axis in (True, -1, 1.5, "1"):
         with pytest.raises(ValueError, match="batch_axis is"): EnergyMeter(net, {"0": net[0]}, "sum", batch_axis=axis)
 
 
@@ -719,7 +719,7 @@ def test_nothing_has_no_energy(shape, reduction, velocity):
 
 def test_only_trajectories_have_energy():
     for measure in (block_energies, kinetic_energy, relative_energy, EnergyLedger):
-        with pytest.raises(TypeError, match="traj is of type Tensor, expected a Trajectory"): measure(torch.zeros(3, 2, 4))
+        with pytest.raises(TypeError, match="traj is a tensor .*, expected Trajectory"): measure(torch.zeros(3, 2, 4))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1., 1e30])
@@ -758,4 +758,4 @@ def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
 
 
 def test_a_ledger_of_positions_without_values():
-    with pytest.raises(ValueError, match="on the meta device"): EnergyLedger(Trajectory(torch.empty(3, 4, 5, device="meta")))
+    with pytest.raises(ValueError, match="on meta"): EnergyLedger(Trajectory(torch.empty(3, 4, 5, device="meta")))

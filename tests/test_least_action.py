@@ -626,7 +626,7 @@ def test_eight_points_have_a_drift_and_a_swing():
 
 @pytest.mark.parametrize("settings, message", [
     (dict(lambda0=float("nan")), "lambda0 is nan"), (dict(lambda0=float("inf")), "lambda0 is inf"), (dict(lambda0=torch.ones(2, 2)), r"lambda0 has shape \(2, 2\)"),
-    (dict(tau=float("inf")), "tau is inf"), (dict(target=float("inf")), "target is inf"), (dict(weights={"*": "2"}), "weight of '\\*' is '2'"), (dict(lambda0=torch.tensor([1., 0.])), r"lambda0 is \[1.0, 0.0\]"), (dict(tau=float("nan")), "tau is nan"),
+    (dict(tau=float("inf")), "tau is inf"), (dict(target=float("inf")), "target is inf"), (dict(lambda0=torch.tensor([1., 0.])), r"lambda0 is \[1.0, 0.0\]"), (dict(tau=float("nan")), "tau is nan"),
     (dict(every=True), "every is True"), (dict(every=1.5), "every is 1.5"), (dict(target=float("nan")), "target is nan"), (dict(warmup=-1), "warmup is -1"),
     (dict(accumulate=0), "accumulate is 0"), (dict(average=1.), "average is 1.0"), (dict(average="ema"), "average is 'ema'"), (dict(floor=-1.), "floor is -1"),
     (dict(floor=2.), "cap is 0.5, expected at least lambda0"), (dict(weights={"flow.*": -1.}), "weight of 'flow.*' is -1"),
@@ -639,7 +639,7 @@ def test_settings_that_cannot_work(net, settings, message):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(controller=DualAscent()), "controller is a DualAscent"), (dict(controller="pi"), "controller is 'pi'"), (dict(controller=lambda **settings: 3), "controller gave 3"),
-    (dict(lambda0="1"), "lambda0 is '1'"), (dict(tau="fast"), "tau is 'fast'"), (dict(cap=None), "cap is None"), (dict(weights=[1., 2.]), "weights is of type list")])
+    (dict(lambda0="1"), "lambda0 is '1'"), (dict(tau="fast"), "tau is 'fast'"), (dict(cap=None), "cap is None"), (dict(weights=[1., 2.]), "weights is a list of 2, expected")])
 def test_settings_of_another_kind(net, settings, message):
     with pytest.raises(TypeError, match=message): LeastAction(net, **settings)
     assert not any(m._forward_hooks for m in net.modules())
@@ -647,7 +647,7 @@ def test_settings_of_another_kind(net, settings, message):
 
 @pytest.mark.parametrize("model", [make().flow.blocks[:2].children(), lambda x: x])
 def test_what_is_no_model_is_named(model):
-    with pytest.raises(TypeError, match="model is of type .*, expected a module, or a mapping"): LeastAction(model)
+    with pytest.raises(TypeError, match="model is .*, expected Module"): LeastAction(model)
 
 
 def test_frozen_blocks(net, batch):
@@ -756,7 +756,7 @@ def test_activations_in_place_after_the_blocks():
 def test_blocks_without_a_name_are_refused():
     net, x = nn.Sequential(Adds(), Adds(), nn.Linear(4, 3)), torch.randn(6, 4)
     with pytest.raises(ValueError, match="no pattern is given"): LeastAction(net, x=x, blocks=[])
-    with pytest.raises(TypeError, match="mapping of names to modules"): LeastAction(net, x=x, blocks=[net[0]])
+    with pytest.raises(TypeError, match="blocks is a list of 1, expected"): LeastAction(net, x=x, blocks=[net[0]])
 
 
 def test_a_report_too_short_for_a_trend_has_no_numbers_for_it(net):
@@ -1156,7 +1156,7 @@ def test_stationarity_needs_a_loss_of_the_network(net, batch):
     x, y = batch
     la = LeastAction(net)
     with pytest.raises(RuntimeError, match="the task loss has no gradient"): la.stationarity(lambda: F.cross_entropy(net(x), y).detach())
-    with pytest.raises(TypeError, match="task is a Tensor, expected a function"): la.stationarity(F.cross_entropy(net(x), y))
+    with pytest.raises(TypeError, match="task is a tensor .*, expected"): la.stationarity(F.cross_entropy(net(x), y))
 
 
 def test_all_processes_add_up_in_double_precision(net, monkeypatch):

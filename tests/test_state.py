@@ -21,7 +21,8 @@ from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import fit_many
 from lap_nb.files import digest, load_checkpoint, save_checkpoint
 from lap_nb.least_action import DualAscent, LeastAction
-from lap_nb.state import Memory, capture, number, restore
+from lap_nb.checks import number
+from lap_nb.state import Memory, capture, restore
 from lap_nb.training import Recipe, Training, fit
 
 SPLIT = digits().split(60)
@@ -68,19 +69,19 @@ CANNOT = [True, np.True_, "1", b"1", 1j, np.complex64(1), float("nan"), np.float
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "label_smoothing", "momentum", "gamma", "warmup", "clip"])
 def test_what_cannot_be_meant_by_a_number_is_refused(name):
     for value in CANNOT:
-        with pytest.raises(ValueError, match=f"{name} (is|has shape) .*expected a finite number"): Recipe(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} is .*, expected"): Recipe(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "eval_every", "patience", "check_every", "crop"])
 def test_what_cannot_be_meant_by_a_whole_number_is_refused(name):
     for value in [*CANNOT, 2.5, np.float32(2.5), Fraction(1, 2), -1, 2 ** 63]:
-        with pytest.raises(ValueError, match=f"{name} (is|has shape) .*expected"): Recipe(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} is .*expected"): Recipe(**{name: value})
 
 
 @pytest.mark.parametrize("name, value", [("flip", 2), ("flip", "no"), ("channels_last", .5), ("channels_last", None), ("compile", "nonsense"), ("compile", print),
                                          ("milestones", "0.5"), ("milestones", {.5: 1}), ("milestones", [[.5]]), ("milestones", None), ("optimiser", None), ("schedule", 3), ("gamma", 1e300)])
 def test_other_settings_that_cannot_be_meant(name, value):
-    with pytest.raises(ValueError, match=f"{name} (is|has shape) .*expected"): Recipe(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} is .*expected"): Recipe(**{name: value})
 
 
 def test_a_training_with_settings_of_any_kind_resumes(tmp_path):
@@ -328,7 +329,7 @@ def test_a_list_that_has_gone_on_is_left_and_said(tmp_path):
 
 @pytest.mark.parametrize("wrong", [None, 3, [3], print, {"a": 1}])
 def test_callbacks_that_are_none(wrong):
-    with pytest.raises(TypeError, match="callbacks is .*expected a list of functions"): fit(Remembers(), SPLIT, epochs=1, callbacks=wrong)
+    with pytest.raises(TypeError, match="callbacks is .*expected"): fit(Remembers(), SPLIT, epochs=1, callbacks=wrong)
 
 
 # What cannot be kept, and what is a setting

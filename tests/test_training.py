@@ -341,7 +341,7 @@ def test_unknown_setting_is_named():
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(optimiser="adam"), "optimiser is 'adam', expected one of adamw, sgd"), (dict(precision="half"), "precision is 'half'"),
+    (dict(optimiser="adam"), "optimiser is 'adam', expected one of 'adamw', 'sgd'"), (dict(precision="half"), "precision is 'half'"),
     (dict(schedule="step"), "schedule is 'step'"), (dict(clip=0.), "clip is 0"), (dict(crop=-1), "crop is -1"), (dict(crop=2), "are for pictures"),
     (dict(flip=True), "are for pictures"), (dict(lr=-1.), "lr is -1"), (dict(weight_decay=-.1), "weight_decay is -0.1"), (dict(patience=0), "patience is 0"),
     (dict(label_smoothing=1.), "label_smoothing is 1"), (dict(warmup=10), "warmup is 10"), (dict(milestones=(100,)), "milestones is 100"),
@@ -445,8 +445,8 @@ def test_an_error_in_the_model_is_told_with_its_batch(model, data, told):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(least_action=LeastAction), "only fit_many takes what makes it"), (dict(least_action=True), "least_action is True"), (dict(callbacks=print), "expected a list of functions"),
-    (dict(progress=1), "progress is 1"), (dict(model=print), "model is of type")])
+    (dict(least_action=LeastAction), "least_action is the class LeastAction, expected"), (dict(least_action=True), "least_action is True"), (dict(callbacks=print), "callbacks is .*, expected"),
+    (dict(progress=1), "progress is 1"), (dict(model=print), "model is .*, expected")])
 def test_arguments_of_another_kind(wrong, message):
     with pytest.raises(TypeError, match=message): fit(**dict(model=make(), data=SMALL, epochs=1) | wrong)
 
@@ -512,7 +512,7 @@ def test_least_action_of_another_network_or_taken_off_is_refused():
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
 @pytest.mark.parametrize("settings, message", [(dict(lambda0=torch.ones(2)), r"expected .*one per network.*grid=dict\(lambda0="),
-                                               (dict(tau=torch.ones(2)), r"tau has shape \(2,\).*grid=dict\(tau=")])
+                                               (dict(tau=torch.ones(2)), "tau is a tensor .*, expected")])
 def test_values_for_each_network_come_from_the_grid(mode, settings, message):
     with pytest.raises(ValueError, match=message):
         fit_many(make, digits().splits(60, [0, 1]), least_action=partial(LeastAction, **settings), epochs=1, mode=mode)
@@ -538,7 +538,7 @@ def test_a_parameter_that_is_not_finite_is_found_in_any_network(row):
 
 def test_a_data_set_that_was_not_split_is_named():
     for train in (lambda: fit(make(), digits()), lambda: fit_many(make, digits(), range(2), epochs=1)):
-        with pytest.raises(TypeError, match=r'type Dataset, expected a Split: data.split\(n\)'): train()
+        with pytest.raises(TypeError, match='data is an object of type Dataset, expected Split: .*Dataset.split'): train()
 
 
 class Trips(nn.Module):
@@ -603,7 +603,7 @@ def test_parts_that_are_none(part):
     from lap_nb.depth import depth_curve
     from lap_nb.training import count_right, evaluate
     for measure in (evaluate, count_right, depth_curve):
-        with pytest.raises(ValueError, match="part is .*, expected 'train', 'val' or 'test'"): measure(make(), SMALL, part)
+        with pytest.raises(ValueError, match="part is .*, expected"): measure(make(), SMALL, part)
 
 
 def test_logits_that_are_nan_are_not_right():

@@ -15,12 +15,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..checks import checked
+from ..checks import Axes, checked, described
 from ..dynamics import colours
-from ..ensembles import Interval, check_kinds, in_short, as_python, confidence_interval
+from ..ensembles import as_python, confidence_interval, Interval
 from ..files import as_text
 from ..kinetic import Correlation, rank_correlation
-from .catalogue import STUDIES, load_study
+from .catalogue import load_study, STUDIES
 from .design import Net
 from .store import read_lines, results
 
@@ -28,7 +28,7 @@ from .store import read_lines, results
 def _check_columns(rows:list[dict], columns:Iterable[str]):
     there = dict.fromkeys(k for row in rows for k in row)   # rows of networks that diverged have fewer
     columns = list(columns)
-    unknown = [in_short(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
+    unknown = [described(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
     if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +58,7 @@ class Records:
         "The rows that have these values; raises `ValueError` on an unknown column."
         wanted = {k: [as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [as_python(v)] for k, v in columns.items()}
         odd = next((each for v in wanted.values() for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
-        if odd is not None: raise TypeError(f"found {in_short(odd)}, expected a value of a column, or a list of values")
+        if odd is not None: raise TypeError(f"found {described(odd)}, expected a value of a column, or a list of values")
         _check_columns(self.rows, wanted)
         return Records([row for row in self.rows if all(row.get(k) in v for k, v in wanted.items())], self.runs)
 
@@ -104,7 +104,6 @@ def advantage(self:Records,
     scale:float=100.,                # factor on the numbers
 )->Interval:
     "Mean of the differences to a rival, paired by data, size and seed."
-    if not isinstance(over, Records): raise TypeError(f"over is {in_short(over)}, expected Records, as from where(method=...)")
     key = lambda row: (row["data"], row["n"], row["seed"])
     rival = {key(row): row.get(column) for row in over.rows}
     mine = {key(row): row.get(column) for row in self.rows}
@@ -169,7 +168,7 @@ def standings(
             lost = int(rows.values("test_accuracy_last").isnan().sum())
             pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
             table.append(dict(data=data, n=n, family=family, method=rows.rows[0]["method"], seeds=len(rows), diverged=lost,
-                last=None if lost else rows.interval(), best=None if lost else rows.interval("test_accuracy_best"),
+                last=None if lost else rows.confidence_interval(), best=None if lost else rows.confidence_interval("test_accuracy_best"),
                 gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
     return table
 
@@ -218,7 +217,7 @@ def plot(self:Records,
     y:str="test_accuracy_last",      # column on the vertical axis
     by:str="n",                      # one line for each value of this column
     scale:float=1.,                  # factor on `y`
-    ax=None,                         # matplotlib axes; None: a new figure
+    ax:Axes|None=None,                 # matplotlib axes; None: a new figure
     label:str="{}",                  # of a line, with its value of `by`
 ):                                   # the axes
     "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..checks import checked
 from ..attach import find_blocks
-from .compare import make_net
-from ..data import Split, load, pick_device
+from ..checks import checked
+from ..data import load, pick_device, Split
 from ..dynamics import conv_net, dense_net
 from ..ensembles import fit_many, seeded
 from ..files import as_code, write_atomically
 from ..kinetic import EnergyMeter
+from .compare import make_net
 from ..least_action import LeastAction
-from ..transport import exact_gap
 from ..training import evaluate, fit, provenance
+from ..transport import exact_gap
 
 # %% ../../nbs/11_performance.ipynb #2ea004b9
 def clock(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..checks import checked
-from ..ensembles import check_kinds
 from .design import Grid, Method, Net, Schedule, Study
 
 # %% ../../nbs/08_replication.ipynb #e057a136

@@ -8,7 +8,6 @@ __all__ = ['Comparison', 'compare']
 # %% ../../nbs/12_compare.ipynb #69992826
 import json
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,14 +18,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..checks import checked
+from ..checks import checked, described, one_of, whole
 from ..data import load, pick_device
-from ..dynamics import Trajectory, colours, dense_net, init_velocities_
-from ..ensembles import Interval, Runs, check_kinds, in_short, fit_many, confidence_interval
+from ..dynamics import colours, dense_net, init_velocities_, Trajectory
+from ..ensembles import confidence_interval, fit_many, Interval, Runs
 from ..files import read_bounded, write_atomically
 from ..kinetic import block_energies
 from ..least_action import LeastAction
-from ..state import number
 from ..training import provenance
 
 # %% ../../nbs/12_compare.ipynb #4c490615
@@ -40,7 +38,7 @@ def make_net(
     gain:float|None=None,   # initial gain of the velocities; None: PyTorch's default initialisation
 )->nn.Module:
     "The nine-block dense network of the comparison."
-    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) not in (1, 3): raise ValueError(f"shape is {in_short(shape)}, expected (D,) or (C, H, W)")
+    if len(shape) not in (1, 3): raise ValueError(f"shape is {described(shape)}, expected (D,) or (C, H, W)")
     picture = len(shape) == 3
     dim = shape[0] * (shape[1] // 2) * (shape[2] // 2) if picture else shape[0]
     net = dense_net(dim, classes, encoder=nn.Sequential(nn.AvgPool2d(2), nn.Flatten()) if picture else None)
@@ -98,9 +96,9 @@ class Comparison:
         key:str,    # of a row
     )->torch.Tensor: # one per seed, `[S]`, in the order of the seeds
         "One number per seed; raises `ValueError` on a method or a column that there is not."
-        if not isinstance(method, str) or method not in METHODS: raise ValueError(f"method is {in_short(method)}, expected one of {', '.join(METHODS)}")
+        one_of("method", method, METHODS)
         numbers = [k for k, v in self.rows[0].items() if isinstance(v, (int, float)) or k in ("gain", "lambda")] if self.rows else []
-        if not isinstance(key, str) or key not in numbers: raise ValueError(f"key is {in_short(key)}, expected one of {', '.join(numbers)}")
+        one_of("key", key, numbers)
         if any(r[key] is None for r in self.rows if r["method"] == method): raise ValueError(f"{method} has no {key}: choose another method, or another key")
         return torch.tensor([r[key] for r in self.rows if r["method"] == method], dtype=torch.float64)
 
@@ -116,7 +114,6 @@ class Comparison:
     )->"Comparison":
         "Read a record; raises `ValueError` if it is not one."
         again = "write it anew with lap_compare --force"
-        if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is {in_short(path)}, expected that of a record")
         try: found = json.loads(read_bounded(path))
         except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not a JSON file ({e}); {again}") from e
         version = found.get("format") if isinstance(found, dict) else None
@@ -177,6 +174,7 @@ def output_files(
 
 # %% ../../nbs/12_compare.ipynb #d3cce41b
 @patch
+@checked
 def save(self:Comparison,
     out:str|Path=".",  # folder
     force:bool=False,  # overwrite earlier results
@@ -235,8 +233,7 @@ def png(self:Comparison
 
 # %% ../../nbs/12_compare.ipynb #5d9a5239
 def _check_comparison(n, seeds, epochs, lambda0, tau, every):
-    for name, value, least in (("seeds", seeds, 2), ("epochs", epochs, 1), ("n", n, 1)):
-        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least): raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    for name, value, least in (("seeds", seeds, 2), ("epochs", epochs, 1), ("n", n, 1)): whole(name, value, least)
     LeastAction(dense_net(1, 2, K=1), lambda0=lambda0, tau=tau, every=every)
 
 @checked
@@ -254,7 +251,6 @@ def compare(
     progress:bool=False,  # show a bar
 )->Comparison:
     "Train the three methods on the same seeds and samples; raises before any training if an argument cannot work."
-    n, seeds, epochs, every = (number(name, v, int) for name, v in (("n", n), ("seeds", seeds), ("epochs", epochs), ("every", every)))
     _check_comparison(n, seeds, epochs, lambda0, tau, every)
     start, device, samples = time.perf_counter(), pick_device(device), load(data, root, download)
     split, least_action = samples.splits(n, range(seeds)), dict(lambda0=lambda0, tau=tau, every=every)

@@ -15,15 +15,13 @@ from dataclasses import dataclass, fields
 
 from fastcore.basics import patch
 
-from ..checks import checked, check_fields
-from ..data import whole
-from ..ensembles import check_kinds, in_short
+from ..checks import check_fields, checked, described, whole
 
 # %% ../../nbs/91_design.ipynb #ff0e7b80
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
     try: return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
-    except (TypeError, ValueError): raise TypeError(f"found {in_short(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
+    except (TypeError, ValueError): raise TypeError(f"found {described(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
 
 @dataclass(frozen=True)
 class Method:
@@ -115,18 +113,16 @@ class Grid:
     curve:bool=False             # keep action and lambda over time
     thin:int=1                   # every so many test samples are used
     def __post_init__(self):
-        check_kinds(Grid, {name: value for name, value in vars(self).items() if not isinstance(value, str)})   # a study tells those
+        check_fields(self)
         for name in ("data", "sizes", "methods"):
             if not len(getattr(self, name)): raise ValueError(f"{name} of a grid is empty, expected at least one")
-        if not isinstance(self.seeds, int) or self.seeds < 2: raise ValueError(f"seeds is {self.seeds!r}, expected at least two, as a number: an interval needs them")
+        whole("seeds", self.seeds, 2, why="an interval needs them")
 
 # %% ../../nbs/91_design.ipynb #f0d5308a
 STAGES = dict(resnet=3, resnext=3, staged=2) # over which the blocks of a network are shared out
 
 def _check_grid(g:Grid):
     "Raise if a grid asks for what there is not."
-    for name in ("data", "measures"):
-        if isinstance(getattr(g, name), str): raise ValueError(f"{name} of a grid is {getattr(g, name)!r}, expected a tuple of names, as in ({getattr(g, name)!r},)")
     if g.net.K % (stages := STAGES.get(g.net.kind, 1)): raise ValueError(f"K of {g.net.kind} is {g.net.K}, expected a multiple of its {stages} stages")
     for name, value in dict(steps=g.schedule.steps, batch_size=g.schedule.batch_size, points=g.schedule.points, thin=g.thin).items():
         if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")

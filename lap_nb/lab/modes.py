@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import checked
-from ..data import Split, pick_device
+from ..checks import checked, counts
+from ..data import pick_device, Split
 from ..dynamics import conv_net, dense_net
-from ..ensembles import check_kinds, fit_many, forward_flops
+from ..ensembles import fit_many, forward_flops
 from ..files import write_atomically
-from ..training import check_training, provenance
+from ..training import provenance
 
 # %% ../../nbs/97_modes.ipynb #68e51641
 def _by_hand(make_model, split:Split, steps:int):
@@ -54,7 +54,7 @@ def measure_modes(
     repeats:int=3,                      # measurements of each way; they take turns
 )->dict[str, list[tuple[float, float]]]: # wall and processor seconds per step and network, of each measurement
     "Time a training step in each way."
-    check_training(steps=steps, batch_size=batch_size, repeats=repeats)
+    counts(steps=steps, batch_size=batch_size, repeats=repeats)
     n = min(batch_size, data.train.shape[-1])
     split = replace(data, train=data.train[:, :n], val=data.val[:, :1], test=data.test[:1]).to(pick_device(device))
     def train(mode, steps):

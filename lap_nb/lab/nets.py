@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import checked
 from ..depth import RandomDepth
-from ..dynamics import Flow, ResidualNet, StagedFlow, varied, conv_net, dense_net, init_velocities_, staged_net
-from ..ensembles import check_kinds
+from ..dynamics import conv_net, dense_net, Flow, init_velocities_, ResidualNet, staged_net, StagedFlow, varied
 from .design import Method, Net
 
 # %% ../../nbs/92_nets.ipynb #f46dcde9

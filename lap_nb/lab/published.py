@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from lap_nb.checks import checked
-from lap_nb.data import Dataset, Split, load
-from lap_nb.dynamics import Flow, ResidualNet, colours
+from lap_nb.checks import checked, counts, in_room, whole
+from lap_nb.data import Dataset, load, Split
+from lap_nb.dynamics import colours, Flow, MOST_BLOCKS, ResidualNet
 from lap_nb.ensembles import confidence_interval
 from lap_nb.files import digest, load_checkpoint, save_checkpoint
 from lap_nb.lab.store import append_rows, done, read_lines
@@ -48,14 +48,18 @@ def _velocity(width:int, first:bool)->nn.Module:
 
 # %% ../../nbs/08a_published.ipynb #a4f2d9af
 @checked
+@in_room("the network")
 def published_net(
     classes:int=10,   # logits
     n_blocks:int=9,   # residual blocks
     width:int=64,     # channels of the flow
     channels:int=1,   # of the pictures
-    side:int=28,      # pixels of a row and of a column; even
+    side:int=28,      # rows and columns of the pictures, in pixels; even
 )->ResidualNet:
     "The published network for small pictures (`onerep` of the authors' code): an encoder, blocks of one shape, a head of three layers."
+    counts(classes=classes, width=width, channels=channels)
+    whole("n_blocks", n_blocks, 1, most=MOST_BLOCKS)
+    if whole("side", side, 2) % 2: raise ValueError(f"side is {side}, expected an even number: the encoder halves it")
     flow = Flow([_velocity(width, k == 0) for k in range(n_blocks)])
     head = nn.Sequential(nn.Flatten(), nn.Linear(width * (side // 2) ** 2, 10 * classes), nn.BatchNorm1d(10 * classes),
                          nn.ReLU(), nn.Linear(10 * classes, classes))
@@ -310,7 +314,7 @@ def published_table(
     for start, objective in arms:
         own = 100 * torch.tensor([r["test_accuracy_last"] for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n)], dtype=torch.float64)
         gap = paired_points(rows, start, objective, n=n)
-        spelt = lambda v: f"{interval(v).mean:.1f} [{interval(v).low:.1f}, {interval(v).high:.1f}]" if len(v) > 1 else f"{v.mean():.1f}"
+        spelt = lambda v: f"{confidence_interval(v).mean:.1f} [{confidence_interval(v).low:.1f}, {confidence_interval(v).high:.1f}]" if len(v) > 1 else f"{v.mean():.1f}"
         lines.append(f"{start:10}{objective:16}{len(own):6}  {spelt(own):18}" + ("" if objective == "plain" or not len(gap) else f"{spelt(gap)} ({len(gap)} pairs)"))
     return "\n".join(lines)
 

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from ..checks import checked
-from ..data import Dataset, Split, load, pick_device
-from ..depth import Penalty, measure_depth, measure_pruning, measure_speed
-from ..ensembles import check_kinds, fit_many
+from ..data import Dataset, load, pick_device, Split
+from ..depth import measure_depth, measure_pruning, measure_speed, Penalty
+from ..ensembles import fit_many
 from ..kinetic import block_energies
-from .design import Cell, Method, Study, changed_fields
-from .nets import NETS, make_net
+from .design import Cell, changed_fields, Method, Study
+from .nets import make_net, NETS
 from .store import append_rows, done, held, networks_in, results
 from ..least_action import LeastAction
 from ..regularity import measure_regularity

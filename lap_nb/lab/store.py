@@ -21,7 +21,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checks import checked
-from ..ensembles import check_kinds
 from ..files import in_words
 from .design import checksum
 

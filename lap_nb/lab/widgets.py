@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..checks import checked, extra
-from ..data import Split, circles, digits, moons
+from ..data import circles, digits, moons, Split
 from ..depth import depth_curve
-from ..dynamics import Trajectory, colours, dense_net, init_velocities_
+from ..dynamics import colours, dense_net, init_velocities_, Trajectory
 from ..ensembles import seeded
 from ..kinetic import block_energies
 from ..least_action import LeastAction
