@@ -1,6 +1,6 @@
 # The front door: what `import lap_nb as lap` offers. `__init__.py` reads this list, and so do editors and type checkers.
 from .adapters import LeastActionMixin as LeastActionMixin, lightning_callback as lightning_callback
-from .attach import find_blocks as find_blocks, trace as trace, trace_energies as trace_energies
+from .attach import trace as trace, trace_energies as trace_energies
 from .data import Dataset as Dataset, Split as Split, circles as circles, digits as digits, load as load, moons as moons
 from .depth import (
     Elastic as Elastic, RandomDepth as RandomDepth, depth_curve as depth_curve, latency as latency, shorten as shorten)
@@ -8,6 +8,7 @@ from .dynamics import (
     Flow as Flow, ResidualBlock as ResidualBlock, ResidualNet as ResidualNet, Trajectory as Trajectory, conv_net as conv_net,
     dense_net as dense_net, staged_net as staged_net)
 from .ensembles import Ensemble as Ensemble, Interval as Interval, fit_many as fit_many, confidence_interval as confidence_interval
+from .hooks import find_blocks as find_blocks
 from .kinetic import (
     EnergyLedger as EnergyLedger, EnergyMeter as EnergyMeter, block_energies as block_energies, kinetic_energy as kinetic_energy,
     rank_correlation as rank_correlation, relative_energy as relative_energy)

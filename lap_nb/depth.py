@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import Blocks, _coming_out, find_blocks, _first, _going_in, _recomputing, _run, _swap, _unwrap
 from .checks import Axes, checked, counts, number, real_tensor, several, whole
 from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet
 from .files import as_text
-from .kinetic import _Hook
+from .hooks import (
+    Blocks, chosen_blocks, coming_out, first_tensor, going_in, recomputing, run_on, swap_tensor, unwrap)
+from .kinetic import TrainingHook
 from .training import check_logits, fit, _part
 
 # %% ../nbs/09_depth.ipynb #267d4e52
@@ -149,12 +150,12 @@ class Stretch(nn.Module):
         self.block, self.scale, self.copies, self.width, self.note = block, float(scale), copies, None, None
 
     def forward(self, *args, **kwargs):
-        x = _first((args, kwargs))
+        x = first_tensor((args, kwargs))
         if self.scale == 0: return x if self.width is None else (x, *[None] * (self.width - 1))
         if self.copies and (self.scale != 1 or self.note): x = x.clone()
         out = self.block(*args, **kwargs)
-        y = _first(out)
-        if self.scale != 1: y, out = (z := x + self.scale * (y - x)), _swap(out, y, z)
+        y = first_tensor(out)
+        if self.scale != 1: y, out = (z := x + self.scale * (y - x)), swap_tensor(out, y, z)
         if self.note is not None: self.note(self, x, y, out)
         return out
 
@@ -201,7 +202,7 @@ def _ours(hook)->bool:
 
 def _copy(model:nn.Module)->nn.Module:
     "A copy of the network inside wrappers, without this package's hooks."
-    root, hooks = _unwrap(model), lambda m: (m._forward_hooks, m._forward_pre_hooks)
+    root, hooks = unwrap(model), lambda m: (m._forward_hooks, m._forward_pre_hooks)
     owners = [getattr(h, "__self__", h) for m in root.modules() for hs in hooks(m) for h in hs.values() if _ours(h)]
     copy = deepcopy(root, {id(owner): _Gone() for owner in owners})
     for m in copy.modules():
@@ -210,26 +211,25 @@ def _copy(model:nn.Module)->nn.Module:
     return copy
 
 # %% ../nbs/09_depth.ipynb #62abb26c
-def _found(root:nn.Module, x, blocks)->dict[str, nn.Module]:
-    "The blocks of `root`: those named, its `ResidualBlock`s, or those found by a probing pass."
-    if blocks is not None:
-        names, known = list(blocks), dict(root.named_modules())
-        if lost := [name for name in names if name not in known]: raise ValueError(f"found no module {lost[0]!r} in the model, expected names of its blocks, as find_blocks gives them")
-        found = Blocks({name: known[name] for name in names})
-        found.inplace = set(getattr(blocks, "inplace", ()))
-        return found
-    own = any(isinstance(m, ResidualBlock) for m in root.modules())
-    return find_blocks(root, None if own else x)
+def _found(root:nn.Module, x, blocks)->Blocks:
+    "The blocks that are meant; where none are named, a network of `ResidualBlock`s is not probed."
+    own = blocks is None and any(isinstance(m, ResidualBlock) for m in root.modules())
+    chosen = chosen_blocks(root, blocks, None if own else x)
+    name_of = {module: name for name, module in root.named_modules()}
+    found = Blocks({name_of[module]: module for module in chosen.values()})
+    found.inplace = {name_of[chosen[name]] for name in getattr(chosen, "inplace", ())}
+    return found
 
-def _gate(root:nn.Module, blocks:Mapping[str, nn.Module])->dict[str, Stretch]:
-    "Put a gate around each block, in place; raises `ValueError` for a block that stands in two places."
+def _gate(root:nn.Module, blocks:Blocks)->dict[str, Stretch]:
+    "Put a gate around each part of these names, in place; raises `ValueError` for a block that stands in two places."
     places = [(m, key, child) for m in root.modules() for key, child in m._modules.items()]
     gates = {}
-    for name, block in blocks.items():
+    for name in blocks:
+        block = root.get_submodule(name)
         if block is root: raise ValueError("the network as a whole is the residual block, expected blocks inside it: there is nothing to leave out")
         here = [(m, key) for m, key, child in places if child is block]
         if len(here) > 1: raise ValueError(_shared(name, len(here)))
-        gates[name] = here[0][0]._modules[here[0][1]] = Stretch(block, copies=name in getattr(blocks, "inplace", ()))
+        gates[name] = here[0][0]._modules[here[0][1]] = Stretch(block, copies=name in blocks.inplace)
     return gates
 
 def _shared(name:str, times:int)->str:
@@ -266,7 +266,7 @@ def _stages(model:nn.Module, gates:dict[str, Stretch], x)->tuple[dict[str, Stret
     def note(gate, x, y, out):
         gate.width = len(out) if isinstance(out, tuple) else None
         calls.append((gate, x.detach().clone(), y.detach().clone()))
-    with torch.no_grad(), _evaluating(model), _noted(names, note): _run(model, x)
+    with torch.no_grad(), _evaluating(model), _noted(names, note): run_on(model, x)
     for g, name in names.items():
         times = sum(c[0] is g for c in calls)
         if times > 1: raise ValueError(_shared(name, times))
@@ -288,12 +288,13 @@ class Elastic(nn.Module):
     def __init__(self,
         model:nn.Module,                       # copied, never changed
         x=None,                                # a few samples, for finding blocks and stages; None: only for `ResidualBlock`s, stages by container
-        blocks:Iterable[str]|None=None,        # names of the residual blocks; None: found
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
         schedules:Iterable[DepthSchedule]=(),       # used for their number of blocks instead of the even ones
     ):
         super().__init__()
+        found = _found(unwrap(model), x, blocks)
         self.model = _copy(model)
-        gates = _gate(self.model, _found(self.model, x, blocks))
+        gates = _gate(self.model, found)
         if x is None: self.sizes = _by_container(gates)
         else: gates, self.sizes = _stages(self.model, gates, x)
         self.names, self.gates = list(gates), list(gates.values())
@@ -358,7 +359,7 @@ def _try_shortest(self:Elastic, x):
     wide = {name: gate.width for name, gate in zip(self.names, self.gates) if gate.width}
     if not wide: return
     try:
-        with torch.no_grad(), _evaluating(self.model), self.at(len(self.sizes)): _run(self.model, x)
+        with torch.no_grad(), _evaluating(self.model), self.at(len(self.sizes)): run_on(self.model, x)
     except (TypeError, AttributeError) as e:
         name, width = next(iter(wide.items()))
         raise ValueError(f"block {name!r} returns {width} values, and all but the first are None where it is left out, which the network does not take ({e}): "
@@ -511,7 +512,7 @@ def depth_curve(
     part:str="test",                       # part that is measured: `"train"`, `"val"` or `"test"`
     ways:Sequence[str]=WAYS,               # of `"skip"`, `"lengthened"` and `"best"`
     counts:Iterable[int]|None=None,        # numbers of blocks; None: all
-    blocks:Iterable[str]|None=None,        # names of the residual blocks; None: found
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
     recompute:bool=True,                   # take batch-norm statistics anew at each depth, if there are any
 )->DepthCurve:
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
@@ -548,7 +549,7 @@ def _path_gap(elastic:Elastic, x)->float:
     "Share of the action above that of straight paths of constant speed, over all stages and samples."
     steps = []
     note = lambda gate, x, y, out: steps.append((y - x).flatten(1).float())
-    with _evaluating(elastic.model), _noted(elastic.gates, note): _run(elastic.model, x)
+    with _evaluating(elastic.model), _noted(elastic.gates, note): run_on(elastic.model, x)
     action = needed = 0.
     for low, high in _spans(elastic.sizes):
         action += (high - low) * sum(s.square().sum().item() for s in steps[low:high])
@@ -577,7 +578,7 @@ class Skip(nn.Module):
         self.width = width
 
     def forward(self, *args, **kwargs):
-        x = _first((args, kwargs))
+        x = first_tensor((args, kwargs))
         return x if self.width is None else (x, *[None] * (self.width - 1))
 
 # %% ../nbs/09_depth.ipynb #f9b38d72
@@ -631,7 +632,7 @@ def latency(
         for i in range(repeats + 3):
             for name, net in models.items():
                 sync(); start = clock()
-                _run(net, x); sync()
+                run_on(net, x); sync()
                 if i >= 3: times[name].append(1e3 * (clock() - start))
     return {name: min(t) for name, t in times.items()}
 
@@ -640,11 +641,11 @@ def latency(
 def shorten(
     model:nn.Module,                # copied, never changed; logits `[B, classes]`, or an output with `logits`
     data:Split,                     # the choice is made on `val` alone; `train` for batch norms and fine-tuning
-    blocks:int|None=None,           # goal: this many blocks
+    n_blocks:int|None=None,         # goal: this many blocks
     accuracy_drop:float|None=None,  # goal: fewest blocks whose validation accuracy is at most this share lower
     budget_ms:float|None=None,      # goal: best validation accuracy among depths whose pass takes no longer
     way:str="best",                 # `"best"`, `"lengthened"` or `"skip"`, as in `depth_curve`
-    names:Iterable[str]|None=None,  # names of the residual blocks; None: found
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
     recompute:bool=True,            # take batch-norm statistics anew, if there are any
     epochs:int=0,                   # of fine-tuning with `fit`
     lr:float=1e-4,                  # its learning rate
@@ -652,13 +653,13 @@ def shorten(
     verbose:bool=True,              # print what was chosen, with measured times
 )->nn.Module:                       # its attribute `shortened` holds what was chosen, as plain values
     "An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that can."
-    _check_goal(blocks, accuracy_drop, budget_ms)
-    elastic, index = Elastic(model, data.x[data.val[:8]], names), data.val[:batch_size]
-    if blocks is not None: _check_count(blocks, elastic.sizes)
-    curve = depth_curve(model, data, "val", [way], None if blocks is None else [blocks, elastic.K], names, recompute)
+    _check_goal(n_blocks, accuracy_drop, budget_ms)
+    elastic, index = Elastic(model, data.x[data.val[:8]], blocks), data.val[:batch_size]
+    if n_blocks is not None: _check_count(n_blocks, elastic.sizes)
+    curve = depth_curve(model, data, "val", [way], None if n_blocks is None else [n_blocks, elastic.K], blocks, recompute)
     _warn(curve)
     rows, x = curve.of(way), data.x[index]
-    if blocks is not None: row = rows[0]
+    if n_blocks is not None: row = rows[0]
     elif accuracy_drop is not None: row = _by_accuracy(rows, accuracy_drop)
     else: row = _by_latency(elastic, rows, budget_ms, x)
     small = elastic.cut(row["schedule"])
@@ -671,8 +672,8 @@ def shorten(
     return small
 
 # %% ../nbs/09_depth.ipynb #a5bdc09f
-def _check_goal(blocks, accuracy_drop, budget_ms):
-    goals = dict(blocks=blocks, accuracy_drop=accuracy_drop, budget_ms=budget_ms)
+def _check_goal(n_blocks, accuracy_drop, budget_ms):
+    goals = dict(n_blocks=n_blocks, accuracy_drop=accuracy_drop, budget_ms=budget_ms)
     given = [name for name, value in goals.items() if value is not None]
     if len(given) != 1: raise ValueError(f"found {', '.join(given) or 'no goal'}, expected exactly one of {', '.join(goals)}")
     if accuracy_drop is not None and not 0 <= accuracy_drop < 1:
@@ -687,7 +688,7 @@ def _by_accuracy(rows:list[dict], drop:float)->dict:
     if fit: return fit[0]
     best = max(shorter, key=lambda r: r["accuracy"])
     raise ValueError(f"no shorter network keeps the validation accuracy within {100 * drop:g} points of {100 * full:.1f} %: the best has "
-                     f"{best['blocks']} blocks and {100 * best['accuracy']:.1f} %; allow accuracy_drop={full - best['accuracy']:.3f}, or choose blocks and fine-tune")
+                     f"{best['blocks']} blocks and {100 * best['accuracy']:.1f} %; allow accuracy_drop={full - best['accuracy']:.3f}, or choose n_blocks and fine-tune")
 
 def _by_latency(elastic:Elastic, rows:list[dict], budget:float, x)->dict:
     "The most accurate row that is fast enough; raises `ValueError` with the fastest there is."
@@ -801,7 +802,7 @@ def deepen(
     counts(times=times)
     net = _copy(model)
     flows = [m for m in net.modules() if isinstance(m, Flow)]
-    if not flows: raise ValueError(f"found no Flow in {type(_unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
+    if not flows: raise ValueError(f"found no Flow in {type(unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
     for flow in flows:
         flow.blocks = nn.ModuleList(deepcopy(block) for block in flow.blocks for _ in range(times))
         for block in flow.blocks: block.h /= times
@@ -814,10 +815,10 @@ class RandomDepth:
     def __init__(self,
         model:nn.Module,                          # hooks are put on it and on its blocks
         seed:int=0,                               # of the numbers of blocks
-        blocks:Mapping[str, nn.Module]|None=None, # name to module, in the order of a pass; None: its `ResidualBlock`s
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # in the order of a pass, as in `chosen_blocks`; None: its `ResidualBlock`s
         sizes:Sequence[int]|None=None,            # blocks in each stage; None: by container
     ):
-        blocks = find_blocks(model) if blocks is None else blocks
+        blocks = chosen_blocks(model, blocks)
         self.sizes = _by_container(blocks) if sizes is None else list(sizes)
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
         self.random, self.schedule = random.Random(seed), None
@@ -834,12 +835,12 @@ class RandomDepth:
 
     def _enter(self, k, block, args, kwargs):
         if self.schedule is None or not block.training: return
-        self._open.append(_going_in(self.names[k], args, kwargs, torch.clone if self.names[k] in self.inplace else None))
+        self._open.append(going_in(self.names[k], args, kwargs, torch.clone if self.names[k] in self.inplace else None))
 
     def _stretch(self, k, block, args, out):
         if self.schedule is None or not block.training: return None
-        x, y = _coming_out(self.names[k], self._open.pop(), out)
-        return _swap(out, y, x + self.schedule.get(k, 0.) * (y - x))
+        x, y = coming_out(self.names[k], self._open.pop(), out)
+        return swap_tensor(out, y, x + self.schedule.get(k, 0.) * (y - x))
 
     def state_dict(self)->dict:
         "Where its random numbers are; a checkpoint of `fit` holds it."
@@ -873,18 +874,18 @@ def sliced_wasserstein(
 class _Steps:
     "A meter of a penalty: what each block contributes, from the forward pass that trains it."
     def __init__(self, model, blocks, each, together):
-        self.blocks, self.each, self.together = find_blocks(model) if blocks is None else blocks, each, together
+        self.blocks, self.each, self.together = chosen_blocks(model, blocks), each, together
         self.paused, self.seen, self.given, self._open, self.hooks = False, [], None, [], []
         for name, b in self.blocks.items():
-            self.hooks += [b.register_forward_pre_hook(_Hook(self, _Steps._enter, name), with_kwargs=True),
-                           b.register_forward_hook(_Hook(self, _Steps._note, name))]
+            self.hooks += [b.register_forward_pre_hook(TrainingHook(self, _Steps._enter, name), with_kwargs=True),
+                           b.register_forward_hook(TrainingHook(self, _Steps._note, name))]
 
     def _enter(self, name, block, args, kwargs):
-        self._open.append(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
+        self._open.append(going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
 
     def _note(self, name, block, args, out):
-        step = self.each(*_coming_out(name, self._open.pop(), out))
-        if not _recomputing(): self.seen.append(step)
+        step = self.each(*coming_out(name, self._open.pop(), out))
+        if not recomputing(): self.seen.append(step)
 
     def take(self)->Tensor: # `[K]`, or what was put
         seen, given = self.seen, self.given
@@ -960,7 +961,7 @@ def measure_depth(
     part:str="test",               # part that is measured
     ways:Sequence[str]=WAYS,       # of `"skip"`, `"lengthened"` and `"best"`
     counts:Iterable[int]|None=None, # numbers of blocks; None: all
-    blocks:Iterable[str]|None=None, # names of the residual blocks; None: found
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
     recompute:bool=True,           # take batch-norm statistics anew at each depth, if there are any
 )->dict: # plain JSON values
     "A `DepthCurve` as a record: `counts`, accuracy and area of each way, energies, path gap."

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from lap_nb.attach import (
-    _Axes, _check_size, _coming_out, find_blocks, _first, _going_in, _late, _mapping, _Note, _recomputing, _unwrap,
-    _Watcher)
 from .checks import Axes, checked, described, number, one_of, whole
-from .dynamics import colours, residual_blocks, ResidualBlock, _several, Trajectory
+from .dynamics import colours, ResidualBlock, Trajectory
 from .files import as_code
+from .hooks import (
+    check_size, chosen_blocks, coming_out, first_tensor, going_in, Hook, is_late, Note, recomputing, SampleAxes,
+    unwrap, Watcher)
 from . import attach
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -232,7 +232,7 @@ def _large(after:Tensor, before:Tensor)->bool:
     return any(form(after).is_contiguous() and form(before).is_contiguous() for form in (lambda t: t, _channels_last))
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
-class _Hook(attach._Hook):
+class TrainingHook(Hook):
     "A hook that calls its owner only in a pass that is recorded for a gradient, in training mode, and for what counts besides."
     def __call__(self, module, *args):
         if (owner := self.awake(module)) is None: return
@@ -240,7 +240,7 @@ class _Hook(attach._Hook):
         if counts: self.call(owner, self.name, module, *args)
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c31
-class _Passes(_Note):
+class _Passes(Note):
     "What the passes of one thread have left, and the marks by which a loss shows of which of them it is made."
     def __init__(self):
         self.idle = {}   # of the last pass, also when that is taken: its graph may be run again
@@ -269,26 +269,26 @@ class _Passes(_Note):
 
 # %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
 @checked
-class EnergyMeter(_Watcher):
+class EnergyMeter(Watcher):
     "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
-        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # name to module, or names and patterns; None: its `ResidualBlock`s
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: its `ResidualBlock`s
         reduction:str="mean",                     # over the features of a sample: `"mean"` or `"sum"`
         velocity:str|Mapping[str, str|nn.Module]="displacement", # or `"branch"`; or, for each block, the module in it that gives the branch
         copy:bool=False,                          # keep a copy of each step, for networks that write to a block's output later; `find_blocks(model, x)` notices those by itself
         batch_axis:int|None=None,                 # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks wrong `ValueError`
     ):
         _check_reduction(reduction)
-        root = _unwrap(model)
+        root = unwrap(model)
         super().__init__()
-        self.blocks, self.reduction, self.copy = _chosen(root, blocks), reduction, copy
+        self.blocks, self.reduction, self.copy = chosen_blocks(root, blocks), reduction, copy
         branches = _branches(self.blocks, velocity)
-        self.axes = _Axes(self.blocks, batch_axis, summed=reduction == "sum")
+        self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
         plan = [(root, EnergyMeter._begin, None, ""), *((m, None, EnergyMeter._branch, name) for name, m in branches.items())]
         if not branches: plan += [(m, EnergyMeter._enter, EnergyMeter._leave, name) for name, m in self.blocks.items()]
-        self._watch([*plan, (root, None, EnergyMeter._close, "")])
-    _hook, _notes = _Hook, _Passes
+        self.watch([*plan, (root, None, EnergyMeter._close, "")])
+    hook_kind, note_kind = TrainingHook, _Passes
 
     def remove(self):
         "Take the hooks off; the model is as it was."
@@ -297,34 +297,15 @@ class EnergyMeter(_Watcher):
         self.forget()
 
     @property
-    def seen(self)->list: return self._left.seen
+    def seen(self)->list: return self.left.seen
     @property
-    def ended(self)->bool: return self._left.ended
+    def ended(self)->bool: return self.left.ended
     @ended.setter
-    def ended(self, value:bool): self._left.ended = value
+    def ended(self, value:bool): self.left.ended = value
     @property
     def idle(self)->dict[str, str]:
         "Blocks of this thread's last pass that count without gradient, and why: `\"in evaluation mode\"` or `\"without gradients\"`; those `\"in a gradient checkpoint\"` with `use_reentrant=True` are not measured. What is compiled notes none."
-        return dict(self._left.idle)
-
-# %% ../nbs/03_kinetic_bias.ipynb #206eb423
-def _names(blocks)->str|list:
-    "Names and patterns; raises `TypeError` for what holds none."
-    return blocks if isinstance(blocks, str) else _several(blocks, "blocks", "a mapping of names to modules, or names and patterns")
-
-def _chosen(root:nn.Module, blocks)->dict[str, nn.Module]:
-    "The blocks to measure, by name; raises `ValueError` if there are none, or one is not in the model."
-    if blocks is None:
-        residual_blocks(root)   # raises if there is none
-        return find_blocks(root)
-    if not isinstance(blocks, Mapping) and (blocks := _names(blocks)):
-        blocks = find_blocks(root, include=blocks)
-    if not blocks: raise ValueError("blocks is empty, expected at least one residual block to measure")
-    _mapping(blocks)
-    inside = set(root.modules())
-    if lost := [n for n, m in blocks.items() if m not in inside]:
-        raise ValueError(f"block {lost[0]!r} is not in this {type(root).__name__}: find the blocks of the model that is measured")
-    return blocks
+        return dict(self.left.idle)
 
 # %% ../nbs/03_kinetic_bias.ipynb #e748b4bd
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
@@ -350,23 +331,23 @@ def _part(name:str, block:nn.Module, part)->nn.Module:
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
 def _begin(self:EnergyMeter, name, module, args, kwargs):
-    if not _recomputing(): self._begun().begin()
+    if not recomputing(): self.begin_note().begin()
 
 @patch
 def _close(self:EnergyMeter, name, module, args, out):
-    if _recomputing(): return
-    note = self._note
+    if recomputing(): return
+    note = self.note
     note.running, note.ended = False, True
     if self.reduction == "sum": self.axes.check(note.shapes, out)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
-def _also(self:EnergyMeter, hook:_Hook, module)->bool:
+def _also(self:EnergyMeter, hook:TrainingHook, module)->bool:
     "Whether a call in evaluation mode or without gradients counts all the same: of a frozen part, in a pass that trains."
-    note = self._note
+    note = self.note
     if hook.call is EnergyMeter._begin: note.running = False; return False   # the whole model is evaluated
     if not note.running:   # the graph may be run again in another thread than the pass
-        return _recomputing() and (hook.name in note.idle or hook.name in self._last.idle)
+        return recomputing() and (hook.name in note.idle or hook.name in self.last_note.idle)
     hidden = not torch.is_grad_enabled() and _in_function()
     if hook.name and not torch.compiler.is_compiling():
         note.idle[hook.name] = _CHECKPOINT if hidden else "without gradients" if module.training else "in evaluation mode"
@@ -388,20 +369,20 @@ def _in_function()->bool:
 # %% ../nbs/03_kinetic_bias.ipynb #c6b9feba
 @patch
 def _enter(self:EnergyMeter, name, block, args, kwargs):
-    note = self._note
-    if not _late(note): note.push(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
+    note = self.note
+    if not is_late(note): note.push(going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
 
 @patch
 def _leave(self:EnergyMeter, name, block, args, out):
-    note = self._note
-    if _late(note): return
-    before, after = _coming_out(name, note.pop(), out)
+    note = self.note
+    if is_late(note): return
+    before, after = coming_out(name, note.pop(), out)
     self._keep(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
-    if _late(self._note): return
-    v = _first(out)
+    if is_late(self.note): return
+    v = first_tensor(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
     self._keep(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
 
@@ -409,11 +390,11 @@ def _branch(self:EnergyMeter, name, module, args, out):
 @patch
 def _keep(self:EnergyMeter, name, like, energy, factor):
     "Keep an energy, unless a checkpointed block is run again."
-    note = self._note
-    _check_size(name, like)
+    note = self.note
+    check_size(name, like)
     if self.reduction == "sum":
         note.shapes[name], factor = like.shape, factor * (like.numel() // self.axes.count(name, like))
-    if _recomputing(): return
+    if recomputing(): return
     if not torch.compiler.is_compiling(): note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))
 
@@ -425,8 +406,8 @@ def take(self:EnergyMeter,
     loss:Tensor|None=None, # made of the pass: with it, earlier passes that it does not use do not matter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
     "The energies of this thread's last forward pass, once; `RuntimeError` if there is not one, or a loss not made of it alone."
-    self._one_thread()
-    note, sums = self._left, {}
+    self.check_thread()
+    note, sums = self.left, {}
     passes, seen, several = note.passes, note.seen, note.several(loss)
     note.forget()
     for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
@@ -438,7 +419,7 @@ def take(self:EnergyMeter,
 @patch
 def forget(self:EnergyMeter):
     "Drop what this thread's passes so far have left, taken or not."
-    self._left.forget()
+    self.left.forget()
 
 @patch
 def put(self:EnergyMeter,
@@ -451,7 +432,7 @@ def put(self:EnergyMeter,
     if energies.shape[-1:] != (len(self.blocks),):
         raise ValueError(f"energies have shape {tuple(energies.shape)}, expected [..., {len(self.blocks)}]: one per "
                          "block")
-    note = self._own()
+    note = self.own_note()
     note.forget()
     note.passes, note.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
 

@@ -17,10 +17,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import find_blocks, _matching
 from .checks import checked, described, flag, number, plain, whole, WrongKind
 from .files import as_text
-from .kinetic import EnergyMeter, _names
+from .hooks import chosen_blocks, matching
+from .kinetic import EnergyMeter
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
 def dual_ascent(
@@ -268,7 +268,7 @@ class LeastAction(_Exact):
         target:float=0.,                          # task loss that is good enough; above 0 lambda may fall
         cap:float=math.inf,                       # largest multiplier
         reduction:str="mean",                     # energy over features: `"mean"` (published scale) or `"sum"`
-        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as from `find_blocks`, or names and patterns; None: found
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
         x=None,                                   # example input that finds the blocks of any network; None: `ResidualBlock`s
         controller:Callable[..., Controller]=DualAscent, # makes the rule from `lambda0`, `tau`, `target`, `cap`
         velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
@@ -305,8 +305,7 @@ def _prepare(self:LeastAction, every, warmup, accumulate, average, weights):
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     "The model and its blocks; raises `ValueError` if they cannot be driven."
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
-    if not isinstance(blocks, Mapping):
-        blocks = find_blocks(model, x, include=None if blocks is None else _names(blocks))
+    blocks = chosen_blocks(model, blocks, x)
     names = {}
     for name, block in blocks.items():
         if block in names: raise ValueError(f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")
@@ -323,7 +322,7 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
     if weights is None: return None
     values = dict.fromkeys(blocks, 1.)
     for pattern, weight in weights.items():
-        values |= dict.fromkeys(_matching(blocks, pattern), number(f"the weight of {pattern!r}", weight, 0, _LARGEST))
+        values |= dict.fromkeys(matching(blocks, pattern), number(f"the weight of {pattern!r}", weight, 0, _LARGEST))
     if not any(values.values()):
         raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
     return torch.tensor(list(values.values()), dtype=torch.float64)

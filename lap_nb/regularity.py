@@ -7,7 +7,7 @@ __all__ = ['LocalLipschitz', 'local_lipschitz', 'LipschitzProfile', 'lipschitz_p
 
 # %% ../nbs/04a_regularity.ipynb #cc149a34
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attach import find_blocks, _first, _swap
 from .checks import Axes, checked, described, number, whole
 from .dynamics import colours, StochasticDepth
 from .files import as_text
+from .hooks import chosen_blocks, first_tensor, swap_tensor
 from .transport import _check_memory, _cloud, _costs, _is_dense, _ldexp, _power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
@@ -162,9 +162,9 @@ def _calls(model:nn.Module, x:Tensor, blocks:Mapping[str, nn.Module])->list:
     calls, hooks = [], []
     def note(name):
         def hook(block, args, kwargs):
-            at = _first((args, kwargs))
+            at = first_tensor((args, kwargs))
             if at is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
-            calls.append((name, lambda z: _first(_run(block, z, _swap(args, at, z), _swap(kwargs, at, z))), at.detach()))
+            calls.append((name, lambda z: first_tensor(_run(block, z, swap_tensor(args, at, z), swap_tensor(kwargs, at, z))), at.detach()))
         return hook
     try:
         for name, block in blocks.items(): hooks.append(block.register_forward_pre_hook(note(name), with_kwargs=True))
@@ -204,14 +204,14 @@ class LipschitzProfile:
 def lipschitz_profile(
     model:nn.Module,                          # in evaluation mode; a `ResidualNet`'s whole is its flow, else the model itself
     x:Tensor,                                 # inputs of the model, `[B, ...]`
-    blocks:Mapping[str, nn.Module]|None=None, # name to module, each keeping its input's shape; None: found by `find_blocks`
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # each keeping its input's shape, as in `chosen_blocks`; None: found with `x`
     **settings,                               # of `local_lipschitz`: `iterations`, `tolerance`, `seed`
 )->LipschitzProfile:                          # constants of the blocks and of the whole
     "Spectral norms of the Jacobians along the way; compare Theorems 1 to 3 of arXiv 2306.04252. Errors as in `local_lipschitz`."
     _check_map(model, x)
     whole = getattr(model, "flow", model)
     (_, f, start), *_ = _calls(model, x, {"whole": whole})
-    blocks = find_blocks(model, x) if blocks is None else blocks
+    blocks = chosen_blocks(model, blocks, x)
     calls = _calls(model, x, blocks)
     if not calls: raise ValueError(f"none of the {len(blocks)} blocks ran: take blocks of this model, those that find_blocks gives")
     found = [local_lipschitz(g, at, **settings) for _, g, at in [*calls, ("whole", f, start)]]
@@ -355,7 +355,7 @@ def plot(self:Holder,
 def measure_regularity(
     model:nn.Module,                          # in evaluation mode
     x:Tensor,                                 # held-out inputs, `[B, ...]`
-    blocks:Mapping[str, nn.Module]|None=None, # name to module; None: found by `find_blocks`
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found with `x`
     shift:float=1.,                           # how far off the support, in radii of the cloud
     seed:int=0,                               # of all random choices
 )->dict:                                      # plain JSON values

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from conftest import hook_count
-from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
+from lap_nb.attach import Tracer, trace, trace_energies
+from lap_nb.hooks import find_blocks
 from lap_nb.lab.bench import memory
 from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
 from lap_nb.kinetic import EnergyLedger, EnergyMeter
@@ -233,15 +234,15 @@ def test_levels_are_never_nested():
 
 def test_patterns_overrule():
     model, x = ResNet(), images()
-    assert list(find_blocks(model, x, include="layer?")) == ["layer1"]
-    assert list(find_blocks(model, x, include=["layer1.1", "bn1"])) == ["bn1", "layer1.1"]
+    assert list(find_blocks(model, x, blocks="layer?")) == ["layer1"]
+    assert list(find_blocks(model, x, blocks=["layer1.1", "bn1"])) == ["bn1", "layer1.1"]
     assert list(find_blocks(model, x, exclude="layer1")) == ["layer2.1"]
-    assert list(find_blocks(model, x, include="layer*.*", exclude="*.0")) == ["layer1.1", "layer2.1"]
-    assert list(find_blocks(model, include="layer1.*", exclude="layer1.0")) == ["layer1.1"]
+    assert list(find_blocks(model, x, blocks="layer*.*", exclude="*.0")) == ["layer1.1", "layer2.1"]
+    assert list(find_blocks(model, blocks="layer1.*", exclude="layer1.0")) == ["layer1.1"]
     with pytest.raises(ValueError, match=r"'layer3\.1' matches no module; the nearest names are .*layer2\.1"):
-        find_blocks(model, x, include="layer3.1")
+        find_blocks(model, x, blocks="layer3.1")
     with pytest.raises(ValueError, match="'typo' matches no module"): find_blocks(model, x, exclude="typo")
-    with pytest.raises(ValueError, match=r"shape changes \(4, 8, 8\)"): find_blocks(model, x, include="layer2.0")
+    with pytest.raises(ValueError, match=r"shape changes \(4, 8, 8\)"): find_blocks(model, x, blocks="layer2.0")
 
 
 def test_finding_leaves_the_model_and_the_random_state_alone():
@@ -395,7 +396,7 @@ def test_checkpointed_blocks_count_once(reentrant, only):
         assert_close(found.energies(), plain)
         (loss if reentrant else loss * 0 + found.energies().sum()).backward()
         with pytest.raises(RuntimeError, match="no step of the 3 blocks"): tracer.take()
-        if only: assert not tracer._note.open
+        if only: assert not tracer.note.open
     if not reentrant: assert_close(model.layers[0].mix.weight.grad, want)
 
 
@@ -763,7 +764,7 @@ def test_sums_that_are_normalised_need_a_pattern(transformers):
     small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
     model, x = transformers.BertModel(transformers.BertConfig(**small)).eval(), torch.randint(50, (BATCH, 5))
     with pytest.raises(ValueError, match="NativeLayerNorm in the way"): find_blocks(model, x)
-    assert trace(model, x, find_blocks(model, x, include="encoder.layer.?")).K == 3
+    assert trace(model, x, find_blocks(model, x, blocks="encoder.layer.?")).K == 3
 
 
 @pytest.mark.parametrize("name", ["resnet", "gpt2"])
@@ -865,7 +866,7 @@ def test_the_probe_sees_outputs_that_are_written_to_later():
     x = torch.randn(5, 4)
     net = nn.Sequential(Adds(), nn.ReLU(inplace=True), Adds(), Adds())
     assert find_blocks(net, x).written == {"0"}
-    assert find_blocks(net, x, include=["?"], exclude="1").written == {"0"}
+    assert find_blocks(net, x, blocks=["?"], exclude="1").written == {"0"}
     assert not find_blocks(nn.Sequential(Adds(), nn.ReLU(), Adds()), x).written
     # who writes to its input is probed on a copy, so any block may have been before it
     assert find_blocks(nn.Sequential(Adds(), Adds(writes=True)), x).written == {"0", "1"}
@@ -873,10 +874,10 @@ def test_the_probe_sees_outputs_that_are_written_to_later():
 
 def test_no_pattern_and_no_name():
     net, x = nn.Sequential(Adds(), Adds()), torch.randn(5, 4)
-    with pytest.raises(ValueError, match="no pattern is given"): find_blocks(net, x, include=[])
+    with pytest.raises(ValueError, match="blocks is empty"): find_blocks(net, x, blocks=[])
     assert list(find_blocks(net, x, exclude=[])) == ["0", "1"]
     for patterns in ([net[0]], net): # a sequence is a list of its modules
-        with pytest.raises(TypeError, match="include is .*, expected|found a Adds"): find_blocks(net, x, include=patterns)
+        with pytest.raises(TypeError, match="blocks is .*, expected|found a Adds"): find_blocks(net, x, blocks=patterns)
 
 
 def test_reasons_inside_what_is_not_called_are_told():

@@ -498,7 +498,8 @@ def evil_net():
 
 def tables():
     "Everything that shows names in Markdown, with names that would act."
-    from lap_nb.attach import Tracer, find_blocks, trace
+    from lap_nb.attach import Tracer, trace
+    from lap_nb.hooks import find_blocks
     from lap_nb.lab.bench import bench_table
     from lap_nb.ensembles import Interval
     from lap_nb.kinetic import EnergyLedger

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import hook_count
 from lap_nb import kinetic
-from lap_nb.attach import find_blocks, trace, trace_energies
+from lap_nb.attach import trace, trace_energies
+from lap_nb.hooks import find_blocks
 from lap_nb.dynamics import ResidualBlock, Trajectory, dense_net
 from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, rank_correlation, relative_energy
 
@@ -597,7 +598,7 @@ def test_a_pass_that_is_given_up_is_not_held():
     with EnergyMeter(net) as meter:
         for _ in range(4): net(x)
         gc.collect()
-        assert [out() is None for out in kept] == [True] * 3 + [False] and len(meter._note.earlier) <= 1
+        assert [out() is None for out in kept] == [True] * 3 + [False] and len(meter.note.earlier) <= 1
     hook.remove()
 
 

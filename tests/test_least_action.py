@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lap_nb import least_action
-from lap_nb.attach import find_blocks
+from lap_nb.hooks import find_blocks
 from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import fit_many
@@ -755,7 +755,7 @@ def test_activations_in_place_after_the_blocks():
 
 def test_blocks_without_a_name_are_refused():
     net, x = nn.Sequential(Adds(), Adds(), nn.Linear(4, 3)), torch.randn(6, 4)
-    with pytest.raises(ValueError, match="no pattern is given"): LeastAction(net, x=x, blocks=[])
+    with pytest.raises(ValueError, match="blocks is empty"): LeastAction(net, x=x, blocks=[])
     with pytest.raises(TypeError, match="blocks is a list of 1, expected"): LeastAction(net, x=x, blocks=[net[0]])
 
 

@@ -15,7 +15,8 @@ USE = '''
 import torch
 import torch.nn.functional as F
 from torch import nn
-from lap_nb.attach import find_blocks, trace
+from lap_nb.attach import trace
+from lap_nb.hooks import find_blocks
 from lap_nb.data import Dataset, Split, digits
 from lap_nb.dynamics import Trajectory, dense_net
 from lap_nb.kinetic import kinetic_energy

@@ -15,7 +15,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lap_nb.attach import Tracer, find_blocks, trace, trace_energies
+from lap_nb.attach import Tracer, trace, trace_energies
+from lap_nb.hooks import find_blocks
 from lap_nb.dynamics import ResidualBlock, conv_net, dense_net
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import FixedWeight, LeastAction
@@ -392,8 +393,8 @@ def test_an_interrupt_at_the_end_of_a_with_block(kind):
     (lambda: trace(net(), X[:, :0]), ValueError, 'the samples have no features'),
     (lambda: trace_energies(net(), X.to('meta')), ValueError, 'meta device'),
     (lambda: find_blocks(net(), X[:, :2]), RuntimeError, r'ResidualNet cannot be called on a tensor of shape \(8, 2\)'),
-    (lambda: trace(net(), X, [1]), TypeError, 'blocks is of type list, expected a mapping'),
-    (lambda: find_blocks(net(), X, include=3), TypeError, 'include is of type int')])
+    (lambda: trace(net(), X, [1]), TypeError, 'found a int among the patterns'),
+    (lambda: find_blocks(net(), X, blocks=3), TypeError, 'blocks is of type int')])
 def test_bad_input_is_refused_in_words(call, error, words):
     with pytest.raises(error, match=words): call()
 

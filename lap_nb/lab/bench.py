@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..attach import find_blocks
 from ..checks import checked
 from ..data import load, pick_device, Split
 from ..dynamics import conv_net, dense_net
 from ..ensembles import fit_many, seeded
 from ..files import as_code, write_atomically
+from ..hooks import find_blocks
 from ..kinetic import EnergyMeter
 from .compare import make_net
 from ..least_action import LeastAction
