@@ -8,7 +8,7 @@ from .dynamics import (
     Flow as Flow, ResidualBlock as ResidualBlock, ResidualNet as ResidualNet, Trajectory as Trajectory, conv_net as conv_net,
     dense_net as dense_net, staged_net as staged_net)
 from .ensembles import Ensemble as Ensemble, Interval as Interval, fit_many as fit_many, confidence_interval as confidence_interval
-from .hooks import find_blocks as find_blocks
+from .hooks import BlockHooks as BlockHooks, chosen_blocks as chosen_blocks, find_blocks as find_blocks
 from .kinetic import (
     EnergyLedger as EnergyLedger, EnergyMeter as EnergyMeter, block_energies as block_energies, kinetic_energy as kinetic_energy,
     rank_correlation as rank_correlation, relative_energy as relative_energy)

@@ -9,7 +9,6 @@ __all__ = ['EnergyTrace', 'trace', 'trace_energies']
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from .checks import checked
 from .dynamics import _called, ResidualBlock, Trajectory, _wide
 from .files import as_code
 from .hooks import (
-    Aside, check_batch, chosen_blocks, coming_out, going_in, is_late, recomputing, run_on, SampleAxes, surely, unwrap,
-    Watcher, watchers_of)
+    Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, surely, unwrap, watchers_of)
 
 # %% ../nbs/02_attach.ipynb #3e2979bf
 @dataclass
@@ -92,7 +90,7 @@ def _repr_markdown_(self:EnergyTrace):
     return "\n".join(["| step | block | shape | energy |", "|---|---|---|---|", *rows])
 
 # %% ../nbs/02_attach.ipynb #91906f45
-class Tracer(Watcher):
+class Tracer(BlockHooks):
     "Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, the end of `with`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place; an earlier tracer on it is replaced
@@ -101,45 +99,38 @@ class Tracer(Watcher):
         batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
     ):
         root = unwrap(model)
-        plan = self._prepare(root, chosen_blocks(root, blocks), energies_only, batch_axis)
+        plan = self.prepare(root, chosen_blocks(root, blocks), energies_only, batch_axis)
         for other in watchers_of(root):
             if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
         self.watch(plan)
 
-    def _prepare(self, root, blocks, energies_only, batch_axis, thread=None)->list: # of hooks
-        super().__init__(thread)
-        self.blocks, self.energies_only, self.replaced = blocks, energies_only, False
-        self.axes = SampleAxes(blocks, batch_axis)
-        self.copies = set(getattr(blocks, "inplace", ())) if energies_only else set(blocks)
-        return [(root, Tracer._begin, None, ""), *((m, Tracer._enter, Tracer._leave, n) for n, m in blocks.items()), (root, None, Tracer._close, "")]
+    def prepare(self, root, blocks, energies_only=False, batch_axis=None, thread=None)->list: # of hooks
+        plan = super().prepare(root, blocks, thread)
+        self.energies_only, self.replaced, self.axes = energies_only, False, SampleAxes(blocks, batch_axis)
+        if not energies_only: self.copies = set(blocks)
+        return plan
 
 # %% ../nbs/02_attach.ipynb #09a95cf0
 @patch
-def _begin(self:Tracer, name, module, args, kwargs):
-    if not recomputing(): self.begin_note().clear(1)
+def copied(self:Tracer, x:Tensor)->Tensor:
+    "A copy of what goes into a block, in float32 or wider."
+    return _wide(x, copy=True)
 
 @patch
-def _close(self:Tracer, name, module, args, out):
-    if recomputing(): return
-    note = self.note
-    note.ended = True
-    if not torch.compiler.is_compiling(): self.axes.check({s.name: (len(s.squares), *s.shape) for s in note.seen}, out)
-
-@patch
-def _enter(self:Tracer, name, module, args, kwargs):
-    note = self.note
-    if not is_late(note): note.push(going_in(name, args, kwargs, partial(_wide, copy=True) if name in self.copies else None))
-
-@patch
-def _leave(self:Tracer, name, module, args, out):
-    note = self.note
-    if is_late(note): return
-    before, after = (self.axes.first(name, t) for t in coming_out(name, note.pop(), out))
+def every_step(self:Tracer, name, before, after):
+    "Note the step."
+    before, after = (self.axes.first(name, t) for t in (before, after))
     squares = (_wide(after) - _wide(before)).square().sum(tuple(range(1, after.ndim)))
-    h = module.h if isinstance(module, ResidualBlock) else 1.
+    block = self.blocks[name]
+    h = block.h if isinstance(block, ResidualBlock) else 1.
     step = _Step(name, squares, tuple(after.shape[1:]), h)
     if not self.energies_only: step.before, step.after = before, _wide(after, copy=True)
-    if not recomputing(): note.seen.append(step)
+    if not recomputing(): self.note.seen.append(step)
+
+@patch
+def on_end(self:Tracer, output):
+    "Look whether the right axis was taken for that of the samples."
+    if not torch.compiler.is_compiling(): self.axes.check({s.name: (len(s.squares), *s.shape) for s in self.note.seen}, output)
 
 # %% ../nbs/02_attach.ipynb #ec40d5b7
 @patch
@@ -160,7 +151,7 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
     check_batch(x)
     blocks = chosen_blocks(root, blocks, x)
     aside, tracer = Aside(root), Tracer.__new__(Tracer)
-    plan = tracer._prepare(root, blocks, energies_only, batch_axis, threading.get_ident())
+    plan = tracer.prepare(root, blocks, energies_only, batch_axis, threading.get_ident())
     def body():
         aside.begin()
         tracer.watch(plan)

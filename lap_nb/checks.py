@@ -133,6 +133,10 @@ def positive(
     "`value` as a finite float above zero; raises `TypeError` or `ValueError`."
     return number(name, value, above=0, why=why)
 
+def _rows(value)->bool: return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided
+
+def is_row(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
+
 def several(
     name:str,  # what the values are, for the message
     values,    # a list, an array, ... of them, in order
@@ -140,7 +144,7 @@ def several(
 )->tuple:
     "`values` one by one; raises `TypeError` if they are no row, `ValueError` if there are too many."
     row = isinstance(values, collections.abc.Iterable) and not isinstance(values, (str, bytes, collections.abc.Mapping))
-    if not row or isinstance(values, (Tensor, np.ndarray)) and not _numbers(values): raise WrongKind(f"{name} is {described(values)}, expected a row of values")
+    if not row or isinstance(values, (Tensor, np.ndarray)) and not is_row(values): raise WrongKind(f"{name} is {described(values)}, expected a row of values")
     if isinstance(values, collections.abc.Sized) and len(values) > 2 ** 20: raise ValueError(f"{name} has {len(values):,} values, expected no more than a million")
     return tuple(each(f"a value of {name}", value) for value in values)
 
@@ -212,12 +216,8 @@ def _fits(value, hint)->bool:
     if isinstance(value, (str, bytes)): return False   # letters are not elements
     if isinstance(value, (Tensor, np.ndarray)) and not _rows(value): return False
     if isinstance(value, collections.abc.Mapping): return issubclass(origin, collections.abc.Mapping) and _inside_fits(value, origin, inside)
-    row = _numbers(value) and issubclass(origin, collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping)
+    row = is_row(value) and issubclass(origin, collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping)
     return (isinstance(value, origin) or row) and _inside_fits(value, origin, inside)
-
-def _rows(value)->bool: return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided
-
-def _numbers(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
 
 def _inside_fits(value, origin, inside)->bool:
     if isinstance(value, collections.abc.Mapping): return len(inside) < 2 or all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())

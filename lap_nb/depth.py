@@ -27,7 +27,7 @@ from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet
 from .files import as_text
 from .hooks import (
-    Blocks, chosen_blocks, coming_out, first_tensor, going_in, recomputing, run_on, swap_tensor, unwrap)
+    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, recomputing, run_on, swap_tensor, unwrap)
 from .kinetic import TrainingHook
 from .training import check_logits, fit, _part
 
@@ -871,21 +871,19 @@ def sliced_wasserstein(
     return squares.amax() if largest else squares.mean()
 
 # %% ../nbs/09_depth.ipynb #6b2d1a11
-class _Steps:
+class _Steps(BlockHooks):
     "A meter of a penalty: what each block contributes, from the forward pass that trains it."
+    hook_kind = TrainingHook
     def __init__(self, model, blocks, each, together):
-        self.blocks, self.each, self.together = chosen_blocks(model, blocks), each, together
-        self.paused, self.seen, self.given, self._open, self.hooks = False, [], None, [], []
-        for name, b in self.blocks.items():
-            self.hooks += [b.register_forward_pre_hook(TrainingHook(self, _Steps._enter, name), with_kwargs=True),
-                           b.register_forward_hook(TrainingHook(self, _Steps._note, name))]
+        self.each, self.together = each, together
+        self.forget()
+        super().__init__(model, blocks)
 
-    def _enter(self, name, block, args, kwargs):
-        self._open.append(going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
-
-    def _note(self, name, block, args, out):
-        step = self.each(*coming_out(name, self._open.pop(), out))
+    def every_step(self, name, before, after):
+        step = self.each(before, after)
         if not recomputing(): self.seen.append(step)
+
+    def also(self, hook, module)->bool: return not hook.name   # where a pass begins and ends counts in any mode
 
     def take(self)->Tensor: # `[K]`, or what was put
         seen, given = self.seen, self.given
@@ -894,14 +892,12 @@ class _Steps:
         if len(seen) == len(self.blocks): return self.together(seen)
         raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
 
-    @property
-    def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
-    def _also(self, hook)->bool: return False   # what trains nothing does not count
-    def forget(self): self.seen, self.given, self._open = [], None, []
+    def forget(self): self.seen, self.given = [], None
     def remove(self):
-        for hook in self.hooks: hook.remove()
-        self.hooks = []; self.forget()
+        self.on = False
+        super().remove()
+        self.forget()
 
 # %% ../nbs/09_depth.ipynb #667a8036
 def _gap(steps:list[Tensor])->Tensor:

@@ -22,9 +22,7 @@ from .checks import Axes, checked, described, number, one_of, whole
 from .dynamics import colours, ResidualBlock, Trajectory
 from .files import as_code
 from .hooks import (
-    check_size, chosen_blocks, coming_out, first_tensor, going_in, Hook, is_late, Note, recomputing, SampleAxes,
-    unwrap, Watcher)
-from . import attach
+    BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -236,8 +234,7 @@ class TrainingHook(Hook):
     "A hook that calls its owner only in a pass that is recorded for a gradient, in training mode, and for what counts besides."
     def __call__(self, module, *args):
         if (owner := self.awake(module)) is None: return
-        counts = module.training and torch.is_grad_enabled() or isinstance(owner, EnergyMeter) and owner._also(self, module)
-        if counts: self.call(owner, self.name, module, *args)
+        if module.training and torch.is_grad_enabled() or owner.also(self, module): return self.call(owner, self.name, module, *args)
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c31
 class _Passes(Note):
@@ -261,6 +258,10 @@ class _Passes(Note):
         self.clear(2 if whole else 1)
         self.running, self.idle = True, {}
 
+    def end(self):
+        super().end()
+        self.running = False
+
     def set_aside(self, whole:bool):
         "Let go of a pass that was not taken: its mark is remembered as long as its graph lives; a compiled pass has none."
         self.earlier = [old for old in self.earlier if old() is not None]
@@ -269,7 +270,7 @@ class _Passes(Note):
 
 # %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
 @checked
-class EnergyMeter(Watcher):
+class EnergyMeter(BlockHooks):
     "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
@@ -281,13 +282,12 @@ class EnergyMeter(Watcher):
     ):
         _check_reduction(reduction)
         root = unwrap(model)
-        super().__init__()
-        self.blocks, self.reduction, self.copy = chosen_blocks(root, blocks), reduction, copy
+        plan = self.prepare(root, chosen_blocks(root, blocks))
+        self.reduction, self.copy = reduction, copy
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
-        plan = [(root, EnergyMeter._begin, None, ""), *((m, None, EnergyMeter._branch, name) for name, m in branches.items())]
-        if not branches: plan += [(m, EnergyMeter._enter, EnergyMeter._leave, name) for name, m in self.blocks.items()]
-        self.watch([*plan, (root, None, EnergyMeter._close, "")])
+        if branches: plan[1:-1] = [(m, None, EnergyMeter._branch, name) for name, m in branches.items()]
+        self.watch(plan)
     hook_kind, note_kind = TrainingHook, _Passes
 
     def remove(self):
@@ -297,9 +297,13 @@ class EnergyMeter(Watcher):
         self.forget()
 
     @property
-    def seen(self)->list: return self.left.seen
+    def seen(self)->list:
+        "Name and energy of each step that this thread's passes have left."
+        return self.left.seen
     @property
-    def ended(self)->bool: return self.left.ended
+    def ended(self)->bool:
+        "Whether this thread's last pass has come to its end."
+        return self.left.ended
     @ended.setter
     def ended(self, value:bool): self.left.ended = value
     @property
@@ -330,22 +334,16 @@ def _part(name:str, block:nn.Module, part)->nn.Module:
 
 # %% ../nbs/03_kinetic_bias.ipynb #717579ca
 @patch
-def _begin(self:EnergyMeter, name, module, args, kwargs):
-    if not recomputing(): self.begin_note().begin()
-
-@patch
-def _close(self:EnergyMeter, name, module, args, out):
-    if recomputing(): return
-    note = self.note
-    note.running, note.ended = False, True
-    if self.reduction == "sum": self.axes.check(note.shapes, out)
+def on_end(self:EnergyMeter, output):
+    "Look whether the right axis was taken for that of the samples."
+    if self.reduction == "sum": self.axes.check(self.note.shapes, output)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
-def _also(self:EnergyMeter, hook:TrainingHook, module)->bool:
+def also(self:EnergyMeter, hook:TrainingHook, module)->bool:
     "Whether a call in evaluation mode or without gradients counts all the same: of a frozen part, in a pass that trains."
     note = self.note
-    if hook.call is EnergyMeter._begin: note.running = False; return False   # the whole model is evaluated
+    if hook.call is BlockHooks.begin: note.running = False; return False   # the whole model is evaluated
     if not note.running:   # the graph may be run again in another thread than the pass
         return recomputing() and (hook.name in note.idle or hook.name in self.last_note.idle)
     hidden = not torch.is_grad_enabled() and _in_function()
@@ -368,16 +366,10 @@ def _in_function()->bool:
 
 # %% ../nbs/03_kinetic_bias.ipynb #c6b9feba
 @patch
-def _enter(self:EnergyMeter, name, block, args, kwargs):
-    note = self.note
-    if not is_late(note): note.push(going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
-
-@patch
-def _leave(self:EnergyMeter, name, block, args, out):
-    note = self.note
-    if is_late(note): return
-    before, after = coming_out(name, note.pop(), out)
-    self._keep(name, after, _mean_square(after, before, self.copy or name in getattr(self.blocks, "written", ())), 1 / _step(block))
+def every_step(self:EnergyMeter, name, before, after):
+    "Keep the energy of the step."
+    copy = self.copy or name in getattr(self.blocks, "written", ())
+    self._keep(name, after, _mean_square(after, before, copy), 1 / _step(self.blocks[name]))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):

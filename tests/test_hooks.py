@@ -1,13 +1,18 @@
 "What `blocks` means is one question with one answer, wherever it is asked; and a watcher of one's own on them."
+import copy
+import gc
+import threading
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lap_nb as lap
 from lap_nb.attach import Tracer
 from lap_nb.data import circles
 from lap_nb.depth import Penalty, measure_depth
-from lap_nb.hooks import chosen_blocks, find_blocks
+from lap_nb.hooks import BlockHooks, chosen_blocks, find_blocks
 from lap_nb.regularity import measure_regularity
 
 X = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
@@ -127,3 +132,144 @@ def test_a_mapping_keeps_its_names_and_a_compiled_network_its_blocks():
     assert chosen_blocks(net, own) is own and list(lap.trace(net, X, own).names) == ['first', 'last']
     assert list(chosen_blocks(torch.compile(net), '[12]')) == ['1', '2']
     assert list(chosen_blocks(lap.dense_net(2, 2, K=3))) == [f'flow.blocks.{k}' for k in range(3)]
+
+
+# A watcher of one's own
+
+class Log(BlockHooks):
+    "What was called, in order, and the squared length of each step."
+    def on_begin(self): self.calls, self.squares = getattr(self, 'calls', []) + ['begin'], []
+
+    def on_step(self, name, before, after):
+        self.calls.append(name)
+        self.squares.append((after - before).square().sum())
+
+    def on_end(self, output): self.calls.append(('end', tuple(output.shape)))
+
+
+class Checkpointed(nn.Module):
+    "Blocks that run in a gradient checkpoint."
+    def __init__(self, again=True, reentrant=False): super().__init__(); self.parts, self.again, self.reentrant = foreign(), again, reentrant
+
+    def forward(self, x):
+        for part in self.parts: x = checkpoint(part, x, use_reentrant=self.reentrant) if self.again else part(x)
+        return x
+
+
+def hook_count(net): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+
+def test_a_watcher_is_told_of_each_step_of_each_pass():
+    net = foreign()
+    with Log(net, '[123]') as log:
+        net(X)
+        steps = lap.trace_energies(net, X, '[123]').energies('sum').sum(1)
+        torch.testing.assert_close(torch.stack(log.squares), steps)
+        net[1](X)   # on the side
+    net(X)
+    assert log.calls == ['begin', '1', '2', '3', ('end', (64, 2))] and not hook_count(net)
+
+
+def test_callbacks_that_are_not_written_do_nothing():
+    net = foreign()
+    want = net(X)
+    with BlockHooks(net, x=X) as hooks: torch.testing.assert_close(net(X), want, rtol=0, atol=0)
+    assert list(hooks.blocks) == ['1', '2', '3'] and not hook_count(net)
+
+
+def test_paused_passes_and_those_of_a_copy_are_not_watched():
+    net = foreign()
+    log = Log(net, '1')
+    with log.pause():
+        net(X)
+        with log.pause(): net(X)
+        net(X)
+    copy.deepcopy(net)(X)
+    assert not hasattr(log, 'calls')
+    with pytest.raises(ZeroDivisionError), log.pause(): 1 / 0
+    net(X)
+    assert log.calls == ['begin', '1', ('end', (64, 2))]
+    with log.pause():
+        other = threading.Thread(target=net, args=(X,))   # a pause is of one thread
+        other.start(); other.join()
+    assert len(log.calls) == 6
+
+
+def test_a_watcher_that_nobody_holds_is_gone():
+    net = foreign()
+    log = Log(net, x=X)
+    assert hook_count(net) == 8   # two on each of three blocks, two on the network
+    del log
+    gc.collect()
+    assert not hook_count(net)
+    log = Log(net, x=X)
+    log.remove(); log.remove()
+    net(X)
+    assert not hasattr(log, 'calls') and not hook_count(net)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_a_checkpointed_block_is_told_of_once_and_its_step_may_enter_a_loss(reentrant):
+    grads = []
+    for again in (False, True):
+        net = Checkpointed(again, reentrant)
+        log, x = Log(net, 'parts.[123]'), X.clone().requires_grad_()
+        out = net(x)
+        loss = out.sum() if reentrant else out.sum() + sum(log.squares)   # of the older kind of checkpoint a hook sees no graph
+        loss.backward()
+        assert log.calls == ['begin', 'parts.1', 'parts.2', 'parts.3', ('end', (64, 2))]
+        grads.append([p.grad for p in net.parameters()] + [x.grad])
+    for plain, checked in zip(*grads): torch.testing.assert_close(plain, checked)
+
+
+def test_what_is_written_to_later_is_no_wrong_gradient():
+    class Writes(nn.Module):
+        def __init__(self): super().__init__(); self.block = Theirs()
+        def forward(self, x): return self.block(x).relu_()
+    class Product(BlockHooks):
+        def on_step(self, name, before, after): self.product = (before * after * after).sum()
+    net = Writes()
+    log = Product(net, 'block')
+    out = net(X)
+    with pytest.raises(RuntimeError, match='written to later: clone'): (out.sum() + log.product).backward()
+
+
+def test_blocks_that_write_to_their_input_need_an_example():
+    net = foreign(inplace=True)
+    with Log(net, ['1', '2']), pytest.raises(RuntimeError, match='writes to its input: pass blocks=find_blocks'): net(X)
+    with Log(net, ['1', '2'], X) as log: net(X)
+    torch.testing.assert_close(torch.stack(log.squares), lap.trace_energies(foreign(), X, ['1', '2']).energies('sum').sum(1))
+
+
+def test_compiled_networks_are_watched():
+    net = foreign()
+    log = Log(net, '[123]')
+    fast = torch.compile(net, backend='eager')
+    out = fast(X)
+    assert log.calls == ['begin', '1', '2', '3', ('end', (64, 2))]
+    (out.sum() + sum(log.squares)).backward()
+    assert net[1].f.weight.grad.abs().sum() > 0
+    log.remove()
+    fast(X)
+    assert len(log.calls) == 5
+
+
+def test_a_pass_that_breaks_off_has_no_end():
+    net = foreign()
+    log = Log(net, '[123]')
+    handle = net[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): net(X)
+    handle.remove()
+    net(X)
+    assert log.calls[:3] == ['begin', '1', '2'] and log.calls[3:] == ['begin', '1', '2', '3', ('end', (64, 2))]
+
+
+def test_two_watchers_and_an_error_in_one():
+    class Fails(BlockHooks):
+        def on_step(self, name, before, after): raise KeyError(name)
+    net = foreign()
+    log, meter = Log(net, '1'), lap.EnergyMeter(net, '1')
+    with Fails(net, '1'), pytest.raises(KeyError): net(X)
+    net(X)
+    assert log.calls == ['begin', '1', 'begin', '1', ('end', (64, 2))]
+    meter.remove()
