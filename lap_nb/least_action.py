@@ -12,7 +12,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Real
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn

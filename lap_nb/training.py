@@ -146,10 +146,18 @@ def check_logits(
     classes:int, # of the data
 )->Tensor:       # `out`
     "Raise `ValueError` unless there is a number per sample and class."
-    if isinstance(out, Tensor) and out.is_floating_point() and out.ndim and out.shape[:-1] == y.shape and out.shape[-1] >= classes: return out
-    found = (list(out.shape) if out.is_floating_point() else described(out)) if isinstance(out, Tensor) else f"an object of type {type(out).__name__}"
+    dense = isinstance(out, Tensor) and out.is_floating_point() and out.layout == torch.strided and not out.is_meta
+    if dense and out.ndim and out.shape[:-1] == y.shape and out.shape[-1] >= classes: return out
+    found = list(out.shape) if dense else described(out) if isinstance(out, Tensor) else f"an object of type {type(out).__name__}"
     raise ValueError(f"the model gave {found}, expected logits {[*y.shape, classes]}, a number per sample and class: "
                      "wrap a model that gives something else, or train it in a loop of your own with LeastAction")
+
+def is_right(
+    logits:Tensor, # `[..., B, classes]`
+    y:Tensor,      # labels, `[..., B]`
+)->Tensor:         # `[..., B]`
+    "Which samples are classified rightly; one whose logits are NaN is not."
+    return (logits.argmax(-1) == y) & ~logits.isnan().any(-1)
 
 def _called(model:nn.Module, call, x:Tensor, y:Tensor):
     "What the model makes of a batch; an error in it is told with the batch it got."
@@ -199,7 +207,7 @@ def count_right(
             x, y = split.x[at], split.y[at]
             if index.ndim == 1: x, y = x.expand(*networks, *x.shape), y.expand(*networks, *y.shape)
             logits = check_logits(_called(model, model, x, y), y, split.classes)
-            right += ((logits.argmax(-1) == y) & ~logits.isnan().any(-1)).sum(-1)
+            right += is_right(logits, y).sum(-1)
     return right
 
 # %% ../nbs/06_training.ipynb #561eb1d8
@@ -739,7 +747,7 @@ def open(self:Training,
     """Keep a checkpoint at `path`, for this training alone until `close`. Raises `FileExistsError` rather than replace the one of an earlier
     training, `BlockingIOError` if another is under way there, and `TypeError` for a state that a checkpoint cannot hold."""
     self.close(); self._claim(path)
-    self.path, self.save_every = Path(path), save_every
+    self.path, self.save_every = Path(path).absolute(), save_every   # wherever the process goes meanwhile
     if self.path.exists():
         if not resume: raise FileExistsError(f"{path} exists: go on from it with resume=True, or choose another file")
         self.load_state_dict(load_checkpoint(path), resume == "force")

@@ -94,6 +94,11 @@ def test_doors_that_tell_a_number_take_every_form(door, form, split):
     assert told == (len(blocks(net)) if door == 'measure_regularity' else len(names))
 
 
+@pytest.mark.filterwarnings('ignore:the path gap')
+def test_names_that_can_be_read_once_are_enough_to_shorten(split):
+    assert lap.shorten(foreign(), split, n_blocks=1, way='skip', blocks=iter(['1', '2']), verbose=False).shortened['blocks'] == [2, 1]
+
+
 WRONG = {
     'a misspelt name': (lambda net: '11', ValueError, 'the nearest names are'), 'a pattern of nothing': (lambda net: ['1', 'layer*'], ValueError, "'layer\\*' matches no module"),
     'none': (lambda net: [], ValueError, 'blocks is empty'), 'an empty mapping': (lambda net: {}, ValueError, 'blocks is empty'),

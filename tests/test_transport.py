@@ -794,3 +794,15 @@ def test_all_samples_may_end_in_one_place(seed, scale):
     start = torch.randn(12, 3, dtype=torch.float64) * scale
     gap = exact_gap(start, torch.zeros(12, 3, dtype=torch.float64), reduction="sum")
     assert gap.gap == 0 and gap.w2 == pytest.approx(start.square().sum(1).mean().item())
+
+
+@pytest.mark.parametrize("far, dtype", [(0., torch.float16), (6e4, torch.float16)] + [(far, dtype) for far in (0., 1e7, 1e12, 1e25) for dtype in (torch.float32, torch.float64)])
+def test_bounds_hold_beside_a_far_point(far, dtype):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 3, generator=g).to(dtype), torch.randn(40, 3, generator=g).to(dtype)
+    x[0] = y[7] = far
+    true = exact_gap(x, y).w2
+    lower, upper = sliced_w2(x, y), entropic_w2(x, y)
+    assert lower.value <= true * (1 + 1e-9) and true <= upper.value * (1 + 1e-9)
+    for bound in (lower, upper): assert 0 <= bound.interval[0] <= bound.value <= bound.interval[1] < math.inf
+    assert far or lower.interval[1] - lower.interval[0] < .2 * lower.value
