@@ -99,12 +99,12 @@ class Tracer(BlockHooks):
         batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
     ):
         root = unwrap(model)
-        plan = self.prepare(root, chosen_blocks(root, blocks), energies_only, batch_axis)
+        plan = self.prepare(root, chosen_blocks(root, blocks), None, energies_only, batch_axis)
         for other in watchers_of(root):
             if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
         self.watch(plan)
 
-    def prepare(self, root, blocks, energies_only=False, batch_axis=None, thread=None)->list: # of hooks
+    def prepare(self, root, blocks, thread=None, energies_only=False, batch_axis=None)->list: # of hooks
         plan = super().prepare(root, blocks, thread)
         self.energies_only, self.replaced, self.axes = energies_only, False, SampleAxes(blocks, batch_axis)
         if not energies_only: self.copies = set(blocks)
@@ -151,7 +151,7 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
     check_batch(x)
     blocks = chosen_blocks(root, blocks, x)
     aside, tracer = Aside(root), Tracer.__new__(Tracer)
-    plan = tracer.prepare(root, blocks, energies_only, batch_axis, threading.get_ident())
+    plan = tracer.prepare(root, blocks, threading.get_ident(), energies_only, batch_axis)
     def body():
         aside.begin()
         tracer.watch(plan)

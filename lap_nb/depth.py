@@ -919,7 +919,7 @@ class Penalty(nn.Module):
         model:nn.Module,                          # the network to train; its residual blocks are measured
         weight:float,                             # positive
         kind:str="path_gap",                      # `"path_gap"`, or `"wasserstein"`: max-sliced, between input and output of each block
-        blocks:Mapping[str, nn.Module]|None=None, # name to module; None: its `ResidualBlock`s
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: its `ResidualBlock`s
     ):
         super().__init__()
         if not weight > 0: raise ValueError(f"weight is {weight!r}, expected positive; without a penalty, leave it out")

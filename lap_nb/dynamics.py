@@ -397,8 +397,8 @@ class ResidualNet(nn.Module):
         encoder:nn.Module|None=None, # inputs to start positions; None: the inputs themselves
     ):
         super().__init__()
-        self.encoder = nn.Identity() if encoder is None else _module(encoder, "encoder")
-        self.flow, self.head = _module(flow, "flow"), _module(head, "head")
+        self.encoder = nn.Identity() if encoder is None else encoder
+        self.flow, self.head = flow, head
 
     def forward(self,
         x:Tensor, # inputs, `[B, ...]`

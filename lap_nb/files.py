@@ -164,7 +164,7 @@ class _Bytes(NamedTuple):
     nbytes:int   # that it takes when it is spread out
 class _Stored(NamedTuple):
     "Stands for stored numbers."
-    count:int
+    amount:int
     width:int    # of one, in bytes
 class _Tuple(tuple):
     "A tuple that counts its values, if each is written out; one that has many is no key, as to compare it takes long."

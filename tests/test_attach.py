@@ -951,6 +951,6 @@ def test_an_axis_that_looks_wrong_is_asked_for(call):
     with pytest.raises(ValueError, match=r"'blocks.0' gives \(5, 4, 6\) and the model \(4, 2\), .*give batch_axis=1"): call(net, x)
     call(net, x, batch_axis=0)   # it is meant
     with pytest.raises(ValueError, match="expected an axis 3 as in batch_axis"): call(net, x, batch_axis=3)
-    for axis in (True, -1, 1., "1"):
+    for axis in (True, -1, 1.5, "1"):
         with pytest.raises(ValueError, match="batch_axis is"): call(net, x, batch_axis=axis)
     assert hook_count(net) == 0
