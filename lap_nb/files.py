@@ -336,33 +336,6 @@ def save_checkpoint(
     and then leaves an earlier one untouched."""
     write_atomically(path, check_storable(state).getbuffer())
 
-# %% ../nbs/00a_files.ipynb #dfb8650a
-def load_checkpoint(
-    path:str|Path, # written by `save_checkpoint`
-)->dict:           # the state, on the CPU
-    "Read a checkpoint; raises `CheckpointError` if it is damaged or something else, `OSError` if it cannot be read."
-    advice, whole = "put a copy of the whole file in its place, or delete it and start anew", False
-    try:
-        with open_plain(path) as file:
-            _check_archive(file)
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        kind, version = (found.get("kind"), found.get("format")) if isinstance(found, dict) else (None, None)
-        state = found.get("state") if kind == CHECKPOINT else None
-        whole = isinstance(state, dict) and digest(state) == found.get("sha256")
-    except _Foreign as e:
-        raise CheckpointError(f"{path} is whole, but holds {e}, which is not read back from a checkpoint of lap_nb: choose another "
-                              "file, or, if you trust this one, take what you need from torch.load(path, weights_only=False)") from e
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # of the system
-        raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
-    if kind != CHECKPOINT: raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
-    if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} has format {version!r}, expected {CHECKPOINT_FORMAT}: "
-                              "read it with the version of lap_nb that wrote it")
-    if not whole:
-        raise CheckpointError(f"{path} is damaged, its checksum does not fit: {advice}")
-    return state
-
 # %% ../nbs/00a_files.ipynb #8496c908
 def room_for(
     nbytes:int, # of a packed file
@@ -389,6 +362,33 @@ def read_bounded(
     if (found := max(size, len(content))) > most:
         raise ValueError(f"{path} has {found:,} bytes or more, expected no more than {most:,}: choose another file")
     return content
+
+# %% ../nbs/00a_files.ipynb #dfb8650a
+def load_checkpoint(
+    path:str|Path, # written by `save_checkpoint`
+)->dict:           # the state, on the CPU
+    "Read a checkpoint; raises `CheckpointError` if it is damaged or something else, `OSError` if it cannot be read."
+    advice, whole = "put a copy of the whole file in its place, or delete it and start anew", False
+    try:
+        with open_plain(path) as file:
+            _check_archive(file)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        kind, version = (found.get("kind"), found.get("format")) if isinstance(found, dict) else (None, None)
+        state = found.get("state") if kind == CHECKPOINT else None
+        whole = isinstance(state, dict) and digest(state) == found.get("sha256")
+    except _Foreign as e:
+        raise CheckpointError(f"{path} is whole, but holds {e}, which is not read back from a checkpoint of lap_nb: choose another "
+                              "file, or, if you trust this one, take what you need from torch.load(path, weights_only=False)") from e
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # of the system
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
+    if kind != CHECKPOINT: raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
+    if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}, expected {CHECKPOINT_FORMAT}: "
+                              "read it with the version of lap_nb that wrote it")
+    if not whole:
+        raise CheckpointError(f"{path} is damaged, its checksum does not fit: {advice}")
+    return state
 
 # %% ../nbs/00a_files.ipynb #285721ef
 # what acts: brackets that make a link, and an underscore at the end of a word, besides the obvious ones
