@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from .checks import checked, described, number, whole
+from .checks import checked, described, number, whole, WrongKind
 from .data import pick_device, Split
 from .files import load_checkpoint, read_bounded, write_atomically
 from .kinetic import EnergyMeter
@@ -155,6 +155,8 @@ class Ensemble(nn.Module):
 # %% ../nbs/07_ensembles.ipynb #dfb80428
 def _check_alike(models:Sequence[nn.Module], conv:str):
     if not models: raise ValueError("found no model, expected at least one to put in a row")
+    odd = [m for m in models if not isinstance(m, nn.Module)]
+    if odd: raise WrongKind(f"models holds {described(odd[0])}, expected modules")
     if conv not in list(CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
     if not devices: raise ValueError("the networks have no parameters, expected some to train")

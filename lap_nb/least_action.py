@@ -44,7 +44,7 @@ def dual_ascent(
         row = isinstance(value, Tensor) and value.is_floating_point() and value.shape in ((), lam.shape)   # one each
         return value if row and value.device == lam.device else number(name, value, infinite=True)
     tau, target, low, high = setting("tau", tau), setting("target", target), setting("low", low), setting("high", high)
-    return (lam + tau * (loss.detach() - target)).clamp(low, high)
+    return (lam + tau * (loss.detach() - target)).clamp(min=low).clamp(max=high)
 
 # %% ../nbs/05_least_action.ipynb #2d209035
 def _as_loss(loss, lam:Tensor, name:str="loss")->Tensor: # of the shape of `lam`, on its device, without gradient

@@ -146,7 +146,7 @@ def check_logits(
     classes:int, # of the data
 )->Tensor:       # `out`
     "Raise `ValueError` unless there is a number per sample and class."
-    dense = isinstance(out, Tensor) and out.is_floating_point() and out.layout == torch.strided and not out.is_meta
+    dense = isinstance(out, Tensor) and out.is_floating_point() and out.layout == torch.strided and (y.is_meta or not out.is_meta)
     if dense and out.ndim and out.shape[:-1] == y.shape and out.shape[-1] >= classes: return out
     found = list(out.shape) if dense else described(out) if isinstance(out, Tensor) else f"an object of type {type(out).__name__}"
     raise ValueError(f"the model gave {found}, expected logits {[*y.shape, classes]}, a number per sample and class: "

@@ -817,7 +817,7 @@ def test_numbers_of_blocks_of_any_library(split, x, of):
     assert elastic.check(of(2)) == elastic.check(2) and even(of(2), [3]) == even(2, [3]) and len(deepen(net, of(2)).flow.blocks) == 6
     if of is float: return   # there, a float is refused by its annotation
     assert [r["blocks"] for r in depth_curve(net, split, counts=[of(1), of(3)], ways=["skip"]).rows] == [1, 3]
-    assert type(shorten(net, split, blocks=of(2), verbose=False).shortened["blocks"][1]) is int
+    assert type(shorten(net, split, n_blocks=of(2), verbose=False).shortened["blocks"][1]) is int
 
 
 def test_logits_that_are_no_numbers_are_never_right(split):

@@ -130,6 +130,10 @@ METHODS = {'Trajectory': trajectory, 'Dataset': lambda: Dataset(torch.randn(20, 
            'DualAscent': DualAscent}
 
 
+# Called by hooks, with what hooks give.
+BY_HOOKS = {'also', 'every_step', 'on_begin', 'on_step', 'on_end', 'watch', 'prepare', 'copied', 'begin_note', 'check_thread'}
+
+
 def subjects():
     "Every public callable by full name, and the public methods of what is made here: name, what is called, how its subject is made."
     for module in modules():
@@ -137,7 +141,7 @@ def subjects():
             if not callable(thing) or name in ELSEWHERE | RESULTS: continue
             if not (inspect.isclass(thing) and issubclass(thing, BaseException)): yield f'{module}.{name}', thing, None
             for method, member in vars(thing).items() if name in METHODS and inspect.isclass(thing) else ():
-                if not method.startswith('_') and inspect.isfunction(member): yield f'{module}.{name}.{method}', member, METHODS[name]
+                if not method.startswith('_') and method not in BY_HOOKS and inspect.isfunction(member): yield f'{module}.{name}.{method}', member, METHODS[name]
 
 
 def meant(name, p):

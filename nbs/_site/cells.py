@@ -102,10 +102,11 @@ def picture(content, options, path):
 
 
 def documented(name, page):
-    "The object `name` of the module whose names stand on `page`, and whether it is a property."
+    "The object `name` of a module whose names stand on `page`, and whether it is a property."
     library = get_config().lib_path.name
     modules = import_module(f'{library}._modidx').d['syms']
-    thing = import_module(next(m for m, names in modules.items() if any(at.startswith(f'{page}#') for at, _ in names.values())))
+    of_page = [import_module(m) for m, names in modules.items() if any(at.startswith(f'{page}#') for at, _ in names.values())]
+    thing = next(m for m in of_page if hasattr(m, name.partition('.')[0]))
     for part in name.split('.'): thing = inspect.getattr_static(thing, part) if inspect.isclass(thing) else getattr(thing, part)
     wrapped = next((name for name in ('fget', '__func__', 'f') if hasattr(thing, name)), None)   # a property; a class method, of Python and of fastcore
     return (thing if not wrapped or inspect.isclass(thing) else getattr(thing, wrapped)), wrapped == 'fget'

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import pypandoc
 import yaml
+from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from PIL import Image
@@ -75,6 +77,7 @@ def pandoc_site(processed, out):
     chapters = [load_chapter(processed / name, out) for name in notebooks(config['website']['sidebar'])]
     for number in range(len(chapters)): write_page(config, chapters, number, out)
     tell_namesakes_apart([out / c.page for c in chapters])
+    lead_to_pages([out / c.page for c in chapters])
     copy_assets(out)
     pages = {c.page: Page((out / c.page).read_text(encoding='utf-8'), c.title) for c in chapters}
     if broken := broken_links(pages, out): raise SiteError('\n  '.join(['broken links', *broken]))
@@ -137,6 +140,16 @@ def write_page(config, chapters, number, out):
     html = LinkRewriter(website, chapters).rewrite(done.stdout)
     html = re.sub(r' id="toc-[^"]*"', '', html)  # the contents stand on the page twice
     (out / chapter.page).write_text(html, encoding='utf-8')
+
+
+def lead_to_pages(pages):
+    "A name that modules share, but that has no entry of its own, leads to the page that explains it."
+    names = {at for module in import_module(f'{get_config().lib_path.name}._modidx').d['syms'].values() for at, _ in module.values()}
+    texts = {page: page.read_text(encoding='utf-8') for page in pages}
+    entries = {f'{page.name}#{entry}' for page, text in texts.items() for entry in re.findall(r'\bid="([^"]+)"', text)}
+    lost = lambda link: link.lower() in {at.lower() for at in names} and link not in entries
+    for page, text in texts.items():
+        page.write_text(re.sub(r'(?<=href=")([\w.]+\.html)#[^"]*', lambda link: link[1] if lost(link[0]) else link[0], text), encoding='utf-8')
 
 
 def tell_namesakes_apart(pages):
