@@ -368,7 +368,7 @@ def test_an_interrupt_at_any_bytecode_leaves_nothing_behind(name, call):
         hits += hit
         if calls is not None and call.startswith('trace'): after['state'].pop('calls'), before['state'].pop('calls'), after.pop('random state'), before.pop('random state')
         assert after == before, (at, [k for k in before if after[k] != before[k]])
-    assert hits > count / 2   # the others fell into a finalizer
+    assert hits > count / 3   # the others fell into a finalizer
 
 
 @pytest.mark.parametrize('kind', [Tracer, EnergyMeter])
