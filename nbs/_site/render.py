@@ -143,13 +143,19 @@ def write_page(config, chapters, number, out):
 
 
 def lead_to_pages(pages):
-    "A name that modules share, but that has no entry of its own, leads to the page that explains it."
-    names = {at for module in import_module(f'{get_config().lib_path.name}._modidx').d['syms'].values() for at, _ in module.values()}
+    "A name of a module leads to its entry, on whichever page that stands; one without an entry, to the page that explains it."
+    syms = import_module(f'{get_config().lib_path.name}._modidx').d['syms']
+    at = {entry.lower(): page for module in syms.values() for page, _, entry in (place.partition('#') for place, _ in module.values())}
     texts = {page: page.read_text(encoding='utf-8') for page in pages}
     entries = {f'{page.name}#{entry}' for page, text in texts.items() for entry in re.findall(r'\bid="([^"]+)"', text)}
-    lost = lambda link: link.lower() in {at.lower() for at in names} and link not in entries
+
+    def lead(found):
+        page, _, entry = found[0].partition('#')
+        if found[0] in entries or entry.lower() not in at: return found[0]
+        return there if (there := f'{at[entry.lower()]}#{entry}') in entries else page
+
     for page, text in texts.items():
-        page.write_text(re.sub(r'(?<=href=")([\w.]+\.html)#[^"]*', lambda link: link[1] if lost(link[0]) else link[0], text), encoding='utf-8')
+        page.write_text(re.sub(r'(?<=href=")[\w.]+\.html#[^"]*', lead, text), encoding='utf-8')
 
 
 def tell_namesakes_apart(pages):
