@@ -247,8 +247,11 @@ def coarsen(self:Flow
 
 # %% ../nbs/01_dynamics.ipynb #34d27046
 def _norms(x:Tensor)->Tensor:
-    "Length of each sample, `[K, B, ...]` to `[K, B]`, in float32 or wider."
-    return _wide(x).flatten(2).norm(dim=2)
+    "Length of each sample, `[K, B, ...]` to `[K, B]`, in float32 or wider; no square overflows or vanishes."
+    x = _wide(x).flatten(2)
+    top = x.detach().abs().amax(2, True)
+    unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent - 1).where((top > 0) & top.isfinite(), 1)
+    return (x / unit).norm(dim=2) * unit.squeeze(2)
 
 @patch
 def displacement(self:Trajectory
@@ -267,7 +270,7 @@ def straightness(self:Trajectory
 )->Tensor: # chord over path, in [0, 1], `[B]`
     "Displacement over path length; a sample that never moves counts as straight (1)."
     path = self.path_length()
-    return torch.where(path > 0, self.displacement() / path.clamp_min(1e-30), torch.ones_like(path))
+    return torch.where(path > 0, self.displacement() / path.where(path > 0, 1), torch.ones_like(path))
 
 # %% ../nbs/01_dynamics.ipynb #774f4e43
 @patch
@@ -282,7 +285,7 @@ def turning_angles(self:Trajectory
     "Angle between successive steps of a stage; 0 where one of the two has no length."
     def angles(steps):
         size = _norms(steps)
-        unit = steps.flatten(2) / size.clamp_min(1e-30).unsqueeze(2)
+        unit = steps.flatten(2) / size.where(size > 0, 1).unsqueeze(2)
         a, b = unit[:-1], unit[1:]
         moves = (size[:-1] > 0) & (size[1:] > 0)
         angle = 2 * torch.atan2((a - b).norm(dim=2), (a + b).norm(dim=2).where(moves, 1))   # accurate for small angles, too

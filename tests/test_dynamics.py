@@ -511,3 +511,15 @@ def test_weights_under_a_parametrization_are_refused():
     net = dense_net(3, 2, K=1)
     nn.utils.parametrizations.weight_norm(net.flow.blocks[0].velocity[0])
     with pytest.raises(ValueError, match="computed by a parametrization"): init_velocities_(net, .1)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e25), (torch.float32, 1e-25), (torch.float64, 1e200), (torch.float64, 1e-200), (torch.bfloat16, 1e30)])
+def test_lengths_hold_at_every_scale(dtype, scale):
+    x = torch.randn(4, 30, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    base, far = Trajectory(x.double(), 1.), Trajectory((x.double() * scale).to(dtype), 1.)
+    tolerance = dict(rtol=4 * torch.finfo(dtype).eps ** .5, atol=4 * torch.finfo(dtype).eps ** .5)   # positions are rounded after they are scaled
+    for name in ("displacement", "path_length", "speeds"):
+        torch.testing.assert_close(getattr(far, name)().double() / scale, getattr(base, name)(), **tolerance)
+    for name in ("straightness", "turning_angles"): torch.testing.assert_close(getattr(far, name)().double(), getattr(base, name)(), **tolerance)
+    still = Trajectory(torch.zeros(3, 2, 4), 1.)
+    assert still.straightness().tolist() == [1, 1] and not still.turning_angles().any() and not still.path_length().any()
