@@ -81,11 +81,11 @@ class EnergyLedger:
         y:Tensor|None=None,    # labels, `[B]`; None: all samples are of class 0
         reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
     ):
-        with torch.no_grad(): energies = block_energies(traj, reduction)
-        if energies.is_meta:
+        _check_reduction(reduction)
+        if any(stage.x.is_meta for stage in _stages(traj)):
             raise ValueError("positions are on the meta device, expected one with values: trace the model on a CPU or "
                              "a GPU")
-        self.energies = energies.cpu().double()   # `[K, B]`
+        with torch.no_grad(): self.energies = block_energies(traj.to("cpu", torch.float64), reduction)   # `[K, B]`
         B = self.energies.shape[1]
         y = torch.zeros(B, dtype=torch.long) if y is None else _labels(y, B)
         self.names = tuple(getattr(traj, "names", map(str, range(len(self.energies)))))
@@ -546,8 +546,10 @@ def _numbers(name:str, values)->np.ndarray:
     "As floats; raises `TypeError` on what are no real numbers."
     try:
         if isinstance(values, Tensor): values = values.detach().cpu()
+        if isinstance(values, Tensor) and values.dtype == torch.bfloat16: values = values.float()   # NumPy has none
         values = np.asarray(values)
-        if values.dtype.kind in "biuf": return values.astype(float)
+        if values.dtype.kind in "iu": return values   # with all their digits
+        if values.dtype.kind in "bf": return values.astype(float)
     except (TypeError, ValueError, RuntimeError): pass
     raise TypeError(f"{name} is {type(values).__name__} of what are no real numbers, expected a row of numbers")
 
