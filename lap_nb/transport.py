@@ -819,12 +819,17 @@ def sliced_w2(
     x, y, moved = _at_means(pair)
     _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32, log=True)
     each, scale = torch.as_tensor(log["projected_emds"], dtype=torch.float64) * x.shape[1], x.shape[1] if reduction == "mean" else 1
+    size = each.max().item() or 1.   # its square may be more than float64 holds
+    off = 8 * torch.finfo(x.dtype).eps * max(_farthest(pair.x), _farthest(pair.y))   # by which rounding may move the means
+    sure = lambda v: max(0., math.sqrt(max(0., v)) - off) ** 2
     value = each.mean().item() + moved
-    error = 1.96 * each.std().item() / math.sqrt(directions) + _ROUNDING * value
-    low, value, high = (pair.square(v) / scale for v in (max(0., value - error), value, value + error))
+    error = 1.96 * size * (each / size).std().item() / math.sqrt(directions) + _ROUNDING * value
+    low, value, high = (pair.square(v) / scale for v in (sure(value - error), sure(value), value + error))
     return Bound(value, "lower", f"sliced, {directions} directions", (low, high), reduction)
 
 # %% ../nbs/04_transport.ipynb #212e506b
+def _farthest(x:Tensor)->float: return x.norm(dim=1).max().item()
+
 def _at_means(pair:_Pair)->tuple[Tensor, Tensor, float]:
     "The clouds with their means at the origin, and the squared distance of the means."
     a, b = pair.x.mean(0), pair.y.mean(0)
@@ -848,7 +853,7 @@ def entropic_w2(
     _check_reduction(reduction)
     pair, max_iter = _pair(x, y), _count("max_iter", max_iter)
     _check_memory(len(pair.x), len(pair.y), 5, max_bytes)
-    x, y, moved = _at_means(pair)
+    x, y, _ = _at_means(pair)
     cost = _costs(x, y)
     a, b = _check_weights("a", None, len(x)), _check_weights("b", None, len(y))
     unit = cost.mean().item() or 1.
@@ -857,7 +862,8 @@ def entropic_w2(
         plan = ot.sinkhorn(a, b, cost / unit, epsilon, method="sinkhorn_log", numItermax=max_iter, stopThr=tolerance / math.sqrt(len(y)))
     off = (plan.sum(0) - b).abs().sum().item() + (plan.sum(1) - a).abs().sum().item()
     if not off <= tolerance: raise RuntimeError(f"Sinkhorn's scalings are off by {off:.2g} after {max_iter:,} iterations; raise max_iter or epsilon")
-    value = pair.square((_feasible(plan, a, b) * cost).sum().item() + moved) / (x.shape[1] if reduction == "mean" else 1)
+    cost = _costs(pair.x, pair.y + pair.shift, pair.start, pair.end)   # each with digits of its own, also beside far points
+    value = pair.square((_feasible(plan, a, b) * cost).sum().item()) / (x.shape[1] if reduction == "mean" else 1)
     return Bound(value, "upper", f"entropic, epsilon {epsilon:g} of the mean cost", (value, value), reduction)
 
 # %% ../nbs/04_transport.ipynb #2392f9f6

@@ -787,3 +787,15 @@ def test_other_reductions_are_refused_everywhere(function, reduction):
 @pytest.mark.parametrize("points", [torch.arange(10).view(5, 2), torch.arange(10, dtype=torch.uint8).view(5, 2), torch.randn(5, 2, requires_grad=True), torch.randn(2, 5).T, torch.ones(1, 2).expand(5, 2)])
 def test_whole_numbers_graphs_and_views_are_points(points):
     assert exact_gap(points, 2 * points + 1).gap == 0 and optimal_coupling(points[:1], points[1:2]).cost >= 0
+
+
+@pytest.mark.parametrize("far, dtype", [(0., torch.float16), (6e4, torch.float16)] + [(far, dtype) for far in (0., 1e7, 1e12, 1e25) for dtype in (torch.float32, torch.float64)])
+def test_bounds_hold_beside_a_far_point(far, dtype):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 3, generator=g).to(dtype), torch.randn(40, 3, generator=g).to(dtype)
+    x[0] = y[7] = far
+    true = exact_gap(x, y).w2
+    lower, upper = sliced_w2(x, y), entropic_w2(x, y)
+    assert lower.value <= true * (1 + 1e-9) and true <= upper.value * (1 + 1e-9)
+    for bound in (lower, upper): assert 0 <= bound.interval[0] <= bound.value <= bound.interval[1] < math.inf
+    assert far or lower.interval[1] - lower.interval[0] < .2 * lower.value
