@@ -141,9 +141,17 @@ def _set(saved, value):
 def _plain_key(key)->bool: return type(key) in _PLAIN or isinstance(key, tuple) and all(map(_plain_key, key))
 
 # %% ../nbs/00b_state.ipynb #5e580a33
+def _attributes(value)->dict:
+    "What is set on an object, in its slots or its dictionary."
+    mangled = lambda kind, name: f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") else name
+    slots = lambda kind: [names] if isinstance(names := vars(kind).get("__slots__", ()), str) else list(names)
+    names = [mangled(kind, name) for kind in type(value).__mro__ for name in slots(kind) if name not in ("__dict__", "__weakref__")]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
+
 def _fields(saved, value):
+    old = {} if value is None else _attributes(value)
     for name, item in saved.items():
-        if value is not None and item is not None: object.__setattr__(value, name, restore(item, vars(value).get(name)))
+        if value is not None and item is not None: object.__setattr__(value, name, restore(item, old.get(name)))
     return value
 
 def _loaded(saved, value):
@@ -180,6 +188,12 @@ def _filled(cell)->bool:
     except ValueError: return False
     return True
 
+def _defaults(f:FunctionType)->dict:
+    "What its parameters have as defaults, which a function may change: lists, dictionaries, objects."
+    names = f.__code__.co_varnames[:f.__code__.co_argcount]
+    found = dict(zip(reversed(names), reversed(f.__defaults__ or ()))) | (f.__kwdefaults__ or {})
+    return {name: value for name, value in found.items() if type(value) not in _PLAIN}
+
 def _drawn_from(f:FunctionType)->dict:
     "The generators among the global variables that a function names."
     return {name: f.__globals__[name] for name in sorted(_names(f.__code__)) if isinstance(f.__globals__.get(name), _GENERATORS)}
@@ -215,8 +229,8 @@ _KINDS = {   # what it is; what is taken from it; how it is put back
     "entries": (_is(dict), lambda v, inner: [[key, inner(item)] for key, item in v.items() if _plain_key(key)], _entries),
     "state": (lambda v: not isinstance(v, (type, nn.Parameter)) and all(callable(getattr(v, f, None)) for f in ("state_dict", "load_state_dict")),
               lambda v, inner: _whole(v, inner(v.state_dict()), inner), _loaded),
-    "fields": (lambda v: hasattr(v, "__dict__") and not isinstance(v, (type, ModuleType, Mapping, Tensor)) and not _ours(v),
-               lambda v, inner: {name: inner(item) for name, item in vars(v).items()}, _fields),
+    "fields": (lambda v: not isinstance(v, (type, ModuleType, Mapping, Tensor)) and not _ours(v) and bool(hasattr(v, "__dict__") or _attributes(v)),
+               lambda v, inner: {name: inner(item) for name, item in _attributes(v).items()}, _fields),
 }
 
 # %% ../nbs/00b_state.ipynb #ca8cdf2f
@@ -255,20 +269,38 @@ def _of_class(kind:type)->Iterator[_Place]:
         for f in vars(base).values():
             if isinstance(f, FunctionType): yield _Place(f"{base.__qualname__}.{f.__name__}", f)
 
+def _called(i:int, callback)->str: return f"callback {i}, {getattr(callback, '__qualname__', type(callback).__qualname__)}"
+
+def _holders(i:int, callback)->Iterator[tuple[str, object]]:
+    "What may get attributes as it is called, with its name."
+    if isinstance(callback, (MethodType, partial)):
+        for part in _bound(callback): yield from _holders(i, part)
+    elif isinstance(callback, FunctionType) or _KINDS["fields"][0](callback) and not isinstance(callback, nn.Module): yield _called(i, callback), callback
+
 def _of_callback(i:int, callback)->Iterator[_Place]:
-    name = f"callback {i}, {getattr(callback, '__qualname__', type(callback).__qualname__)}"
+    name = _called(i, callback)
     place = partial(_Place, owner="callback")
     if _KINDS["state"][0](callback): yield place(name, callback)
     elif isinstance(callback, FunctionType):
         for key, cell in _cells(callback).items(): yield place(f"{name}: {key}", cell.cell_contents, partial(setattr, cell, "cell_contents"))
         for key, generator in _drawn_from(callback).items(): yield place(f"{name}: {key}", generator)
+        for key, value in list(vars(callback).items()): yield place(f"{name}.{key}", value, partial(setattr, callback, key))
+        for key, value in _defaults(callback).items(): yield place(f"{name}, default of {key}", value)
     elif isinstance(callback, (MethodType, partial)):
         for part in _bound(callback): yield from _of_callback(i, part)
     elif _KINDS["fields"][0](callback) and not isinstance(callback, nn.Module):
-        for key, value in list(vars(callback).items()): yield place(f"{name}.{key}", value, partial(setattr, callback, key))
+        for key, value in _attributes(callback).items(): yield place(f"{name}.{key}", value, partial(setattr, callback, key))
 
 # %% ../nbs/00b_state.ipynb #20f553c2
 _ALWAYS = ("generator", "state", "method", "function")
+
+_MADE = ("plain", "tensor", "array", "items", "entries", "set")
+
+def _can_be_made(saved)->bool:
+    "Of nothing but what was captured."
+    if saved is None or saved[0] not in _MADE: return False
+    kind, content = saved
+    return all(map(_can_be_made, content[1])) if kind == "items" else all(_can_be_made(item) for _, item in content) if kind == "entries" else True
 
 def _steady(saved)->bool:
     "Made of plain values alone."
@@ -330,7 +362,8 @@ def load_state_dict(self:Memory,
         if name not in state and place.owner == "library" and name in self.start and digest(saved) != self.first[name]: self._put(place, self.start[name])
     for name, (saved, changed, first) in state.items():
         now, place = found.get(name, (None, None))
-        if place is None:
+        if place is None and self._set_anew(name, saved): pass
+        elif place is None:
             if changed or not _steady(saved): left.append(f"{name} is not there now")
         elif digest(now) != digest(saved):
             if self._is_state(place, saved, changed, first, now): self._put(place, saved)
@@ -342,6 +375,15 @@ def load_state_dict(self:Memory,
 def _put(self:Memory, place:_Place, saved):
     new = restore(saved, place.value)
     if new is not place.value and place.put is not None: place.put(new)
+
+@patch
+def _set_anew(self:Memory, name:str, saved)->bool:
+    "Give a callback what it gets only when it is called; is that possible?"
+    owner, _, key = name.rpartition(".")
+    holders = dict(pair for i, callback in enumerate(self.callbacks) for pair in _holders(i, callback))
+    if owner not in holders or not _can_be_made(saved): return False
+    setattr(holders[owner], key, restore(saved))
+    return True
 
 @patch
 def _is_state(self:Memory, place:_Place, saved, changed:bool, first:str|None, now)->bool:

@@ -464,3 +464,42 @@ def test_a_training_inside_a_training_is_refused_and_leaves_nothing():
     model = Remembers()
     with pytest.raises(RuntimeError, match="is being trained"): fit(model, SPLIT, epochs=1, callbacks=[lambda t: fit(model, SPLIT, epochs=1)])
     fit(model, SPLIT, epochs=1)
+
+
+# Where callbacks keep their state
+
+class Slotted:
+    "Keeps its state in slots, one of them private, one set only in a call."
+    __slots__ = ("count", "__seen", "late")
+    def __init__(self): self.count, self.__seen = 0, []
+    def __call__(self, training):
+        self.count += 1; self.__seen.append(self.count); self.late = len(self.__seen)
+        return self.late == 3
+
+
+def on_itself():
+    def callback(training):
+        callback.calls = getattr(callback, "calls", 0) + 1
+        return callback.calls == 3
+    return callback
+
+
+class Late:
+    def __call__(self, training):
+        self.seen = getattr(self, "seen", {}) | {training.epoch: [training.epoch]}
+        return len(self.seen) == 3
+
+
+STOPS = {"slots": Slotted, "a function's attribute": on_itself, "set in a call": Late, "its method": lambda: Late().__call__,
+         "default": lambda: lambda t, calls=[]: (calls.append(t.step), len(calls) == 3)[1], "keyword default": lambda: lambda t, *, rng=random.Random(0): rng.random() < .5}
+
+@pytest.mark.parametrize("kind", STOPS)
+def test_a_callback_stops_where_it_would_have_wherever_it_counts(tmp_path, kind):
+    def callbacks(): return [STOPS[kind]()]
+    def run(**more): return trained(Remembers, callbacks=callbacks, epochs=8, **more)
+    straight = run()
+    assert straight.curves["epoch"][-1] < 8, "it stops"
+    with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, save_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_same(straight, run(path=tmp_path / "run.pt", seed=9, save_every=1))
