@@ -23,6 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .checks import whole
 from .dynamics import ResidualBlock, Trajectory, _called, _module, _several, _short, _tensor, _wide
 from .files import as_code, as_text
 
@@ -685,10 +686,10 @@ class _Axes:
         given:int|None=None,            # the axis; None: the first, except in sequences that run time first
         summed:bool=False,              # it is for a sum over features, which a mean may replace
     ):
-        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
-            raise ValueError(f"batch_axis is {given!r}, expected the number of an axis, from 0 on, or None")
+        try: axis = None if given is None else whole("batch_axis", given)
+        except ValueError: raise ValueError(f"batch_axis is {given!r}, expected the number of an axis, from 0 on, or None") from None
         self.blocks, self.guessed, self.summed = blocks, given is None, summed
-        self.axes = {name: self._guess(name, block) if given is None else given for name, block in blocks.items()}
+        self.axes = {name: self._guess(name, block) if axis is None else axis for name, block in blocks.items()}
 
     def _guess(self, name, block)->int:
         known = isinstance(block, _SEQUENCES)

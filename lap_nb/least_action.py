@@ -12,8 +12,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from numbers import Real
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from .attach import _matching, find_blocks
 from .files import as_text
 from .kinetic import EnergyMeter, _names
+from .state import number
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
 def dual_ascent(
@@ -51,9 +54,8 @@ def _plain(name:str, value)->float:
     if isinstance(value, Tensor) and value.ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number: networks of fit_many get their "
                          f"own by grid=dict({name}=[...])")
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real or isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta):
-        raise TypeError(f"{name} is {value!r}, expected a number")
+    if isinstance(value, Tensor | np.ndarray) and not value.ndim and not getattr(value, "is_meta", False): value = value.item()
+    if not isinstance(value, Real | Decimal) or isinstance(value, bool): raise TypeError(f"{name} is {value!r}, expected a number")
     try: return float(value)
     except OverflowError: raise ValueError(f"{name} is {value!r}, expected a number of at most 1e308") from None
 
@@ -129,7 +131,7 @@ def _in_double(value:Tensor)->Tensor: return value.to(torch.float32 if value.dev
 
 def _multipliers(name:str, value)->Tensor: # `[]` or `[S]`, as given
     "Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the action cannot be divided by."
-    given = value = _plain(name, value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    given = value = _plain(name, value) if isinstance(value, Real | Decimal) and not isinstance(value, bool) else value
     try:
         value = torch.as_tensor(value).detach()
         if value.is_floating_point() and not isinstance(given, Tensor): value = torch.as_tensor(given, dtype=torch.float64)
@@ -179,7 +181,8 @@ class ProportionalIntegral(Controller):
         **kwargs,       # the same by name
     ):
         super().__init__(*args, **kwargs)
-        if not isinstance(relative, int): raise TypeError(f"relative is {relative!r}, expected True or False")
+        try: relative = number("relative", relative, bool)
+        except ValueError as e: raise TypeError(str(e)) from None
         self.gain, self.smooth = _check_gain("gain", gain), _plain("smooth", smooth)
         if not 0 <= self.smooth < 1:
             raise ValueError(f"smooth is {smooth!r}, expected a decay in [0, 1); 0 smooths nothing")
@@ -292,7 +295,8 @@ class LeastAction(_Exact):
         batch_axis:int|None=None,                 # axis of the samples in what a block returns, as in `EnergyMeter`
     ):
         super().__init__()
-        _check_clock(every, average, warmup, accumulate, controller)
+        every, average, warmup, accumulate = _clock(every, average, warmup, accumulate)
+        _check_rule(controller)
         floor = _check_floor(floor)
         model, self.blocks = _found(model, blocks, x)
         self.__dict__["model"] = model   # not a submodule: its parameters are not ours
@@ -342,27 +346,32 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
     for pattern, weight in weights.items():
         if not isinstance(pattern, str):
             raise TypeError(f"found a {type(pattern).__name__} among the patterns of weights, expected names of blocks")
-        if not (isinstance(weight, Real) and 0 <= weight <= _LARGEST):
-            raise ValueError(f"the weight of {pattern!r} is {weight!r}, expected zero or more, and finite")
-        values |= dict.fromkeys(_matching(blocks, pattern), float(weight))
+        weight = _meant(f"the weight of {pattern!r}", weight, float, lambda w: 0 <= w <= _LARGEST, "zero or more, and finite")
+        values |= dict.fromkeys(_matching(blocks, pattern), weight)
     if not any(values.values()):
         raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
     return torch.tensor(list(values.values()), dtype=torch.float64)
 
 # %% ../nbs/05_least_action.ipynb #a076b916
 def _check_floor(floor)->float:
-    if not (isinstance(floor, Real) and not isinstance(floor, bool) and 0 <= floor < math.inf):
-        raise ValueError(f"floor is {floor!r}, expected a weight, zero or more")
-    try: return float(floor)
-    except OverflowError: raise ValueError(f"floor is {floor!r}, expected a weight of at most 1e308") from None
+    return _meant("floor", floor, float, lambda f: f >= 0, "a weight, zero or more, at most 1e308")
 
-def _check_clock(every, average, warmup, accumulate, controller):
-    whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not (every is None or whole(every, 1)): raise ValueError(f"every is {every!r}, expected a positive whole number of steps, or None")
-    if not whole(warmup, 0): raise ValueError(f"warmup is {warmup!r}, expected a whole number of steps, zero or more")
-    if not whole(accumulate, 1): raise ValueError(f"accumulate is {accumulate!r}, expected the number of batches per step of the optimiser")
-    if not (isinstance(average, str) and average in ("batch", "mean") or isinstance(average, float) and 0 < average < 1):
-        raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
+def _meant(name:str, value, kind:type, fits, expected:str):
+    "A setting as a plain number of its kind."
+    try: plain = number(name, value, kind)
+    except ValueError: plain = None
+    if plain is None or not fits(plain): raise ValueError(f"{name} is {value!r}, expected {expected}")
+    return plain
+
+def _clock(every, average, warmup, accumulate)->tuple[int|None, str|float, int, int]:
+    "When lambda moves, and by what, as plain values."
+    if every is not None: every = _meant("every", every, int, lambda n: n >= 1, "a positive whole number of steps, or None")
+    if not (isinstance(average, str) and average in ("batch", "mean")):
+        average = _meant("average", average, float, lambda a: 0 < a < 1, "'batch', 'mean' or a decay between 0 and 1")
+    return (every, average, _meant("warmup", warmup, int, lambda n: n >= 0, "a whole number of steps, zero or more"),
+            _meant("accumulate", accumulate, int, lambda n: n >= 1, "the number of batches per step of the optimiser"))
+
+def _check_rule(controller):
     if not callable(controller): raise TypeError(f"controller is {controller!r}, expected what makes one, like the class DualAscent")
     if isinstance(controller, Controller):
         name = type(controller).__name__

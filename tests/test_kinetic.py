@@ -705,7 +705,7 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
     assert hook_count(net) == 0
     for net, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")), (nn.Sequential(Attends(batch_first=True)), {})):
         EnergyMeter(net, {"0": net[0]}, **{"reduction": "sum"} | kw).remove()
-    for axis in (True, -1, 1., "1"):
+    for axis in (True, -1, 1.5, "1"):
         with pytest.raises(ValueError, match="batch_axis is"): EnergyMeter(net, {"0": net[0]}, "sum", batch_axis=axis)
 
 
@@ -759,3 +759,15 @@ def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
 
 def test_a_ledger_of_positions_without_values():
     with pytest.raises(ValueError, match="on the meta device"): EnergyLedger(Trajectory(torch.empty(3, 4, 5, device="meta")))
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_a_ledger_holds_what_single_precision_does_not(scale):
+    x = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    energies = EnergyLedger(Trajectory((x.double() * scale).float(), 1.)).energies
+    assert_close(energies / scale ** 2, EnergyLedger(Trajectory(x, 1.)).energies, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_of_bfloat16_and_of_large_whole_numbers():
+    large, small = [2 ** 60 + i for i in range(8)], list(range(8))
+    assert rank_correlation(large, small).value == rank_correlation(torch.tensor(small).bfloat16(), small).value == 1

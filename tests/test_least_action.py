@@ -1173,3 +1173,19 @@ def test_all_processes_add_up_in_double_precision(net, monkeypatch):
 def test_the_first_multiplier_is_what_was_given(lambda0):
     law = DualAscent(lambda0, tau=0.)
     assert np.array_equal(law.lam.numpy(), np.asarray(lambda0, dtype=float))
+
+
+@pytest.mark.parametrize("of", [np.int64, np.float32, torch.tensor, Fraction, Decimal, np.array])
+@pytest.mark.parametrize("name, value", [("every", 2), ("warmup", 1), ("accumulate", 2), ("tau", 1), ("target", 1), ("cap", 4), ("floor", 0), ("lambda0", 2), ("batch_axis", 0)])
+def test_numbers_of_any_library_are_settings(net, name, value, of):
+    plain, given = LeastAction(net, **{name: value}), LeastAction(net, **{name: of(value)})
+    for la in (plain, given): la.remove()
+    assert str(given) == str(plain) and given.sensor.get_extra_state() == plain.sensor.get_extra_state()
+    assert given.sensor.every == plain.sensor.every and type(given.sensor.every) is type(given.sensor.warmup) is type(given.sensor.accumulate) is int
+
+
+@pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction, Decimal, np.array])
+def test_decays_and_weights_of_any_library(net, of):
+    la = LeastAction(net, average=of(.5), weights={"*": of(.5)}, controller=partial(ProportionalIntegral, gain=of(.5), smooth=of(.5), relative=np.True_))
+    la.remove()
+    assert type(la.sensor.average) is float and la.sensor.average == .5 and set(la.weights.tolist()) == {.5} and la.controller.gain == .5
