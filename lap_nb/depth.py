@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,12 +26,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
+from .checks import whole
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
 from .ensembles import check_kinds
 from .files import as_text
 from .kinetic import _Hook
-from .training import check_training, _part, check_logits, fit
+from .training import check_training, _part, check_logits, fit, is_right
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ def stretched(
     return DepthSchedule(kept, scale)
 
 # %% ../nbs/09_depth.ipynb #2e761c9e
-def _check_count(m:int, sizes:Sequence[int]):
+def _check_count(m:int, sizes:Sequence[int])->int:
     K, S = sum(sizes), len(sizes)
-    if not isinstance(m, bool) and isinstance(m, int) and S <= m <= K: return
+    with suppress(ValueError):
+        return whole("blocks", m, S, most=K)
     raise ValueError(f"found {m!r} blocks, expected a whole number from {S} to {K}: the network has {K} residual blocks that can be left out, in "
                      f"{S} stage{'s' * (S > 1)} of constant shape ({', '.join(map(str, sizes))}), and at least one of each stage stays")
 
@@ -83,7 +85,7 @@ def even(
     lengthen:bool=True,    # let each step reach to the next kept block; False: leave steps as they are
 )->DepthSchedule:
     "Blocks spread evenly over each stage, its first block among them."
-    _check_count(m, sizes)
+    m = _check_count(m, sizes)
     kept = [low + j * (high - low) // n for n, (low, high) in zip(apportion(m, sizes).tolist(), _spans(sizes)) for j in range(n)]
     return stretched(kept, sizes) if lengthen else DepthSchedule(kept, [1.] * m)
 
@@ -324,8 +326,7 @@ def check(self:Elastic,
     "The schedule that is meant; raises `ValueError` if this network has none such."
     if depth is None: depth = self.K
     if not isinstance(depth, DepthSchedule):
-        _check_count(depth, self.sizes)
-        return self.schedules[depth]
+        return self.schedules[_check_count(depth, self.sizes)]
     if depth.kept[-1] >= self.K: raise ValueError(f"the schedule names block {depth.kept[-1]}, expected at most {self.K - 1}: the network has {self.K} blocks")
     stretched(depth.kept, self.sizes)   # at least one of each stage
     return depth
@@ -408,7 +409,7 @@ def _score(elastic:Elastic, data:Split, part:str, schedule:DepthSchedule, recomp
                 steps.clear()
                 y = data.y[at]
                 logits = _logits(model(data.x[at]), y, data.classes)
-                sums["accuracy"] += (logits.argmax(-1) == y).sum().item() / len(index)
+                sums["accuracy"] += is_right(logits, y).sum().item() / len(index)
                 sums["loss"] += F.cross_entropy(logits, y, reduction="sum").item() / len(index)
                 sums["energies"] += torch.stack([e.sum() for e in steps]).cpu() / len(index)
     return sums
@@ -514,8 +515,7 @@ def depth_curve(
     check_kinds(depth_curve, locals())
     _part(data, part)
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
-    counts = sorted(elastic.schedules) if counts is None else sorted(set(counts))
-    for m in counts: _check_count(m, elastic.sizes)
+    counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in counts})
     for way in ways:
         if way not in WAYS: raise ValueError(f"way is {way!r}, expected one of {', '.join(WAYS)}")
     recompute = recompute and bool(_norms(elastic.model))
@@ -650,7 +650,7 @@ def shorten(
     check_kinds(shorten, locals())
     _check_goal(blocks, accuracy_drop, budget_ms)
     elastic, index = Elastic(model, data.x[data.val[:8]], names), data.val[:batch_size]
-    if blocks is not None: _check_count(blocks, elastic.sizes)
+    if blocks is not None: blocks = _check_count(blocks, elastic.sizes)
     curve = depth_curve(model, data, "val", [way], None if blocks is None else [blocks, elastic.K], names, recompute)
     _warn(curve)
     rows, x = curve.of(way), data.x[index]
@@ -712,7 +712,7 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
 @torch.no_grad()
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = _part(data, part)
-    with _evaluating(model): right = sum((_logits(model(data.x[at]), data.y[at], data.classes).argmax(-1) == data.y[at]).sum().item() for at in index.split(2000))
+    with _evaluating(model): right = sum(is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item() for at in index.split(2000))
     return right / len(index)
 
 def _line(s:dict)->str:
@@ -792,7 +792,7 @@ def deepen(
     times:int=2,     # how often each block stands in the new network
 )->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
     "Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network without a `Flow`."
-    if isinstance(times, bool) or not isinstance(times, int) or times < 1: raise ValueError(f"times is {times!r}, expected a whole number from 1")
+    times = whole("times", times, 1)
     net = _copy(model)
     flows = [m for m in net.modules() if isinstance(m, Flow)]
     if not flows: raise ValueError(f"found no Flow in {type(_unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
@@ -850,7 +850,7 @@ def sliced_wasserstein(
 )->Tensor:              # `[]`; zero for equal clouds
     "Squared sliced 2-Wasserstein distance of two clouds: the mean squared distance after sorting along random directions."
     check_kinds(sliced_wasserstein, locals())
-    x, y = x.flatten(1), y.flatten(1)
+    x, y = (z.flatten(1).to(torch.promote_types(z.dtype, torch.float32)) for z in (x, y))   # squares leave half precision
     way = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
     way = way / way.norm(dim=0)
     squares = ((x @ way).sort(0).values - (y @ way).sort(0).values).square().mean(0)

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from lap_nb.lab.catalogue import CHOSEN, study
 from lap_nb.lab.design import Method, Net
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import MEASURES
-from lap_nb.training import fit
+from lap_nb.training import evaluate, fit
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
@@ -807,3 +808,36 @@ def test_statistics_after_an_error_are_as_before():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(RuntimeError): recompute_statistics(net, torch.randn(9, 3))
     assert net[1].momentum == .1 and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("of", [np.int64, np.uint8, torch.tensor, float])
+def test_numbers_of_blocks_of_any_library(split, x, of):
+    net = dense_net(64, 10, K=3, hidden=8)
+    elastic = Elastic(net, x[:8])
+    assert elastic.check(of(2)) == elastic.check(2) and even(of(2), [3]) == even(2, [3]) and len(deepen(net, of(2)).flow.blocks) == 6
+    if of is float: return   # there, a float is refused by its annotation
+    assert [r["blocks"] for r in depth_curve(net, split, counts=[of(1), of(3)], ways=["skip"]).rows] == [1, 3]
+    assert type(shorten(net, split, blocks=of(2), verbose=False).shortened["blocks"][1]) is int
+
+
+def test_logits_that_are_no_numbers_are_never_right(split):
+    class Broken(nn.Module):
+        def __init__(self): super().__init__(); self.net = dense_net(64, 10, K=2, hidden=8)
+        def forward(self, x): return self.net(x) * float("nan")
+    curve = depth_curve(Broken(), split, ways=["skip"])
+    assert [r["accuracy"] for r in curve.rows] == [0, 0]
+
+
+@pytest.mark.parametrize("wrong", [lambda out: out.to_sparse(), lambda out: out.to("meta")])
+def test_outputs_without_values_are_refused_in_words(split, wrong):
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.net = dense_net(64, 10, K=2, hidden=8)
+        def forward(self, x): return wrong(self.net(x))
+    for use in (depth_curve, evaluate, partial(fit, epochs=1)):
+        with pytest.raises(ValueError, match="the model gave a .*tensor .*expected logits"): use(Odd(), split)
+
+
+def test_clouds_in_half_precision_do_not_overflow():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 500
+    torch.manual_seed(0); true = sliced_wasserstein(x, -x)
+    torch.manual_seed(0); assert_close(sliced_wasserstein(x.half(), -x.half()), true, rtol=1e-2, atol=0)
