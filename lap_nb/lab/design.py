@@ -16,13 +16,20 @@ from dataclasses import dataclass, fields
 from fastcore.basics import patch
 
 from ..data import whole
-from ..ensembles import check_kinds, in_short
+from ..ensembles import as_python, check_kinds, in_short
 
 # %% ../../nbs/91_design.ipynb #ff0e7b80
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
-    try: return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
+    try: pairs = tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
     except (TypeError, ValueError): raise TypeError(f"found {in_short(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
+    return tuple((name, as_python(setting)) for name, setting in pairs)
+
+def _made_plain(value):
+    "Checked fields of a description as plain numbers, and sequences of them as tuples: for its checksum, and for JSON."
+    for name, field in vars(value).items():
+        plain = as_python(field)
+        object.__setattr__(value, name, tuple(map(as_python, plain)) if isinstance(plain, (list, tuple)) else plain)
 
 @dataclass(frozen=True)
 class Method:
@@ -43,6 +50,7 @@ class Method:
     def __post_init__(self):
         for name in ("least_action", "penalty"): object.__setattr__(self, name, _frozen(getattr(self, name)))
         check_kinds(Method, vars(self))
+        _made_plain(self)
         if self.least_action and self.penalty: raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
         if self.init not in INITS: raise ValueError(f"init of {self.name} is {self.init!r}, expected one of {', '.join(INITS)}")
         if self.init == "default" and self.gain != 1: raise ValueError(f"{self.name} has gain {self.gain:g}, which the default initialisation does not take: choose init='orthogonal' or 'normal'")
@@ -60,6 +68,7 @@ class Net:
     width:int=64     # hidden units, or filters
     def __post_init__(self):
         check_kinds(Net, vars(self))
+        _made_plain(self)
         if self.K < 1 or self.width < 1: raise ValueError(f"K is {self.K} and width {self.width}, expected at least one block and one unit")
     def __str__(self)->str: return f"{self.kind}{self.K}x{self.width}"
 
@@ -76,6 +85,7 @@ class Schedule:
     def __post_init__(self):
         object.__setattr__(self, "others", _frozen(self.others))
         check_kinds(Schedule, vars(self))
+        _made_plain(self)
     def length(self, n:int)->int:
         "Epochs for `n` samples."
         n = whole("n", n, 1)
@@ -113,6 +123,7 @@ class Grid:
     thin:int=1                   # every so many test samples are used
     def __post_init__(self):
         check_kinds(Grid, {name: value for name, value in vars(self).items() if not isinstance(value, str)})   # a study tells those
+        _made_plain(self)
         for name in ("data", "sizes", "methods"):
             if not len(getattr(self, name)): raise ValueError(f"{name} of a grid is empty, expected at least one")
         if not isinstance(self.seeds, int) or self.seeds < 2: raise ValueError(f"seeds is {self.seeds!r}, expected at least two, as a number: an interval needs them")
@@ -138,6 +149,7 @@ class Study:
     version:int=1           # raised when the same description gives other numbers than before
     def __post_init__(self):
         check_kinds(Study, vars(self))
+        _made_plain(self)
         if not self.grids: raise ValueError(f"study {self.name} has no grid, expected at least one")
         for grid in self.grids: _check_grid(grid)
         names = [cell.name for cell, _ in self.cells()]
