@@ -18,6 +18,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attach import _first, _swap, find_blocks
+from .checks import number
 from .dynamics import StochasticDepth, colours
 from .transport import _check_memory, _check_seed, _cloud, _costs, _count, _describe, _is_dense, _ldexp, _power
 from .files import as_text
@@ -89,7 +90,7 @@ def local_lipschitz(
     `ValueError` on unusable points or maps, or on layers that are random or mix samples (a plain function cannot be checked), `MemoryError` before it allocates too much."""
     _check_map(f, x)
     iterations, seed = _count("iterations", iterations), _check_seed(seed)
-    if not (isinstance(tolerance, (int, float)) and tolerance >= 0): raise ValueError(f"tolerance is {tolerance!r}, expected a relative error of zero or more, such as 1e-4")
+    tolerance = number("tolerance", tolerance, 0, infinite=True, why="a relative error, such as 1e-4")
     f, x = _wide_map(f, x)
     y, back = vjp(f, x)
     push = lambda u: _pushed(f, x, u.view_as(x))
@@ -307,7 +308,7 @@ def holder_exponent(
     r"Slope of the log of $\omega(r) = \max_{|x-y| \approx r} |f(x)-f(y)|$, nan with a warning for a map that does not change; `ValueError` on unusable points, `MemoryError` on too many."
     _check_map(f, x)
     if len(x) < 50: raise ValueError(f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
-    if not (isinstance(shift, (int, float)) and math.isfinite(shift)): raise ValueError(f"shift is {shift!r}, expected a finite number of radii")
+    shift = number("shift", shift, why="in radii of the cloud")
     bins, halves, directions, seed = _count("bins", bins, 3, most=10_000), _count("halves", halves, 2, most=10_000), _count("directions", directions, most=10_000), _check_seed(seed)
     _check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
     (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(seed)

@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .checks import number
 from .dynamics import Trajectory, colours
 from .files import as_text
 from .kinetic import _check_reduction
@@ -28,11 +29,16 @@ from .kinetic import _check_reduction
 
 # %% ../nbs/04_transport.ipynb #e083da7e
 def _count(name:str, value, least:int=1, unit:str="", most:int=10 ** 9)->int:
-    try: number = least - 1 if isinstance(value, bool) else index(value)
-    except TypeError: number = least - 1
-    if number < least: raise ValueError(f"{name} is {value!r}, expected at least {least}{unit}, a whole number")
-    if number > most: raise ValueError(f"{name} is {value!r}, expected at most {most:,}")
-    return number
+    try: found = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError: found = least - 1
+    if found < least: raise ValueError(f"{name} is {value!r}, expected at least {least}{unit}, a whole number")
+    if found > most: raise ValueError(f"{name} is {value!r}, expected at most {most:,}")
+    return found
+
+def _real(name:str, value, expected:str, **bounds)->float:
+    "A setting as a float, of whatever library the number is."
+    try: return number(name, value, **bounds)
+    except ValueError: raise ValueError(f"{name} is {value!r}, expected {expected}") from None
 
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
 
@@ -48,8 +54,7 @@ def _free_memory()->float:
     return max(0, min(found))
 
 def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None, do:str="bound the value with sliced_w2, which needs no matrix"):
-    if max_bytes is not None and not (isinstance(max_bytes, (int, float)) and max_bytes >= 0):
-        raise ValueError(f"max_bytes is {max_bytes!r}, expected a number of bytes, or None for the memory that is free")
+    if max_bytes is not None: max_bytes = _real("max_bytes", max_bytes, "a number of bytes, or None for the memory that is free", least=0, infinite=True)
     need, free = 8. * n * m * matrices, _free_memory() if max_bytes is None else max_bytes
     if need > free:
         raise MemoryError(f"{n:,} by {m:,} points need {_gib(need)} for {matrices:g} matrices of costs, {_gib(free)} are free: "
@@ -439,8 +444,7 @@ def exact_gap(
 )->Gap:
     r"Mean of $|x_i - y_i|^2$ minus the exact $W_2^2$ of the clouds (Monge's problem on a sample); no graph is kept. Errors as in `optimal_coupling`."
     _check_reduction(reduction)
-    resamples, seed = _count("resamples", resamples), _check_seed(seed)
-    _check_level(level)
+    resamples, seed, level = _count("resamples", resamples), _check_seed(seed), _check_level(level)
     pair = _displaced(start, end, squares=True)
     w = _check_weights("weights", weights, len(pair.x))
     moved, gap, slack, (target, plan, *_, used) = _judge(pair, w, solver, max_bytes)
@@ -485,8 +489,7 @@ def _self_share(pair:_Pair, i:Tensor, j:Tensor, mass:Tensor)->float:
 def _check_seed(seed:int)->int:
     return _count("seed", seed, 0, most=2 ** 63 - 1)
 
-def _check_level(level:float):
-    if not (isinstance(level, (int, float)) and 0 < level < 1): raise ValueError(f"level is {level!r}, expected a number between 0 and 1, such as .95")
+def _check_level(level:float)->float: return _real("level", level, "a number between 0 and 1, such as .95", above=0, below=1)
 
 # %% ../nbs/04_transport.ipynb #5241f1f0
 @dataclass(frozen=True)
@@ -676,7 +679,7 @@ def monotonicity(
     level:float=.95,  # of the interval
 )->Violations:
     r"Share of *all* pairs with $\langle y_i - y_j, x_i - x_j\rangle < 0$ (Brenier, 1991); errors as in `exact_gap`."
-    _check_level(level)
+    level = _check_level(level)
     pair = _displaced(start, end)
     x, bad = pair.start, sum(pays.sum().item() for _, pays in _crossings(pair.start, pair.end))
     pairs = len(x) * (len(x) - 1) // 2
@@ -694,7 +697,7 @@ def cyclical_monotonicity(
 )->Violations:
     r"Share of random cycles with $\sum_l \langle y_l, x_l - x_{l+1}\rangle < 0$ (Rockafellar, 1966); errors as in `exact_gap`."
     length = _count("length", length, 2, " samples")
-    _check_level(level)
+    level = _check_level(level)
     pair = _displaced(start, end, length)
     x, y = pair.start, pair.end
     at, bad = _draw_cycles(pair.x, length, cycles, near, _check_seed(seed)), 0
@@ -848,8 +851,8 @@ def entropic_w2(
     r"""Upper bound: the cost of Sinkhorn's plan (`ot.sinkhorn`, in logarithms), rounded to a feasible one (Altschuler and others, 2017).
     `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
     import ot
-    for name, v in dict(epsilon=epsilon, tolerance=tolerance).items():
-        if not (isinstance(v, (int, float)) and 0 < v < 1e18): raise ValueError(f"{name} is {v!r}, expected a positive number; the exact value is optimal_coupling's")
+    epsilon, tolerance = (_real(name, value, "a positive number; the exact value is optimal_coupling's", above=0, below=1e18)
+                          for name, value in dict(epsilon=epsilon, tolerance=tolerance).items())
     _check_reduction(reduction)
     pair, max_iter = _pair(x, y), _count("max_iter", max_iter)
     _check_memory(len(pair.x), len(pair.y), 5, max_bytes)
