@@ -813,7 +813,7 @@ class RandomDepth:
         blocks = find_blocks(model) if blocks is None else blocks
         self.sizes = _by_container(blocks) if sizes is None else list(sizes)
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
-        self.random, self.schedule = random.Random(seed), None
+        self.random, self.schedule = random.Random(whole("seed", seed)), None
         self.hooks = [model.register_forward_pre_hook(self._draw)]
         self.names, self.inplace, self._open = list(blocks), set(getattr(blocks, "inplace", ())), []
         for k, b in enumerate(blocks.values()):

@@ -546,7 +546,7 @@ def curves(self:LeastAction
 ADVICE = {
     "satisfied": "Nothing to do: the loss is at its target and lambda has settled.",
     "at rest": "Lambda has nearly stopped, as it can only grow towards a target of zero; the loss shown is what is left. For less action at that loss set it as target.",
-    "fixed": "Lambda did not move, so nothing was constrained: this is a penalty of constant weight. Set tau above zero to let lambda find it.",
+    "fixed": "Lambda did not move, so nothing was constrained: this is a penalty of constant weight. Set tau above zero to let lambda find it; far above 1e15, lambda rounds its steps away.",
     "never binds": "The loss stays below the target by itself: lower the target, or take the action for free.",
     "oscillates": "Lambda swings: lower tau, give the loss an average, or use ProportionalIntegral.",
     "diverges": "Lambda grows without end and the weight of the action fades: set a target that the loss can reach, or a cap.",
