@@ -24,6 +24,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import get_args
 
@@ -311,7 +312,7 @@ class Recipe:
 # %% ../nbs/06_training.ipynb #d0303864
 def check_training(**numbers):
     for name, value in numbers.items():
-        if not (isinstance(value, int) and not isinstance(value, bool) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1: raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
 # %% ../nbs/06_training.ipynb #14f8d2cd
 def _check_model(model):

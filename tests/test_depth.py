@@ -841,3 +841,9 @@ def test_clouds_in_half_precision_do_not_overflow():
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 500
     torch.manual_seed(0); true = sliced_wasserstein(x, -x)
     torch.manual_seed(0); assert_close(sliced_wasserstein(x.half(), -x.half()), true, rtol=1e-2, atol=0)
+
+
+def test_repeats_from_numpy(x):
+    times = latency(dict(a=nn.Linear(64, 10)), x, repeats=np.int64(2))
+    assert times["a"] > 0
+    with pytest.raises(ValueError, match="repeats is .*0"): latency(dict(a=nn.Linear(64, 10)), x, repeats=np.int64(0))
