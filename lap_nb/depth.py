@@ -792,7 +792,8 @@ def deepen(
     times:int=2,     # how often each block stands in the new network
 )->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
     "Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network without a `Flow`."
-    times = whole("times", times, 1)
+    with suppress(ValueError): times = whole("times", times)
+    if not isinstance(times, int) or isinstance(times, bool) or times < 1: raise ValueError(f"times is {times!r}, expected a whole number from 1")
     net = _copy(model)
     flows = [m for m in net.modules() if isinstance(m, Flow)]
     if not flows: raise ValueError(f"found no Flow in {type(_unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
