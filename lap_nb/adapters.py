@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .least_action import LeastAction
-from .files import CheckpointError, load_checkpoint, save_checkpoint
+from .files import CheckpointError, load_checkpoint, read_bounded, save_checkpoint
 from .training import global_mean
 
 # %% ../nbs/06a_adapters.ipynb #0126963a
@@ -141,7 +141,7 @@ OURS, THEIRS = "least_action.pt", "trainer_state.json"   # the first and the las
 
 def _lacks(folder:Path)->str:
     "What a checkpoint of both lacks, in words; empty if it is whole."
-    try: json.loads((folder / THEIRS).read_bytes())
+    try: json.loads(read_bounded(folder / THEIRS))
     except FileNotFoundError: return f"lacks {THEIRS}, which the trainer writes last"
     except (ValueError, RecursionError): return f"has half of {THEIRS}, which the trainer writes last"
     try: load_checkpoint(folder / OURS)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .checks import extra
-from .files import in_words, room_for
+from .files import in_words, open_plain, room_for
 
 # %% ../nbs/00_data.ipynb #16b1b95a
 def describe(
@@ -329,6 +329,7 @@ def parse_idx(
         raise ValueError(f"{name} is not an IDX file of {ndim} axes: magic number {expected.hex()} and {head} bytes of "
                          f"header expected, {magic.hex() or 'nothing'} and {min(len(data), head)} found")
     shape = struct.unpack_from(f">{ndim}I", data, 4)
+    if not all(shape): raise ValueError(f"{name}: the header announces {list(shape)}, an axis without anything on it; the file is damaged")
     if len(data) - head != math.prod(shape):
         raise ValueError(f"{name}: the header announces {list(shape)}, {math.prod(shape):,} bytes, but "
                          f"{len(data) - head:,} follow; the file is damaged")
@@ -339,7 +340,7 @@ def file_md5(
     path, # a file
 ) -> str: # 32 hexadecimal digits
     "The md5 checksum of a file"
-    with open(path, "rb") as f: return hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    with open_plain(path) as f: return hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 # %% ../nbs/00_data.ipynb #9d2d8ab4
 def read_idx(
@@ -603,7 +604,7 @@ def read_npz(
 ) -> dict[str, np.ndarray]: # by name
     "The arrays in an `.npz` file; raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it is missing"
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with open_plain(path) as file, zipfile.ZipFile(file) as archive:
             most, nbytes = room_for(os.path.getsize(path)), sum(i.file_size for i in archive.infolist())
             if nbytes > most:
                 raise ValueError(f"its arrays take {nbytes:,} bytes, expected no more than {most:,} in a file of its size")

@@ -45,7 +45,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
 from .data import Split, pick_device, whole
-from .files import load_checkpoint, write_atomically
+from .files import load_checkpoint, read_bounded, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .state import number
@@ -738,7 +738,7 @@ def fit_many(
     settings = asdict(Recipe(epochs, batch_size, lr, weight_decay, label_smoothing, eval_every, **recipe))
     members = grid_members(seeds, grid)
     _check_many(data, seeds, grid, settings, mode, conv)
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = None if checkpoint is None else Path(checkpoint).absolute()   # wherever the process goes meanwhile
     note = _noted(folder, resume, save_every, members, settings, least_action)
     plan = _plan(make_model, data, least_action, members, settings, str(device), mode, conv, chunk, memory, workers, note)
     if folder is not None: plan = _kept(plan, folder, note, resume, save_every)
@@ -925,7 +925,7 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
 
 def _read_note(note:Path)->dict:
     "The note in a folder of checkpoints."
-    try: found = json.loads(note.read_bytes())
+    try: found = json.loads(read_bounded(note))
     except (ValueError, RecursionError): found = None
     if not (isinstance(found, dict) and isinstance(found.get("settings"), dict) and isinstance(found.get("members"), list) and _is_plan(found)):
         raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")

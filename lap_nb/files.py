@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOM', 'DEEPEST', 'CHECKPOINT', 'CHECKPOINT_FORMAT', 'in_words', 'write_atomically', 'tidy', 'claim', 'digest',
            'find_unstorable', 'CheckpointError', 'check_storable', 'save_checkpoint', 'load_checkpoint', 'room_for',
-           'read_bounded', 'as_text', 'as_code']
+           'open_plain', 'read_bounded', 'as_text', 'as_code']
 
 # %% ../nbs/00a_files.ipynb #1602e299
 import errno
@@ -164,6 +164,16 @@ class _Foreign(Exception): "What a checkpoint cannot hold."
 class _Bytes(NamedTuple):
     "Stands for a tensor."
     nbytes:int   # that it takes when it is spread out
+class _Stored(NamedTuple):
+    "Stands for stored numbers."
+    count:int
+    width:int    # of one, in bytes
+class _Tuple(tuple):
+    "A tuple that counts its values, if each is written out; one that has many is no key, as to compare it takes long."
+    def __init__(self, values): self.values = sum(v.values if isinstance(v, _Tuple) else 1 for v in self)
+    def __hash__(self):
+        if self.values > DEEPEST: raise _Foreign(f"a key of more than {DEEPEST} values")
+        return super().__hash__()
 
 _WIDTHS = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1,
                ComplexDouble=16, ComplexFloat=8)
@@ -171,8 +181,14 @@ _STEPS = """PROTO STOP MARK GLOBAL REDUCE BUILD APPEND APPENDS SETITEM SETITEMS 
     NEWTRUE EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET BINPERSID BININT BININT1 BININT2 BINFLOAT BINGET LONG_BINGET BINPUT
     LONG_BINPUT BINUNICODE SHORT_BINSTRING LONG1""".split()
 
-def _tensor(storage:tuple, offset, size, stride, *rest)->_Bytes:
+def _whole(*values):
+    "Raise unless all are plain whole numbers: a list times a number takes memory."
+    if any(type(v) is not int for v in values): raise ValueError("found something else, expected whole numbers")
+
+def _tensor(storage:_Stored, offset, size, stride, *rest)->_Bytes:
     "Stands for the function that lays a tensor over stored numbers."
+    if not isinstance(storage, _Stored): raise ValueError("a tensor is laid over something else than stored numbers")
+    _whole(offset, *size, *stride)
     stored, width = storage
     dtype = next((r for r in rest if isinstance(r, torch.dtype)), None)   # of the kinds that are stored as bytes
     if dtype is not None: stored, width = stored * width // dtype.itemsize, dtype.itemsize
@@ -184,12 +200,13 @@ def _tensor(storage:tuple, offset, size, stride, *rest)->_Bytes:
 
 def _latin(text:str="", encoding:str="latin1")->str:
     "Stands for the functions that make bytes of a text."
-    if encoding not in ("latin1", "latin-1"): raise _Foreign(f"bytes in the encoding {encoding[:20]!r}")
+    if not isinstance(text, str): raise ValueError("bytes are made of something else than text")   # a number would ask for so many
+    if encoding not in ("latin1", "latin-1"): raise _Foreign(f"bytes in the encoding {str(encoding)[:20]!r}")
     return text
 
 _MAKERS = {
     "torch._utils _rebuild_tensor_v2": _tensor, "torch._utils _rebuild_tensor_v3": _tensor,
-    "torch._utils _rebuild_parameter": lambda data, *_: data, "torch Size": tuple, "torch device": lambda *_: None,
+    "torch._utils _rebuild_parameter": lambda data, *_: data, "torch Size": _Tuple, "torch device": lambda *_: None,
     "collections OrderedDict": OrderedDict, "collections Counter": Counter, "__builtin__ set": set, "__builtin__ complex": complex,
     "__builtin__ bytearray": _latin, "_codecs encode": _latin}
 
@@ -198,9 +215,22 @@ class _Steps(dict):
     def __missing__(self, code):
         raise _Foreign(f"a number or text out of the ordinary ({pickletools.code2op[chr(code)].name})")
 
+def _counted(step:Callable)->Callable:
+    def load(self):
+        step(self)
+        self.stack[-1] = _Tuple(self.stack[-1])
+    return load
+
+def _attributes(self):
+    "Attributes are for dictionaries in order: on a function or a class they would change this process."
+    state = self.stack.pop()
+    if type(self.stack[-1]) is not OrderedDict or not isinstance(state, dict): raise ValueError("attributes of something else than a dictionary")
+
 class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory aside on the word of a number
     "Follows the instructions with stand-ins, as far as PyTorch knows them."
     dispatch = _Steps({code: pickle._Unpickler.dispatch[code] for code, in (getattr(pickle, step) for step in _STEPS)})
+    for _code, in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3): dispatch[_code] = _counted(dispatch[_code])
+    dispatch[pickle.BUILD[0]] = _attributes
     def __init__(self, code:bytes, sizes:dict):
         super().__init__(io.BytesIO(code))
         self.sizes = sizes
@@ -214,8 +244,9 @@ class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory asi
         return found
     def persistent_load(self, pid):
         _, width, key, _, count = pid
-        if self.sizes[f"data/{key}"] != count * width: raise ValueError(f"{count} numbers of {width} bytes announced")
-        return count, width
+        _whole(width, count)
+        if not isinstance(key, str) or self.sizes[f"data/{key}"] != count * width: raise ValueError(f"{count} numbers of {width} bytes announced")
+        return _Stored(count, width)
 
 # %% ../nbs/00a_files.ipynb #8f1b8cd4
 ROOM = 64 << 20   # bytes that a file may take in memory, however small it is
@@ -224,7 +255,7 @@ DEEPEST = 100     # lists in one another
 def _size(value, seen:dict, depth:int=0)->tuple[int, int]: # values and bytes met on a walk
     "Walks through each container once; `seen` gets the numbers of each, and of its places."
     if isinstance(value, (Tensor, _Bytes)): return 1, value.nbytes
-    if not isinstance(value, (dict, list, tuple, set)): return 1, 0
+    if not isinstance(value, (dict, list, tuple, set)): return 1, len(value) if isinstance(value, str) else 0
     if depth > DEEPEST: raise _Foreign(f"more than {DEEPEST} lists in one another, or one in itself")
     if id(value) not in seen:
         inside = [_size(item, seen, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
@@ -237,7 +268,7 @@ def _check_size(value, room:int|None=None):
     if values > (most := 100_000 + 4 * sum(places for *_, places in seen.values())):
         raise _Foreign(f"lists that share their parts, more than {most:,} values if each is written out")
     if room is not None and nbytes > room:
-        raise _Foreign(f"tensors that share their numbers, {nbytes:,} bytes if each is written out, more than {room:,}")
+        raise _Foreign(f"tensors that share their numbers, or a text many times over, {nbytes:,} bytes if each is written out, more than {room:,}")
 
 # %% ../nbs/00a_files.ipynb #fd782a4e
 def _check_archive(
@@ -313,7 +344,7 @@ def load_checkpoint(
     "Read a checkpoint; raises `CheckpointError` if it is damaged or something else, `OSError` if it cannot be read."
     advice, whole = "put a copy of the whole file in its place, or delete it and start anew", False
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             _check_archive(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
         kind, version = (found.get("kind"), found.get("format")) if isinstance(found, dict) else (None, None)
@@ -339,6 +370,14 @@ def room_for(
 )->int:         # bytes
     "What a packed file may hold when it is unpacked."
     return ROOM + 20 * nbytes
+
+def open_plain(
+    path:str|Path, # of a file
+):
+    "A file, open for reading; raises `OSError` for a device or a pipe, which may have no end."
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EPERM, "not a plain file; choose another", str(path))
+    return open(path, "rb")
 
 def read_bounded(
     path:str|Path,   # of a file

@@ -753,7 +753,7 @@ def open(self:Training,
     """Keep a checkpoint at `path`, for this training alone until `close`. Raises `FileExistsError` rather than replace the one of an earlier
     training, `BlockingIOError` if another is under way there, and `TypeError` for a state that a checkpoint cannot hold."""
     self.close(); self._claim(path)
-    self.path, self.save_every = Path(path), save_every
+    self.path, self.save_every = Path(path).absolute(), save_every   # wherever the process goes meanwhile
     if self.path.exists():
         if not resume: raise FileExistsError(f"{path} exists: go on from it with resume=True, or choose another file")
         self.load_state_dict(load_checkpoint(path), resume == "force")

@@ -483,6 +483,7 @@ PIXELS = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
     (PIXELS[:-1], 3, r'announces \[2, 3, 4\], 24 bytes, but 23 follow'),
     (PIXELS + b'\0', 3, 'but 25 follow'),
     (PIXELS[:4] + b'\xff' * 12 + PIXELS[16:], 3, 'but 24 follow'),
+    (PIXELS[:4] + b'\0' * 4 + b'\xff' * 8, 3, 'an axis without anything'),
 ])
 def test_bad_headers_are_refused(content, ndim, words):
     with pytest.raises(ValueError, match=words): parse_idx(content, ndim, 'file')

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from lap_nb import files
-from lap_nb.data import digits
-from lap_nb.dynamics import dense_net
+from lap_nb.data import digits, file_md5, read_npz
+from lap_nb.dynamics import Trajectory, dense_net
 from lap_nb.files import (CheckpointError, as_code, as_text, check_storable, claim, digest, find_unstorable, in_words, load_checkpoint, read_bounded,
                           save_checkpoint, tidy, write_atomically)
 from lap_nb.training import Diverged, fit
@@ -437,6 +437,53 @@ def test_instructions_that_ask_for_memory(tmp_path, code):
     with zipfile.ZipFile(tmp_path / 'run.pt', 'w') as archive:
         for name, part in {'data.pkl': b'\x80\x02' + code, 'byteorder': b'little', 'version': b'3\n'}.items(): archive.writestr(f'archive/{name}', part)
     with memory(256 << 20), pytest.raises(CheckpointError): load_checkpoint(tmp_path / 'run.pt')
+
+
+NEST = b')q\0' + b'h\0h\0\x86q\0' * 45   # a tuple of 2^45 values, and what takes long to look at it
+STORAGE = b'X\x07\0\0\0storagectorch\nFloatStorage\n'
+
+
+@pytest.mark.parametrize('code', [
+    NEST + b'}h\0Ns.', NEST + b'c__builtin__\nset\n]h\0a\x85R.', NEST + b'(' + STORAGE + b'h\0X\x03\0\0\0cpuK\1tQ.', NEST + b'ctorch\nSize\nh\0\x85R}h\0Ns.',
+    b'c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.', b'c_codecs\nencode\n(NNtR.',
+    b'ctorch._utils\n_rebuild_tensor_v2\n((](K\1K\1eJ\xff\xff\xff\x7ftK\0K\1\x85K\1\x85ctorch\nfloat32\ntR.'],
+    ids=['key of a dictionary', 'member of a set', 'name of numbers', 'shape as key', 'bytes by number', 'encoding', 'numbers made up'])
+def test_instructions_that_ask_for_time_or_memory(tmp_path, code):
+    with zipfile.ZipFile(tmp_path / 'run.pt', 'w') as archive: archive.writestr('archive/data.pkl', b'\x80\x02' + code)
+    with memory(256 << 20), pytest.raises(CheckpointError): load_checkpoint(tmp_path / 'run.pt')
+
+
+@pytest.mark.parametrize('name', [b'collections\nCounter', b'_codecs\nencode', b'torch._utils\n_rebuild_tensor_v2'])
+@pytest.mark.parametrize('state', [b'}X\x07\0\0\0planted', b'(N}X\x07\0\0\0planted'], ids=['attributes', 'slots'])
+def test_a_checkpoint_changes_nothing_in_the_process(tmp_path, name, state):
+    with zipfile.ZipFile(tmp_path / 'run.pt', 'w') as archive:
+        archive.writestr('archive/data.pkl', b'\x80\x02c' + name + b'\n' + state + b'K\1s' + b't' * state.startswith(b'(') + b'b.')
+    with pytest.raises(CheckpointError): load_checkpoint(tmp_path / 'run.pt')
+    assert not hasattr(collections.Counter, 'planted') and not any(hasattr(maker, 'planted') for maker in files._MAKERS.values())
+
+
+def test_one_text_many_times_and_long_keys_are_refused_by_reader_and_writer(tmp_path):
+    handmade({'a': ['a' * 100_000] * 1000}, tmp_path / 'run.pt')
+    with pytest.raises(CheckpointError, match='a text many times over'): load_checkpoint(tmp_path / 'run.pt')
+    for state in ({'a': ['a' * 100_000] * 1000}, {'a': {(tuple(range(60)), tuple(range(60, 120))): 1}}):
+        with pytest.raises(TypeError, match='a checkpoint cannot hold a'): save_checkpoint(tmp_path / 'new', state)
+    save_checkpoint(tmp_path / 'new', state := {'a': {(1, ('b', 2)): ['a' * 1000] * 50}})
+    assert load_checkpoint(tmp_path / 'new') == state
+
+
+@pytest.mark.parametrize('read', [load_checkpoint, read_npz, file_md5, Trajectory.load])
+def test_what_may_have_no_end_is_not_opened(tmp_path, read):
+    os.mkfifo(tmp_path / 'pipe')
+    for path in (tmp_path / 'pipe', '/dev/zero'):
+        with pytest.raises((OSError, ValueError), match='not a plain file'): read(path)
+
+
+def test_a_checkpoint_stays_where_it_was_begun(tmp_path, monkeypatch):
+    "Though a callback goes to another folder."
+    for name in ('here', 'there'): (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    fit(dense_net(64, 10, K=1, hidden=2), digits().split(20), epochs=2, eval_every=1, checkpoint='run.pt', callbacks=[lambda _: os.chdir(tmp_path / 'there')])
+    assert load_checkpoint(tmp_path / 'here' / 'run.pt')['epoch'] == 2 and names(tmp_path / 'here') == ['run.pt'] and not names(tmp_path / 'there')
 
 
 def test_parts_that_overlap_are_refused(tmp_path):
