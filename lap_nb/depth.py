@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attach import Blocks, _coming_out, _first, _going_in, _recomputing, _run, _swap, _unwrap, find_blocks
+from .attach import Blocks, _Hooks, _coming_out, _first, _going_in, _hide, _recomputing, _run, _show, _swap, _unwrap, find_blocks
 from .data import Split, apportion
 from .dynamics import Flow, ResidualBlock, ResidualNet, colours
 from .ensembles import check_kinds
@@ -814,21 +815,26 @@ class RandomDepth:
         self.sizes = _by_container(blocks) if sizes is None else list(sizes)
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
         self.random, self.schedule = random.Random(seed), None
+        self.modules = [model, *blocks.values()]
+        for m in self.modules: _show(m)   # to a compiler
         self.hooks = [model.register_forward_pre_hook(self._draw)]
         self.names, self.inplace, self._open = list(blocks), set(getattr(blocks, "inplace", ())), []
         for k, b in enumerate(blocks.values()):
             self.hooks += [b.register_forward_pre_hook(partial(self._enter, k), with_kwargs=True), b.register_forward_hook(partial(self._stretch, k))]
 
+    @torch.compiler.disable   # which would take one number for all passes
     def _draw(self, model, args):
         self.schedule, self._open = None, []
         if not model.training: return
         s = even(self.random.randint(len(self.sizes), sum(self.sizes)), self.sizes)
         self.schedule = dict(zip(s.kept, s.scale))
 
+    @torch.compiler.disable
     def _enter(self, k, block, args, kwargs):
         if self.schedule is None or not block.training: return
         self._open.append(_going_in(self.names[k], args, kwargs, torch.clone if self.names[k] in self.inplace else None))
 
+    @torch.compiler.disable
     def _stretch(self, k, block, args, out):
         if self.schedule is None or not block.training: return None
         x, y = _coming_out(self.names[k], self._open.pop(), out)
@@ -840,6 +846,8 @@ class RandomDepth:
     def remove(self):
         "Take the hooks off."
         for hook in self.hooks: hook.remove()
+        for m in self.modules:
+            if not (m._forward_hooks or m._forward_pre_hooks): _hide(m)   # else others show theirs by it
 
 # %% ../nbs/09_depth.ipynb #667a8035
 def sliced_wasserstein(
@@ -861,10 +869,14 @@ class _Steps:
     "A meter of a penalty: what each block contributes, from the forward pass that trains it."
     def __init__(self, model, blocks, each, together):
         self.blocks, self.each, self.together = find_blocks(model) if blocks is None else blocks, each, together
-        self.paused, self.seen, self.given, self._open, self.hooks = False, [], None, [], []
-        for name, b in self.blocks.items():
-            self.hooks += [b.register_forward_pre_hook(_Hook(self, _Steps._enter, name), with_kwargs=True),
-                           b.register_forward_hook(_Hook(self, _Steps._note, name))]
+        self.on, self.paused, self.seen, self.given, self._open = True, False, [], None, []
+        self.hooks = _Hooks(self.blocks.values())
+        weakref.finalize(self, self.hooks.off).atexit = False
+        try:
+            for name, b in self.blocks.items(): self.hooks.put(b, _Hook(self, _Steps._enter, name), _Hook(self, _Steps._note, name))
+        except BaseException:
+            self.remove()
+            raise
 
     def _enter(self, name, block, args, kwargs):
         self._open.append(_going_in(name, args, kwargs, torch.clone if name in getattr(self.blocks, "inplace", ()) else None))
@@ -880,13 +892,12 @@ class _Steps:
         if len(seen) == len(self.blocks): return self.together(seen)
         raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
 
-    @property
-    def on(self)->bool: return bool(self.hooks)   # until removed
     def put(self, values:Tensor): self.given = values
     def forget(self): self.seen, self.given, self._open = [], None, []
     def remove(self):
-        for hook in self.hooks: hook.remove()
-        self.hooks = []; self.forget()
+        try: self.hooks.off()
+        finally: self.hooks.off()
+        self.on = False; self.forget()
 
 # %% ../nbs/09_depth.ipynb #667a8036
 def _gap(steps:list[Tensor])->Tensor:
