@@ -45,7 +45,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
 from .data import Split, pick_device, whole
-from .files import load_checkpoint, read_bounded, write_atomically
+from .files import in_words, load_checkpoint, read_bounded, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .state import number
@@ -927,7 +927,7 @@ def _read_note(note:Path)->dict:
     "The note in a folder of checkpoints."
     try: found = json.loads(read_bounded(note))
     except (ValueError, RecursionError): found = None
-    if not (isinstance(found, dict) and isinstance(found.get("settings"), dict) and isinstance(found.get("members"), list) and _is_plan(found)):
+    if not (isinstance(found, dict) and isinstance(found.get("settings"), dict) and type(found["settings"].get("epochs")) is int and isinstance(found.get("members"), list) and _is_plan(found)):
         raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
     return found
 
@@ -945,7 +945,7 @@ def _kept(plan, folder:Path, note:dict, resume:bool, save_every:int|None):
     ways = [[job.mode, job.conv] for _, job in plan]
     if note.get("ways", ways) != ways:
         raise ValueError(f"{folder} holds checkpoints of {note['ways'][0][0]} trainings, now they are {ways[0][0]}: name the mode, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with in_words(folder): folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / "members.json", json.dumps(note | {"ways": ways, "rows": [at for at, _ in plan]}).encode()
     if not path.exists() or path.read_bytes() != content: write_atomically(path, content)
     keep = lambda r: dict(checkpoint=str(folder / f"row-{r:03d}"), resume=resume, save_every=save_every)

@@ -175,6 +175,9 @@ def _inside(model:nn.Module)->nn.Module:
 @contextmanager
 def _evaluating(model:nn.Module):
     "Inside, the model is in evaluation mode; afterwards every module is in the mode it was in, also one that was frozen by hand."
+    here = threading.get_ident()
+    if any(_TRAINED.get(id(p), here) != here for p in model.parameters()):
+        raise RuntimeError(f"{type(model).__name__} is being trained in another thread, which evaluation mode would disturb: wait for its end, or evaluate a copy, deepcopy(model)")
     modes = [(m, m.training) for m in {**dict.fromkeys(model.modules()), **dict.fromkeys(_inside(model).modules())}]
     try:
         model.eval()
@@ -902,7 +905,7 @@ def train_loop(
                 rollback -= 1; training.roll_back(e)
 
 # %% ../nbs/06_training.ipynb #2efb81b0
-_TRAINED, _LOCK = set(), threading.Lock()   # parameters under training, by id
+_TRAINED, _LOCK = {}, threading.Lock()   # parameters under training, by id, and the thread that trains them
 
 @contextmanager
 def _alone(model:nn.Module):
@@ -910,12 +913,13 @@ def _alone(model:nn.Module):
     mine, taken = {id(p) for p in model.parameters() if p.requires_grad}, set()
     try:
         with _LOCK:
-            if mine & _TRAINED:
+            if mine & _TRAINED.keys():
                 raise RuntimeError(f"{type(model).__name__} is being trained by another call, expected one at a time: wait for its end, or train a copy, deepcopy(model)")
             taken = mine
-            _TRAINED.update(mine)
+            _TRAINED.update(dict.fromkeys(mine, threading.get_ident()))
         yield
-    finally: _TRAINED.difference_update(taken)
+    finally:
+        for key in taken: _TRAINED.pop(key, None)
 
 # %% ../nbs/06_training.ipynb #13e4cf8b
 def _check_rescue(checkpoint, resume, save_every, rollback):

@@ -1,4 +1,5 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
+import errno
 import json
 import math
 import multiprocessing
@@ -1065,3 +1066,10 @@ def test_what_is_no_maker_and_no_grid():
 @pytest.mark.parametrize("level", [0, 1, 95])
 def test_a_level_is_a_share(level):
     with pytest.raises(ValueError, match="expected a share between 0 and 1"): interval(torch.rand(5), level)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(lap_nb.ensembles.Path, 'mkdir', refuse)
+    with pytest.raises(OSError, match='choose a place where you may write.*kept'):
+        fit_many(partial(dense_net, 64, 10, K=1, hidden=2), digits().splits(20, [0]), epochs=1, checkpoint=tmp_path / 'kept')

@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import threading
 from copy import copy
 from functools import partial
 
@@ -16,7 +17,7 @@ from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, init_ve
 from lap_nb.ensembles import Ensemble, _made, fit_many, interval
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
-from lap_nb.training import fit
+from lap_nb.training import evaluate, fit
 
 make = partial(dense_net, 64, 10, 3, 16)
 
@@ -751,3 +752,17 @@ def test_one_wrong_argument_is_told_in_words_of_ours(name, tmp_path, monkeypatch
                 if not any("The model was called with" in note for note in getattr(e, "__notes__", ())): raw.append(f"{argument}={value!r}: {e}")
             except Exception as e: raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
     assert not raw, "\n".join(raw)
+
+
+def test_a_network_is_not_evaluated_while_another_thread_trains_it():
+    net, data, said = dense_net(64, 10, K=1, hidden=2), digits().split(20), []
+    def look():
+        try: evaluate(net, data)
+        except RuntimeError as e: said.append(str(e))
+    def callback(training):
+        evaluate(net, data)   # in the thread that trains
+        (other := threading.Thread(target=look)).start(); other.join()
+    fit(net, data, epochs=1, callbacks=[callback])
+    assert len(said) == 1 and 'is being trained in another thread' in said[0]
+    look()
+    assert len(said) == 1
