@@ -935,8 +935,8 @@ def _is_plan(note:dict)->bool:
     "Does each member of a note stand in one row, and has each row a way in which it is trained? A note from before anything was begun has no rows."
     rows, ways = note.get("rows"), note.get("ways")
     if rows is None and ways is None: return True
-    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)): return False
-    if not all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows): return False
+    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)
+            and all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows)): return False
     known = [[mode, conv] for mode in MODES for conv in CONVS]
     return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known for way in ways)
 

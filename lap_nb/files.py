@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'DEEPEST', 'CHECKPOINT', 'CHECKPOINT_FORMAT', 'in_words', 'write_atomically', 'tidy', 'claim', 'digest',
-           'find_unstorable', 'CheckpointError', 'check_storable', 'save_checkpoint', 'load_checkpoint', 'room_for',
-           'open_plain', 'read_bounded', 'as_text', 'as_code']
+           'find_unstorable', 'CheckpointError', 'check_storable', 'save_checkpoint', 'open_plain', 'load_checkpoint',
+           'room_for', 'read_bounded', 'as_text', 'as_code']
 
 # %% ../nbs/00a_files.ipynb #1602e299
 import errno
@@ -338,6 +338,14 @@ def save_checkpoint(
     write_atomically(path, check_storable(state).getbuffer())
 
 # %% ../nbs/00a_files.ipynb #dfb8650a
+def open_plain(
+    path:str|Path, # of a file
+):
+    "A file, open for reading; raises `OSError` for a device or a pipe, which may have no end."
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EPERM, "not a plain file; choose another", str(path))
+    return open(path, "rb")
+
 def load_checkpoint(
     path:str|Path, # written by `save_checkpoint`
 )->dict:           # the state, on the CPU
@@ -370,14 +378,6 @@ def room_for(
 )->int:         # bytes
     "What a packed file may hold when it is unpacked."
     return ROOM + 20 * nbytes
-
-def open_plain(
-    path:str|Path, # of a file
-):
-    "A file, open for reading; raises `OSError` for a device or a pipe, which may have no end."
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise OSError(errno.EPERM, "not a plain file; choose another", str(path))
-    return open(path, "rb")
 
 def read_bounded(
     path:str|Path,   # of a file

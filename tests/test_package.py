@@ -239,7 +239,7 @@ CROSSING = dict(
     regularity='attach._first attach._swap transport._check_memory transport._check_seed transport._cloud transport._costs transport._count '
                'transport._describe transport._is_dense transport._ldexp transport._power',
     ensembles='training._check_split training._progress training._share transport._free_memory',
-    depth='attach._coming_out attach._first attach._going_in attach._recomputing attach._run attach._swap attach._unwrap kinetic._Hook '
+    depth='attach._Hooks attach._hide attach._show attach._coming_out attach._first attach._going_in attach._recomputing attach._run attach._swap attach._unwrap kinetic._Hook '
           'training._part')
 
 
