@@ -231,7 +231,7 @@ def _plainly(value, options:tuple):
     if isinstance(value, (bool, np.bool_)) and bool in options: return bool(value)
     if isinstance(value, Tensor) and Tensor in options: return value
     if int in options and float not in options and _is_whole(found := plain(value)): return int(found)
-    return float(found) if float in options and not isinstance(value, (int, float)) and (found := plain(value)) is not None else value
+    return float(found) if float in options and type(value) not in (int, float) and (found := plain(value)) is not None else value
 
 def _expected(f, name:str, hint)->str:
     "What an argument is for, in the words of its comment."
