@@ -7,14 +7,15 @@ from .depth import (
 from .dynamics import (
     Flow as Flow, ResidualBlock as ResidualBlock, ResidualNet as ResidualNet, Trajectory as Trajectory, conv_net as conv_net,
     dense_net as dense_net, staged_net as staged_net)
-from .ensembles import Ensemble as Ensemble, Interval as Interval, fit_many as fit_many, confidence_interval as confidence_interval
+from .ensembles import Ensemble as Ensemble, fit_many as fit_many
 from .hooks import BlockHooks as BlockHooks, chosen_blocks as chosen_blocks, find_blocks as find_blocks
 from .kinetic import (
     EnergyLedger as EnergyLedger, EnergyMeter as EnergyMeter, block_energies as block_energies, kinetic_energy as kinetic_energy,
-    rank_correlation as rank_correlation, relative_energy as relative_energy)
+    relative_energy as relative_energy)
 from .least_action import DualAscent as DualAscent, FixedWeight as FixedWeight, LeastAction as LeastAction, kkt as kkt
 from .regularity import (
     holder_exponent as holder_exponent, lipschitz_profile as lipschitz_profile, local_lipschitz as local_lipschitz)
+from .stats import Interval as Interval, confidence_interval as confidence_interval, rank_correlation as rank_correlation
 from .training import Diverged as Diverged, Run as Run, evaluate as evaluate, fit as fit
 from .transport import (
     action_split as action_split, exact_gap as exact_gap, optimal_coupling as optimal_coupling, sliced_w2 as sliced_w2)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checks import Axes, checked, described, number, whole
+from .checks import Axes, check_memory, checked, described, number, whole
 from .dynamics import colours, StochasticDepth
 from .files import as_text
 from .hooks import chosen_blocks, first_tensor, swap_tensor
-from .transport import _check_memory, _cloud, _costs, _is_dense, _ldexp, _power
+from .transport import _cloud, _costs, _is_dense, _ldexp, _power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
 def _norm(x:Tensor)->Tensor:
@@ -110,7 +110,7 @@ def _pushed(f, x:Tensor, u:Tensor)->Tensor:
 def _dense(product:Callable, x:Tensor, m:int)->tuple[Tensor, Tensor]:
     "Largest singular value from the products with all unit vectors of the shape of `x`; each is a row of `m` numbers."
     B, d = len(x), x[0].numel()
-    _check_memory(B * d, m, 2, None, "take fewer samples at a time")
+    check_memory(B * d, m, 2, None, "take fewer samples at a time")
     one, units = lambda e: product(e.expand(B, -1)), torch.eye(d, dtype=x.dtype, device=x.device)
     try: rows = vmap(one, chunk_size=2 ** 22 // (B * max(d, m)) + 1)(units)
     except RuntimeError: rows = torch.stack(list(map(one, units)))   # a map that writes to its input, or has no rule for many directions at once
@@ -127,7 +127,7 @@ WIDTH, KEEP = 48, 8   # directions in memory, and after a restart
 def _lanczos(push:Callable, pull:Callable, x:Tensor, iterations:int, tolerance:float, seed:int)->tuple[Tensor, Tensor]:
     "Largest singular value and its relative error, by Lanczos' method with full orthogonalisation and thick restarts."
     B, d = len(x), x[0].numel()
-    _check_memory(B * (WIDTH + 1), d, 2 * x.dtype.itemsize / 8, None, "take fewer samples at a time")
+    check_memory(B * (WIDTH + 1), d, 2 * x.dtype.itemsize / 8, None, "take fewer samples at a time")
     V, T, k = x.new_zeros(B, WIDTH + 1, d), torch.zeros(B, WIDTH, WIDTH, dtype=torch.double, device=x.device), 0
     V[:, 0] = _unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x).flatten(1))
     unit = _norm(push(V[:, 0]))
@@ -310,7 +310,7 @@ def holder_exponent(
     if len(x) < 50: raise ValueError(f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
     number("shift", shift, why="in radii")
     bins, halves, directions = (whole(name, value, least, most=10_000) for name, value, least in (("bins", bins, 3), ("halves", halves, 2), ("directions", directions, 1)))
-    _check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
+    check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
     (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(whole("seed", seed))
     distance, power = _distances("x", x.flatten(1))
     low, high = distance.kthvalue(21, dim=1).values.median(), distance.median()

@@ -8,43 +8,20 @@ __all__ = ['optimal_coupling', 'Gap', 'exact_gap', 'gap_curve', 'ActionSplit', '
 
 # %% ../nbs/04_transport.ipynb #e80bab88
 import math
-import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .checks import Axes, checked, described, number, whole
+from .checks import Axes, check_memory, checked, described, number, whole
 from .dynamics import colours, Trajectory
 from .files import as_text
-from .kinetic import _check_reduction
-
-
-# %% ../nbs/04_transport.ipynb #e083da7e
-def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
-
-def _free_memory()->float:
-    "Bytes free for a new array, of the machine's or the container's; infinite where the system does not say."
-    read = lambda name: Path(name).read_text()
-    try: found = [int(read("/proc/meminfo").split("MemAvailable:")[1].split()[0]) << 10]
-    except (OSError, IndexError):
-        try: found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
-        except (AttributeError, ValueError, OSError): found = [math.inf]
-    try: found.append(int(read("/sys/fs/cgroup/memory.max")) - int(read("/sys/fs/cgroup/memory.current")))
-    except (OSError, ValueError): pass
-    return max(0, min(found))
-
-def _check_memory(n:int, m:int, matrices:float, max_bytes:float|None, do:str="bound the value with sliced_w2, which needs no matrix"):
-    if max_bytes is not None: number("max_bytes", max_bytes, 0, infinite=True, why="in bytes, or None for the memory that is free")
-    need, free = 8. * n * m * matrices, _free_memory() if max_bytes is None else max_bytes
-    if need > free:
-        raise MemoryError(f"{n:,} by {m:,} points need {_gib(need)} for {matrices:g} matrices of costs, {_gib(free)} are free: "
-                          f"take a subset of the samples, or {do}")
+from .kinetic import check_reduction
+from .stats import bootstrap_mean, wilson
 
 # %% ../nbs/04_transport.ipynb #b10a0544
 def _is_dense(x)->bool: return isinstance(x, Tensor) and not (x.is_nested or x.is_quantized or x.layout != torch.strided or x.is_meta)
@@ -126,7 +103,7 @@ def cost_matrix(
 )->Tensor:                     # `[n, m]`, float64, on the CPU
     r"All squared distances $|x_i - y_j|^2$; raises `ValueError` on unusable points, `MemoryError` before it allocates too much."
     pair = _pair(x, y)
-    _check_memory(len(pair.x), len(pair.y), 1, max_bytes)
+    check_memory(len(pair.x), len(pair.y), 1, max_bytes)
     return _ldexp(_costs(pair.x, pair.y + pair.shift, pair.start, pair.end), 2 * pair.power)
 
 # %% ../nbs/04_transport.ipynb #ae9209b3
@@ -323,7 +300,7 @@ def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto"
     equal = n == m and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
     if solver == "auto": solver = "assignment" if equal else "simplex"
     if solver == "assignment" and not equal: raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
-    _check_memory(n, m, 2 if solver == "assignment" else 5, max_bytes)
+    check_memory(n, m, 2 if solver == "assignment" else 5, max_bytes)
     return *(_assignment(pair.x, pair.y) if solver == "assignment" else _simplex(_costs(pair.x, pair.y), a, b, max_iter)), solver
 
 def _carried(target:Tensor|None, plan:Tensor|None, w:Tensor)->tuple[Tensor, Tensor, Tensor]:
@@ -353,16 +330,6 @@ def _sensitivity(x:Tensor, y:Tensor, seed:int)->float:
     "Share of samples that gain by exchanging ends with another one, the displacements having been dealt out at random."
     z = x + (y - x)[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
     return torch.cat([pays.any(1) for _, pays in _crossings(x, z)]).double().mean().item()
-
-def _bootstrap(values:Tensor, weights:Tensor, resamples:int, level:float, seed:int)->tuple[float, float]:
-    "Percentile interval of the weighted mean of `values`."
-    _check_memory(resamples, len(values), 3, None, "take fewer resamples")
-    at = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    if (weights == weights[0]).all(): means = values[at].mean(1)
-    else: means = (values * weights)[at].sum(1) / weights[at].sum(1).clamp_min(1e-300)
-    tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
-    return low, high
 
 def _twins(x:Tensor)->int: return len(x) - len(x.unique(dim=0))
 
@@ -428,7 +395,7 @@ def exact_gap(
     max_bytes:float|None=None, # largest memory allowed; None: what is free
 )->Gap:
     r"Mean of $|x_i - y_i|^2$ minus the exact $W_2^2$ of the clouds (Monge's problem on a sample); no graph is kept. Errors as in `optimal_coupling`."
-    _check_reduction(reduction)
+    check_reduction(reduction)
     resamples, seed = whole("resamples", resamples, 1, most=10 ** 9), whole("seed", seed)
     number("level", level, above=0, below=1)
     pair = _displaced(start, end, squares=True)
@@ -438,7 +405,7 @@ def exact_gap(
     least = (mass * (pair.start[i] - pair.end[j]).square().sum(1)).sum().item()
     scale = pair.x.shape[1] if reduction == "mean" else 1
     back = lambda value: pair.square(value) / scale
-    low, high = _bootstrap(slack, w, resamples, level, seed)
+    low, high = bootstrap_mean(slack, w, resamples, level, seed)
     return Gap(back(moved), back(min(least, moved) if gap else moved), back(gap), (back(low), back(high)), _self_share(pair, i, j, mass),
                _sensitivity(pair.start, pair.end, seed), (_ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape, _twins(pair.start), level, reduction, used)
 
@@ -596,7 +563,7 @@ def action_split(
 )->ActionSplit:            # the three parts, of all samples, of each class and of each stage
     r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance identity
     and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
-    _check_reduction(reduction)
+    check_reduction(reduction)
     stages = _check_trajectory(traj).stages
     y = _check_labels(y, traj.B)
     split = [_split_stage(stage, y, reduction, settings) for stage in stages]
@@ -639,13 +606,6 @@ def plot_splits(
     ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
     return ax
 
-# %% ../nbs/04_transport.ipynb #e18fd8f6
-def _wilson(rate:float, trials:int, level:float)->tuple[float, float]:
-    "Wilson's interval of a rate seen in so many independent trials."
-    z = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
-    centre, spread = (rate + z * z / (2 * trials)) / (1 + z * z / trials), z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials ** 2))
-    return max(0., centre - spread) if rate else 0., min(1., centre + spread) if rate < 1 else 1.
-
 # %% ../nbs/04_transport.ipynb #ea84297e
 @dataclass(frozen=True)
 class Violations:
@@ -670,7 +630,7 @@ def monotonicity(
     pair = _displaced(start, end)
     x, bad = pair.start, sum(pays.sum().item() for _, pays in _crossings(pair.start, pair.end))
     pairs = len(x) * (len(x) - 1) // 2
-    return Violations(rate := bad / 2 / pairs, _wilson(rate, len(x) // 2, level), pairs, 2, len(x))
+    return Violations(rate := bad / 2 / pairs, wilson(rate, len(x) // 2, level), pairs, 2, len(x))
 
 # %% ../nbs/04_transport.ipynb #84efc260
 @checked
@@ -692,13 +652,13 @@ def cyclical_monotonicity(
     for i in at.split(2 ** 21 // (length * x.shape[1]) + 1):
         terms = ((y[i] - y[i[:, :1]]) * (x[i] - x[i.roll(-1, 1)])).flatten(1)
         bad += (terms.sum(1) < -(terms.shape[1] + 3) * torch.finfo(x.dtype).eps * terms.abs().sum(1)).sum().item()
-    return Violations(rate := bad / len(at), _wilson(rate, min(len(at), len(x) // length), level), len(at), length, len(x))
+    return Violations(rate := bad / len(at), wilson(rate, min(len(at), len(x) // length), level), len(at), length, len(x))
 
 # %% ../nbs/04_transport.ipynb #8628fe9e
 def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Tensor:
     "Indices `[cycles, length]`, distinct in each row."
     cycles = whole("cycles", cycles, 1, most=10 ** 9)
-    _check_memory(cycles, length, 4, None, "draw fewer cycles")
+    check_memory(cycles, length, 4, None, "draw fewer cycles")
     g = torch.Generator().manual_seed(seed)
     first = torch.randint(len(x), (cycles,), generator=g)
     pool = len(x) - 1 if near is None else whole("near", near)
@@ -748,7 +708,7 @@ def mccann(
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
 )->tuple[McCannFit, ...]:     # one for each stage
     "Distances of the clouds at the layers from the displacement interpolation (McCann, 1997), all exact."
-    _check_reduction(reduction)
+    check_reduction(reduction)
     return tuple(_mccann_stage(*_path(stage), reduction) for stage in _check_trajectory(traj).stages)
 
 # %% ../nbs/04_transport.ipynb #2474ac23
@@ -808,9 +768,9 @@ def sliced_w2(
     r"Lower bound $d\cdot SW_2^2 \le W_2^2$ through `ot.sliced_wasserstein_distance`; needs no matrix. `ValueError` on unusable points."
     import ot
     directions = whole("directions", directions, 2, most=10 ** 9)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     pair, seed = _pair(x, y), whole("seed", seed)
-    _check_memory(len(pair.x) + len(pair.y), directions, 3, None, "project on fewer directions")
+    check_memory(len(pair.x) + len(pair.y), directions, 3, None, "project on fewer directions")
     x, y, moved = _at_means(pair)
     _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32, log=True)
     each, scale = torch.as_tensor(log["projected_emds"], dtype=torch.float64) * x.shape[1], x.shape[1] if reduction == "mean" else 1
@@ -845,9 +805,9 @@ def entropic_w2(
     `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
     import ot
     for name, v in dict(epsilon=epsilon, tolerance=tolerance).items(): number(name, v, above=0, most=1e18, why="the exact value is optimal_coupling's")
-    _check_reduction(reduction)
+    check_reduction(reduction)
     pair, max_iter = _pair(x, y), whole("max_iter", max_iter, 1, most=10 ** 9)
-    _check_memory(len(pair.x), len(pair.y), 5, max_bytes)
+    check_memory(len(pair.x), len(pair.y), 5, max_bytes)
     x, y, _ = _at_means(pair)
     cost = _costs(x, y)
     a, b = _check_weights("a", None, len(x)), _check_weights("b", None, len(y))

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import lap_nb.ensembles
+from lap_nb.checks import free_memory
 from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, free_memory, grid_members, confidence_interval, member_memory, seeded
+from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, grid_members, member_memory, seeded
 from lap_nb.lab.modes import _by_hand, _clock, _noise, measure_modes, read_modes, record_modes
 from lap_nb.least_action import LeastAction
+from lap_nb.stats import confidence_interval
 from lap_nb.training import fit, load_checkpoint
 
 make = partial(dense_net, 64, 10, 3, 16)
@@ -614,20 +616,6 @@ def test_parameters_without_axes_train_and_freeze():
 
 # Faults that the tests above let pass, found by `make mutants`
 
-@pytest.mark.parametrize("values", [[1., 2.], [3., -1., 4., 1., 5.]])
-def test_interval_of_the_mean_is_students(values):
-    from scipy.stats import t
-    x = torch.tensor(values, dtype=torch.float64)
-    low, high = t.interval(.9, len(x) - 1, x.mean().item(), x.std().item() / len(x) ** .5)
-    found = confidence_interval(x, level=.9)
-    assert (found.mean, found.low, found.high) == pytest.approx((x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
-
-
-@pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])
-def test_too_little_for_an_interval(values):
-    with pytest.raises(ValueError, match="expected at least two finite values in one row"): confidence_interval(torch.tensor(values))
-
-
 def test_the_clock_reads_the_wall_and_the_processor_apart(monkeypatch):
     "A call of 7 s, in which this process computes for 2 s and a child that has ended for 3 s."
     now = dict(wall=1., own=10., child=100.)
@@ -677,9 +665,9 @@ def test_free_memory_is_the_least_that_is_announced(files, room, monkeypatch):
         def read_text(self):
             if self.name not in files: raise FileNotFoundError(self.name)
             return files[self.name]
-    monkeypatch.setattr("lap_nb.transport.Path", Announced)
+    monkeypatch.setattr("lap_nb.checks.Path", Announced)
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4000}.__getitem__)
-    assert free_memory(torch.device("cpu")) == room
+    assert free_memory() == free_memory(torch.device("cpu")) == room
 
 
 def test_modes_are_measured_in_turn_per_step_and_network(monkeypatch):

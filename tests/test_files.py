@@ -548,11 +548,11 @@ def tables():
     from lap_nb.attach import Tracer, trace
     from lap_nb.hooks import find_blocks
     from lap_nb.lab.bench import bench_table
-    from lap_nb.ensembles import Interval
     from lap_nb.kinetic import EnergyLedger
     from lap_nb.least_action import KKTReport
     from lap_nb.regularity import LipschitzProfile
     from lap_nb.lab.analysis import standings_table
+    from lap_nb.stats import Interval
     from lap_nb.transport import ActionSplit
     net, x = evil_net().eval(), torch.randn(5, 4)
     blocks = find_blocks(net, x)

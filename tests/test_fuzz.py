@@ -287,11 +287,11 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
 OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process
 # sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
-# Trainer's own file is whole (`_lacks`), the system's own files (`_free_memory`, `_processor`). All others are called by the readers above.
+# Trainer's own file is whole (`_lacks`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
 OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted',
            'ensembles._read_note', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
            'lab.store.read_lines', 'files._check_archive',
-           'training._processor', 'files.load_checkpoint', 'transport._free_memory'}
+           'training._processor', 'files.load_checkpoint', 'checks.free_memory'}
 
 
 def test_no_reader_is_left_out():

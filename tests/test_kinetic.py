@@ -3,7 +3,6 @@ import copy
 import gc
 import weakref
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +19,8 @@ from lap_nb import kinetic
 from lap_nb.attach import trace, trace_energies
 from lap_nb.hooks import find_blocks
 from lap_nb.dynamics import ResidualBlock, Trajectory, dense_net
-from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, rank_correlation, relative_energy
+from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, relative_energy
+from lap_nb.stats import rank_correlation
 
 BATCH = 4
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
@@ -496,61 +496,6 @@ def test_ledger_of_a_traced_network():
     assert "| `layers.1` |" in ledger._repr_markdown_()
     still = EnergyLedger(Trajectory(torch.zeros(3, 2, 2)))
     assert still.total == 0 and [row["share"] for row in still.table()] == [0, 0]
-
-
-# Rank correlation
-
-def test_rank_correlation_is_spearmans():
-    from scipy.stats import spearmanr
-    generator = torch.Generator().manual_seed(1)
-    a, b = torch.randn(2, 60, generator=generator)
-    b = (a + b).exp()
-    found = rank_correlation(a, b)
-    assert found.value == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
-    assert found.low < found.value < found.high and found.n == 60
-
-
-def test_resampled_ranks_are_those_of_repeated_values():
-    from scipy.stats import spearmanr
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(5, size=(2, 12)) * .1   # with ties
-    times = rng.integers(3, size=(20, 12))
-    want = [spearmanr(np.repeat(a, t), np.repeat(b, t)).statistic for t in times]
-    np.testing.assert_allclose(kinetic._spearman(a, b, times), want)
-    assert np.isnan(kinetic._spearman(a, b, np.array([[0] * 12, [3] + [0] * 11, [1, 1] + [0] * 10]))).all()   # nothing, one value, two values
-
-
-def test_within_groups_the_trend_between_them_is_gone():
-    generator = torch.Generator().manual_seed(2)
-    gain, seed = torch.arange(6).repeat_interleave(30), torch.arange(30).repeat(6)
-    a, b = gain + .1 * torch.randn(180, generator=generator), gain + .1 * torch.randn(180, generator=generator)
-    rank_correlation = partial(kinetic.rank_correlation, resamples=300)
-    across, within = rank_correlation(a, b, clusters=seed), rank_correlation(a, b, groups=gain, clusters=seed)
-    assert across.value > .9 and within.low < 0 < within.high and within.groups == 6
-    opposite = rank_correlation(a, 2 * gain - a, groups=gain, clusters=seed)
-    assert opposite.value == pytest.approx(-1) and rank_correlation(a, 2 * gain - a).value > .9
-    each = [rank_correlation(a[gain == g], b[gain == g]).value for g in range(6)]
-    assert within.value == pytest.approx(sum(each) / 6)
-    flat = rank_correlation([1, 2, 3, 4, 4, 4], [1, 2, 3, 1, 2, 3], groups=[0, 0, 0, 1, 1, 1], clusters=[0, 1, 2] * 2)
-    assert (flat.value, flat.n, flat.groups) == (1, 3, 1)   # the other group is left out
-
-
-def test_rank_correlation_interval_covers():
-    generator, hits = torch.Generator().manual_seed(3), 0
-    for _ in range(60):
-        a, b = torch.randn(2, 40, generator=generator)
-        found = rank_correlation(a, b, resamples=200)
-        hits += found.low <= 0 <= found.high
-    assert hits >= 60 * (.95 - 3 * (.95 * .05 / 60) ** .5)
-
-
-def test_rank_correlation_bad_input():
-    with pytest.raises(ValueError, match="found 3 and 2 values"): rank_correlation([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="found 2 values in a group, expected at least three"): rank_correlation([1, 2], [1, 2])
-    with pytest.raises(ValueError, match="found 0 values in a group"): rank_correlation([], [])
-    with pytest.raises(ValueError, match="found 1 values in a group"): rank_correlation(range(4), range(4), groups=[0, 0, 0, 1])
-    with pytest.raises(ValueError, match="finite"): rank_correlation([1, 2, float("nan")], [1, 2, 3])
-    with pytest.raises(ValueError, match="nothing varies"): rank_correlation([1, 2, 3], [1, 1, 1])
 
 
 def test_blocks_called_by_themselves_before_and_after_the_models_own_pass():

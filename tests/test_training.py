@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lap_nb.data import Dataset, digits
 from lap_nb.depth import Elastic, depth_curve, latency, recompute_statistics
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, init_velocities_
-from lap_nb.ensembles import Ensemble, _made, fit_many, confidence_interval
+from lap_nb.ensembles import Ensemble, _made, fit_many
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
 from lap_nb.training import evaluate, fit
@@ -152,17 +152,6 @@ def test_divergence_stops_with_a_word_of_advice():
 def test_a_row_needs_one_split_per_seed():
     with pytest.raises(ValueError, match="one row per seed"): fit_many(make, digits().split(60), seeds=[0])
     with pytest.raises(ValueError, match="no model"): Ensemble([])
-
-
-def test_intervals_need_two_finite_values():
-    for values in ([1.], [1., float("nan")], [[1., 2.]]):
-        with pytest.raises(ValueError, match="at least two finite values"): confidence_interval(torch.tensor(values))
-
-
-def test_interval_of_known_numbers():
-    "Mean 2, standard deviation 1, n = 3: half width 4.3027 / sqrt(3), from a table of Student's t."
-    found = confidence_interval(torch.tensor([1., 2., 3.]))
-    assert (found.mean, found.high - found.mean) == pytest.approx((2, 4.302653 / 3 ** .5), rel=1e-6)
 
 
 def test_dataset_of_the_user_trains():

@@ -373,13 +373,6 @@ def test_mccann_takes_the_mean_or_the_sum_over_features():
     assert_close(mean.to_end, torch.tensor([2.5, 1.25, 0.], dtype=torch.float64))
 
 
-@pytest.mark.parametrize('good, trials, level', [(0, 7, .95), (7, 7, .9), (3, 40, .95), (39, 40, .99)])
-def test_wilsons_interval_is_that_of_scipy(good, trials, level):
-    from scipy.stats import binomtest
-    want = binomtest(good, trials).proportion_ci(level, 'wilson')
-    assert transport._wilson(good / trials, trials, level) == pytest.approx((want.low, want.high), abs=1e-12)
-
-
 @quick
 @given(seeds, st.integers(5, 30), st.integers(1, 4))
 def test_the_bounds_are_on_their_sides(seed, n, d):

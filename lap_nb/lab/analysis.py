@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..checks import Axes, checked, described
 from ..dynamics import colours
-from ..ensembles import as_python, confidence_interval, Interval
+from ..ensembles import as_python
 from ..files import as_text
-from ..kinetic import Correlation, rank_correlation
 from .catalogue import load_study, STUDIES
 from .design import Net
 from .store import read_lines, results
+from ..stats import confidence_interval, Correlation, Interval, rank_correlation
 
 # %% ../../nbs/95_analysis.ipynb #56178303
 def _check_columns(rows:list[dict], columns:Iterable[str]):

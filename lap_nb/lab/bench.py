@@ -36,6 +36,7 @@ from ..hooks import find_blocks
 from ..kinetic import EnergyMeter
 from .compare import make_net
 from ..least_action import LeastAction
+from ..stats import median_interval
 from ..training import evaluate, fit, provenance
 from ..transport import exact_gap
 
@@ -112,14 +113,6 @@ class Sides:
         if self.unit not in ("seconds", "bytes"): raise ValueError(f"unit is {self.unit!r}, expected 'seconds' or 'bytes'")
         if self.better not in ("lower", "higher"): raise ValueError(f"better is {self.better!r}, expected 'lower' or 'higher'")
 
-# %% ../../nbs/11_performance.ipynb #2c352a48
-def _median_interval(ratios:list[float])->tuple[float, float]:
-    "Ends of the 95 % interval for the median, from order statistics; all there is, if that is too few."
-    from scipy.stats import binom
-    ordered, n = sorted(ratios), len(ratios)
-    k = int(binom.ppf(.025, n, .5))
-    return ordered[max(0, k - 1)], ordered[min(n - 1, n - k)]
-
 # %% ../../nbs/11_performance.ipynb #87e5c3bd
 def measure(
     sides:Sides,         # what is compared
@@ -133,7 +126,7 @@ def measure(
         costs.append((float(sides.top()), float(sides.bottom())))
         if not all(0 < cost < float("inf") for cost in costs[-1]): raise ValueError(f"{sides.name}: the sides cost {costs[-1][0]:g} and {costs[-1][1]:g}, expected positive, finite numbers")
     ratios, (tops, bottoms) = [a / b for a, b in costs], zip(*costs)
-    median, (low, high) = statistics.median(ratios), _median_interval(ratios)
+    median, (low, high) = statistics.median(ratios), median_interval(ratios)
     met = None if sides.goal is None else median <= sides.goal if sides.better == "lower" else median >= sides.goal
     return dict(name=sides.name, ratio_median=median, ratio_min=min(ratios), ratio_max=max(ratios), goal=sides.goal, pairs=len(ratios),
                 ratio_low=low, ratio_high=high, ratio_of_best=min(tops) / min(bottoms), better=sides.better, met=met, what=sides.what,
