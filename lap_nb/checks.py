@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from enum import Enum
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -157,17 +158,6 @@ def share(
     return number(name, value, 0, 1, why=why)
 
 # %% ../nbs/90_checks.ipynb #93e6c66e
-@contextlib.contextmanager
-def in_room(
-    what:str, # of what there may be too much
-):
-    "Inside, what does not fit into memory is a `MemoryError` in words; stands above a function, too."
-    try: yield
-    except (MemoryError, RuntimeError, TypeError) as error:
-        said = str(error).split("\n")[0]
-        if not isinstance(error, MemoryError) and not re.search("bad_alloc|t allocate|[Oo]verflow|out of memory", said): raise
-        raise MemoryError(f"there is no room for {what}, expected less of it" + (said and f" ({said})")) from error
-
 def one_of(
     name:str,                             # what is chosen, for the message
     value,                                # the choice
@@ -178,6 +168,49 @@ def one_of(
     if not any(type(value) is type(o) and value == o for o in options):
         raise ValueError(f"{name} is {described(value)}, expected one of {', '.join(map(repr, options))}")
     return value
+
+# %% ../nbs/90_checks.ipynb #90a0c002
+def free_memory(
+    device:str|torch.device="cpu", # where
+)->int:                            # bytes
+    "What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's; 2**62 where the system does not say."
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    read = lambda name: Path(name).read_text()
+    try: found = [int(read("/proc/meminfo").split("MemAvailable:")[1].split()[0]) << 10]
+    except (OSError, IndexError):
+        try: found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+        except (AttributeError, ValueError, OSError): found = [2 ** 62]
+    try: found.append(int(read("/sys/fs/cgroup/memory.max")) - int(read("/sys/fs/cgroup/memory.current")))
+    except (OSError, ValueError): pass
+    return max(0, min(found))
+
+def check_memory(
+    n:int,                # rows
+    m:int,                # columns
+    matrices:float,       # of float64, held at once
+    max_bytes:float|None, # allowed; None: what is free
+    do:str="bound the value with sliced_w2, which needs no matrix", # what else helps; ends the message
+):
+    "Raise `MemoryError` if so many matrices do not fit."
+    if max_bytes is not None: number("max_bytes", max_bytes, 0, infinite=True, why="in bytes, or None for the memory that is free")
+    need, free = 8. * n * m * matrices, free_memory() if max_bytes is None else max_bytes
+    gib = lambda size: f"{size / 2**30:,.3g} GiB"
+    if need > free:
+        raise MemoryError(f"{n:,} by {m:,} points need {gib(need)} for {matrices:g} matrices of costs, {gib(free)} are free: "
+                          f"take a subset of the samples, or {do}")
+
+# %% ../nbs/90_checks.ipynb #90a0c003
+@contextlib.contextmanager
+def in_room(
+    what:str, # of what there may be too much
+):
+    "Inside, what does not fit into memory is a `MemoryError` in words; stands above a function, too."
+    try: yield
+    except (MemoryError, RuntimeError, TypeError) as error:
+        said = str(error).split("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("bad_alloc|t allocate|[Oo]verflow|out of memory", said): raise
+        raise MemoryError(f"there is no room for {what}, expected less of it" + (said and f" ({said})")) from error
 
 # %% ../nbs/90_checks.ipynb #14d73e08
 def real_tensor(
