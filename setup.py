@@ -44,6 +44,7 @@ setup(
     license=licences.get(cfg['license'], cfg['license']), license_files=['LICENSE'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
+    package_dir={'': '.'},   # an editable install then is one folder on the path, which type checkers read too
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
     package_data={cfg['lib_path']: ['py.typed', '__init__.pyi']}, cmdclass={'build_py': Build, 'install': Install},
     install_requires=words('requirements'), extras_require={'dev': [word for name in (*EXTRAS, 'dev') for word in words(f'{name}_requirements')],
