@@ -307,11 +307,6 @@ class Recipe:
         for f in fields(self): object.__setattr__(self, f.name, _setting(f.name, getattr(self, f.name), get_args(f.type) or (f.type,)))
         _check_recipe(self)
 
-# %% ../nbs/06_training.ipynb #d0303864
-def check_training(**numbers):
-    for name, value in numbers.items():
-        if not (isinstance(value, int) and not isinstance(value, bool) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
-
 # %% ../nbs/06_training.ipynb #14f8d2cd
 def _check_model(model):
     if not any(p.requires_grad for p in model.parameters()):
