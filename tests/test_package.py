@@ -31,7 +31,7 @@ NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 ORDER = ('checks files state stats data dynamics hooks attach kinetic transport regularity least_action training adapters ensembles depth '
          'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes lab.bench lab.cli').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
-LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask lightning torchdiffeq transformers'.split()
+LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask pandas orjson lightning torchdiffeq transformers'.split()
 EXPORTED = {'export', 'exports', 'exporti'}
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
 MAX_BYTES, MAX_STATEMENTS = 1_000_000, 55
@@ -562,6 +562,6 @@ def test_the_loss_needs_no_extra():
             'la(torch.nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 2)).backward()\n'
             'try: lap.digits()\n'
             'except ModuleNotFoundError as e: print(e)')
-    extras = 'sklearn,ipywidgets,dask,distributed,voila,nbdev,nbformat,jupytext,pypandoc'
+    extras = 'sklearn,ipywidgets,pandas,orjson,dask,distributed,voila,nbdev,nbformat,jupytext,pypandoc'
     said = python('-c', code, extras, *(name for name in modules() if not name.startswith('lab.')))
     assert said.strip() == "sklearn is not installed, expected it here: pip install 'lap_nb[lab]'"

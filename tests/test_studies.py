@@ -27,7 +27,7 @@ from lap_nb.dynamics import SkipInit, StochasticDepth
 from lap_nb.lab import catalogue, cli, nets, run, store
 from lap_nb.lab.analysis import Records, overview, load_records
 from lap_nb.lab.catalogue import load_study
-from lap_nb.lab.design import Cell, Grid, Method, Net, Schedule, Study
+from lap_nb.lab.design import Cell, checksum, Grid, Method, Net, Schedule, Study
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import dataset, run_cell, run_study
 from lap_nb.lab.store import append_rows, done, read_lines
@@ -235,6 +235,107 @@ def test_the_same_numbers_from_two_runs_are_one_row(tmp_path):
     (tmp_path / 'r.jsonl').write_bytes(b''.join(a + b))
     with pytest.warns(UserWarning, match='says 3 things twice'): rows = [line for line in read_lines(tmp_path / 'r.jsonl') if 'seed' in line]
     assert [row['run'] for row in rows] == [store._parsed(a[0], '')['id']] * 3
+
+
+def sealed(value, sort):
+    "A line under a checksum that fits: of its bytes, or as lines of before have it, of its values."
+    if not sort: return store._line(value).encode()
+    return (json.dumps(value | {'sha': checksum(value)}, separators=(',', ':')) + '\n').encode()
+
+
+def changed_line(line, key, value, sort):
+    return sealed({k: v for k, v in json.loads(line).items() if k != 'sha'} | {key: value}, sort)
+
+
+@pytest.mark.parametrize('sort', [False, True])
+@pytest.mark.parametrize('at, key, value, says', [
+    (0, 'format', True, 'format True, expected 1'), (0, 'format', 1.0, 'format 1.0, expected 1'), (0, 'format', 2, 'format 2, expected 1'), (0, 'format', None, 'format None'),
+    (0, 'threads', False, 'lacks threads'), (0, 'threads', -1, 'lacks threads'), (0, 'threads', 2 ** 63, 'lacks threads'), (0, 'threads', '1', 'lacks threads'),
+    (0, 'device_seconds', True, 'lacks device_seconds'), (0, 'device_seconds', -1., 'lacks device_seconds'), (0, 'settings', {}, 'lacks settings.method.name'),
+    (2, 'seed', -1, 'lacks seed'), (2, 'seed', 10 ** 400, 'lacks seed'), (2, 'seed', 2 ** 63, 'lacks seed'), (2, 'seed', True, 'lacks seed'), (2, 'seed', 1., 'lacks seed'),
+    (2, 'seed', '1', 'lacks seed'), (2, 'seed', None, 'lacks seed'), (2, 'n', -20, 'lacks n'), (2, 'n', False, 'lacks n'), (2, 'n', 10 ** 400, 'lacks n'),
+    (2, 'method', 3, 'lacks method'), (2, 'config', None, 'lacks config')])
+def test_lines_of_the_wrong_kind_are_refused_by_their_number(at, key, value, says, sort, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, 'as_json', lambda value: value)   # a writer that lets everything pass
+    path = tmp_path / 'r.jsonl'
+    lines = three(path)
+    lines[at] = changed_line(lines[at], key, value, sort)
+    path.write_bytes(b''.join(lines))
+    for read in (read_lines, done):
+        with pytest.raises(ValueError, match=f'line {at + 1} of r.jsonl .*{re.escape(says)}'): read(path)
+
+
+@pytest.mark.parametrize('at, old, new', [
+    (2, b'"seed":1,', b'"seed":1,"seed":1,'), (2, b'"seed":1,', b'"seed":0,"seed":1,'), (2, b'"seed":1,', b'"seed" :0,"seed":1,'), (2, b'"seed":1,', b'"\\u0073eed":0,"seed":1,'),
+    (2, b'{"study"', b'{"note":{"a":1,"a":2},"study"'), (2, b'{"study"', b'{"note":[{"a":1,"a":2}],"study"'), (0, b'{"name":"m"}', b'{"name":"o","name":"m"}'),
+    (0, b'"format":1,', b'"format":1,"format":1,'), (2, b'{"study"', b'{"x":NaN,"study"'), (2, b'{"study"', b'{"x":1e999,"study"'), (2, b'{"study"', b'{"x":-Infinity,"study"')])
+@pytest.mark.parametrize('sort', [False, True])
+def test_what_json_forbids_is_refused_by_the_number_of_its_line(at, old, new, sort, tmp_path):
+    path = tmp_path / 'r.jsonl'
+    lines = three(path)
+    assert old in lines[at]
+    body = lines[at].rstrip()[:-22].replace(old, new, 1)
+    sha = checksum(json.loads(body + b'}')) if sort else store._sha(body)
+    lines[at] = body + b',"sha":"%s"}\n' % sha.encode()
+    path.write_bytes(b''.join(lines))
+    with pytest.raises(ValueError, match=f'line {at + 1} of r.jsonl is not JSON'): read_lines(path)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2 ** 63 + 1, 2 ** 63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+
+
+@given(st.dictionaries(st.text(max_size=6).filter(lambda k: k not in ('kind', 'id', 'sha', *store._ROW)), JSON, max_size=4), st.booleans(), st.sampled_from([None, (', ', ': '), (',', ' : ')]))
+@settings(max_examples=150, deadline=None)
+def test_a_glance_sees_what_a_close_look_does(more, sort, spaces):
+    "Rows with any columns, in any spacing, with checksums of both kinds: the same values, or both refuse."
+    row = dict(COLUMNS, run='r', config='c', seed=3, **more)
+    line = sealed(store.as_json(row), sort).rstrip()
+    if spaces: line = json.dumps(json.loads(line), separators=spaces).encode()
+    assert store._parsed(line, '') == store.as_json(row)
+    (quick,) = store._at_a_glance([line])
+    assert quick is None or quick == store.as_json(row)
+    assert quick is not None or sort or spaces or more
+
+
+def test_most_lines_are_read_at_a_glance():
+    "All that `append_rows` writes, runs of a study among them: reading quickly rests on it."
+    for path in (ROOT / 'nbs' / 'results').glob('*-low-data.jsonl'):
+        lines = path.read_bytes().splitlines()
+        assert None not in store._at_a_glance(lines) and store._at_a_glance(lines[:3]) == [store._parsed(line, '') for line in lines[:3]]
+
+
+def test_a_line_of_two_objects_is_found(tmp_path):
+    "Taken together, the lines hold as many objects as there are lines."
+    path = tmp_path / 'r.jsonl'
+    lines = [line.rstrip() for line in three(path)]
+    path.write_bytes(b'\n'.join([lines[0] + b',' + lines[1], lines[2][:40], lines[2][40:], lines[3], b'']))
+    with pytest.raises(ValueError, match='line 1 of r.jsonl is not JSON'): read_lines(path)
+
+
+@pytest.mark.parametrize('row, says', [(dict(seed=-1), 'seed of a row is -1'), (dict(seed=10 ** 400), 'seed of a row is a whole number of 1329 bits'), (dict(seed=True), 'has the seed True'),
+                                       (dict(seed=1.), 'has the seed 1.0'), (dict(seed=0, x=2 ** 63), 'expected one below 2'), (dict(seed=0, x={1: 2}), 'found the key 1, expected a name')])
+def test_what_could_not_be_read_is_not_written(row, says, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=says): append_rows(tmp_path / 'r.jsonl', NOTE, [row], COLUMNS)
+    for columns in (dict(n=-1), dict(n=True), dict(method=3)):
+        with pytest.raises(ValueError, match=f'{next(iter(columns))} is .*no record holds that'): append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=0)], COLUMNS | columns)
+    for note in (dict(threads=True), dict(device_seconds=-1.), dict(settings=dict(net=3, method=dict(name='m')))):
+        with pytest.raises(ValueError, match='no record holds that'): append_rows(tmp_path / 'r.jsonl', NOTE | note, [dict(seed=0)], COLUMNS)
+    assert not (tmp_path / 'r.jsonl').exists()
+
+
+def test_a_frame_of_rows_and_back(tmp_path):
+    "Rows come back as plain values; what one lacks is None in it, and NaN among numbers."
+    rows = [dict(data='a', n=1, seed=0, gain=None, x=1., found=[1, 2]), dict(data='a', n=1, seed=1, gain=.1, x=None, diverged=True)]
+    found = Records(rows, {})
+    assert found.rows == [row | {k: row.get(k) for k in ('gain', 'x', 'found', 'diverged')} for row in rows] and Records(found.frame, {}).rows == found.rows
+    assert [list(group.values('seed')) for group in found.by('gain').values()] == [[0], [1]] and list(found.by('gain', 'n')) == [(None, 1), (.1, 1)]
+    assert len(found.where(gain=None)) == len(found.where(gain=[.1, 5])) == 1 and len(found.where(gain=[None, .1])) == 2 and all(type(r['seed']) is int for r in found.rows)
+    assert found.values('x').isnan().tolist() == [False, True] and not len(found.where(n=2)) and len(Records([], {})) == 0
+    for column in ('data', 'found'):
+        with pytest.raises(ValueError, match=f'{column} is no column of numbers'): found.values(column)
+    with pytest.raises(ValueError, match='no column'): Records([dict(x=10 ** 400)], {}).values('y')
+    with pytest.raises(ValueError, match='x is no column of numbers'): Records([dict(x=10 ** 400)], {}).values('x')
 
 
 def test_an_append_reads_what_was_added_and_no_more(tmp_path, monkeypatch):

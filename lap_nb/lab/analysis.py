@@ -8,14 +8,13 @@ __all__ = ['Records', 'load_records', 'standings']
 # %% ../../nbs/95_analysis.ipynb #c2bff395
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..checks import Axes, checked, described
+from ..checks import Axes, checked, described, extra
 from ..dynamics import colours
 from ..ensembles import as_python
 from ..files import as_text
@@ -25,30 +24,43 @@ from .store import read_lines, results
 from ..stats import confidence_interval, Correlation, Interval, rank_correlation
 
 # %% ../../nbs/95_analysis.ipynb #56178303
-def _check_columns(rows:list[dict], columns:Iterable[str]):
-    there = dict.fromkeys(k for row in rows for k in row)   # rows of networks that diverged have fewer
-    columns = list(columns)
-    unknown = [described(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or rows and c not in there]
-    if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
+def _check_columns(frame, columns:Iterable[str]):
+    unknown = [described(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or len(frame) and c not in frame]
+    if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(frame)}")
 
-@dataclass(frozen=True, repr=False)
 class Records:
-    "Rows of a study, one per network, and where they came from."
-    rows:list[dict]       # one per network, columns as `nbs/results/README.md` lists them
-    runs:dict[str, dict]  # provenance of the rows, by their column `run`
-    def __len__(self)->int: return len(self.rows)
-    def __repr__(self)->str: return f"{len(self.rows)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}{self._mixed()}"
+    "Rows of a study, one per network, and where they came from. `frame` holds them, a `DataFrame` of pandas."
+    def __init__(self,
+        rows,                 # dictionaries, one per network, or a `DataFrame`; columns as `nbs/results/README.md` lists them
+        runs:dict[str, dict], # provenance of the rows, by their column `run`
+    ):
+        with extra("lab"): from pandas import DataFrame
+        self.frame, self.runs = rows if isinstance(rows, DataFrame) else DataFrame(rows), runs
+
+    def __len__(self)->int: return len(self.frame)
+    def __repr__(self)->str: return f"{len(self)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}{self._mixed()}"
+
+    @property
+    def rows(self)->list[dict]:
+        "As dictionaries of plain values; None where a network has none, as one that diverged."
+        columns = [self._column(name) for name in self.frame]
+        return [dict(zip(self.frame, row)) for row in zip(*columns)]
+
+    def _column(self, name:str)->list:
+        "Plain values of a column, None where there is none."
+        return [None if value != value else value for value in self.frame[name].tolist()] if name in self.frame else [None] * len(self)
+
+    def _runs(self)->list[dict]: return [self.runs[run] for run in dict.fromkeys(self._column("run"))]
 
     @property
     def device(self)->str:
         "Devices on which the rows were made."
-        return ", ".join(sorted({_device(self.runs[row["run"]]) for row in self.rows}))
+        return ", ".join(sorted(set(map(_device, self._runs()))))
 
     @property
     def versions(self)->list[str]:
         "Of `lap_nb` and PyTorch with which the rows were made, as `lap_nb 0.1.0 with torch 2.13.0+cpu`."
-        runs = [self.runs[run] for run in {row["run"] for row in self.rows}]
-        return sorted({f"lap_nb {run.get('lap_nb')} with torch {run.get('torch')}" for run in runs})
+        return sorted({f"lap_nb {run.get('lap_nb')} with torch {run.get('torch')}" for run in self._runs()})
 
     def _mixed(self)->str: return f"; several versions: {', '.join(self.versions)}" if len(self.versions) > 1 else ""
 
@@ -59,17 +71,19 @@ class Records:
         wanted = {k: [as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [as_python(v)] for k, v in columns.items()}
         odd = next((each for v in wanted.values() for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
         if odd is not None: raise TypeError(f"found {described(odd)}, expected a value of a column, or a list of values")
-        _check_columns(self.rows, wanted)
-        return Records([row for row in self.rows if all(row.get(k) in v for k, v in wanted.items())], self.runs)
+        _check_columns(self.frame, wanted)
+        found = self.frame
+        for name, values in wanted.items(): found = found[[value in values for value in Records(found, {})._column(name)]]
+        return Records(found, self.runs)
 
     def by(self,
         *columns:str, # to group by
     )->dict:          # value of the column, or tuple of values -> `Records`
-        "Groups of rows; those without a column are under None. Raises `ValueError` on an unknown column."
-        _check_columns(self.rows, columns)
+        "Groups of rows, in the order of their first; those without a column are under None. Raises `ValueError` on an unknown column."
+        _check_columns(self.frame, columns)
         groups = {}
-        for row in self.rows: groups.setdefault(tuple(row.get(c) for c in columns), []).append(row)
-        return {key[0] if len(columns) == 1 else key: Records(rows, self.runs) for key, rows in groups.items()}
+        for at, key in enumerate(zip(*map(self._column, columns))): groups.setdefault(key, []).append(at)
+        return {key[0] if len(columns) == 1 else key: Records(self.frame.iloc[at], self.runs) for key, at in groups.items()}
 
 # %% ../../nbs/95_analysis.ipynb #abac6b63
 def _device(run:dict)->str:
@@ -84,8 +98,11 @@ def values(self:Records,
     column:str,  # of numbers
 )->Tensor:       # one per row, `[rows]`, float64; NaN where a network diverged
     "A column as numbers; raises `ValueError` if no network that was trained to the end has it."
-    _check_columns([row for row in self.rows if not row.get("diverged")], [column])
-    return torch.tensor([math.nan if row.get(column) is None else row[column] for row in self.rows], dtype=torch.float64)
+    lost = self.frame["diverged"].eq(True) if "diverged" in self.frame else [False] * len(self)
+    if not all(lost): _check_columns(self.frame, [column])
+    if column not in self.frame or self.frame[column].isna().all(): return torch.full((len(self),), math.nan, dtype=torch.float64)
+    if self.frame[column].dtype.kind not in "biuf": raise ValueError(f"{column} is no column of numbers, the first is {described(self._column(column)[0])}")
+    return torch.tensor(self.frame[column].to_numpy("float64"))
 
 @patch
 @checked
@@ -104,9 +121,7 @@ def advantage(self:Records,
     scale:float=100.,                # factor on the numbers
 )->Interval:
     "Mean of the differences to a rival, paired by data, size and seed."
-    key = lambda row: (row["data"], row["n"], row["seed"])
-    rival = {key(row): row.get(column) for row in over.rows}
-    mine = {key(row): row.get(column) for row in self.rows}
+    mine, rival = (dict(zip(zip(*map(each._column, ("data", "n", "seed"))), each._column(column))) for each in (self, over))
     both = [(mine[k], rival[k]) for k in mine if k in rival]
     if len(both) != len(mine) or len(mine) != len(self) or len(rival) != len(over): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed: choose one method and one kind of network of each with where(...)")
     if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: where networks diverged, leave their seeds out, and say so; where it is not theirs (lambda without least action), choose another column")
@@ -120,18 +135,19 @@ def tuned(self:Records,
     within:tuple=("data", "n", "net"),    # one choice for each of these
 )->Records:                               # rows of the chosen candidates; `method` is still the candidate's name
     "For each family of methods, the candidate that is best on validation; the earliest of equals."
-    rows = []
+    with extra("lab"): from pandas import concat
+    chosen = []
     for group in self.by(*within, "family").values():
         mean = {name: r.values(by).nan_to_num(0.).mean().item() for name, r in group.by("method").items()}
-        rows += group.where(method=max(mean, key=mean.get)).rows
-    return Records(rows, self.runs)
+        chosen.append(group.where(method=max(mean, key=mean.get)).frame)
+    return Records(concat(chosen) if chosen else self.frame, self.runs)
 
 # %% ../../nbs/95_analysis.ipynb #d0b11a38
-def _joined(row:dict, run:dict)->dict:
-    "A row with what its run says about its method."
+def _of_method(run:dict)->dict:
+    "What a run says about its method, as columns of its rows."
     settings = run["settings"]
     method = settings["method"]
-    return row | dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K), device=run["device_name"])
+    return dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K), device=run["device_name"])
 
 @checked
 def load_records(
@@ -145,7 +161,8 @@ def load_records(
     if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
     lines = read_lines(path)
     runs = {line["id"]: line for line in lines if line.get("kind") == "run"}
-    rows = [_joined(line, runs[line["run"]]) for line in lines if "seed" in line]
+    method = {id: _of_method(run) for id, run in runs.items()}
+    rows = [line | method[line["run"]] for line in lines if "seed" in line]
     chosen = scale or ("gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
     if not stale and name not in STUDIES:
         raise ValueError(f"{path} is there, but no description of a study {name!r}: enter yours by STUDIES[{name!r}] = lambda scale: ..., or read all rows with stale=True")
@@ -167,7 +184,7 @@ def standings(
         for family, rows in families.items():
             lost = int(rows.values("test_accuracy_last").isnan().sum())
             pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
-            table.append(dict(data=data, n=n, family=family, method=rows.rows[0]["method"], seeds=len(rows), diverged=lost,
+            table.append(dict(data=data, n=n, family=family, method=rows.frame["method"].iloc[0], seeds=len(rows), diverged=lost,
                 last=None if lost else rows.confidence_interval(), best=None if lost else rows.confidence_interval("test_accuracy_best"),
                 gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
     return table
@@ -204,9 +221,9 @@ def _standing(r:dict)->str:
 def caption(self:Records
 )->str: # one line
     "Data, seeds, epochs, scale and device, as recorded."
-    data, scales = sorted({row["data"] for row in self.rows}), sorted({row["scale"] for row in self.rows})
+    data, scales = (sorted(self.frame[name].unique()) for name in ("data", "scale"))
     seeds = sorted({len(group) for group in self.by("data", "n", "net", "method").values()})
-    epochs = sorted({self.runs[row["run"]]["epochs"] for row in self.rows})
+    epochs = sorted({run["epochs"] for run in self._runs()})
     return (f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs; "
             f"{' and '.join(scales)} scale; {self.device}{self._mixed()}")
 
@@ -229,7 +246,7 @@ def plot(self:Records,
     for value, group in ordered:
         i = line.setdefault(value, len(line))
         values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
-        lost = sum(bool(row.get("diverged")) for row in group.rows if row.get(x) is not None)
+        lost = sum(bool(diverged) for at, diverged in zip(group._column(x), group._column("diverged")) if at is not None)
         points = {at: confidence_interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
         ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()], color=colours()[i % 10],
                     marker="os^Dv"[i % 5], ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
@@ -247,10 +264,10 @@ def correlation(self:Records,
     seed:int=0,                 # of the bootstrap
 )->Correlation:
     "Rank correlation of two columns, see `rank_correlation`; networks that diverged are left out."
-    _check_columns(self.rows, [x, y, *within])
-    rows, within = [row for row in self.rows if row.get(x) is not None and row.get(y) is not None], list(within)
-    groups = [str([row[c] for c in within]) for row in rows] if within else None
-    return rank_correlation([row[x] for row in rows], [row[y] for row in rows], groups, [row["seed"] for row in rows], resamples, seed=seed)
+    _check_columns(self.frame, [x, y, *within])
+    found = Records(self.frame.dropna(subset=[x, y]) if len(self) else self.frame, self.runs)
+    groups = [str(list(group)) for group in zip(*map(found._column, within))] if within else None
+    return rank_correlation(found._column(x), found._column(y), groups, found._column("seed"), resamples, seed=seed)
 
 # %% ../../nbs/95_analysis.ipynb #96238f79
 @checked

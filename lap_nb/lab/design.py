@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -142,7 +143,7 @@ class Study:
         if not self.grids: raise ValueError(f"study {self.name} has no grid, expected at least one")
         for grid in self.grids: _check_grid(grid)
         names = [cell.name for cell, _ in self.cells()]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
         if twice: raise ValueError(f"study {self.name} has cells twice: {', '.join(twice[:3])}; give methods of a grid different names")
 
     @checked
