@@ -326,10 +326,15 @@ def _hints(f)->dict:
 def check_fields(
     value, # a dataclass
 ):
-    "Raise `TypeError` for a field that does not fit its annotation."
+    "Raise `TypeError` for a field that does not fit its annotation; numbers become plain, also those in a tuple."
     for name, hint in _hints(type(value)).items():
-        if name in vars(value) and not _fits(vars(value)[name], hint):
-            raise WrongKind(f"{name} is {described(vars(value)[name])}, expected {_expected(type(value), name, hint)}")
+        if name not in vars(value): continue
+        object.__setattr__(value, name, _field(_argument(type(value), name, vars(value)[name], hint, set()), hint))
+
+def _field(value, hint):
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is not tuple or inside[-1] is not Ellipsis: return value
+    return tuple(_plainly(v, _options(inside[0])) for v in value)
 
 # %% ../nbs/90_checks.ipynb #c4ec0021
 @contextmanager
