@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -14,6 +15,8 @@ from hypothesis import settings
 
 settings.register_profile('same', derandomize=True, database=None)   # the same examples each time: a change makes a test fail, not chance
 settings.load_profile('same')
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in the background of a shell; what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'nbs' / '_site'))   # the modules that make the site
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
