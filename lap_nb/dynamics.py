@@ -7,6 +7,7 @@ __all__ = ['MOST_BLOCKS', 'ResidualBlock', 'Trajectory', 'Flow', 'ResidualNet', 
            'conv_net', 'StagedFlow', 'staged_net', 'init_velocities_']
 
 # %% ../nbs/01_dynamics.ipynb #6fc32b6e
+import base64
 import io
 import json
 import math
@@ -15,55 +16,25 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
-from numbers import Integral, Real
 from operator import index
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.utils.parametrize
-from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import Axes, checked, counts, described, extra, in_room, several, whole
+from .checks import (
+    as_given, Axes, check_labels, check_module, check_tensor, checked, counts, described, extra, in_room, number, one_of,
+    positive, several, whole)
 from .data import read_npz
 from .files import write_atomically
 
-# %% ../nbs/01_dynamics.ipynb #b2d0f1a0
-def _module(value, name:str)->nn.Module:
-    "The value; raises `TypeError` if it is no module."
-    if isinstance(value, nn.Module): return value
-    swapped = "; are two arguments swapped?" if isinstance(value, Tensor) else ""
-    raise TypeError(f"{name} is of type {type(value).__name__}, expected a torch.nn.Module{swapped}")
-
-def _tensor(value, name:str)->Tensor:
-    "The value; raises `TypeError` if it is no tensor."
-    if isinstance(value, Tensor) and not value.is_nested: return value
-    if isinstance(value, Tensor): raise TypeError(f"{name} is a nested tensor, expected a padded one: convert with .to_padded_tensor(0.)")
-    raise TypeError(f"{name} is of type {type(value).__name__}, expected a tensor: convert with torch.as_tensor")
-
-def _number(value, name:str, least:float=-math.inf, below:float=math.inf, what:str="a number")->float:
-    "The value as a float in `[least, below)`; raises `ValueError` for anything else."
-    real = isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not value.is_meta
-    try:
-        if real and least <= (number := float(value)) < below: return number
-    except OverflowError: pass
-    raise ValueError(f"{name} is {_short(value)}, expected {what}")
-
-def _short(value)->str: return text if len(text := repr(value)) < 100 else f"{text[:80]}..., a {type(value).__name__}"
-def _step_length(h)->float: return _number(h, "step h", math.ulp(0.), what="a positive number; use h=1 for an ordinary residual block")
-
-def _check_flags(**flags):
-    for name, value in flags.items():
-        if not isinstance(value, (bool, np.bool_)): raise TypeError(f"{name} is {_short(value)}, expected True or False")
-
-def _several(value, name:str, what:str)->list:
-    "The items; raises `TypeError` if the value has none."
-    if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) and getattr(value, "ndim", 1): return list(value)
-    raise TypeError(f"{name} is of type {type(value).__name__}, expected {what}")
-
 # %% ../nbs/01_dynamics.ipynb #b2d0f1a1
-def _called(module:nn.Module, x, call):
+def call_network(
+    module:nn.Module, # that is called
+    x,                # its input, for the message
+    call,             # calls it
+):                    # what `call` returns
     "What `call` returns; an error that PyTorch or Python raise in a network comes with the input in words."
     try: return call()
     except torch.OutOfMemoryError: raise
@@ -71,13 +42,25 @@ def _called(module:nn.Module, x, call):
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         ours = frames[-1].f_globals.get("__name__", "").startswith("lap_nb.") or any(hasattr(f.f_locals.get("self"), "watcher") for f in frames)   # a hook's
         if ours or type(error).__module__ not in ("builtins", "torch"): raise
-        raise RuntimeError(f"{type(module).__name__} cannot be called on {_kind(x)} ({type(error).__name__}: {error}); expected an input as the network takes it") from error
+        raise RuntimeError(f"{type(module).__name__} cannot be called on {_input(x)} ({type(error).__name__}: {error}); expected an input as the network takes it") from error
 
-def _kind(x)->str:
-    "An input in words."
-    if isinstance(x, Tensor): return f"a tensor of shape {tuple(x.shape)} and type {x.dtype}" if x.layout == torch.strided and not x.is_nested else f"a tensor stored as {x.layout}"
-    if isinstance(x, Mapping): return "{" + ", ".join(f"{_short(k)}: {_kind(v)}" for k, v in x.items()) + "}"
-    return f"({', '.join(map(_kind, x))})" if isinstance(x, (tuple, list)) else _short(x)
+def _input(x)->str:
+    "An input in words, and what is inside."
+    if isinstance(x, Mapping): return "{" + ", ".join(f"{described(k)}: {_input(v)}" for k, v in x.items()) + "}"
+    return f"({', '.join(map(_input, x))})" if isinstance(x, (tuple, list)) else described(x)
+
+def widen(
+    x:Tensor,        # of floating point
+    copy:bool=False, # even if it is wide enough
+)->Tensor:           # in float32 or wider: half precision overflows
+    "The same numbers with room for squares and sums."
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
+
+def step_length(
+    h,      # anything
+)->float:   # above zero
+    "`h` as a step; raises `TypeError` or `ValueError`."
+    return positive("step h", h, "use h=1 for an ordinary residual block")
 
 # %% ../nbs/01_dynamics.ipynb #7c47b38a
 @checked
@@ -88,12 +71,12 @@ class ResidualBlock(nn.Module):
         h:float=1.,         # step length in time; must be positive
     ):
         super().__init__()
-        self.velocity, self.h = _module(velocity, "velocity"), _step_length(h)
+        self.velocity, self.h = check_module("velocity", velocity), step_length(h)
 
     def forward(self,
         x:Tensor, # positions, `[B, ...]`
     )->Tensor:    # positions one step later, `[B, ...]`
-        v = self.velocity(_tensor(x, "the input of a block"))
+        v = self.velocity(check_tensor("the input of a block", x))
         if not isinstance(v, Tensor) or v.shape != x.shape:
             raise ValueError(f"velocity has {f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else f'type {type(v).__name__}'}, its input shape {tuple(x.shape)}; "
                              "a flow keeps the shape: change width in the encoder or in the head")
@@ -111,11 +94,8 @@ class Trajectory:
         names:Iterable[str]|None=None, # of the `K` blocks, through all stages; None: their numbers
         output=None,                   # what the network returned, if this is a trace of it
     ):
-        xs = (x,) if isinstance(x, Tensor) else tuple(_several(x, "x", "the positions: a tensor, or one for each stage"))
-        hs = tuple(h) if isinstance(h, (tuple, list)) else (h,) * len(xs)
-        _check_stages(xs, hs)
-        self._stages, self.output = tuple(zip(xs, map(_step_length, hs))), output
-        self.names = tuple(map(str, range(self.K) if names is None else _several(names, "names", "one name for each block")))
+        self._stages, self.output = _stages(x, h), output
+        self.names = tuple(map(str, range(self.K) if names is None else names))
         if len(self.names) != self.K:
             raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
 
@@ -130,57 +110,146 @@ class Trajectory:
     @property
     def x(self)->Tensor:
         "Positions of the only stage, `[K+1, B, ...]`; raises `AttributeError` if there are several."
-        return self._only("x")[0]
+        return _only(self._stages, "x")[0]
     @property
     def h(self)->float:
         "Step of the only stage; raises `AttributeError` if there are several."
-        return self._only("h")[1]
-    def _only(self, what:str)->tuple[Tensor, float]:
-        if len(self._stages) == 1: return self._stages[0]
-        raise AttributeError(f"a trajectory of {len(self._stages)} stages has no single {what}: look at each stage, "
-                             f"`for stage in trajectory.stages: stage.{what}`")
+        return _only(self._stages, "h")[1]
+    @property
+    def stages(self)->tuple["Trajectory", ...]: # of one stage each, in order
+        "The parts of constant shape."
+        return (self,) if len(self._stages) == 1 else _one_by_one(self)
+    @property
+    def steps(self)->Tensor:
+        "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`, in float32 or wider; of the only stage."
+        return widen(self.x).diff(dim=0)
+    @property
+    def velocities(self)->Tensor:
+        "Steps over $h$, `[K, B, ...]`; of the only stage."
+        return self.steps / self.h
+    def __repr__(self)->str: return _in_words(self)
+
+    def displacement(self
+    )->Tensor: # distance from start to end of each sample, summed over stages, `[B]`
+        "Length of the chord, $|x_K - x_0|$; of several stages, the sum of their chords."
+        return sum(_norms(widen(s.x[-1:]) - widen(s.x[:1]))[0] for s in self.stages)
+
+    def path_length(self
+    )->Tensor: # distance walked by each sample, `[B]`
+        r"Length of the path, $\sum_k |x_{k+1} - x_k|$, over all stages."
+        return sum(_norms(s.steps).sum(0) for s in self.stages)
+
+    def straightness(self
+    )->Tensor: # chord over path, in [0, 1], `[B]`
+        "Displacement over path length; a sample that never moves counts as straight (1)."
+        path = self.path_length()
+        return torch.where(path > 0, self.displacement() / path.where(path > 0, 1), torch.ones_like(path))
+
+    def speeds(self
+    )->Tensor: # of each step and sample, `[K, B]`, in lengths per unit of time
+        "Speed profile, $|x_{k+1} - x_k|/h$, through all stages."
+        return torch.cat([_norms(s.steps) / s.h for s in self.stages])
+
+    def turning_angles(self
+    )->Tensor: # in radians, from 0 (straight on) to $\pi$ (back), `[K - number of stages, B]`
+        "Angle between successive steps of a stage; 0 where one of the two has no length."
+        return torch.cat([_turns(s.steps) for s in self.stages])
+
+    def __getitem__(self,
+        blocks:int|slice, # numbers of blocks, through all stages; a slice without a step
+    )->"Trajectory":      # of those blocks only
+        "Some of the blocks, with the positions before and after them."
+        return _some_blocks(self, blocks)
+
+    @checked
+    def samples(self,
+        at:int|slice|Iterable[int]|Tensor, # numbers of samples, a slice, or a mask `[B]`
+    )->"Trajectory":                       # of those samples only
+        "Some of the samples."
+        return _some_samples(self, at)
+
+    @checked
+    def classes(self,
+        y:Tensor, # labels, `[B]`
+    )->dict[int, "Trajectory"]: # label to the trajectory of its samples
+        "The samples of each class."
+        return {int(c): self.samples((y == c).to(self._stages[0][0].device)) for c in check_labels(y, self.B).unique()}
+
+    def to(self,
+        *args,        # as for `Tensor.to`: a device, a type
+        **kwargs,     # as for `Tensor.to`
+    )->"Trajectory":
+        "The same positions elsewhere or in another precision."
+        return _moved(self, args, kwargs)
+
+    @checked
+    def save(self,
+        path:str|os.PathLike, # file to write, replaced at once when all is written
+    ):
+        "Write positions, steps and names (the traced network's output is not kept)."
+        write_atomically(path, _packed(self))
+
+    @classmethod
+    @checked
+    def load(cls,
+        path:str|os.PathLike, # written by `save`
+    )->"Trajectory":          # on the CPU
+        "Read a trajectory; raises `ValueError` for a file that is damaged or something else."
+        return _read(path)
+
+    @checked
+    def plot(self,
+        y:Tensor|None=None,  # labels, `[B]`; colours the samples
+        until:int|None=None, # last layer drawn; None: the end
+        ax:Axes|None=None,   # matplotlib axes; None: a new figure
+        paths:bool=True,     # draw the way there, too
+        coloured:bool=False, # paths in the colour of their class, not in grey
+    ):                       # the axes
+        "Draw the first two coordinates: paths, and positions at layer `until` coloured by class."
+        return _draw(self, y, until, ax, paths, coloured)
+
+    @checked
+    def slider(self,
+        y:Tensor|None=None,      # labels, `[B]`; colours the samples
+        flow:"Flow|None"=None,   # draw its velocity field, too
+    ):                           # an ipywidgets box: a slider above the picture
+        "Move through the layers with a slider; works in Jupyter and on a static page."
+        return _slider(self, y, flow)
 
 # %% ../nbs/01_dynamics.ipynb #fc752d43
-def _check_stages(xs:Sequence[Tensor], hs:Sequence[float]):
-    "Raises `ValueError` if these are not positions and steps of the stages of a trajectory."
+def _stages(x, h)->tuple[tuple[Tensor, float], ...]:
+    "Positions and step of each stage; raises `TypeError` or `ValueError` if these are none."
+    xs = (x,) if isinstance(x, Tensor) else tuple(x)
+    hs = (h,) * len(xs) if isinstance(h, (int, float)) else several("h", h, as_given)
     if not xs or len(xs) != len(hs):
         raise ValueError(f"found {len(xs)} stages and {len(hs)} steps h, expected one or more stages, and one h for each")
-    for x, h in zip(xs, hs):
-        _step_length(h)
-        if _tensor(x, "x").layout != torch.strided: raise ValueError(f"positions are stored as {x.layout}, expected a dense tensor: convert with .to_dense()")
-        if x.ndim < 3 or len(x) < 2 or x.shape[1] == 0:
-            raise ValueError(f"positions have shape {tuple(x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
-        if not x[0, 0].numel(): raise ValueError(f"positions have shape {tuple(x.shape)}, expected at least one feature for each sample")
-        if not x.is_floating_point():
-            raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers" + ("" if x.is_complex() else ": convert with .float()"))
+    for x in xs: _check_positions(check_tensor("x", x))
     if len({x.shape[1] for x in xs}) > 1:
         raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
+    return tuple(zip(xs, map(step_length, hs)))
 
-def _wide(x:Tensor, copy:bool=False)->Tensor: return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)   # half precision overflows
+def _check_positions(x:Tensor):
+    if x.layout != torch.strided: raise ValueError(f"positions are stored as {x.layout}, expected a dense tensor: convert with .to_dense()")
+    if x.ndim < 3 or len(x) < 2 or x.shape[1] == 0:
+        raise ValueError(f"positions have shape {tuple(x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
+    if not x[0, 0].numel(): raise ValueError(f"positions have shape {tuple(x.shape)}, expected at least one feature for each sample")
+    if not x.is_floating_point():
+        convert = "" if x.is_complex() else ": convert with .float()"
+        raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers{convert}")
 
-@patch(as_prop=True)
-def steps(self:Trajectory)->Tensor:
-    "What each block adds, $x_{k+1} - x_k$, `[K, B, ...]`, in float32 or wider; of the only stage."
-    x = _wide(self.x)
-    return x[1:] - x[:-1]
+def _only(stages, what:str)->tuple[Tensor, float]:
+    if len(stages) == 1: return stages[0]
+    raise AttributeError(f"a trajectory of {len(stages)} stages has no single {what}: look at each stage, "
+                         f"`for stage in trajectory.stages: stage.{what}`")
 
-@patch(as_prop=True)
-def velocities(self:Trajectory)->Tensor:
-    "Steps over $h$, `[K, B, ...]`; of the only stage."
-    return self.steps / self.h
+def _one_by_one(traj:Trajectory)->tuple[Trajectory, ...]:
+    ends = list(accumulate(len(x) - 1 for x, _ in traj._stages))
+    return tuple(Trajectory(x, h, traj.names[end - len(x) + 1:end]) for (x, h), end in zip(traj._stages, ends))
 
-@patch(as_prop=True)
-def stages(self:Trajectory)->tuple[Trajectory, ...]: # of one stage each, in order
-    "The parts of constant shape."
-    if len(self._stages) == 1: return (self,)
-    ends = list(accumulate(len(x) - 1 for x, _ in self._stages))
-    return tuple(Trajectory(x, h, self.names[end - len(x) + 1:end]) for (x, h), end in zip(self._stages, ends))
-
-@patch
-def __repr__(self:Trajectory):
-    parts = [f"{len(x) - 1} steps of h={h:g}, {self.B} samples of shape {list(x.shape[2:])}" for x, h in self._stages]
+def _in_words(traj:Trajectory)->str:
+    parts = [f"{len(x) - 1} steps of h={h:g}, {traj.B} samples of shape {list(x.shape[2:])}" for x, h in traj._stages]
     if len(parts) == 1: return f"Trajectory: {parts[0]}"
-    return "\n".join([f"Trajectory: {self.K} steps in {len(parts)} stages", *(f"  {part}" for part in parts)])
+    return "\n".join([f"Trajectory: {traj.K} steps in {len(parts)} stages", *(f"  {part}" for part in parts)])
 
 # %% ../nbs/01_dynamics.ipynb #61fffbc8
 @checked
@@ -191,7 +260,7 @@ class Flow(nn.Module):
         h:float=1.,                     # step length in time, the same for all
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(v, h) for v in _several(velocities, "velocities", "the modules of the fields, in order"))
+        self.blocks = nn.ModuleList(ResidualBlock(v, h) for v in velocities)
         if not self.blocks: raise ValueError("a flow needs at least one velocity, found none")
 
     @property
@@ -211,14 +280,37 @@ class Flow(nn.Module):
         x:Tensor,    # positions at time 0, `[B, ...]`
     )->Trajectory:   # every position on the way; differentiable
         "Every position on the way through the blocks."
-        xs = [_tensor(x, "x")]
+        xs = [check_tensor("x", x)]
         def walk():
             for block in self.blocks: xs.append(block(xs[-1]))
             return torch.stack(xs)
-        return Trajectory(_called(self, x, walk), self.h)
+        return Trajectory(call_network(self, x, walk), self.h)
+
+    def refine(self
+    )->"Flow": # `2K` blocks of step `h/2`, parameters and buffers interpolated; nothing is shared with this one
+        "The same motion in steps of half the length; raises `ValueError` if the blocks differ in step or architecture."
+        return Flow(_between(_uniform(self), self.blocks), self.h / 2)
+
+    def coarsen(self
+    )->"Flow": # `K/2` blocks of step `2h`: copies of blocks 0, 2, 4, ...
+        "The same motion in steps of twice the length; raises `ValueError` if the number of blocks is odd or the blocks differ."
+        if len(_uniform(self)) % 2: raise ValueError(f"the flow has {len(self.blocks)} blocks, expected an even number: every other one is kept")
+        return Flow([deepcopy(block.velocity) for block in self.blocks[::2]], self.h * 2)
+
+    @checked
+    def portrait(self,
+        traj:Trajectory,    # of two-dimensional points through this flow
+        y:Tensor|None=None, # labels, `[B]`; colours paths and points
+        k:int=0,            # block whose velocity is drawn, 0 to `K`; at `K`, the end, there are no arrows
+        ax:Axes|None=None,  # matplotlib axes; None: a new figure
+        arrows:int=12,      # in each direction
+        whole:bool=False,   # leave room for all of the paths, not only for what was walked up to the next layer
+    ):                      # the axes
+        "Phase portrait: the velocity field of block `k`, the paths up to it, and the points as the block finds them."
+        return _draw_field(self, traj, y, k, ax, arrows, whole)
 
 # %% ../nbs/01_dynamics.ipynb #9473926a
-def _uniform(flow:"Flow")->list[dict]:
+def _uniform(flow:Flow)->list[dict]:
     "State of each velocity; raises `ValueError` if the blocks differ in step or architecture."
     flow.h   # raises if steps differ
     states = [b.velocity.state_dict() for b in flow.blocks]
@@ -228,161 +320,86 @@ def _uniform(flow:"Flow")->list[dict]:
             raise ValueError(f"block {k} has another architecture than block 0, expected a uniform flow: its weights cannot be interpolated")
     return states
 
-@patch
-def refine(self:Flow
-)->Flow: # `2K` blocks of step `h/2`, parameters and buffers interpolated; nothing is shared with this one
-    "The same motion in steps of half the length; raises `ValueError` if the blocks differ in step or architecture."
-    states, fields = _uniform(self), []
-    for k, (block, state) in enumerate(zip(self.blocks, states)):
-        after = states[min(k + 1, len(states) - 1)]
-        fields += [deepcopy(block.velocity), deepcopy(block.velocity)]
-        mean = lambda a, b: (a + b) / 2 if a.is_floating_point() else a
-        fields[-1].load_state_dict({name: mean(value, after[name]) for name, value in state.items()})
-    return Flow(fields, self.h / 2)
-
-@patch
-def coarsen(self:Flow
-)->Flow: # `K/2` blocks of step `2h`: copies of blocks 0, 2, 4, ...
-    "The same motion in steps of twice the length; raises `ValueError` if the number of blocks is odd or the blocks differ."
-    _uniform(self)
-    if len(self.blocks) % 2: raise ValueError(f"the flow has {len(self.blocks)} blocks, expected an even number: every other one is kept")
-    return Flow([deepcopy(block.velocity) for block in self.blocks[::2]], self.h * 2)
+def _between(states:list[dict], blocks:Sequence[ResidualBlock])->list[nn.Module]:
+    "Each velocity twice, as it is and half a step later."
+    mean = lambda a, b: (a + b) / 2 if a.is_floating_point() else a
+    fields = []
+    for block, state, after in zip(blocks, states, [*states[1:], states[-1]]):
+        later = deepcopy(block.velocity)
+        later.load_state_dict({name: mean(value, after[name]) for name, value in state.items()})
+        fields += [deepcopy(block.velocity), later]
+    return fields
 
 # %% ../nbs/01_dynamics.ipynb #34d27046
 def _norms(x:Tensor)->Tensor:
     "Length of each sample, `[K, B, ...]` to `[K, B]`, in float32 or wider; no square overflows or vanishes."
-    x = _wide(x).flatten(2)
+    x = widen(x).flatten(2)
     top = x.detach().abs().amax(2, True)
     unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent - 1).where((top > 0) & top.isfinite(), 1)
     return (x / unit).norm(dim=2) * unit.squeeze(2)
 
-@patch
-def displacement(self:Trajectory
-)->Tensor: # distance from start to end of each sample, summed over stages, `[B]`
-    "Length of the chord, $|x_K - x_0|$; of several stages, the sum of their chords."
-    return sum(_norms(_wide(s.x[-1:]) - _wide(s.x[:1]))[0] for s in self.stages)
-
-@patch
-def path_length(self:Trajectory
-)->Tensor: # distance walked by each sample, `[B]`
-    r"Length of the path, $\sum_k |x_{k+1} - x_k|$, over all stages."
-    return sum(_norms(s.steps).sum(0) for s in self.stages)
-
-@patch
-def straightness(self:Trajectory
-)->Tensor: # chord over path, in [0, 1], `[B]`
-    "Displacement over path length; a sample that never moves counts as straight (1)."
-    path = self.path_length()
-    return torch.where(path > 0, self.displacement() / path.where(path > 0, 1), torch.ones_like(path))
-
 # %% ../nbs/01_dynamics.ipynb #774f4e43
-@patch
-def speeds(self:Trajectory
-)->Tensor: # of each step and sample, `[K, B]`, in lengths per unit of time
-    "Speed profile, $|x_{k+1} - x_k|/h$, through all stages."
-    return torch.cat([_norms(s.steps) / s.h for s in self.stages])
-
-@patch
-def turning_angles(self:Trajectory
-)->Tensor: # in radians, from 0 (straight on) to $\pi$ (back), `[K - number of stages, B]`
-    "Angle between successive steps of a stage; 0 where one of the two has no length."
-    def angles(steps):
-        size = _norms(steps)
-        unit = steps.flatten(2) / size.where(size > 0, 1).unsqueeze(2)
-        a, b = unit[:-1], unit[1:]
-        moves = (size[:-1] > 0) & (size[1:] > 0)
-        angle = 2 * torch.atan2((a - b).norm(dim=2), (a + b).norm(dim=2).where(moves, 1))   # accurate for small angles, too
-        return angle.where(moves, 0)
-    return torch.cat([angles(s.steps) for s in self.stages])
+def _turns(steps:Tensor)->Tensor: # `[K-1, B]`, radians
+    size = _norms(steps)
+    unit = steps.flatten(2) / size.where(size > 0, 1).unsqueeze(2)
+    a, b = unit[:-1], unit[1:]
+    moves = (size[:-1] > 0) & (size[1:] > 0)
+    angle = 2 * torch.atan2((a - b).norm(dim=2), (a + b).norm(dim=2).where(moves, 1))   # accurate for small angles, too
+    return angle.where(moves, 0)
 
 # %% ../nbs/01_dynamics.ipynb #e0656b89
-@patch
-def __getitem__(self:Trajectory,
-    blocks:int|slice, # numbers of blocks, through all stages; a slice without a step
-)->Trajectory:        # of those blocks only
-    "Some of the blocks, with the positions before and after them."
+def _some_blocks(traj:Trajectory, blocks:int|slice)->Trajectory:
     one = not isinstance(blocks, slice)
-    try: k, (first, last, stride) = (k := index(blocks) if one else 0), (slice(k, k + 1 or None) if one else blocks).indices(self.K)
-    except (TypeError, ValueError): raise TypeError(f"blocks are {_short(blocks)}, expected the number of a block or a slice of such numbers") from None
+    try:
+        k = index(blocks) if one else 0
+        first, last, stride = (slice(k, k + 1 or None) if one else blocks).indices(traj.K)
+    except (TypeError, ValueError): raise TypeError(f"blocks are {described(blocks)}, expected the number of a block or a slice of such numbers") from None
     if stride != 1: raise ValueError(f"blocks are taken in steps of {stride}, expected neighbours: without the steps between it is no path")
-    if not first < last or one and not -self.K <= k < self.K:
-        raise IndexError(f"no block in {blocks}: there are {self.K}, from 0 to {self.K - 1}")
+    if not first < last or one and not -traj.K <= k < traj.K:
+        raise IndexError(f"no block in {blocks}: there are {traj.K}, from 0 to {traj.K - 1}")
     parts, start = [], 0
-    for x, h in self._stages:
+    for x, h in traj._stages:
         low, high = max(first, start) - start, min(last - start, len(x) - 1)
         if low < high: parts.append((x[low:high + 1], h))
         start += len(x) - 1
-    return Trajectory(*map(list, zip(*parts)), self.names[first:last])
+    return Trajectory(*map(list, zip(*parts)), traj.names[first:last])
 
-@patch
-@checked
-def samples(self:Trajectory,
-    at:int|slice|Iterable[int]|Tensor, # numbers of samples, a slice, or a mask `[B]`
-)->Trajectory: # of those samples only
-    "Some of the samples."
-    at = [at] if isinstance(at, int) else at if isinstance(at, (slice, Tensor)) else list(several("at", at, lambda _, value: value))
-    try: return self._map(lambda x: x[:, at])
-    except (IndexError, RuntimeError, TypeError) as error: raise IndexError(f"at is {described(at)}, expected numbers from 0 to {self.B - 1}, a slice, or a mask of {self.B} ({error})") from error
+def _some_samples(traj:Trajectory, at)->Trajectory:
+    at = [at] if isinstance(at, int) else at if isinstance(at, (slice, Tensor)) else list(several("at", at, as_given))
+    try: return _each(traj, lambda x: x[:, at])
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise IndexError(f"at is {described(at)}, expected numbers from 0 to {traj.B - 1}, a slice, or a mask of {traj.B} ({error})") from error
 
-# %% ../nbs/01_dynamics.ipynb #e0656b90
-def _check_labels(y:Tensor, n:int):
-    if y.shape != (n,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({n},)")
-    if not y.isfinite().all(): raise ValueError("labels have values that are no numbers, expected a class for each sample")
-
-@patch
-@checked
-def classes(self:Trajectory,
-    y:Tensor, # labels, `[B]`
-)->dict[int, Trajectory]: # label to the trajectory of its samples
-    "The samples of each class."
-    _check_labels(y, self.B)
-    return {int(c): self.samples((y == c).to(self._stages[0][0].device)) for c in y.unique()}
-
-@patch
-def _map(self:Trajectory, change)->Trajectory:
-    return Trajectory([change(x) for x, _ in self._stages], [h for _, h in self._stages], self.names)
+def _each(traj:Trajectory, change)->Trajectory:
+    return Trajectory([change(x) for x, _ in traj._stages], [h for _, h in traj._stages], traj.names)
 
 # %% ../nbs/01_dynamics.ipynb #2155f2f9
-@patch
-def to(self:Trajectory,
-    *args,    # as for `Tensor.to`: a device, a type
-    **kwargs, # as for `Tensor.to`
-)->Trajectory:
-    "The same positions elsewhere or in another precision."
-    try: return self._map(lambda x: x.to(*args, **kwargs))
+def _moved(traj:Trajectory, args:tuple, kwargs:dict)->Trajectory:
+    try: return _each(traj, lambda x: x.to(*args, **kwargs))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"positions cannot go to {_short(args or kwargs)}, expected a device or a floating-point type: {error}") from error
+        found = ", ".join(map(described, (*args, *kwargs.values())))
+        raise ValueError(f"positions cannot go to {found}, expected a device or a floating-point type: {error}") from error
 
 _KIND = "lap_nb trajectory 1"
 
-@patch
-@checked
-def save(self:Trajectory,
-    path:str|Path, # file to write, replaced at once when all is written
-):
-    "Write positions, steps and names (the traced network's output is not kept)."
-    xs = [x.detach().cpu() for x, _ in self._stages]
-    note = dict(kind=_KIND, h=[h for _, h in self._stages], names=self.names, dtypes=[str(x.dtype) for x in xs])
-    arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
+def _packed(traj:Trajectory)->memoryview:
+    "The file."
+    xs = [x.detach().cpu() for x, _ in traj._stages]
     if any(x.is_meta for x in xs): raise ValueError("positions are on the meta device, expected numbers to write: there are none in such a tensor")
-    if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is of type {type(path).__name__}, expected a string or a Path")
+    note = dict(kind=_KIND, h=[h for _, h in traj._stages], names=traj.names, dtypes=[str(x.dtype) for x in xs])
+    arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
     content = io.BytesIO()
     np.savez(content, note=np.array(json.dumps(note)), **arrays)
-    write_atomically(path, content.getbuffer())
+    return content.getbuffer()
 
 # %% ../nbs/01_dynamics.ipynb #25d9281c
-@patch(cls_method=True)
-def load(cls:Trajectory,
-    path:str|Path, # written by `save`
-)->Trajectory:     # on the CPU
-    "Read a trajectory; raises `ValueError` for a file that is damaged or something else."
-    if not isinstance(path, (str, os.PathLike)): raise TypeError(f"path is of type {type(path).__name__}, expected a string or a Path")
+def _read(path)->Trajectory:
     try:
         file = read_npz(path)
         note = json.loads(str(file["note"]))
         if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
         xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
-        return cls(xs, note["h"], note["names"])
+        return Trajectory(xs, note["h"], note["names"])
     except FileNotFoundError: raise FileNotFoundError(f"there is no file {path}, expected one written by Trajectory.save") from None
     except Exception as error:   # damage shows in many ways: checksums, headers, sizes
         raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
@@ -409,7 +426,7 @@ class ResidualNet(nn.Module):
         x:Tensor,    # inputs, `[B, ...]`
     )->Trajectory:   # of the encoded inputs through the flow
         "The way of the encoded inputs through the flow."
-        return self.flow.trajectory(_called(self, x, lambda: self.encoder(_tensor(x, "x"))))
+        return self.flow.trajectory(call_network(self, x, lambda: self.encoder(check_tensor("x", x))))
 
 # %% ../nbs/01_dynamics.ipynb #85309f44
 MOST_BLOCKS = 100_000
@@ -440,7 +457,7 @@ class SkipInit(nn.Module):
         velocity:nn.Module, # maps `[B, ...]` to the same shape
     ):
         super().__init__()
-        self.velocity, self.alpha = _module(velocity, "velocity"), nn.Parameter(torch.zeros(()))
+        self.velocity, self.alpha = check_module("velocity", velocity), nn.Parameter(torch.zeros(()))
 
     def forward(self, x:Tensor)->Tensor: return self.alpha * self.velocity(x)
 
@@ -452,7 +469,7 @@ class StochasticDepth(nn.Module):
         drop:float,         # probability of zero, in [0, 1)
     ):
         super().__init__()
-        self.velocity, self.drop = _module(velocity, "velocity"), _probability(drop)
+        self.velocity, self.drop = check_module("velocity", velocity), number("drop", drop, 0, below=1)
 
     def forward(self, x:Tensor)->Tensor:
         v = self.velocity(x)
@@ -462,12 +479,10 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self)->str: return f"drop={self.drop:g}"
 
-def _probability(drop)->float: return _number(drop, "drop", 0, 1, "a probability from 0 to below 1")
-
 # %% ../nbs/01_dynamics.ipynb #cd76b073
 def varied(velocities:list[nn.Module], skip_init:bool, drop:float)->list[nn.Module]:
     "The velocities as `SkipInit` and `StochasticDepth`, where asked for; block `k` of `K` drops $(k+1)/K$ of `drop`."
-    drop = _probability(drop)
+    drop = number("drop", drop, 0, below=1)
     if skip_init: velocities = [SkipInit(v) for v in velocities]
     return [StochasticDepth(v, drop * k / len(velocities)) for k, v in enumerate(velocities, 1)] if drop else velocities
 
@@ -514,8 +529,8 @@ class StagedFlow(nn.Module):
         transitions:Iterable[nn.Module], # one between each two, which may change the shape
     ):
         super().__init__()
-        self.flows = nn.ModuleList(_module(f, "a flow") for f in _several(flows, "flows", "one Flow for each stage"))
-        self.transitions = nn.ModuleList(_module(t, "a transition") for t in _several(transitions, "transitions", "one module between each two flows"))
+        self.flows = nn.ModuleList(check_module("a flow", f) for f in flows)
+        self.transitions = nn.ModuleList(check_module("a transition", t) for t in transitions)
         if len(self.transitions) != len(self.flows) - 1:
             raise ValueError(f"found {len(self.flows)} flows and {len(self.transitions)} transitions, expected one transition between each two flows")
 
@@ -563,7 +578,7 @@ def residual_blocks(
     model:nn.Module, # any module that holds `ResidualBlock`s
 )->dict[str, ResidualBlock]: # name in the model to block, in the order of registration
     "The residual blocks of `model`; raises `ValueError` if there is none."
-    found = {name: m for name, m in _module(model, "model").named_modules() if isinstance(m, ResidualBlock)}
+    found = {name: m for name, m in check_module("model", model).named_modules() if isinstance(m, ResidualBlock)}
     if not found:
         raise ValueError(f"no residual block found in {type(model).__name__}: expected at least one lap_nb.dynamics.ResidualBlock; "
                          "write the network as a Flow, or name the modules that keep their input's shape with blocks=[...]")
@@ -585,14 +600,13 @@ def init_velocities_(
     kind:str="orthogonal",   # or `"normal"`, of deviation 1/√inputs, or `"default"`, what PyTorch draws
 )->nn.Module:                # the same model
     "Random weights times `gain` and zero biases in every linear or convolutional layer of the velocities."
-    gain = _number(gain, "gain", 0, what="zero or more")
-    if not isinstance(kind, str) or kind not in _INITS: raise ValueError(f"kind is {_short(kind)}, expected one of {', '.join(_INITS)}")
+    gain, draw = number("gain", gain, 0), _INITS[one_of("kind", kind, _INITS)]
     for block in residual_blocks(model).values():
         for layer in block.velocity.modules():
             if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
                 if nn.utils.parametrize.is_parametrized(layer, "weight"):
                     raise ValueError("the weights of a velocity are computed by a parametrization, expected plain ones: initialise before it is put on")
-                try: _INITS[kind](layer, gain)
+                try: draw(layer, gain)
                 except NotImplementedError as error:
                     raise ValueError(f"weights of type {layer.weight.dtype} cannot be drawn as {kind!r} ({error}): initialise in float32, then convert") from error
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
@@ -604,48 +618,28 @@ def colours()->list[str]: # ten, as hexadecimal codes
     import matplotlib.pyplot as plt
     return plt.style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
 
-@patch
-@checked
-def plot(self:Trajectory,
-    y:Tensor|None=None,  # labels, `[B]`; colours the samples
-    until:int|None=None, # last layer drawn; None: the end
-    ax:Axes|None=None,     # matplotlib axes; None: a new figure
-    paths:bool=True,     # draw the way there, too
-    coloured:bool=False, # paths in the colour of their class, not in grey
-):                       # the axes
-    "Draw the first two coordinates: paths, and positions at layer `until` coloured by class."
+def _draw(traj:Trajectory, y, until, ax, paths:bool, coloured:bool):
     import matplotlib.pyplot as plt
-    x = self.x.detach().cpu().float().flatten(2)[..., :2]
-    until = self.K if until is None else whole("until", until, 0, most=self.K)
-    if y is not None: _check_labels(y, self.B)
+    x = traj.x.detach().cpu().float().flatten(2)[..., :2]
+    until = traj.K if until is None else whole("until", until, 0, most=traj.K)
+    groups = [slice(None)] if y is None else [(y == c).cpu() for c in check_labels(y, traj.B).unique()]
     if ax is None: _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    groups = [slice(None)] if y is None else [(y == c).cpu() for c in y.unique()]
     for c, at in enumerate(groups):
         colour = colours()[c % 10]
         ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn faster than many
         if paths: ax.plot(*ways.T, color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
         ax.scatter(*x[until, at].T, s=9, color=colour, marker="os^Dv"[c % 5], zorder=2)
-    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {self.K}")
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {traj.K}")
     return ax
 
 # %% ../nbs/01_dynamics.ipynb #aca800ca
-@patch
-@checked
-def portrait(self:Flow,
-    traj:Trajectory,    # of two-dimensional points through this flow
-    y:Tensor|None=None, # labels, `[B]`; colours paths and points
-    k:int=0,            # block whose velocity is drawn, 0 to `K`; at `K`, the end, there are no arrows
-    ax:Axes|None=None,    # matplotlib axes; None: a new figure
-    arrows:int=12,      # in each direction
-    whole:bool=False,   # leave room for all of the paths, not only for what was walked up to the next layer
-):                      # the axes
-    "Phase portrait: the velocity field of block `k`, the paths up to it, and the points as the block finds them."
+def _draw_field(flow:Flow, traj:Trajectory, y, k:int, ax, arrows:int, whole:bool):
     if traj.x[0, 0].shape != (2,): raise ValueError(f"samples have shape {list(traj.x.shape[2:])}, expected [2]: only a plane can be drawn")
     low, high = _box(traj.x if whole else traj.x[:k + 2])
     ax = traj.plot(y, until=k, ax=ax, coloured=True)
-    if k < len(self.blocks):
+    if k < len(flow.blocks):
         grid = torch.cartesian_prod(*(torch.linspace(a, b, arrows) for a, b in zip(low, high))).to(traj.x)
-        with torch.no_grad(): v = deepcopy(self.blocks[k].velocity).eval()(grid)   # the grid is no data: no statistics of it, no dropout
+        with torch.no_grad(): v = deepcopy(flow.blocks[k].velocity).eval()(grid)   # the grid is no data: no statistics of it, no dropout
         ax.quiver(*grid.cpu().numpy().T, *v.cpu().numpy().T, color="0.45", width=.004, zorder=3)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     return ax
@@ -667,22 +661,15 @@ def _png(fig)->bytes:
     Image.open(drawn).convert("RGB").quantize(64).save(file, format="png", optimize=True)
     return file.getvalue()
 
-@patch
-@checked
-def slider(self:Trajectory,
-    y:Tensor|None=None,    # labels, `[B]`; colours the samples
-    flow:Flow|None=None,   # draw its velocity field, too
-):                         # an ipywidgets box: a slider above the picture
-    "Move through the layers with a slider; works in Jupyter and on a static page."
-    import base64
+def _slider(traj:Trajectory, y, flow:Flow|None):
     with extra("widgets"): from ipywidgets import HTML, IntSlider, Stack, VBox, jslink
-    low, high = _box(self.x)
+    low, high = _box(traj.x)
     frames = []
-    for k in range(self.K + 1):
-        ax = self.plot(y, until=k) if flow is None else flow.portrait(self, y, k, whole=True)
+    for k in range(traj.K + 1):
+        ax = traj.plot(y, until=k) if flow is None else flow.portrait(traj, y, k, whole=True)
         ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         picture = base64.b64encode(_png(ax.figure)).decode()
-        frames.append(HTML(f'<img alt="samples at layer {k} of {self.K}" src="data:image/png;base64,{picture}">'))
-    slider, stack = IntSlider(self.K, 0, self.K, description="layer"), Stack(frames, selected_index=self.K)
+        frames.append(HTML(f'<img alt="samples at layer {k} of {traj.K}" src="data:image/png;base64,{picture}">'))
+    slider, stack = IntSlider(traj.K, 0, traj.K, description="layer"), Stack(frames, selected_index=traj.K)
     jslink((slider, "value"), (stack, "selected_index"))
     return VBox([slider, stack])
