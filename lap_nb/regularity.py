@@ -17,9 +17,10 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .checks import Axes, check_memory, checked, described, is_dense, number, whole
-from .dynamics import colours, StochasticDepth
+from .dynamics import colours
 from .files import as_text
 from .hooks import chosen_blocks, first_tensor, swap_tensor
+from .nets import StochasticDepth
 from .transport import as_points, ldexp, squared_distances, unit_power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f

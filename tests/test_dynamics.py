@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lap_nb.dynamics import (Flow, ResidualBlock, StagedFlow, StochasticDepth, Trajectory, conv_net, dense_net, init_velocities_,
-                             residual_blocks, staged_net)
+from lap_nb.dynamics import Flow, ResidualBlock, StagedFlow, Trajectory, residual_blocks
 from lap_nb.kinetic import EnergyMeter, block_energies, kinetic_energy, relative_energy
+from lap_nb.nets import conv_net, dense_net, init_velocities_, staged_net, StochasticDepth
 
 
 def some_flow(h=1., K=5, dim=7):

@@ -17,8 +17,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from lap_nb import transport
-from lap_nb.dynamics import Flow, Trajectory, dense_net, init_velocities_
+from lap_nb.dynamics import Flow, Trajectory
 from lap_nb.kinetic import kinetic_energy
+from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.transport import (action_split, cost_matrix, cyclical_monotonicity, entropic_w2, exact_gap, gap_curve, mccann, measure_transport,
                               monotonicity, optimal_coupling, plot_splits, sliced_w2)
 
