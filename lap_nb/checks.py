@@ -309,7 +309,7 @@ def _plainly(value, options:tuple):
     if isinstance(value, (bool, np.bool_)) and bool in options: return bool(value)
     if isinstance(value, Tensor) and Tensor in options: return value
     if int in options and float not in options and _is_whole(found := plain(value)): return int(found)
-    return float(found) if float in options and not isinstance(value, (int, float)) and (found := plain(value)) is not None else value
+    return float(found) if float in options and type(value) not in (int, float) and (found := plain(value)) is not None else value
 
 def _expected(f, name:str, hint)->str:
     "What an argument is for, in the words of its comment."
@@ -371,10 +371,15 @@ def _hints(f)->dict:
 def check_fields(
     value, # a dataclass
 ):
-    "Raise `TypeError` for a field that does not fit its annotation."
+    "Raise `TypeError` for a field that does not fit its annotation; numbers become plain, also those in a tuple."
     for name, hint in _hints(type(value)).items():
-        if name in vars(value) and not _fits(vars(value)[name], hint):
-            raise WrongKind(f"{name} is {described(vars(value)[name])}, expected {_expected(type(value), name, hint)}")
+        if name not in vars(value): continue
+        object.__setattr__(value, name, _field(_argument(type(value), name, vars(value)[name], hint, set()), hint))
+
+def _field(value, hint):
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is not tuple or inside[-1] is not Ellipsis: return value
+    return tuple(_plainly(v, _options(inside[0])) for v in value)
 
 # %% ../nbs/90_checks.ipynb #c4ec0021
 @contextmanager

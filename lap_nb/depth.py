@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -27,9 +27,10 @@ from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet
 from .files import as_text
 from .hooks import (
-    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, recomputing, run_on, swap_tensor, unwrap)
+    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, surely,
+    swap_tensor, unwrap)
 from .kinetic import TrainingHook
-from .training import check_logits, fit, is_right, _part
+from .training import check_logits, evaluating, fit, is_right, _part
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -86,17 +87,6 @@ def even(
     kept = [low + j * (high - low) // n for n, (low, high) in zip(apportion(m, sizes).tolist(), _spans(sizes)) for j in range(n)]
     return stretched(kept, sizes) if lengthen else DepthSchedule(kept, [1.] * m)
 
-# %% ../nbs/09_depth.ipynb #a7e31f04
-@contextmanager
-def _evaluating(*models:nn.Module):
-    "Inside, the networks are in evaluation mode; afterwards every module is in the mode it was in."
-    modes = [(m, m.training) for net in models for m in net.modules()]
-    try:
-        for net in models: net.eval()
-        yield
-    finally:
-        for m, mode in modes: m.training = mode
-
 # %% ../nbs/09_depth.ipynb #a4a53d18
 @dataclass
 class Coarsening:
@@ -117,7 +107,7 @@ def coarsening(
     schedule = even(m, [len(flow.blocks)])
     constants = [lipschitz(b.velocity) for b in flow.blocks] if constants is None else constants
     norm = lambda v: v.flatten(1).norm(dim=1)
-    with _evaluating(flow):
+    with evaluating(flow):
         steps, y = flow.trajectory(x).steps, x
         bends, bound, total = [norm(b - a) for a, b in zip(steps, steps[1:])], norm(x) * 0, norm(x) * 0
         for k, n in zip(schedule.kept, map(int, schedule.scale)):
@@ -179,7 +169,7 @@ def recompute_statistics(
     norms = _norms(model)
     old = [(m, m.momentum, m.num_batches_tracked, m.running_mean, m.running_var) for m in norms]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for m in norms:
                 m.running_mean, m.running_var, m.num_batches_tracked = (t.clone() for t in (m.running_mean, m.running_var, m.num_batches_tracked))
                 m.reset_running_stats(); m.momentum, m.training = None, True   # a plain average over the chunks
@@ -267,7 +257,7 @@ def _stages(model:nn.Module, gates:dict[str, Stretch], x)->tuple[dict[str, Stret
     def note(gate, x, y, out):
         gate.width = len(out) if isinstance(out, tuple) else None
         calls.append((gate, x.detach().clone(), y.detach().clone()))
-    with torch.no_grad(), _evaluating(model), _noted(names, note): run_on(model, x)
+    with torch.no_grad(), evaluating(model), _noted(names, note): run_on(model, x)
     for g, name in names.items():
         times = sum(c[0] is g for c in calls)
         if times > 1: raise ValueError(_shared(name, times))
@@ -359,7 +349,7 @@ def _try_shortest(self:Elastic, x):
     wide = {name: gate.width for name, gate in zip(self.names, self.gates) if gate.width}
     if not wide: return
     try:
-        with torch.no_grad(), _evaluating(self.model), self.at(len(self.sizes)): run_on(self.model, x)
+        with torch.no_grad(), evaluating(self.model), self.at(len(self.sizes)): run_on(self.model, x)
     except (TypeError, AttributeError) as e:
         name, width = next(iter(wide.items()))
         raise ValueError(f"block {name!r} returns {width} values, and all but the first are None where it is left out, which the network does not take ({e}): "
@@ -427,7 +417,7 @@ def _observed(elastic:Elastic):
     def note(gate, x, y, out):
         time = gate.scale * (gate.block.h if isinstance(gate.block, ResidualBlock) else 1.)
         steps.append((y - x).flatten(1).float().square().mean(1) / time)
-    with _evaluating(elastic.model), _noted(elastic.gates, note): yield steps
+    with evaluating(elastic.model), _noted(elastic.gates, note): yield steps
 
 # %% ../nbs/09_depth.ipynb #94b42d92
 WAYS = ("skip", "lengthened", "best")
@@ -548,7 +538,7 @@ def _path_gap(elastic:Elastic, x)->float:
     "Share of the action above that of straight paths of constant speed, over all stages and samples."
     steps = []
     note = lambda gate, x, y, out: steps.append((y - x).flatten(1).float())
-    with _evaluating(elastic.model), _noted(elastic.gates, note): run_on(elastic.model, x)
+    with evaluating(elastic.model), _noted(elastic.gates, note): run_on(elastic.model, x)
     action = needed = 0.
     for low, high in _spans(elastic.sizes):
         action += (high - low) * sum(s.square().sum().item() for s in steps[low:high])
@@ -627,7 +617,7 @@ def latency(
     times = {name: [] for name in models}
     devices = {p.device for net in models.values() for p in net.parameters() if p.is_cuda}
     sync = lambda: [torch.cuda.synchronize(d) for d in devices]
-    with _evaluating(*models.values()):
+    with evaluating(*models.values()):
         for i in range(repeats + 3):
             for name, net in models.items():
                 sync(); start = clock()
@@ -717,7 +707,7 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
 @torch.no_grad()
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = _part(data, part)
-    with _evaluating(model): right = sum(is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item() for at in index.split(2000))
+    with evaluating(model): right = sum(is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item() for at in index.split(2000))
     return right / len(index)
 
 def _line(s:dict)->str:
@@ -753,7 +743,7 @@ def early_exit(self:Elastic,
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
     slack = float(slack)
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
-    with torch.no_grad(), _evaluating(net):
+    with torch.no_grad(), evaluating(net):
         z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]", finite=False), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):
@@ -812,6 +802,10 @@ def deepen(
 @checked
 class RandomDepth:
     "Training at all depths at once: each training pass runs a random number of blocks, spread evenly, with lengthened steps."
+    def __new__(cls, *args, **kwargs):   # also of a copy
+        _keep_eager()
+        return super().__new__(cls)
+
     def __init__(self,
         model:nn.Module,                          # hooks are put on it and on its blocks
         seed:int=0,                               # of the numbers of blocks
@@ -821,13 +815,17 @@ class RandomDepth:
         blocks = chosen_blocks(model, blocks)
         self.sizes = _by_container(blocks) if sizes is None else list(sizes)
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
-        self.random, self.schedule = random.Random(seed), None
-        self.hooks = [model.register_forward_pre_hook(self._draw)]
+        self.random, self.schedule = random.Random(whole("seed", seed)), None
         self.names, self.inplace, self._open = list(blocks), set(getattr(blocks, "inplace", ())), []
-        for k, b in enumerate(blocks.values()):
-            self.hooks += [b.register_forward_pre_hook(partial(self._enter, k), with_kwargs=True), b.register_forward_hook(partial(self._stretch, k))]
+        self.hooks = HookGroup([model, *blocks.values()])
+        try:
+            self.hooks.put(model, partial(self._draw))
+            for k, b in enumerate(blocks.values()): self.hooks.put(b, partial(self._enter, k), partial(self._stretch, k))
+        except BaseException:
+            self.remove()
+            raise
 
-    def _draw(self, model, args):
+    def _draw(self, model, args, kwargs):
         self.schedule, self._open = None, []
         if not model.training: return
         s = even(self.random.randint(len(self.sizes), sum(self.sizes)), self.sizes)
@@ -853,7 +851,12 @@ class RandomDepth:
 
     def remove(self):
         "Take the hooks off."
-        for hook in self.hooks: hook.remove()
+        surely(self.hooks.off, self.hooks.off)
+
+@cache
+def _keep_eager():
+    "A compiler would take one number of blocks for all passes. It is imported here, so not before it is needed."
+    for name in ("_draw", "_enter", "_stretch"): setattr(RandomDepth, name, torch.compiler.disable(getattr(RandomDepth, name)))
 
 # %% ../nbs/09_depth.ipynb #667a8035
 @checked
@@ -1016,7 +1019,7 @@ def measure_speed(
     counts(repeats=repeats)
     elastic, x = Elastic(model, data.x[data.val[:8]]), data.x[data.test[:samples]]
     nets = {m: elastic.cut(m) for m in elastic.schedules}
-    with torch.no_grad(), _evaluating(elastic.model): z = elastic.model.encoder(x)
+    with torch.no_grad(), evaluating(elastic.model): z = elastic.model.encoder(x)
     clock = time.process_time if x.device.type == "cpu" else time.perf_counter
     flows = latency({m: net.flow for m, net in nets.items()}, z, repeats, clock)
     return dict(ms=list(latency(nets, x, repeats, clock).values()), ms_flow=list(flows.values()), samples=len(x))

@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checks import checked, described, free_memory, whole, WrongKind
 from .data import pick_device, Split
-from .files import load_checkpoint, read_bounded, write_atomically
+from .files import in_words, load_checkpoint, read_json, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
 from .training import _check_split, fit, _progress, provenance, Recipe, Run, _share, train_loop
@@ -874,7 +874,7 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
     if not note.exists(): return this
     if not resume: raise FileExistsError(f"{folder} holds checkpoints: go on from them with resume=True, or choose another folder")
     then, begun = _read_note(note), settings["epochs"]
-    if isinstance(before := then["settings"].get("epochs"), int) and before > begun:
+    if (before := then["settings"]["epochs"]) > begun:
         raise ValueError(f"{folder} holds checkpoints of a training of {before} epochs, now they are {begun}: choose at least as many, or another folder")
     then["settings"]["epochs"] = begun   # it may be lengthened
     differ = [name for name in this if this[name] != then.get(name, this[name] if name == "least_action" else None)]   # older notes have none
@@ -883,9 +883,10 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
 
 def _read_note(note:Path)->dict:
     "The note in a folder of checkpoints."
-    try: found = json.loads(read_bounded(note))
+    try: found = read_json(note)
     except (ValueError, RecursionError): found = None
-    if not (isinstance(found, dict) and isinstance(found.get("settings"), dict) and isinstance(found.get("members"), list) and _is_plan(found)):
+    if not (isinstance(found, dict) and type(found.get("format")) is int and isinstance(found.get("settings"), dict) and type(found["settings"].get("epochs")) is int
+            and isinstance(found.get("members"), list) and _is_plan(found)):
         raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
     return found
 
@@ -893,8 +894,8 @@ def _is_plan(note:dict)->bool:
     "Does each member of a note stand in one row, and has each row a way in which it is trained? A note from before anything was begun has no rows."
     rows, ways = note.get("rows"), note.get("ways")
     if rows is None and ways is None: return True
-    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)): return False
-    if not all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows): return False
+    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)
+            and all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows)): return False
     known = [[mode, conv] for mode in MODES for conv in CONVS]
     return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known for way in ways)
 
@@ -903,7 +904,7 @@ def _kept(plan, folder:Path, note:dict, resume:bool, save_every:int|None):
     ways = [[job.mode, job.conv] for _, job in plan]
     if note.get("ways", ways) != ways:
         raise ValueError(f"{folder} holds checkpoints of {note['ways'][0][0]} trainings, now they are {ways[0][0]}: name the mode, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with in_words(folder): folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / "members.json", json.dumps(note | {"ways": ways, "rows": [at for at, _ in plan]}).encode()
     if not path.exists() or path.read_bytes() != content: write_atomically(path, content)
     keep = lambda r: dict(checkpoint=str(folder / f"row-{r:03d}"), resume=resume, save_every=save_every)

@@ -9,6 +9,7 @@ __all__ = ['CheckpointError']
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -356,12 +357,23 @@ def read_bounded(
     most:int=ROOM,   # bytes
 )->bytes:
     "The content of a file; raises `ValueError` if there is more than expected."
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(most + 1) if size <= most else b""
     if (found := max(size, len(content))) > most:
         raise ValueError(f"{path} has {found:,} bytes or more, expected no more than {most:,}: choose another file")
     return content
+
+def read_json(
+    path:str|Path, # of a file
+)->object:
+    "What a file of JSON says; raises `ValueError` if it is none, or says something twice."
+    return json.loads(read_bounded(path), object_pairs_hook=_once)
+
+def _once(pairs:list)->dict:
+    twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+    if twice: raise ValueError(f"{', '.join(twice)} stands there more than once, expected once")
+    return dict(pairs)
 
 # %% ../nbs/00a_files.ipynb #dfb8650a
 def load_checkpoint(
@@ -383,7 +395,7 @@ def load_checkpoint(
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # of the system
         raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
     if kind != CHECKPOINT: raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
-    if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
+    if type(version) is not int or version != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} has format {version!r}, expected {CHECKPOINT_FORMAT}: "
                               "read it with the version of lap_nb that wrote it")
     if not whole:

@@ -75,9 +75,14 @@ class HookGroup:
     def __init__(self, modules:Iterable[nn.Module], shown:bool=True): # shown: to a compiler
         self.modules, self.shown = [weakref.ref(m) for m in dict.fromkeys(modules)], shown
 
-    def put(self, module:nn.Module, before:Hook|None=None, after:Hook|None=None, first:bool=False):
+    def __getstate__(self): return [m for m in (ref() for ref in self.modules) if m is not None], self.shown
+    def __setstate__(self, state): self.__init__(*state)   # of a copy of the modules
+
+    def put(self, module:nn.Module, before:Hook|partial|None=None, after:Hook|partial|None=None, first:bool=False): # a partial goes with a copy of the module
         if self.shown: _show(module)
-        for hook in filter(None, (before, after)): hook.group, hook.module = self, weakref.ref(module)
+        for hook in filter(None, (before, after)):
+            hook.group = self
+            if isinstance(hook, Hook): hook.module = weakref.ref(module)
         if before is not None: module.register_forward_pre_hook(before, with_kwargs=True)
         if after is not None: module.register_forward_hook(after, prepend=first)
 
@@ -93,7 +98,7 @@ class HookGroup:
             for hooks, *notes in tables:
                 for key in [k for k, h in hooks.items() if getattr(h, "group", None) is self]:
                     for table in (*notes, hooks): table.pop(key, None)
-            left = [h.group for hooks, *_ in tables for h in hooks.values() if isinstance(h, Hook) and h.group]
+            left = [h.group for hooks, *_ in tables for h in hooks.values() if getattr(h, "group", None)]
             if not any(group.shown for group in left): _hide(module)
 
 # %% ../nbs/01a_hooks.ipynb #a1f0c2d9

@@ -173,15 +173,21 @@ def _inside(model:nn.Module)->nn.Module:
     return found if isinstance(found := vars(model).get("skeleton"), nn.Module) else model
 
 @contextmanager
-def _evaluating(model:nn.Module):
-    "Inside, the model is in evaluation mode; afterwards every module is in the mode it was in, also one that was frozen by hand."
-    modes = [(m, m.training) for m in {**dict.fromkeys(model.modules()), **dict.fromkeys(_inside(model).modules())}]
+def evaluating(*models:nn.Module):
+    "Inside, the models are in evaluation mode; afterwards every module is in the mode it was in, also one that was frozen by hand. `RuntimeError` while another thread trains one."
+    for model in models: _check_untrained(model)
+    modes = {m: m.training for model in models for part in (model, _inside(model)) for m in part.modules()}
     try:
-        model.eval()
+        for model in models: model.eval()
         yield
     finally:
-        model.train(modes[0][1])   # a row has to know
-        for m, mode in modes: m.training = mode
+        for model in models: model.train(modes[model])   # a row has to know
+        for m, mode in modes.items(): m.training = mode
+
+def _check_untrained(model:nn.Module):
+    here = threading.get_ident()
+    if any(_TRAINED.get(id(p), here) != here for p in model.parameters()):
+        raise RuntimeError(f"{type(model).__name__} is being trained in another thread, which evaluation mode would disturb: wait for its end, or evaluate a copy, deepcopy(model)")
 
 # %% ../nbs/06_training.ipynb #83eb9d21
 def _part(split:Split, part:str)->Tensor:
@@ -202,7 +208,7 @@ def count_right(
     (rank, world), chunk = _check_share(share), whole("chunk", chunk, 1)
     index, networks = _part(split, part)[..., rank::world], split.train.shape[:-1]
     right = torch.zeros(networks, dtype=torch.long, device=split.y.device)
-    with _evaluating(model):
+    with evaluating(model):
         for at in index.split(chunk, -1) if index.numel() else ():
             x, y = split.x[at], split.y[at]
             if index.ndim == 1: x, y = x.expand(*networks, *x.shape), y.expand(*networks, *y.shape)
@@ -300,11 +306,6 @@ class Recipe:
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _setting(f.name, getattr(self, f.name), get_args(f.type) or (f.type,)))
         _check_recipe(self)
-
-# %% ../nbs/06_training.ipynb #d0303864
-def check_training(**numbers):
-    for name, value in numbers.items():
-        if not (isinstance(value, int) and not isinstance(value, bool) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
 # %% ../nbs/06_training.ipynb #14f8d2cd
 def _check_model(model):
@@ -848,7 +849,7 @@ def _observe(self:Training)->dict[str, Tensor]:
     self.total, self.counted = torch.zeros_like(self.total), 0
     if self.share[1] > 1:
         for b in self.model.buffers(): dist.broadcast(b, 0)
-    with _evaluating(self.model):   # once for both parts: a row of networks settles each time
+    with evaluating(self.model):   # once for both parts: a row of networks settles each time
         for part in ("val", "test"):
             with self.autocast(): right = count_right(self.model, self.split, part, share=self.share)
             if self.share[1] > 1: dist.all_reduce(right)
@@ -896,7 +897,7 @@ def train_loop(
                 rollback -= 1; training.roll_back(e)
 
 # %% ../nbs/06_training.ipynb #2efb81b0
-_TRAINED, _LOCK = set(), threading.Lock()   # parameters under training, by id
+_TRAINED, _LOCK = {}, threading.Lock()   # parameters under training, by id, and the thread that trains them
 
 @contextmanager
 def _alone(model:nn.Module):
@@ -904,12 +905,13 @@ def _alone(model:nn.Module):
     mine, taken = {id(p) for p in model.parameters() if p.requires_grad}, set()
     try:
         with _LOCK:
-            if mine & _TRAINED:
+            if mine & _TRAINED.keys():
                 raise RuntimeError(f"{type(model).__name__} is being trained by another call, expected one at a time: wait for its end, or train a copy, deepcopy(model)")
             taken = mine
-            _TRAINED.update(mine)
+            _TRAINED.update(dict.fromkeys(mine, threading.get_ident()))
         yield
-    finally: _TRAINED.difference_update(taken)
+    finally:
+        for key in taken: _TRAINED.pop(key, None)
 
 # %% ../nbs/06_training.ipynb #13e4cf8b
 def _check_rescue(checkpoint, resume, save_every, rollback):

@@ -842,3 +842,101 @@ def test_clouds_in_half_precision_do_not_overflow():
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 500
     torch.manual_seed(0); true = sliced_wasserstein(x, -x)
     torch.manual_seed(0); assert_close(sliced_wasserstein(x.half(), -x.half()), true, rtol=1e-2, atol=0)
+
+
+def test_repeats_from_numpy(x):
+    times = latency(dict(a=nn.Linear(64, 10)), x, repeats=np.int64(2))
+    assert times["a"] > 0
+    with pytest.raises(ValueError, match="repeats is .*0"): latency(dict(a=nn.Linear(64, 10)), x, repeats=np.int64(0))
+
+
+def wild():
+    "A network whose blocks move points far."
+    net = dense_net(8, 4, K=6, hidden=8).train()
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return net
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('first', [0, 1, 2], ids=['nothing before', 'a plain one before', 'itself before'])
+@pytest.mark.parametrize('make', [lambda net: Penalty(net, .1), lambda net: LeastAction(net)], ids=['penalty', 'least action'])
+def test_what_is_attached_to_a_compiled_network_is_seen(fresh_compiler, make, first):
+    net, x = wild(), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    want = make(other := wild())(other(x).square().mean())
+    if first == 1: torch.compile(wild(), backend='eager')(x)
+    compiled = torch.compile(net, backend='eager')
+    if first == 2: compiled(x)
+    objective = make(net)
+    assert_close(objective(compiled(x).square().mean()), want)
+    if first: assert_close(torch.compile(plain := wild(), backend='eager')(x), plain(x))
+    objective.remove()
+    compiled(x)
+    assert not any('forward' in vars(m) for m in net.modules())
+
+
+@pytest.mark.parametrize('first', [0, 1, 2], ids=['nothing before', 'a plain one before', 'itself before'])
+def test_depths_are_drawn_in_compiled_networks_too(fresh_compiler, first):
+    x, depths = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), RandomDepth(other := wild(), seed=1)
+    want = [other(x) for _ in range(8)]
+    depths.remove()
+    net = wild()
+    if first == 1: torch.compile(wild(), backend='eager')(x)
+    compiled = torch.compile(net, backend='eager')
+    if first == 2: compiled(x)
+    depths = RandomDepth(net, seed=1)
+    for out in want[:4]: assert_close(compiled(x), out)
+    Penalty(net, 1.).remove()   # of another who looks on
+    for out in want[4:]: assert_close(compiled(x), out)
+    depths.remove()
+    assert_close(compiled(x), other(x))
+    assert not any('forward' in vars(m) for m in net.modules())
+
+
+def test_a_penalty_that_is_interrupted_or_forgotten_leaves_no_hook(monkeypatch):
+    net = wild()
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(list(net.flow.blocks)[3], 'register_forward_hook', interrupt)
+        with pytest.raises(KeyboardInterrupt): Penalty(net, 1.)
+    assert not hooks()
+    penalty = Penalty(net, 1.)
+    assert hooks()
+    del penalty
+    assert not hooks()
+
+
+def test_random_depth_that_is_interrupted_leaves_no_hook(monkeypatch):
+    net = wild()
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    for name in ('register_forward_pre_hook', 'register_forward_hook'):
+        with monkeypatch.context() as patch:
+            patch.setattr(list(net.flow.blocks)[3], name, interrupt)
+            with pytest.raises(KeyboardInterrupt): RandomDepth(net)
+        assert not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in net.modules())
+
+
+@pytest.mark.parametrize('again', [copy.deepcopy, lambda net: torch.load(io.BytesIO(saved(net)), weights_only=False)], ids=['deepcopy', 'pickle'])
+def test_random_depth_goes_with_a_copy_of_the_network(again):
+    net, x = wild(), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    RandomDepth(net, seed=1)
+    other = again(net)
+    want = [net(x) for _ in range(6)]
+    assert not torch.equal(want[0], net.eval()(x))
+    for out in want: assert_close(other(x), out)
+    [depths] = {h.func.__self__ for h in other._forward_pre_hooks.values()}
+    depths.remove()
+    assert_close(other(x), net(x))
+    assert net._forward_pre_hooks and not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+
+
+def saved(net):
+    torch.save(net, file := io.BytesIO())
+    return file.getvalue()

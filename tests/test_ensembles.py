@@ -1,4 +1,5 @@
 "Many networks at once: each as if alone, whatever the layers; grids, chunks, modes, faults."
+import errno
 import json
 import math
 import multiprocessing
@@ -859,7 +860,7 @@ SOUND = dict(format=1, members=[dict(seed=s) for s in range(2)], settings={}, ro
     dict(rows=[[]]), dict(rows=[]), dict(rows=[[0]]), dict(rows=[[0, 1, 1]]), dict(rows=[[0, 5]]), dict(rows=[[-1, 0]]), dict(rows=[["0", "1"]]), dict(rows=[[0., 1.]]),
     dict(rows=[0, 1]), dict(rows={"0": 1}), dict(rows=None), dict(rows=[[0], [1]]), dict(rows=[[True, 0]]), dict(ways=[]), dict(ways=[["batched"]]), dict(ways=[["fast", "grouped"]]),
     dict(ways=[["batched", "fft"]]), dict(ways=[["batched", None]]), dict(ways=[[["batched"], {}]]), dict(ways=None), dict(ways=5), dict(members=5), dict(members={}),
-    dict(settings=None), dict(settings=[1])])
+    dict(settings=None), dict(settings=[1]), *(dict(settings=dict(epochs=e)) for e in ("1", None, 1., True, [1], {})), dict(settings={}), dict(format=True), dict(format="1")])
 def test_a_note_that_was_edited_is_told(change, tmp_path):
     split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path)
     fit_many(make, split, **keep)
@@ -869,6 +870,14 @@ def test_a_note_that_was_edited_is_told(change, tmp_path):
     (tmp_path / "members.json").write_text(content)
     with pytest.raises(ValueError, match="members.json is damaged|they differ in"): fit_many(make, split, resume=True, **keep)
     assert (tmp_path / "members.json").read_text() == content
+
+
+def test_a_note_that_says_something_twice_is_told(tmp_path):
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path)
+    fit_many(make, split, **keep)
+    content = (tmp_path / "members.json").read_text().replace('"epochs": 1', '"epochs": 5, "epochs": 1', 1)
+    (tmp_path / "members.json").write_text(content)
+    with pytest.raises(ValueError, match="members.json is damaged"): fit_many(make, split, resume=True, **keep)
 
 
 def test_a_note_with_networks_of_different_settings_in_a_row_is_told(tmp_path):
@@ -1054,3 +1063,10 @@ def test_what_is_no_maker_and_no_grid():
 @pytest.mark.parametrize("level", [0, 1, 95])
 def test_a_level_is_a_share(level):
     with pytest.raises(ValueError, match="level is .*, expected"): confidence_interval(torch.rand(5), level)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(lap_nb.ensembles.Path, 'mkdir', refuse)
+    with pytest.raises(OSError, match='choose a place where you may write.*kept'):
+        fit_many(partial(dense_net, 64, 10, K=1, hidden=2), digits().splits(20, [0]), epochs=1, checkpoint=tmp_path / 'kept')

@@ -1,7 +1,9 @@
 "Regularity: spectral norms and exponents known in closed form, any network, and unusable input."
 import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -238,3 +240,10 @@ def test_unusable_maps_and_settings_are_explained(call, message):
 
 def test_more_distances_than_memory_are_refused_before_they_are_allocated():
     with pytest.raises(MemoryError, match="3,000,000 by 3,000,000 points need"): holder_exponent(torch.tanh, torch.zeros(1, 1).expand(3_000_000, 1))
+
+
+@pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction])
+def test_settings_are_numbers_of_any_library(of):
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    assert local_lipschitz(torch.sin, x, tolerance=of(.125)).tolerance == .125
+    assert repr(holder_exponent(torch.sin, x, shift=of(.5))) == repr(holder_exponent(torch.sin, x, shift=.5))

@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -608,3 +609,20 @@ def test_a_measure_that_cannot_be_kept_fails_its_cells_only(tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="cells failed, the others are recorded"): run_study(replace(TINY, grids=(first, second)), tmp_path, device="cpu")
     rows = [row for row in read_lines(tmp_path / "tiny.jsonl") if row.get("kind") != "run"]
     assert rows and all(isinstance(row["norm"], float) for row in rows)
+
+
+@pytest.mark.parametrize("of", [np.float32, np.float64, torch.tensor])
+def test_a_description_in_numbers_of_any_library_is_the_same(of):
+    whole = np.int64 if of is not torch.tensor else torch.tensor
+    def described(number, count):
+        method = Method("m", h=number(.5), drop=number(.25), lr=number(.5), least_action=dict(tau=number(.5)))
+        schedule = Schedule(steps=count(20), lr=number(.5), others=dict(momentum=number(.5)))
+        return Study("s", "which?", (Grid(("digits",), (count(50),), (method,), count(2), Net(K=count(3)), schedule),), version=count(1))
+    plain, given = described(float, int), described(of, whole)
+    (a, n), (b, m) = plain.cells()[0], given.cells()[0]
+    assert a.config == b.config and n == m and type(m) is int and a.name == b.name
+
+
+def test_sizes_as_an_array():
+    grid = Grid(("digits",), np.array([50, 100]), (Method("m"),))
+    assert grid.sizes == (50, 100) and all(type(n) is int for n in grid.sizes)

@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import threading
 from copy import copy
 from functools import partial
 
@@ -12,12 +13,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lap_nb.data import Dataset, digits
+from lap_nb.depth import Elastic, depth_curve, latency, recompute_statistics
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
 from lap_nb.ensembles import Ensemble, _made, fit_many
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
 from lap_nb.nets import dense_net, init_velocities_
-from lap_nb.training import fit
+from lap_nb.training import evaluate, fit
 
 make = partial(dense_net, 64, 10, 3, 16)
 
@@ -741,3 +743,28 @@ def test_one_wrong_argument_is_told_in_words_of_ours(name, tmp_path, monkeypatch
                 if not any("The model was called with" in note for note in getattr(e, "__notes__", ())): raw.append(f"{argument}={value!r}: {e}")
             except Exception as e: raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
     assert not raw, "\n".join(raw)
+
+
+def looks(data):
+    "What puts a network into evaluation mode for a while, by name."
+    return dict(evaluate=lambda net: evaluate(net, data), depth_curve=lambda net: depth_curve(net, data), latency=lambda net: latency({'net': net}, data.x[:2], repeats=1),
+                recompute_statistics=lambda net: recompute_statistics(net, data.x[:9]), Elastic=lambda net: Elastic(net, data.x[:2]))
+
+
+@pytest.mark.parametrize('name', looks(None))
+def test_a_network_is_not_evaluated_while_another_thread_trains_it(name):
+    net, data, said = dense_net(64, 10, K=2, hidden=2), digits().split(20), []
+    look = looks(data)[name]
+    def listen():
+        modes = [m.training for m in net.modules()]
+        try: look(net)
+        except RuntimeError as e: said.append(str(e))
+        assert modes == [m.training for m in net.modules()]
+    def callback(training):
+        look(net)   # in the thread that trains
+        (other := threading.Thread(target=listen)).start(); other.join()
+    fit(net, data, epochs=1, callbacks=[callback])
+    assert not said or len(said) == 1 and 'is being trained in another thread' in said[0]
+    assert said or name in ('depth_curve', 'Elastic')   # of a copy
+    said.clear(); listen()
+    assert not said

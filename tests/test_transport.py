@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 from itertools import permutations
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -800,3 +801,11 @@ def test_bounds_hold_beside_a_far_point(far, dtype):
     assert lower.value <= true * (1 + 1e-9) and true <= upper.value * (1 + 1e-9)
     for bound in (lower, upper): assert 0 <= bound.interval[0] <= bound.value <= bound.interval[1] < math.inf
     assert far or lower.interval[1] - lower.interval[0] < .2 * lower.value
+
+
+@pytest.mark.parametrize("of", [np.float32, np.float64, torch.tensor, Fraction, np.array])
+def test_settings_are_numbers_of_any_library(of):
+    x, y = torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    for f in (exact_gap, monotonicity, cyclical_monotonicity): assert repr(f(x, y, level=of(.5))) == repr(f(x, y, level=.5))
+    assert type(exact_gap(x, y, level=of(.5)).level) is float
+    assert entropic_w2(x, y, epsilon=of(.5), tolerance=of(.125), max_bytes=of(1e6)) == entropic_w2(x, y, epsilon=.5, tolerance=.125)

@@ -15,13 +15,15 @@ from dataclasses import dataclass, fields
 
 from fastcore.basics import patch
 
-from ..checks import check_fields, checked, described, whole
+from ..checks import check_fields, checked, counts, described, whole
+from ..ensembles import as_python
 
 # %% ../../nbs/91_design.ipynb #ff0e7b80
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
-    try: return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
+    try: pairs = tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
     except (TypeError, ValueError): raise TypeError(f"found {described(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
+    return tuple((name, as_python(setting)) for name, setting in pairs)
 
 @dataclass(frozen=True)
 class Method:
@@ -124,8 +126,7 @@ STAGES = dict(resnet=3, resnext=3, staged=2) # over which the blocks of a networ
 def _check_grid(g:Grid):
     "Raise if a grid asks for what there is not."
     if g.net.K % (stages := STAGES.get(g.net.kind, 1)): raise ValueError(f"K of {g.net.kind} is {g.net.K}, expected a multiple of its {stages} stages")
-    for name, value in dict(steps=g.schedule.steps, batch_size=g.schedule.batch_size, points=g.schedule.points, thin=g.thin).items():
-        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+    counts(steps=g.schedule.steps, batch_size=g.schedule.batch_size, points=g.schedule.points, thin=g.thin)
 
 # %% ../../nbs/91_design.ipynb #9ac49d07
 @dataclass(frozen=True)
