@@ -5,14 +5,14 @@ from .data import Dataset as Dataset, Split as Split, circles as circles, digits
 from .depth import (
     Elastic as Elastic, RandomDepth as RandomDepth, depth_curve as depth_curve, latency as latency, shorten as shorten)
 from .dynamics import (
-    Flow as Flow, ResidualBlock as ResidualBlock, ResidualNet as ResidualNet, Trajectory as Trajectory, conv_net as conv_net,
-    dense_net as dense_net, staged_net as staged_net)
+    Flow as Flow, ResidualBlock as ResidualBlock, ResidualNet as ResidualNet, Trajectory as Trajectory)
 from .ensembles import Ensemble as Ensemble, fit_many as fit_many
 from .hooks import BlockHooks as BlockHooks, chosen_blocks as chosen_blocks, find_blocks as find_blocks
 from .kinetic import (
     EnergyLedger as EnergyLedger, EnergyMeter as EnergyMeter, block_energies as block_energies, kinetic_energy as kinetic_energy,
     relative_energy as relative_energy)
 from .least_action import DualAscent as DualAscent, FixedWeight as FixedWeight, LeastAction as LeastAction, kkt as kkt
+from .nets import conv_net as conv_net, dense_net as dense_net, staged_net as staged_net
 from .regularity import (
     holder_exponent as holder_exponent, lipschitz_profile as lipschitz_profile, local_lipschitz as local_lipschitz)
 from .stats import Interval as Interval, confidence_interval as confidence_interval, rank_correlation as rank_correlation

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checks import checked
-from .dynamics import _called, ResidualBlock, Trajectory, _wide
+from .dynamics import call_network, ResidualBlock, Trajectory, widen
 from .files import as_code
 from .hooks import (
     Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, surely, unwrap, watchers_of)
@@ -114,17 +114,17 @@ class Tracer(BlockHooks):
 @patch
 def copied(self:Tracer, x:Tensor)->Tensor:
     "A copy of what goes into a block, in float32 or wider."
-    return _wide(x, copy=True)
+    return widen(x, copy=True)
 
 @patch
 def every_step(self:Tracer, name, before, after):
     "Note the step."
     before, after = (self.axes.first(name, t) for t in (before, after))
-    squares = (_wide(after) - _wide(before)).square().sum(tuple(range(1, after.ndim)))
+    squares = (widen(after) - widen(before)).square().sum(tuple(range(1, after.ndim)))
     block = self.blocks[name]
     h = block.h if isinstance(block, ResidualBlock) else 1.
     step = _Step(name, squares, tuple(after.shape[1:]), h)
-    if not self.energies_only: step.before, step.after = before, _wide(after, copy=True)
+    if not self.energies_only: step.before, step.after = before, widen(after, copy=True)
     if not recomputing(): self.note.seen.append(step)
 
 @patch
@@ -155,7 +155,7 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
     def body():
         aside.begin()
         tracer.watch(plan)
-        return _called(root, x, lambda: run_on(root, x))
+        return call_network(root, x, lambda: run_on(root, x))
     def undo():
         try: tracer.remove()
         finally: aside.end()

@@ -18,8 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from lap_nb.checks import checked, whole
-from lap_nb.dynamics import _module
+from lap_nb.checks import check_module, checked, whole
 
 # %% ../nbs/01a_hooks.ipynb #a1f0c2d5
 def surely(body:Callable, undo:Callable):
@@ -231,7 +230,7 @@ def __exit__(self:Watcher, *exc):
 # %% ../nbs/01a_hooks.ipynb #b1c00008
 def unwrap(model:nn.Module)->nn.Module:
     "The network inside compiled and data-parallel wrappers."
-    while _module(model, "model") is not None:
+    while check_module("model", model) is not None:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
         elif "_orig_mod" in model._modules: model = model._orig_mod
         else: return model
@@ -353,7 +352,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lap_nb.dynamics import ResidualBlock, _called, _several, _short, _tensor
+from lap_nb.checks import as_given, check_tensor, described, several
+from lap_nb.dynamics import ResidualBlock, call_network
 from lap_nb.files import as_code, as_text
 
 # %% ../nbs/02_attach.ipynb #399866a1
@@ -530,10 +530,10 @@ class _Quiet(Aside):
 def check_batch(x):
     "Raises on an input that no network can be measured with."
     if isinstance(x, nn.Module): raise TypeError(f"the input is a {type(x).__name__}, expected tensors: the network comes first, then its input")
-    if isinstance(x, Mapping) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"an input is named {_short(odd[0])}, expected names of arguments: strings")
+    if isinstance(x, Mapping) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"an input is named {described(odd[0])}, expected names of arguments: strings")
     for t in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]:
         if not isinstance(t, Tensor): continue
-        _tensor(t, "an input")
+        check_tensor("an input", t)
         if t.numel() == 0:
             what = "the batch is empty" if t.ndim and len(t) == 0 else "the samples have no features"
             raise ValueError(f"{what}: an input has shape {tuple(t.shape)}; give at least one {'sample' if t.ndim and len(t) == 0 else 'feature'}")
@@ -545,7 +545,7 @@ def _probe(root:nn.Module, x)->dict: # module to its calls
     def body():
         probe.watch([(m, _Probe.enter, _Probe.leave, "") for m in modules])
         quiet.begin()
-        _called(root, x, lambda: run_on(root, x))
+        call_network(root, x, lambda: run_on(root, x))
         probe.look()
     def undo():
         try: probe.remove()
@@ -587,7 +587,7 @@ class Blocks(dict):
         blocks:Mapping|tuple=(), # name to module
     ):
         try: super().__init__(blocks)
-        except (TypeError, ValueError): raise TypeError(f"blocks are {_short(blocks)}, expected a mapping of names to modules") from None
+        except (TypeError, ValueError): raise TypeError(f"blocks are {described(blocks)}, expected a mapping of names to modules") from None
         self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
 
     def table(self)->list[dict]: # a row per module, keys `name`, `kind`, `verdict`, `moved`, `why`
@@ -616,7 +616,7 @@ def _within(name:str, outer:str)->bool: return outer == "(model)" or name.starts
 def matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
     "Names that fit a pattern; raises `ValueError` for a pattern that fits none."
     names, found = list(names), set()
-    for pattern in [patterns] if isinstance(patterns, str) else () if patterns is None else _several(patterns, "the patterns", "names of modules, or patterns of them"):
+    for pattern in [patterns] if isinstance(patterns, str) else () if patterns is None else several("the patterns", patterns, as_given, "names of modules, or patterns of them"):
         if not isinstance(pattern, str):
             raise TypeError(f"found a {type(pattern).__name__} among the patterns, expected names of modules: strings, or a mapping of names to modules")
         if not (hits := {n for n in names if fnmatchcase(n, pattern)}):
@@ -682,12 +682,12 @@ def _wanted(root:nn.Module, names:Mapping[str, nn.Module], blocks)->dict[str, bo
     "Names of the modules that `blocks` means, and whether each was named in full; raises `ValueError` if there are none, or they are not in the model, `TypeError` for what are no blocks."
     if blocks is None: return {}
     if isinstance(blocks, str): blocks = [blocks]
-    if not isinstance(blocks, Mapping): blocks = _several(blocks, "blocks", "a mapping of names to modules, or names and patterns")
+    if not isinstance(blocks, Mapping): blocks = several("blocks", blocks, as_given, "a mapping of names to modules, or names and patterns")
     if not blocks: raise ValueError("blocks is empty, expected at least one block, or a name or pattern of one; None: all that are found")
     if not isinstance(blocks, Mapping): return {name: name in blocks for name in matching(names, blocks)}
     name_of = {module: name for name, module in names.items()}
     for name, module in blocks.items():
-        if _module(module, f"block {name!r}") not in name_of:
+        if check_module(f"block {name!r}", module) not in name_of:
             raise ValueError(f"block {name!r} is not in this {type(root).__name__}: find the blocks of the model that is watched")
     return {name_of[module]: True for module in blocks.values()}
 

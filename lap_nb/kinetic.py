@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import Axes, checked, one_of
+from .checks import Axes, check_labels, checked, one_of
 from .dynamics import colours, ResidualBlock, Trajectory
 from .files import as_code
 from .hooks import (
@@ -118,10 +118,7 @@ def _labels(y, B:int)->Tensor: # `[B]`
         raise TypeError(f"labels are of type {type(y).__name__}, expected a tensor of whole numbers, [{B}]") from None
     if y.is_floating_point() or y.is_complex():
         raise TypeError(f"labels are of type {y.dtype}, expected whole numbers: convert with .long()")
-    if y.is_meta or y.layout != torch.strided:
-        raise TypeError("labels are sparse, or on the meta device, expected a dense tensor with values")
-    if y.shape != (B,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({B},)")
-    return y.cpu()
+    return check_labels(y, B).cpu()
 
 # %% ../nbs/03_kinetic_bias.ipynb #ea04e7e3
 @patch

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checks import Axes, check_memory, checked, described, number, whole
-from .dynamics import colours, StochasticDepth
+from .checks import Axes, check_memory, checked, described, is_dense, number, whole
+from .dynamics import colours
 from .files import as_text
 from .hooks import chosen_blocks, first_tensor, swap_tensor
-from .transport import _cloud, _costs, _is_dense, _ldexp, _power
+from .nets import StochasticDepth
+from .transport import as_points, ldexp, squared_distances, unit_power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
 def _norm(x:Tensor)->Tensor:
@@ -30,7 +31,7 @@ def _norm(x:Tensor)->Tensor:
 
 def _check_map(f, x:Tensor):
     "Refuse what would make the Jacobian of a batch something else than one Jacobian per sample."
-    if not _is_dense(x) or x.ndim < 2 or not x.is_floating_point() or x.dtype.itemsize < 2 or x.numel() == 0:
+    if not is_dense(x) or x.ndim < 2 or not x.is_floating_point() or x.dtype.itemsize < 2 or x.numel() == 0:
         raise ValueError(f"x is {described(x)}, expected real points [B, ...] with at least one sample and one feature")
     if not x.isfinite().all(): raise ValueError("x has entries that are not finite; look for the block that makes them, or leave these samples out")
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
@@ -53,7 +54,7 @@ def _wide_map(f, x:Tensor)->tuple[Callable, Tensor]:
     except RuntimeError as error:
         raise ValueError(f"the map does not take {described(z)} on {z.device}: {error}; expected a map of points of this kind. Half precision is widened to float32, the "
                          "weights of a module with it: pass the module itself, or model.float()") from error
-    if not _is_dense(y) or not y.is_floating_point() or y.ndim < 1 or len(y) != len(z) or y.numel() == 0:
+    if not is_dense(y) or not y.is_floating_point() or y.ndim < 1 or len(y) != len(z) or y.numel() == 0:
         raise ValueError(f"the map makes {described(y)} of {described(z)}, expected a real tensor [B, ...] with a row for each sample")
     _check_finite("the map", y)
     return g, z
@@ -263,10 +264,10 @@ def _shifted(x:Tensor, shift:float, directions:int, g)->list[Tensor]:
 
 def _distances(name:str, x:Tensor)->tuple[Tensor, int]:
     "All distances, in units of a power of two, and the power."
-    x = _cloud(name, x)
-    x = _ldexp(x, -(power := _power(x)))
+    x = as_points(name, x)
+    x = ldexp(x, -(power := unit_power(x)))
     x = x - x.median(0).values
-    return _costs(x, x).sqrt(), power
+    return squared_distances(x, x).sqrt(), power
 
 # %% ../nbs/04a_regularity.ipynb #89f255cd
 @dataclass(frozen=True)
@@ -318,13 +319,13 @@ def holder_exponent(
     if not low < high: raise ValueError("the samples are all equally far from each other: there is no range of distances for an exponent; take other samples")
     edges = torch.logspace(low.log10(), high.log10(), bins + 1, dtype=torch.float64)
     at, logs, fits = torch.bucketize(distance, edges), edges[1:].log(), []
-    for z in _shifted(_ldexp(_cloud("x", x), -power), shift, directions, g):
-        with torch.no_grad(): image = f(_ldexp(z, power).view(x.shape).to(x))
+    for z in _shifted(ldexp(as_points("x", x), -power), shift, directions, g):
+        with torch.no_grad(): image = f(ldexp(z, power).view(x.shape).to(x))
         change, unit = _distances("the image", image.view(len(x), -1))
         *fit, top = _fit(logs, at, change, bins, halves, g)
-        fits.append((*fit, _ldexp(top, unit)))
+        fits.append((*fit, ldexp(top, unit)))
     slope, half, top = (torch.stack(t).mean(0) for t in zip(*fits))
-    return Holder(slope.item(), ((slope - half).item(), (slope + half).item()), _ldexp(edges[1:], power), top, float(shift), len(x))
+    return Holder(slope.item(), ((slope - half).item(), (slope + half).item()), ldexp(edges[1:], power), top, float(shift), len(x))
 
 # %% ../nbs/04a_regularity.ipynb #26e1fd94
 def _fit(logs:Tensor, at:Tensor, change:Tensor, bins:int, halves:int, g)->tuple[Tensor, Tensor, Tensor]:

@@ -17,18 +17,20 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .checks import Axes, check_memory, checked, described, number, whole
+from .checks import Axes, check_labels, check_memory, checked, described, is_dense, number, one_of, whole
 from .dynamics import colours, Trajectory
 from .files import as_text
 from .kinetic import check_reduction
 from .stats import bootstrap_mean, wilson
 
 # %% ../nbs/04_transport.ipynb #b10a0544
-def _is_dense(x)->bool: return isinstance(x, Tensor) and not (x.is_nested or x.is_quantized or x.layout != torch.strided or x.is_meta)
-
-def _cloud(name:str, x:Tensor, least:int=1)->Tensor:
-    "The points as a float64 matrix on the CPU, without graph, after checks."
-    if not _is_dense(x) or x.ndim < 2 or x.is_complex():
+def as_points(
+    name:str,    # what the points are, for the message
+    x:Tensor,    # `[n, ...]`
+    least:int=1, # points expected
+)->Tensor:       # `[n, d]`
+    "The points as a float64 matrix on the CPU, without graph; raises `ValueError` on unusable ones."
+    if not is_dense(x) or x.ndim < 2 or x.is_complex():
         raise ValueError(f"{name} is {described(x)}, expected a real tensor [n, ...] with an axis of features; write x[:, None] for numbers")
     if len(x) < least or math.prod(x.shape[1:]) == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature or more"
@@ -39,10 +41,17 @@ def _cloud(name:str, x:Tensor, least:int=1)->Tensor:
                                    "look for the block that makes them, or leave these samples out")
     return x
 
-def _ldexp(x:Tensor, power:int)->Tensor: return torch.from_numpy(np.ldexp(x.numpy(), power))
+def ldexp(
+    x:Tensor,  # float64
+    power:int, # of two
+)->Tensor:
+    "The numbers times `2**power`, exactly."
+    return torch.from_numpy(np.ldexp(x.numpy(), power))
 
-def _power(*clouds:Tensor)->int:
-    "Of two, the unit in which the largest coordinate is near 1e120: its square does not overflow, and one 1e270 times smaller does not vanish."
+def unit_power(
+    *clouds:Tensor, # points
+)->int:
+    "Power of two: the unit in which the largest coordinate is near 1e120: its square does not overflow, and one 1e270 times smaller does not vanish."
     top = max(x.abs().max().item() for x in clouds)
     return math.frexp(top)[1] - 400 if top else 0
 
@@ -62,11 +71,11 @@ class _Pair:
 
 def _pair(x:Tensor, y:Tensor, names=("x", "y"), least:int=1, squares:bool=True)->_Pair:
     "Two clouds of equal dimension, checked; with `squares`, their squared distances must be numbers float64 holds."
-    x, y = _cloud(names[0], x, least), _cloud(names[1], y, least)
+    x, y = as_points(names[0], x, least), as_points(names[1], y, least)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"{names[0]} has {x.shape[1]} features, {names[1]} {y.shape[1]}; distances need equal numbers: "
                          "compare within a stage of constant shape")
-    x, y = _ldexp(x, -(power := _power(x, y))), _ldexp(y, -power)
+    x, y = ldexp(x, -(power := unit_power(x, y))), ldexp(y, -power)
     a, b = x.median(0).values, y.median(0).values
     pair = _Pair(x, y, x - a, y - b, b - a, power)
     if squares: _check_squares(pair)
@@ -84,8 +93,13 @@ _ROUNDING = 256 * torch.finfo(torch.float64).eps   # share of its own terms that
 
 def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range(0, n, size))   # so many rows fit the cache
 
-def _costs(x:Tensor, y:Tensor, start:Tensor|None=None, end:Tensor|None=None)->Tensor:
-    "All squared distances, each with digits of its own; `start` and `end` are the same points before they were moved together."
+def squared_distances(
+    x:Tensor,                # `[n, d]`
+    y:Tensor,                # `[m, d]`
+    start:Tensor|None=None,  # the points of `x` before they were moved together with `y`; None: they were not
+    end:Tensor|None=None,    # those of `y`
+)->Tensor:                   # `[n, m]`
+    "All squared distances, each with digits of its own."
     start, end = (x, y) if start is None else (start, end)
     a, b = x.square().sum(1), y.square().sum(1)
     cost = torch.addmm(b.expand(len(x), -1), x, y.T, alpha=-2).add_(a[:, None])
@@ -104,7 +118,7 @@ def cost_matrix(
     r"All squared distances $|x_i - y_j|^2$; raises `ValueError` on unusable points, `MemoryError` before it allocates too much."
     pair = _pair(x, y)
     check_memory(len(pair.x), len(pair.y), 1, max_bytes)
-    return _ldexp(_costs(pair.x, pair.y + pair.shift, pair.start, pair.end), 2 * pair.power)
+    return ldexp(squared_distances(pair.x, pair.y + pair.shift, pair.start, pair.end), 2 * pair.power)
 
 # %% ../nbs/04_transport.ipynb #ae9209b3
 def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None, rounding:float=0.)->Tensor:
@@ -196,7 +210,7 @@ def _guess(x:Tensor, y:Tensor)->tuple[Tensor, Tensor, Tensor]:
     few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
     size = max(u.abs().max().item(), v.abs().max().item()) ** 2
     f, g, pairs, eps = _rough(u, v, (few.median().item() or few.mean().item() or size or 1.) / 8)   # before the costs: it takes as much memory
-    f, g, (i, j), cost = f + u.square().sum(1), g + v.square().sum(1), pairs, _costs(x, y)
+    f, g, (i, j), cost = f + u.square().sum(1), g + v.square().sum(1), pairs, squared_distances(x, y)
     df, dg = _sharp(cost[i, j] - f[i] - g[j], pairs, len(x), eps)
     f, g = f + df, g + dg
     if len(right): g[right] = _slack(cost[:, right], f)   # of the points drawn in, by the others' prices
@@ -210,7 +224,7 @@ def _assignment(x:Tensor, y:Tensor)->tuple[Tensor, None, Tensor, Tensor]:
     for last in (False, False, True):
         target = torch.from_numpy(linear_sum_assignment(cost.sub_(f[:, None]).sub_(g).numpy())[1])   # in place of the costs
         del cost
-        try: return target, None, *_potentials(cost := _costs(x, y), target, g)
+        try: return target, None, *_potentials(cost := squared_distances(x, y), target, g)
         except _NotOptimal as error:
             if last: raise
             g = error.g
@@ -250,7 +264,7 @@ def _emd(a:Tensor, b:Tensor, cost:Tensor, max_iter:int)->tuple[Tensor, Tensor, T
 def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
     "Weights as float64 that sum to one; equal ones if there are none."
     if w is None: return torch.full((n,), 1 / n, dtype=torch.float64)
-    if not _is_dense(w) or w.is_complex(): raise ValueError(f"{name} is {described(w)}, expected a real tensor ({n},): a weight for each point")
+    if not is_dense(w) or w.is_complex(): raise ValueError(f"{name} is {described(w)}, expected a real tensor ({n},): a weight for each point")
     w = w.detach().to("cpu", torch.float64)
     if w.shape != (n,): raise ValueError(f"{name} has shape {tuple(w.shape)}, expected ({n},): a weight for each point")
     if not (w >= 0).all(): raise ValueError(f"{name} has {int((~(w >= 0)).sum())} weights that are negative or not a number, expected zero or more")
@@ -289,19 +303,19 @@ def optimal_coupling(
     i, j, mass = _carried(target, plan, _check_weights("a", a, len(pair.x)))
     cost = (mass * (pair.start[i] - pair.end[j]).square().sum(1)).sum().item()
     f, g = f - 2 * pair.x @ pair.shift + pair.shift.square().sum() / 2, g + 2 * pair.y @ pair.shift + pair.shift.square().sum() / 2
-    return Coupling(pair.square(cost), target, plan, _ldexp(f, 2 * pair.power), _ldexp(g, 2 * pair.power), solver)
+    return Coupling(pair.square(cost), target, plan, ldexp(f, 2 * pair.power), ldexp(g, 2 * pair.power), solver)
 
 # %% ../nbs/04_transport.ipynb #0cfbc82b
 def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto", max_iter:int=10_000_000, max_bytes:float|None=None):
     "Matching, plan, prices and solver of the two clouds, each at its own median."
-    if solver not in SOLVERS: raise ValueError(f"solver is {solver!r}, expected one of {', '.join(SOLVERS)}")
+    one_of("solver", solver, SOLVERS)
     n, m, max_iter = len(pair.x), len(pair.y), whole("max_iter", max_iter, 1, most=10 ** 9)
     a, b = _check_weights("a", a, n), _check_weights("b", b, m)
     equal = n == m and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
     if solver == "auto": solver = "assignment" if equal else "simplex"
     if solver == "assignment" and not equal: raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
     check_memory(n, m, 2 if solver == "assignment" else 5, max_bytes)
-    return *(_assignment(pair.x, pair.y) if solver == "assignment" else _simplex(_costs(pair.x, pair.y), a, b, max_iter)), solver
+    return *(_assignment(pair.x, pair.y) if solver == "assignment" else _simplex(squared_distances(pair.x, pair.y), a, b, max_iter)), solver
 
 def _carried(target:Tensor|None, plan:Tensor|None, w:Tensor)->tuple[Tensor, Tensor, Tensor]:
     "From where, to where, how much."
@@ -407,7 +421,7 @@ def exact_gap(
     back = lambda value: pair.square(value) / scale
     low, high = bootstrap_mean(slack, w, resamples, level, seed)
     return Gap(back(moved), back(min(least, moved) if gap else moved), back(gap), (back(low), back(high)), _self_share(pair, i, j, mass),
-               _sensitivity(pair.start, pair.end, seed), (_ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape, _twins(pair.start), level, reduction, used)
+               _sensitivity(pair.start, pair.end, seed), (ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape, _twins(pair.start), level, reduction, used)
 
 # %% ../nbs/04_transport.ipynb #1e9b2437
 def _displaced(start:Tensor, end:Tensor, least:int=2, squares:bool=False)->_Pair:
@@ -526,32 +540,22 @@ def _ends(x:Tensor, reduction:str, settings:dict)->tuple[float, float]:
 
 def _path(stage:Trajectory)->tuple[Tensor, int]:
     "Positions `[K+1, n, d]` in units of a power of two, and the power."
-    x = _cloud("the trajectory", stage.x.flatten(0, 1)).view(*stage.x.shape[:2], -1)
-    return _ldexp(x, -(power := _power(x))), power
+    x = as_points("the trajectory", stage.x.flatten(0, 1)).view(*stage.x.shape[:2], -1)
+    return ldexp(x, -(power := unit_power(x))), power
 
 def _split_stage(stage:Trajectory, y:Tensor|None, reduction:str, settings:dict)->tuple[dict, Gap]:
     "The parts of one stage, row by row, and the gap of all its samples."
     x, power = _path(stage)
-    gap = exact_gap(_ldexp(x[0], power), _ldexp(x[-1], power), reduction=reduction, **settings)
+    gap = exact_gap(ldexp(x[0], power), ldexp(x[-1], power), reduction=reduction, **settings)
     steps = x.diff(dim=0)
     path = len(steps) * (steps - steps.mean(0)).square().sum((0, 2)) / (x.shape[2] if reduction == "mean" else 1)
-    if not (path := _ldexp(path, 2 * power)).isfinite().all(): raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
-    x = _ldexp(x, power)
+    if not (path := ldexp(path, 2 * power)).isfinite().all(): raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
+    x = ldexp(x, power)
     rows = {"all": (gap.w2, gap.gap, path.mean().item())}
     for c in [] if y is None else y.unique().tolist():
         at = y == c
         rows[f"class {c}"] = (*_ends(x[:, at], reduction, settings), path[at].mean().item())
     return rows, gap
-
-def _check_trajectory(traj:Trajectory)->Trajectory:
-    if isinstance(traj, Trajectory): return traj
-    raise ValueError(f"traj is {described(traj)}, expected a Trajectory: Trajectory(x) of positions [K+1, B, ...], or what net.trajectory and trace give")
-
-def _check_labels(y:Tensor|None, n:int)->Tensor|None:
-    if y is None: return None
-    if not _is_dense(y) or y.is_complex() or not y.isfinite().all(): raise ValueError(f"labels are {described(y)}, expected a dense tensor ({n},) of finite numbers")
-    if y.shape != (n,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected ({n},): one for each sample of the trajectory")
-    return y.detach().cpu()
 
 # %% ../nbs/04_transport.ipynb #2328311b
 @checked
@@ -564,9 +568,8 @@ def action_split(
     r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance identity
     and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
     check_reduction(reduction)
-    stages = _check_trajectory(traj).stages
-    y = _check_labels(y, traj.B)
-    split = [_split_stage(stage, y, reduction, settings) for stage in stages]
+    y = None if y is None else check_labels(y, traj.B).detach().cpu()
+    split = [_split_stage(stage, y, reduction, settings) for stage in traj.stages]
     parts = {row: tuple(map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
     if len(split) > 1: parts |= {f"stage {s}" + f", {row}" * (row != "all"): v for s, (rows, _) in enumerate(split, 1) for row, v in rows.items()}
     single = [] if y is None else [c for c, n in zip(*y.unique(return_counts=True)) if n == 1]
@@ -676,7 +679,7 @@ def _neighbours(x:Tensor, near:int)->Tensor:
     "Each point and its `near` nearest, itself first, `[n, near+1]`."
     found = []
     for r in _rows(len(x)):
-        cost = _costs(x[r], x)
+        cost = squared_distances(x[r], x)
         cost[torch.arange(len(cost)), torch.arange(r.start, r.stop)] = -1
         found.append(cost.topk(near + 1, largest=False).indices)
     return torch.cat(found)
@@ -709,7 +712,7 @@ def mccann(
 )->tuple[McCannFit, ...]:     # one for each stage
     "Distances of the clouds at the layers from the displacement interpolation (McCann, 1997), all exact."
     check_reduction(reduction)
-    return tuple(_mccann_stage(*_path(stage), reduction) for stage in _check_trajectory(traj).stages)
+    return tuple(_mccann_stage(*_path(stage), reduction) for stage in traj.stages)
 
 # %% ../nbs/04_transport.ipynb #2474ac23
 def _distance(x:Tensor, y:Tensor)->float:
@@ -809,7 +812,7 @@ def entropic_w2(
     pair, max_iter = _pair(x, y), whole("max_iter", max_iter, 1, most=10 ** 9)
     check_memory(len(pair.x), len(pair.y), 5, max_bytes)
     x, y, _ = _at_means(pair)
-    cost = _costs(x, y)
+    cost = squared_distances(x, y)
     a, b = _check_weights("a", None, len(x)), _check_weights("b", None, len(y))
     unit = cost.mean().item() or 1.
     with warnings.catch_warnings():
@@ -817,7 +820,7 @@ def entropic_w2(
         plan = ot.sinkhorn(a, b, cost / unit, epsilon, method="sinkhorn_log", numItermax=max_iter, stopThr=tolerance / math.sqrt(len(y)))
     off = (plan.sum(0) - b).abs().sum().item() + (plan.sum(1) - a).abs().sum().item()
     if not off <= tolerance: raise RuntimeError(f"Sinkhorn's scalings are off by {off:.2g} after {max_iter:,} iterations; raise max_iter or epsilon")
-    cost = _costs(pair.x, pair.y + pair.shift, pair.start, pair.end)   # each with digits of its own, also beside far points
+    cost = squared_distances(pair.x, pair.y + pair.shift, pair.start, pair.end)   # each with digits of its own, also beside far points
     value = pair.square((_feasible(plan, a, b) * cost).sum().item()) / (x.shape[1] if reduction == "mean" else 1)
     return Bound(value, "upper", f"entropic, epsilon {epsilon:g} of the mean cost", (value, value), reduction)
 
@@ -845,11 +848,8 @@ def measure_transport(
     record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed, warning=split.warning)
     record |= {f"{row}: {part}": v for row in split.parts for part, v in zip((*PARTS, "total"), (*split.parts[row], split.total(row)))}
     for name in ("displacement", "w2", "gap", "relative", "interval", "self_share", "sensitivity", "twins"): record[f"gap: {name}"] = [getattr(g, name) for g in split.gaps]
-    return _plain(record | dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs], cyclical_3=[v.rate for v in rings],
-        mccann_distance=[(m.distance.max() / m.length).item() if m.length else None for m in walks],
-        mccann_detour=[(m.detour.max() / m.length).item() if m.length else None for m in walks]))
-
-def _plain(value):
-    "Tuples as lists, for JSON."
-    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    record["gap: interval"] = [list(g.interval) for g in split.gaps]
+    record |= dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs], cyclical_3=[v.rate for v in rings],
+                   mccann_distance=[(m.distance.max() / m.length).item() if m.length else None for m in walks],
+                   mccann_detour=[(m.detour.max() / m.length).item() if m.length else None for m in walks])
+    return record

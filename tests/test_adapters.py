@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lap_nb.adapters import LeastActionMixin, lightning_callback
 from lap_nb.data import digits
-from lap_nb.dynamics import dense_net
 from lap_nb.least_action import LeastAction
+from lap_nb.nets import dense_net
 
 pl = pytest.importorskip("lightning.pytorch")
 transformers = pytest.importorskip("transformers")

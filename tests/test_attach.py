@@ -13,8 +13,9 @@ from conftest import hook_count
 from lap_nb.attach import Tracer, trace, trace_energies
 from lap_nb.hooks import find_blocks
 from lap_nb.lab.bench import memory
-from lap_nb.dynamics import Flow, ResidualBlock, Trajectory, conv_net, dense_net
+from lap_nb.dynamics import Flow, ResidualBlock, Trajectory
 from lap_nb.kinetic import EnergyLedger, EnergyMeter
+from lap_nb.nets import conv_net, dense_net
 
 BATCH = 4
 

@@ -80,7 +80,7 @@ def test_memory_agrees_with_the_size_of_the_process():
     code = """
 import torch
 from lap_nb.lab.bench import memory
-from lap_nb.dynamics import dense_net
+from lap_nb.nets import dense_net
 torch.manual_seed(0); torch.set_num_threads(1)
 def size(field): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 net, x = dense_net(64, 2, K=9, hidden=64), torch.randn(20_000, 64)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from lap_nb import training
 from lap_nb.data import digits
-from lap_nb.dynamics import dense_net
 from lap_nb.least_action import LeastAction
+from lap_nb.nets import dense_net
 from lap_nb.training import fit, load_checkpoint
 
 SETTINGS = dict(epochs=4, batch_size=32, eval_every=2, clip=1.)

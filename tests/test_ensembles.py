@@ -23,10 +23,11 @@ from torch import nn
 import lap_nb.ensembles
 from lap_nb.checks import free_memory
 from lap_nb.data import Dataset, digits
-from lap_nb.dynamics import Flow, ResidualNet, dense_net, init_velocities_
+from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, grid_members, member_memory, seeded
 from lap_nb.lab.modes import _by_hand, _clock, _noise, measure_modes, read_modes, record_modes
 from lap_nb.least_action import LeastAction
+from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.stats import confidence_interval
 from lap_nb.training import fit, load_checkpoint
 

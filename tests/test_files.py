@@ -24,9 +24,10 @@ from torch import nn
 
 from lap_nb import files
 from lap_nb.data import digits, file_md5, read_npz
-from lap_nb.dynamics import Trajectory, dense_net
+from lap_nb.dynamics import Trajectory
 from lap_nb.files import (CheckpointError, as_code, as_text, check_storable, claim, digest, find_unstorable, in_words, load_checkpoint, read_bounded,
                           save_checkpoint, tidy, write_atomically)
+from lap_nb.nets import dense_net
 from lap_nb.training import Diverged, fit
 
 

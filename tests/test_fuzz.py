@@ -288,7 +288,7 @@ OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process
 # sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
 # Trainer's own file is whole (`_lacks`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
-OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics.load', 'ensembles._noted',
+OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics._read', 'ensembles._noted',
            'ensembles._read_note', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
            'lab.store.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'checks.free_memory'}

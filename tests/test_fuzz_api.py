@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))   # as a script
 import lap_nb
 from lap_nb.data import Dataset
 from lap_nb.depth import Elastic
-from lap_nb.dynamics import Trajectory, dense_net
+from lap_nb.dynamics import Trajectory
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import DualAscent, LeastAction
+from lap_nb.nets import dense_net
 from test_package import modules, public
 
 HOME = Path(lap_nb.__file__).parent

@@ -103,7 +103,7 @@ WRONG = {
     'a misspelt name': (lambda net: '11', ValueError, 'the nearest names are'), 'a pattern of nothing': (lambda net: ['1', 'layer*'], ValueError, "'layer\\*' matches no module"),
     'none': (lambda net: [], ValueError, 'blocks is empty'), 'an empty mapping': (lambda net: {}, ValueError, 'blocks is empty'),
     'a number': (lambda net: 3, TypeError, 'blocks is '), 'modules': (lambda net: [net[1]], TypeError, 'expected'), 'a module': (lambda net: net[1], TypeError, 'blocks is '),
-    'numbers by name': (lambda net: {'1': 1}, TypeError, "block '1' is of type int|is a dict of 1, expected"), 'of another network': (lambda net: {'1': Theirs()}, ValueError, "block '1' is not in this Sequential")}
+    'numbers by name': (lambda net: {'1': 1}, TypeError, "block '1' is 1, expected|is a dict of 1, expected"), 'of another network': (lambda net: {'1': Theirs()}, ValueError, "block '1' is not in this Sequential")}
 
 
 @pytest.mark.parametrize('wrong', WRONG)

@@ -18,8 +18,9 @@ from conftest import hook_count
 from lap_nb import kinetic
 from lap_nb.attach import trace, trace_energies
 from lap_nb.hooks import find_blocks
-from lap_nb.dynamics import ResidualBlock, Trajectory, dense_net
+from lap_nb.dynamics import ResidualBlock, Trajectory
 from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, relative_energy
+from lap_nb.nets import dense_net
 from lap_nb.stats import rank_correlation
 
 BATCH = 4

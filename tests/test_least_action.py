@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lap_nb import least_action
 from lap_nb.hooks import find_blocks
 from lap_nb.data import digits
-from lap_nb.dynamics import Flow, ResidualNet, dense_net
+from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import fit_many
 from lap_nb.kinetic import block_energies
 from lap_nb.least_action import (ADVICE, AugmentedLagrangian, DualAscent, FixedWeight, LeastAction,
                                  ProportionalIntegral, _History, dual_ascent, kkt)
+from lap_nb.nets import dense_net
 from lap_nb.training import fit
 
 MOVING = [DualAscent, partial(AugmentedLagrangian, penalty=2.), partial(ProportionalIntegral, gain=2.),

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from lap_nb.dynamics import dense_net, init_velocities_
+from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.regularity import holder_exponent, lipschitz_profile, local_lipschitz, measure_regularity
 
 quick = settings(max_examples=10, deadline=None)

@@ -17,10 +17,11 @@ from torch import nn
 
 from lap_nb import files, training
 from lap_nb.data import digits
-from lap_nb.dynamics import Flow, ResidualNet, dense_net
+from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import Ensemble, _attached, _made
 from lap_nb.least_action import LeastAction
 from lap_nb.files import CheckpointError, digest, load_checkpoint, save_checkpoint, write_atomically
+from lap_nb.nets import dense_net
 from lap_nb.training import Diverged, fit, train_loop
 
 PLACES = ("model", "opt", "least_action", "generators", "rng", "points", "step", "epoch", "at")

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 import lap_nb
 from lap_nb.data import digits
-from lap_nb.dynamics import SkipInit, StochasticDepth
 from lap_nb.lab import catalogue, cli, nets, run, store
 from lap_nb.lab.analysis import Records, overview, load_records
 from lap_nb.lab.catalogue import load_study
@@ -623,6 +622,7 @@ import contextlib, io, json, sys
 from dataclasses import replace
 from test_studies import TINY
 from lap_nb.lab import catalogue, cli
+from lap_nb.nets import SkipInit, StochasticDepth
 catalogue.STUDIES["tiny"] = lambda scale: replace(TINY, scale=scale)
 answers = []
 for args in json.loads(sys.argv[1]):

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lap_nb.data import Dataset, digits
 from lap_nb.depth import Elastic, depth_curve, latency, recompute_statistics
-from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet, dense_net, init_velocities_
+from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
 from lap_nb.ensembles import Ensemble, _made, fit_many
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
+from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.training import evaluate, fit
 
 make = partial(dense_net, 64, 10, 3, 16)

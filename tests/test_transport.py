@@ -18,8 +18,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from lap_nb import transport
-from lap_nb.dynamics import Flow, Trajectory, dense_net, init_velocities_
+from lap_nb.dynamics import Flow, Trajectory
 from lap_nb.kinetic import kinetic_energy
+from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.transport import (action_split, cost_matrix, cyclical_monotonicity, entropic_w2, exact_gap, gap_curve, mccann, measure_transport,
                               monotonicity, optimal_coupling, plot_splits, sliced_w2)
 
@@ -424,9 +425,9 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: exact_gap(x, y, level=0), "level is 0"),
     (lambda: exact_gap(x, y, resamples=0), "resamples is 0"),
     (lambda: exact_gap(x, y, reduction="median"), "reduction is .*, expected"),
-    (lambda: exact_gap(x, y, solver="sinkhorn"), "expected one of auto, assignment, simplex"),
+    (lambda: exact_gap(x, y, solver="sinkhorn"), "expected one of 'auto', 'assignment', 'simplex'"),
     (lambda: optimal_coupling(x, y[:5], solver="assignment"), "use solver='simplex'"),
-    (lambda: action_split(Trajectory(torch.stack([x, y])), torch.zeros(5)), r"labels have shape \(5,\), expected \(6,\)"),
+    (lambda: action_split(Trajectory(torch.stack([x, y])), torch.zeros(5)), r"labels have shape \(5,\), expected one for each sample: \(6,\)"),
     (lambda: gap_curve(x, y, sizes=[1, 4]), "expected from 2 to the 6"),
     (lambda: gap_curve(x, y[:5]), "start has 6 points, end 5"),
     (lambda: monotonicity(x, y[:5]), "start has 6 points, end 5"),

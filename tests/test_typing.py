@@ -18,9 +18,10 @@ from torch import nn
 from lap_nb.attach import trace
 from lap_nb.hooks import find_blocks
 from lap_nb.data import Dataset, Split, digits
-from lap_nb.dynamics import Trajectory, dense_net
+from lap_nb.dynamics import Trajectory
 from lap_nb.kinetic import kinetic_energy
 from lap_nb.least_action import LeastAction
+from lap_nb.nets import dense_net
 from lap_nb.training import Run, fit
 
 data: Dataset = digits()
@@ -41,8 +42,8 @@ energy: torch.Tensor = kinetic_energy(again)
 '''
 MISUSE = '''
 from lap_nb.data import digits
-from lap_nb.dynamics import dense_net
 from lap_nb.least_action import LeastAction
+from lap_nb.nets import dense_net
 
 split = digits().split("300")          # not a number
 split.members(0)                       # no such method

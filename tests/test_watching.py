@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lap_nb.attach import Tracer, trace, trace_energies
 from lap_nb.hooks import find_blocks
-from lap_nb.dynamics import ResidualBlock, conv_net, dense_net
+from lap_nb.dynamics import ResidualBlock
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import FixedWeight, LeastAction
+from lap_nb.nets import conv_net, dense_net
 
 pytestmark = pytest.mark.usefixtures('seed')
 INTERRUPTS = int(os.environ.get('LAP_NB_INTERRUPTS', 150))

@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..checks import checked
 from ..data import load, pick_device, Split
-from ..dynamics import conv_net, dense_net
 from ..ensembles import fit_many, seeded
 from ..files import as_code, write_atomically
 from ..hooks import find_blocks
 from ..kinetic import EnergyMeter
 from .compare import make_net
 from ..least_action import LeastAction
+from ..nets import conv_net, dense_net, resnet18
 from ..stats import median_interval
 from ..training import evaluate, fit, provenance
 from ..transport import exact_gap
@@ -147,37 +147,12 @@ def benchmark(
         return make
     return put
 
-# %% ../../nbs/11_performance.ipynb #ba3d0bdd
-class _BasicBlock(nn.Module):
-    "Two convolutions, the sum in place, an activation after it."
-    def __init__(self, cin:int, cout:int, stride:int):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
-        self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout)
-        self.relu, self.downsample = nn.ReLU(inplace=True), None
-        if stride > 1 or cin != cout:
-            self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-
-    def forward(self, x:Tensor)->Tensor:
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
-
-def _resnet18(width:int=64)->nn.Module:
-    "The network of the benchmarks: four stages of two blocks, for pictures of 32 x 32 in ten classes."
-    layers, cin = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)], width
-    for stage in range(4):
-        cout = width * 2 ** stage
-        layers += [_BasicBlock(cin, cout, 1 + (stage > 0)), _BasicBlock(cout, cout, 1)]
-        cin = cout
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 10))
-
 # %% ../../nbs/11_performance.ipynb #40526ab5
 class _Steps:
     "Steps of training of one network, with and without least action."
     def __init__(self, device, width:int=64, batch:int=16, dtype=None, compiled:bool=False):
         with seeded(0):
-            net, self.x, self.y = _resnet18(width).to(device), torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+            net, self.x, self.y = resnet18(width).to(device), torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
         self.device, self.x, self.y, self.dtype, self.compiled = device, self.x.to(device), self.y.to(device), dtype, compiled
         self.blocks = list(find_blocks(net, self.x[:2]))
         ways = ("plain", "trace", "action")

@@ -20,11 +20,12 @@ from torch import nn
 
 from ..checks import checked, described, one_of, whole
 from ..data import load, pick_device
-from ..dynamics import colours, dense_net, init_velocities_, Trajectory
+from ..dynamics import colours, Trajectory
 from ..ensembles import fit_many, Runs
 from ..files import read_bounded, write_atomically
 from ..kinetic import block_energies
 from ..least_action import LeastAction
+from ..nets import dense_net, init_velocities_
 from ..stats import confidence_interval, Interval
 from ..training import provenance
 

@@ -20,9 +20,9 @@ from torch import nn
 
 from ..checks import checked, counts
 from ..data import pick_device, Split
-from ..dynamics import conv_net, dense_net
 from ..ensembles import fit_many, forward_flops
 from ..files import write_atomically
+from ..nets import conv_net, dense_net
 from ..training import provenance
 
 # %% ../../nbs/97_modes.ipynb #68e51641

@@ -9,33 +9,12 @@ __all__ = []
 import math
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checks import checked
 from ..depth import RandomDepth
-from ..dynamics import conv_net, dense_net, Flow, init_velocities_, ResidualNet, staged_net, StagedFlow, varied
 from .design import Method, Net
-
-# %% ../../nbs/92_nets.ipynb #f46dcde9
-class _PostActivation(nn.Module):
-    "The displacement of a block that applies a ReLU after the sum of its input and a branch."
-    def __init__(self, branch:nn.Module): super().__init__(); self.branch = branch
-    def forward(self, x:Tensor)->Tensor: return torch.relu(x + self.branch(x)) - x
-
-def _grouped(width:int, groups:int=8)->nn.Module:
-    "Three convolutions, the middle one in groups, each with its norm behind it."
-    layer = lambda k, g: [nn.Conv2d(width, width, k, padding=k // 2, groups=g, bias=False), nn.BatchNorm2d(width)]
-    return nn.Sequential(*layer(1, 1), nn.ReLU(), *layer(3, groups), nn.ReLU(), *layer(1, 1))
-
-def _resnext(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1., skip_init:bool=False, drop:float=0.)->nn.Module:
-    "Three stages of post-activation blocks, with twice the width and half the resolution from stage to stage."
-    widths = [width, 2 * width, 4 * width]
-    branches = iter(varied([_grouped(w) for w in widths for _ in range(K // 3)], skip_init, drop))
-    flows = [Flow([_PostActivation(next(branches)) for _ in range(K // 3)], h) for _ in widths]
-    change = [nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU()) for w in widths[:2]]
-    encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-    return ResidualNet(StagedFlow(flows, change), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)), encoder)
+from ..nets import conv_net, dense_net, init_velocities_, resnext_net, staged_net, vit_net
 
 # %% ../../nbs/92_nets.ipynb #f4630465
 def _dense(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
@@ -44,37 +23,10 @@ def _dense(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.
 def _resnet(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
     return staged_net(shape, classes, (K // 3,) * 3, width, **options)
 
-class _Attention(nn.Module):
-    "Attention with a norm in front, the displacement of one half of a transformer's layer."
-    def __init__(self, width:int, heads:int=4):
-        super().__init__()
-        self.heads, self.norm, self.qkv, self.out = heads, nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-    def forward(self, x:Tensor)->Tensor: # `[B, tokens, width]`
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
-        mixed = (q @ k.transpose(-1, -2) / q.shape[-1] ** .5).softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-class _Tokens(nn.Module):
-    "A picture as 16 tokens, patches of a quarter of its side, with learned positions."
-    def __init__(self, shape:tuple[int, ...], width:int):
-        super().__init__()
-        patch = math.ceil(shape[1] / 4)
-        self.patches = nn.Conv2d(shape[0], width, patch, patch, padding=(4 * patch - shape[1] + 1) // 2)
-        self.positions = nn.Parameter(.02 * torch.randn(16, width))
-    def forward(self, x:Tensor)->Tensor: return self.patches(x).flatten(2).transpose(1, 2) + self.positions
-
-# %% ../../nbs/92_nets.ipynb #4b222512
-def _vit(shape:tuple[int, ...], classes:int, K:int, width:int, h:float=1., skip_init:bool=False, drop:float=0.)->nn.Module:
-    "A vision transformer of `K` residual blocks, attention and perceptron in turn."
-    perceptron = lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    fields = [perceptron() if k % 2 else _Attention(width) for k in range(K)]
-    head = nn.Sequential(nn.LayerNorm(width), nn.Flatten(), nn.Linear(16 * width, classes))
-    return ResidualNet(Flow(varied(fields, skip_init, drop), h), head, _Tokens(shape, width))
-
 def _staged(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
     return staged_net(shape, classes, (K // 2,) * 2, width, **options)
 
-NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": _resnext, "vit": _vit,
+NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": resnext_net, "vit": vit_net,
         "staged": _staged}
 
 # %% ../../nbs/92_nets.ipynb #a3be4cf7
