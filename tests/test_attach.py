@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from conftest import hook_count
+from lap_nb import hooks
 from lap_nb.attach import Tracer, trace, trace_energies
 from lap_nb.hooks import find_blocks
 from lap_nb.lab.bench import memory
@@ -185,6 +186,207 @@ def test_the_criterion(form, yes):
     if yes: assert list(find_blocks(model, torch.randn(3, 4))) == ["1"]
     else:
         with pytest.raises(ValueError, match="no residual block"): find_blocks(model, torch.randn(3, 4))
+
+
+# What a residual block is: forms as one finds them, by what should be seen or said
+
+class Form(nn.Module):
+    "`form(x, f)` of the input and a branch."
+    def __init__(self, form, f=None): super().__init__(); self.form, self.f = form, f or nn.Linear(6, 6)
+    def forward(self, x): return self.form(x, self.f)
+
+
+def judged(form, x=None, f=None):
+    "The reason with which a form is found in a network, or None; the reason for which it is not, or None."
+    net = nn.Sequential(nn.Linear(6, 6), Form(form, f), ResidualBlock(nn.Linear(6, 6)), nn.Linear(6, 3)).eval()
+    blocks = find_blocks(net, torch.randn(4, 6) if x is None else x)
+    assert "2" in blocks
+    return blocks.why.get("1"), blocks.skipped.get("1")
+
+
+def sliced(v, x): v += x; return v
+def copied(v, x): v = v.clone(); v[:, :] = x + v; return v
+def part(x, v): x[:, 1:4] += v[:, 1:4]; return x
+def headed(x, act): act(x); return x
+@torch.no_grad()
+def hidden(f, x): return f(x)
+NP = lambda t: torch.from_numpy(t.detach().numpy())
+COORDS = torch.randn(6)
+SEEN = {
+    "a slice that is added to": lambda x, f: sliced(torch.cat([f(x), f(x)], 1)[:, :6], x), "a strided slice": lambda x, f: sliced(f(x).repeat_interleave(2, 1)[:, ::2], x),
+    "a slice of the input": lambda x, f: part(x, f(x)), "an assignment": lambda x, f: copied(f(x), x), "out of a chunk": lambda x, f: torch.cat([f(x), x], 1).chunk(2, 1)[1] + f(x),
+    "divided by one": lambda x, f: (x + f(x)) / 1., "by a tensor of one": lambda x, f: (x + f(x)) / torch.tensor(1.), "twice and halved": lambda x, f: (2 * x + f(x)) / 2,
+    "a root and back": lambda x, f: (x / 2 ** .5 + f(x)) * 2 ** .5, "stacked and summed": lambda x, f: torch.stack([f(x), x]).sum(0), "last axis": lambda x, f: torch.stack([x, f(x), f(x)], -1).sum(-1),
+    "concatenated and summed": lambda x, f: torch.cat([x[None], f(x)[None]]).sum(0), "a mean": lambda x, f: 2 * torch.stack([x, f(x)]).mean(0), "python's sum": lambda x, f: sum([x, f(x)]),
+    "transposed": lambda x, f: (x.t() + f(x).t()).t(), "permuted": lambda x, f: (x[None].permute(2, 1, 0) + f(x)[None].permute(2, 1, 0)).permute(2, 1, 0)[0],
+    "flipped and back": lambda x, f: (x.flip(1) + f(x)).flip(1), "rolled and back": lambda x, f: (x.roll(2, 1) + f(x)).roll(-2, 1), "padded and cut": lambda x, f: (F.pad(x, (1, 1)) + F.pad(f(x), (1, 1)))[:, 1:-1],
+    "windows": lambda x, f: (x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6) + f(x)).view(-1, 3, 2).transpose(1, 2).reshape(-1, 6),
+    "halves": lambda x, f: torch.cat([x[:, :3] + f(x)[:, :3], x[:, 3:]], 1), "two halves": lambda x, f: torch.cat([a + b for a, b in zip(x.chunk(2, 1), f(x).chunk(2, 1))], 1),
+    "minus minus": lambda x, f: -(-x - f(x)), "twice negative": lambda x, f: f(x) - (-x), "fused": lambda x, f: torch.addmm(x, f(x), f.weight), "fused point by point": lambda x, f: torch.addcmul(x, f(x), f(x)),
+    "half precision": lambda x, f: (x.bfloat16() + f(x).bfloat16()).float(), "a position, too": lambda x, f: x + COORDS + f(x), "two sums": lambda x, f: (y := x + f(x)) + f(y),
+    "relu in place": lambda x, f: f(headed(x, F.relu_)) + x, "silu in place": lambda x, f: x + f(headed(x, lambda t: F.silu(t, inplace=True))), "leaky, and the sum in place": lambda x, f: headed(x, lambda t: F.leaky_relu_(t)).add_(f(x)),
+    "elu in place": lambda x, f: torch.stack([headed(x, F.elu_), f(x)]).sum(0),
+    "without a graph": lambda x, f: x + hidden(f, x), "detached": lambda x, f: x + f(x.detach()), "in numpy": lambda x, f: x + NP(x).square(), "zero": lambda x, f: x + 0 * f(x), "noise on the branch": lambda x, f: x + f(x) * torch.rand(()),
+    "activation after": lambda x, f: F.gelu(x + f(x)), "by a gate": lambda x, f: x + torch.sigmoid(f(x)) * x, "by itself": lambda x, f: x + x.square(), "mean": lambda x, f: x + x.mean(1, keepdim=True)}
+STILL = {
+    "position": lambda x, f: x + COORDS, "learned position": lambda x, f: x + f.bias, "buffer in place": lambda x, f: x.add_(COORDS), "noise": lambda x, f: x + torch.randn(6), "noise like it": lambda x, f: x + torch.randn_like(x),
+    "zero": lambda x, f: x + 0, "zeros": lambda x, f: x + torch.zeros_like(x), "one": lambda x, f: x + 1, "minus": lambda x, f: x - COORDS, "by its shape": lambda x, f: x + torch.arange(x.shape[1]),
+    "branch of a constant": lambda x, f: x + f(COORDS), "stacked": lambda x, f: torch.stack([x, f(COORDS).expand_as(x)]).sum(0), "dropped position": lambda x, f: F.dropout(x + COORDS, .5, False), "on a slice": lambda x, f: part(x, f(COORDS).expand_as(x)),
+    "a position on a half": lambda x, f: torch.cat([x[:, :3] + f(COORDS)[:3], x[:, 3:]], 1), "on a slice of slices": lambda x, f: part(part(x, f(COORDS).expand_as(x)), COORDS.expand_as(x)),
+    "its own generator": lambda x, f: x + torch.rand(x.shape, generator=GENERATOR)}
+GENERATOR = torch.Generator()
+SAID = {
+    "scaled": (lambda x, f: .7 * x + f(x), "scaled by 0.7"), "halved": (lambda x, f: (x + f(x)) / 2, "scaled by 0.5"), "by a tensor": (lambda x, f: x * torch.tensor(3.) + f(x), "scaled by 3"), "lerp": (lambda x, f: torch.lerp(x, f(x), .25), "scaled by 0.75"),
+    "mean of two": (lambda x, f: torch.stack([x, f(x)]).mean(0), "scaled by 0.5"), "alpha": (lambda x, f: torch.add(f(x), x, alpha=.1), "scaled by 0.1"), "beta": (lambda x, f: torch.addmm(x, f(x), f.weight, beta=.2), "scaled by 0.2"), "minus": (lambda x, f: f(x) - x, "scaled by -1"),
+    "nothing of it": (lambda x, f: 0 * x + f(x), "scaled by 0"), "flipped": (lambda x, f: x.flip(1) + f(x), "in another order"), "rolled": (lambda x, f: x.roll(1, 0) + f(x), "in another order"), "halves swapped": (lambda x, f: torch.cat([x[:, 3:], x[:, :3]], 1) + f(x), "in another order"),
+    "half of it": (lambda x, f: F.pad(x[:, :3], (0, 3)) + f(x), "in part or mixed"), "mixed": (lambda x, f: x.sum(1, keepdim=True) + f(x), "in part or mixed"), "relu first": (lambda x, f: x.relu() + f(x), "through relu"), "both": (lambda x, f: F.silu(x) + f(x), "through silu"),
+    "normalised": (lambda x, f: F.layer_norm(x + f(x), [6]), "NativeLayerNorm in the way"), "gated": (lambda x, f: x * COORDS + f(x), "Mul in the way"), "nothing": (lambda x, f: f(x), "no summand"), "the same": (lambda x, f: x, "no summand of its output"), "put in": (lambda x, f: torch.zeros(4, 6).copy_(x), "no summand of its output")}
+
+
+@pytest.mark.parametrize("form", SEEN)
+def test_blocks_in_all_their_forms_are_seen(form):
+    why, reason = judged(SEEN[form])
+    assert why and "addition" in why and reason is None
+
+
+@pytest.mark.parametrize("form", STILL)
+def test_what_does_not_depend_on_the_input_is_no_block(form):
+    assert judged(STILL[form]) == (None, "it adds nothing that depends on its input: a position, noise or a constant")
+
+
+@pytest.mark.parametrize("form", SAID)
+def test_what_is_no_summand_is_told_by_its_true_reason(form):
+    form, word = SAID[form]
+    why, reason = judged(form)
+    assert why is None and word in reason
+
+
+@pytest.mark.parametrize("form", [name for name in SEEN if name not in ("noise on the branch",)])
+def test_blocks_in_all_their_forms_are_measured_by_their_displacement(form):
+    net, x = nn.Sequential(Form(SEEN[form]), nn.Linear(6, 3)), torch.randn(4, 6)
+    with torch.no_grad():
+        want = (SEEN[form](x.clone(), net[0].f) - x).square().mean(1)
+        assert_close(trace_energies(net, x.clone()).energies()[0], want)
+        assert_close(energies(trace(net, x.clone()))[0], want)
+
+
+def test_the_values_of_the_network_decide_nothing():
+    def zero(form):
+        f = nn.Linear(6, 6)
+        for p in f.parameters(): nn.init.zeros_(p)
+        return judged(form, f=f)[0]
+    assert all(zero(SEEN[name]) for name in SEEN if name not in ("without a graph", "detached"))
+    assert all(judged(form, torch.zeros(4, 6))[0] for name, form in SEEN.items())
+
+
+class Positions(nn.Module):
+    def __init__(self, learned): super().__init__(); self.drop, self.p = nn.Dropout(.1), nn.Parameter(torch.randn(1, 7, 8)) if learned else None; self.register_buffer("pe", torch.randn(1, 7, 8))
+    def forward(self, x): return self.drop(x + (self.pe if self.p is None else self.p)[:, :x.shape[1]])
+
+
+class Encoder(nn.Module):
+    "Layers with something added between them."
+    def __init__(self, layers, between): super().__init__(); self.layers, self.between, self.extra = nn.ModuleList(layers), between, nn.Linear(8, 8)
+    def forward(self, x):
+        for layer in self.layers: x = layer(self.between(self, x))
+        return x
+
+
+TORCH = lambda norm_first: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+@pytest.mark.parametrize("between", [lambda self, x: x, lambda self, x: x + torch.ones(8), lambda self, x: x + torch.randn(x.shape), lambda self, x: x + self.extra(x), lambda self, x: x + self.extra.bias], ids=["nothing", "a constant", "noise", "a branch", "a parameter"])
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: nn.Sequential(net), lambda net: nn.Sequential(nn.Linear(8, 8), Positions(True), net, nn.Linear(8, 2))], ids=["alone", "wrapped", "in a network"])
+def test_layers_are_found_in_an_encoder_that_adds_something_between_them(between, wrap):
+    net = wrap(Encoder([TORCH(True) for _ in range(3)], between))
+    blocks = find_blocks(net, torch.randn(2, 5, 8))
+    assert [n.split(".")[-2:] for n in blocks] == [["layers", str(k)] for k in range(3)]
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_position_in_front_of_normalised_layers_is_no_block(learned):
+    net = nn.Sequential(Positions(learned), nn.TransformerEncoder(TORCH(False), 2, enable_nested_tensor=False))
+    with pytest.raises(ValueError, match="NativeLayerNorm in the way"): find_blocks(net, torch.randn(2, 5, 8))
+    before = nn.Sequential(Positions(learned), TORCH(True))
+    assert find_blocks(before, torch.randn(2, 5, 8)).skipped["0"] == "it adds nothing that depends on its input: a position, noise or a constant"
+
+
+def test_a_small_residual_part_does_not_take_its_layer_apart():
+    class Layer2(nn.Module):
+        "A convolution for the position at its head, as in CPVT or DaViT; `big`: most of the layer is in it."
+        def __init__(self, big): super().__init__(); self.cpe, self.mlp = ResidualBlock(nn.Sequential(nn.Linear(8, 99 if big else 2), nn.Linear(99 if big else 2, 8))), nn.Linear(8, 8)
+        def forward(self, x): x = self.cpe(x); return x + self.mlp(x)
+    x = torch.randn(3, 8)
+    assert list(find_blocks(nn.Sequential(Layer2(False), Layer2(False)), x)) == ["0", "1"]
+    blocks = find_blocks(nn.Sequential(Layer2(True), Layer2(True)), x)
+    assert list(blocks) == ["0.cpe", "1.cpe"] and "with 1 addition of its own beside them" in blocks.skipped["0"]
+
+
+def test_random_chains_of_moves_and_their_inverses_are_seen_through():
+    "Generated: a sum between a random chain of rearrangements and its inverse, or one of them left out."
+    moves = [(lambda t: t.flip(1), lambda t: t.flip(1)), (lambda t: t.roll(2, 1), lambda t: t.roll(-2, 1)), (lambda t: t.transpose(0, 1).contiguous(), lambda t: t.transpose(0, 1)), (lambda t: t * 4, lambda t: t / 4),
+             (lambda t: -t, lambda t: -t), (lambda t: t.unsqueeze(0).squeeze(0), lambda t: t), (lambda t: torch.cat([t[:, 2:], t[:, :2]], 1), lambda t: torch.cat([t[:, -2:], t[:, :-2]], 1))]
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda n: int(torch.randint(n, (), generator=generator))
+    for _ in range(40):
+        chain = [moves[draw(len(moves))] for _ in range(1 + draw(4))]
+        def form(x, f, chain=chain, skip=None):
+            a, v = x.repeat(2, 1)[:6], f(x.repeat(2, 1)[:6])
+            for there, _ in chain: a, v = there(a), there(v)
+            a = a + v
+            for k, (_, back) in reversed(list(enumerate(chain))): a = a if k == skip else back(a)
+            return a
+        square = torch.randn(6, 6)
+        whole = lambda x, f: form(torch.cat([x, x[:0]]), f)
+        assert judged(whole, square)[0]
+        skip = draw(len(chain))
+        left_out = lambda x, f: form(torch.cat([x, x[:0]]), f, skip=skip)
+        same = torch.equal(left_out(square, torch.zeros_like), square)
+        assert bool(judged(left_out, square)[0]) == same
+
+
+def test_an_action_that_nothing_can_change_is_refused():
+    x = torch.randn(2, 5, 8)
+    for still in (Positions(False), Form(lambda x, f: x + torch.ones(8)), Form(lambda x, f: x + 0 * x.detach() + 1)):
+        net = nn.Sequential(nn.Linear(8, 8), still, TORCH(True)).eval()
+        assert find_blocks(net, x, "1").why["1"].startswith("named by a pattern; it adds nothing that depends on its input")
+        action = trace_energies(net, x, "1").energies().sum()
+        with pytest.raises(RuntimeError, match="the action is above zero and has no gradient"): hooks.pulls(action, net)
+        (action + net(x).sum()).backward()   # the graph is still there
+        assert hooks.pulls(action + trace_energies(net, x, "2").energies().sum(), net)
+    net[2].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="has no gradient"): hooks.pulls(trace_energies(net, x, "1").energies().sum(), net)
+
+
+def test_an_action_that_has_a_gradient_or_is_zero_is_not():
+    x, learned = torch.randn(2, 5, 8), nn.Sequential(nn.Linear(8, 8), Positions(True), TORCH(True))
+    assert hooks.pulls(trace_energies(learned, x, "1").energies().sum(), learned)
+    zero = nn.Sequential(nn.Linear(8, 8), ResidualBlock(nn.Linear(8, 8)))
+    for p in zero[1].parameters(): nn.init.zeros_(p)
+    assert hooks.pulls(trace_energies(zero, x).energies().sum(), zero) is False
+    fast = torch.compile(zero, backend="aot_eager")
+    nn.init.ones_(zero[1].velocity.bias)
+    with EnergyMeter(zero) as meter:
+        loss = fast(x).sum()
+        action = meter.take(loss).sum()
+        assert hooks.pulls(action, zero)
+        (loss + action).backward()
+
+
+def test_few_passes_and_linear_work():
+    "The probe runs the network once, and the steps of its walks grow as the number of blocks."
+    class Counted(nn.Module):
+        passes = calls = 0
+        def __init__(self, K): super().__init__(); self.stem, self.stages = nn.Linear(6, 6), nn.Sequential(*(nn.Sequential(*(Form(lambda x, f: x + f(x)) for _ in range(K // 4))) for _ in range(4)))
+        def forward(self, x): Counted.passes += 1; return self.stages(self.stem(x))
+
+    def work(K):
+        Counted.passes, steps = 0, 0
+        def count(node, *args, was=hooks._ways_back): nonlocal steps; steps += 1; return was(node, *args)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(hooks, "_ways_back", count)
+            assert len(find_blocks(Counted(K), torch.randn(2, 6))) == K
+        return steps
+    few, many = work(50 // 4 * 4), work(200)
+    assert Counted.passes <= 10 and many <= 5 * few
 
 
 def test_frozen_and_zero_initialised_networks_are_found():
@@ -639,7 +841,7 @@ def test_integer_inputs():
     assert trace_energies(Decoder(), tokens()).energies().shape == (3, BATCH)
 
     class One(nn.Module):
-        def forward(self, x): return torch.ones_like(x)
+        def forward(self, x): return x * 0 + 1
 
     flow, x = Flow([One(), One()]), torch.arange(6).reshape(2, 3)
     assert find_blocks(flow, x).skipped["blocks.0"] == "no floating-point tensor goes in"   # the second sees the floats of the first
