@@ -1,9 +1,11 @@
 """Signatures of the package for type checkers: `.pyi` files, written when a wheel is built.
 
 Methods added to a class with `@patch`, as chapters do, are invisible to a type checker. Here they stand in their class. What a
-checker then takes for granted: that the module that adds a method is imported where the method is used.
+checker then takes for granted: that the module that adds a method is imported where the method is used. Nor does a checker know
+`@delegates`: here a function that takes the fields of a dataclass as keywords names them one by one.
 """
 import ast
+import copy
 from pathlib import Path
 
 KEPT = {'dataclass', 'property', 'cached_property', 'classmethod', 'staticmethod', 'contextmanager', 'setter', 'abstractmethod', 'overload'}
@@ -15,13 +17,24 @@ def name_of(node):
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, 'id', '')
 
 
-def bodiless(function, extra=()):
+def delegated(function, classes):
+    "The arguments of a function, with the fields of the dataclass that `@delegates` names in place of `**kwargs`."
+    names = [ast.unparse(d.args[0]) for d in function.decorator_list if name_of(d) == 'delegates' and d.args]
+    fields = [n for name in names if name in classes for n in classes[name].body if isinstance(n, ast.AnnAssign)]
+    if not fields: return function.args
+    args = copy.copy(function.args)
+    args.kwonlyargs = [*args.kwonlyargs, *(ast.arg(n.target.id, n.annotation) for n in fields)]
+    args.kw_defaults, args.kwarg = [*args.kw_defaults, *(n.value for n in fields)], None
+    return args
+
+
+def bodiless(function, extra=(), classes={}):
     "A function without its body; of its decorators only those that change how it is called."
     kept = [d for d in function.decorator_list if name_of(d) in KEPT]
     if 'call_parse' in map(name_of, function.decorator_list):   # annotations are those of the command line
         for argument in (*function.args.args, *function.args.kwonlyargs): argument.annotation = None
     new = ast.parse('def f(): ...').body[0]
-    new.name, new.args, new.returns, new.decorator_list = function.name, function.args, function.returns, [*extra, *kept]
+    new.name, new.args, new.returns, new.decorator_list = function.name, delegated(function, classes), function.returns, [*extra, *kept]
     if function.name in ('__init__', '__post_init__') and new.returns is None: new.returns = ast.Constant(None)
     return new
 
@@ -66,9 +79,14 @@ def patched(node):
         return ast.unparse(owner).strip('\'"'), bodiless(node, how)
 
 
-def stub(source):
-    "The text of the stub of a module with the text `source`."
-    tree = ast.parse(source)
+def classes_of(sources):
+    "The classes that modules with these texts define, by name."
+    return {n.name: n for source in sources for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
+
+
+def stub(source, classes=None):
+    "The text of the stub of a module with the text `source`; `classes` of other modules may be delegated to."
+    tree, classes = ast.parse(source), classes_of([source]) | (classes or {})
     added = {}
     for found in filter(None, map(patched, tree.body)): added.setdefault(found[0], []).append(found[1])
     own = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
@@ -85,7 +103,7 @@ def stub(source):
         if isinstance(node, (ast.Import, ast.ImportFrom)): lines.append(ast.unparse(node))
         elif isinstance(node, ast.ClassDef): lines.append(ast.unparse(ast.fix_missing_locations(declared(node, added.get(node.name, [])))))
         elif isinstance(node, ast.FunctionDef) and not any(name_of(d) in ('patch', 'patch_to') for d in node.decorator_list):
-            lines.append(ast.unparse(ast.fix_missing_locations(bodiless(node))))
+            lines.append(ast.unparse(ast.fix_missing_locations(bodiless(node, classes=classes))))
         elif isinstance(node, ast.AnnAssign): lines.append(ast.unparse(ast.AnnAssign(node.target, node.annotation, None, 1)))
         elif isinstance(node, ast.Assign):
             plain = isinstance(node.value, ast.Constant)
@@ -98,8 +116,9 @@ def stub(source):
 
 def write_stubs(package, to):
     "Write a stub for each module of the folder `package`, and of its packages, in the folder `to`; one that is there already is taken as it is."
-    for path in sorted(Path(package).rglob('*.py')):
-        if path.name == '_modidx.py': continue
+    modules = {path: path.read_text(encoding='utf-8') for path in sorted(Path(package).rglob('*.py')) if path.name != '_modidx.py'}
+    classes = classes_of(modules.values())
+    for path, source in modules.items():
         own, new = path.with_suffix('.pyi'), Path(to) / path.relative_to(package).with_suffix('.pyi')
         new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(own.read_text(encoding='utf-8') if own.exists() else stub(path.read_text(encoding='utf-8')), encoding='utf-8')
+        new.write_text(own.read_text(encoding='utf-8') if own.exists() else stub(source, classes), encoding='utf-8')

@@ -252,7 +252,7 @@ def test_no_device_synchronisation(way, compiled):
     steps = bench._Steps(device, width=8, batch=4, compiled=compiled)
     net, model, opt, watch = steps.way[way]
     watch = watch or steps._watch(net, way)
-    for _ in range(2): steps.step(model, opt, watch)   # optimiser state, compilation
+    for _ in range(2): steps.step(model, opt, watch)   # optimizer state, compilation
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try: steps.step(model, opt, watch)

@@ -119,7 +119,7 @@ def test_every_process_needs_a_sample(monkeypatch, tmp_path):
 
 
 def test_another_error_is_not_taken_for_a_lost_process(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "_wrapped", lambda model, recipe: model)
+    monkeypatch.setattr(training, "_wrapped", lambda model, config: model)
     monkeypatch.setattr(training, "_share", lambda: (0, 2))
     monkeypatch.setattr(training.Training, "open", lambda *args: None)
     def failing(self, *args, **kwargs):

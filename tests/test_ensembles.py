@@ -111,7 +111,7 @@ def test_a_diverged_network_is_left_as_it_was_when_last_seen_well():
         for k, v in row.member(1).state_dict().items(): assert torch.equal(v, seen[k])
         row.train()
         with torch.no_grad():
-            for stack in row.stacks: stack += 1.               # an optimiser goes on moving all it has
+            for stack in row.stacks: stack += 1.               # an optimizer goes on moving all it has
         row(x); row.eval()
 
 

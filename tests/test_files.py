@@ -339,7 +339,7 @@ def test_a_state_that_becomes_so_later_costs_no_work(tmp_path):
 
 def test_roll_back_with_a_state_of_its_own(tmp_path):
     model = nn.Sequential(Extra(2))
-    with pytest.warns(UserWarning, match='half|of the learning rate'), suppress(Diverged): train(tmp_path / 'run.pt', 6, model=model, optimiser='sgd', lr=1e38, rollback=2)
+    with pytest.warns(UserWarning, match='half|of the learning rate'), suppress(Diverged): train(tmp_path / 'run.pt', 6, model=model, optimizer='sgd', lr=1e38, rollback=2)
     assert model[0].value == 2
 
 

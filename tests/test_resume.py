@@ -36,7 +36,7 @@ def net(seed=0):
 
 def train(path, epochs=12, resume=False, seed=0, **settings):
     model = net(seed)
-    settings = dict(batch_size=25, eval_every=2, optimiser="sgd", lr=.02, schedule="cosine", clip=1., save_every=3) | settings
+    settings = dict(batch_size=25, eval_every=2, optimizer="sgd", lr=.02, schedule="cosine", clip=1., save_every=3) | settings
     return fit(model, digits().split(100), LeastAction(model, every=3), epochs=epochs, checkpoint=path, resume=resume, **settings)
 
 
@@ -106,7 +106,7 @@ def test_another_training_is_refused_unless_forced(tmp_path, change, message):
     def again(resume):
         model = net()
         settings = dict(data=digits().split(100), batch_size=25, epochs=5) | change
-        return fit(model, least_action=LeastAction(model, every=3), optimiser="sgd", checkpoint=tmp_path / "run.pt", resume=resume, **settings)
+        return fit(model, least_action=LeastAction(model, every=3), optimizer="sgd", checkpoint=tmp_path / "run.pt", resume=resume, **settings)
     train(tmp_path / "run.pt", 4)
     with pytest.raises(ValueError, match=message): again(True)
     assert again("force").curves["epoch"][-1] == 5
@@ -118,11 +118,11 @@ def test_another_network_or_no_least_action_is_refused(tmp_path):
         fit(net(), digits().split(100), batch_size=25, checkpoint=tmp_path / "run.pt", resume=True)
     other = dense_net(64, 10, 2)
     with pytest.raises(ValueError, match="(?s)of another network.*Missing key"):
-        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimiser="sgd", checkpoint=tmp_path / "run.pt", resume=True)
+        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimizer="sgd", checkpoint=tmp_path / "run.pt", resume=True)
 
 
 def test_another_optimiser_is_refused_and_another_precision_goes_on(tmp_path):
-    for name, change in (("adamw", dict(optimiser="adamw")), ("half", dict(precision="float16"))):
+    for name, change in (("adamw", dict(optimizer="adamw")), ("half", dict(precision="float16"))):
         train(tmp_path / name, 2, **change)
         if name == "half": assert train(tmp_path / name, 4, resume=True).curves["epoch"].tolist() == [2, 4]
         else:
@@ -341,7 +341,7 @@ def test_an_infinite_lambda_stops():
 def test_roll_back_halves_the_rate_until_it_holds(tmp_path):
     def rescued(path, rollback):
         torch.manual_seed(0)
-        return fit(dense_net(64, 10), digits().split(300), optimiser="sgd", lr=3., epochs=20, checkpoint=path, rollback=rollback)
+        return fit(dense_net(64, 10), digits().split(300), optimizer="sgd", lr=3., epochs=20, checkpoint=path, rollback=rollback)
     with pytest.warns(UserWarning, match="0.5 of the learning rate") as told: run = rescued(tmp_path / "run.pt", 12)
     assert run.last["loss"].isfinite() and load_checkpoint(tmp_path / "run.pt")["lr_scale"] == .5 ** len(told)
     with pytest.warns(UserWarning), pytest.raises(Diverged): rescued(tmp_path / "other.pt", len(told) - 1)
@@ -359,7 +359,7 @@ def test_a_refused_checkpoint_changes_nothing(tmp_path):
     assert all(torch.equal(t, before[name]) for name, t in wide.state_dict().items())
 
 
-@pytest.mark.parametrize("before, after", [(dict(weight_decay=.01), dict(weight_decay=.5)), (dict(optimiser="sgd", momentum=.9), dict(optimiser="sgd", momentum=.1))])
+@pytest.mark.parametrize("before, after", [(dict(weight_decay=.01), dict(weight_decay=.5)), (dict(optimizer="sgd", momentum=.9), dict(optimizer="sgd", momentum=.1))])
 def test_resuming_takes_the_settings_that_are_given(tmp_path, before, after):
     model, seen = dense_net(64, 10, K=2), {}
     split, key = digits().split(100), list(after)[-1]

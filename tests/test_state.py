@@ -24,7 +24,7 @@ from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.checks import number
 from lap_nb.nets import dense_net
 from lap_nb.state import Memory, capture, restore
-from lap_nb.training import Recipe, Training, fit
+from lap_nb.training import TrainConfig, Training, fit
 
 SPLIT = digits().split(60)
 GLOBAL = torch.Generator()   # of a script or notebook
@@ -38,30 +38,30 @@ NUMBERS = [np.float32, np.float64, np.float16, Fraction, Decimal, torch.tensor, 
 @pytest.mark.parametrize("of", NUMBERS)
 @pytest.mark.parametrize("name, value", [("lr", .25), ("weight_decay", .5), ("label_smoothing", .125), ("momentum", .5), ("gamma", .5), ("warmup", .25), ("clip", 2.)])
 def test_numbers_of_any_library_are_settings(name, value, of):
-    found = getattr(Recipe(**{name: of(value)}), name)
+    found = getattr(TrainConfig(**{name: of(value)}), name)
     assert type(found) is float and found == value
 
 
 @pytest.mark.parametrize("of", [int, float, np.int64, np.uint8, np.float32, Fraction, Decimal, torch.tensor, np.array])
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "eval_every", "patience", "check_every", "crop"])
 def test_whole_numbers_of_any_library_are_settings(name, of):
-    found = getattr(Recipe(**{name: of(3)}), name)
+    found = getattr(TrainConfig(**{name: of(3)}), name)
     assert type(found) is int and found == 3
 
 
 @pytest.mark.parametrize("name", ["flip", "channels_last", "compile"])
 @pytest.mark.parametrize("value", [np.True_, torch.tensor(True), np.array(True), 1])
-def test_truths_of_any_library_are_settings(name, value): assert getattr(Recipe(**{name: value}), name) is True
+def test_truths_of_any_library_are_settings(name, value): assert getattr(TrainConfig(**{name: value}), name) is True
 
 
 @pytest.mark.parametrize("value", [np.array([.25, .5]), torch.tensor([.25, .5]), [np.float32(.25), Fraction(1, 2)], iter([.25, .5])])
-def test_milestones_of_any_kind(value): assert Recipe(milestones=value).milestones == (.25, .5)
+def test_milestones_of_any_kind(value): assert TrainConfig(milestones=value).milestones == (.25, .5)
 
 
 class Word(str, Enum): SGD = "sgd"
 
 @pytest.mark.parametrize("value", [np.str_("sgd"), Word.SGD])
-def test_words_are_plain(value): assert type(Recipe(optimiser=value).optimiser) is str and Recipe(optimiser=value).optimiser == "sgd"
+def test_words_are_plain(value): assert type(TrainConfig(optimizer=value).optimizer) is str and TrainConfig(optimizer=value).optimizer == "sgd"
 
 
 CANNOT = [True, np.True_, "1", b"1", 1j, np.complex64(1), float("nan"), np.float32("inf"), Decimal("NaN"), Decimal("sNaN"), Fraction(10 ** 400), np.ones(1), np.ones(2),
@@ -70,19 +70,19 @@ CANNOT = [True, np.True_, "1", b"1", 1j, np.complex64(1), float("nan"), np.float
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "label_smoothing", "momentum", "gamma", "warmup", "clip"])
 def test_what_cannot_be_meant_by_a_number_is_refused(name):
     for value in CANNOT:
-        with pytest.raises(ValueError, match=f"{name} is .*, expected"): Recipe(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} is .*, expected"): TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "eval_every", "patience", "check_every", "crop"])
 def test_what_cannot_be_meant_by_a_whole_number_is_refused(name):
     for value in [*CANNOT, 2.5, np.float32(2.5), Fraction(1, 2), -1, 2 ** 63]:
-        with pytest.raises(ValueError, match=f"{name} is .*expected"): Recipe(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} is .*expected"): TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize("name, value", [("flip", 2), ("flip", "no"), ("channels_last", .5), ("channels_last", None), ("compile", "nonsense"), ("compile", print),
-                                         ("milestones", "0.5"), ("milestones", {.5: 1}), ("milestones", [[.5]]), ("milestones", None), ("optimiser", None), ("schedule", 3), ("gamma", 1e300)])
+                                         ("milestones", "0.5"), ("milestones", {.5: 1}), ("milestones", [[.5]]), ("milestones", None), ("optimizer", None), ("schedule", 3), ("gamma", 1e300)])
 def test_other_settings_that_cannot_be_meant(name, value):
-    with pytest.raises(ValueError, match=f"{name} is .*expected"): Recipe(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} is .*expected"): TrainConfig(**{name: value})
 
 
 def test_a_training_with_settings_of_any_kind_resumes(tmp_path):
@@ -95,7 +95,7 @@ def test_a_training_with_settings_of_any_kind_resumes(tmp_path):
         if training.epoch == 2: raise Stop
     with pytest.raises(Stop): run(checkpoint=tmp_path / "a.pt", callbacks=[cut], save_every=np.int32(2), rollback=np.int64(1))
     check_same(run(), run(checkpoint=tmp_path / "a.pt", resume=np.True_))
-    plain = load_checkpoint(tmp_path / "a.pt")["recipe"]
+    plain = load_checkpoint(tmp_path / "a.pt")["config"]
     assert {type(v) for v in plain.values()} <= {int, float, str, bool, tuple, type(None)} and {type(m) for m in plain["milestones"]} == {float}
 
 
@@ -218,7 +218,7 @@ def trained(make, path=None, stop=None, least_action=LeastAction, callbacks=lamb
         return old(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Training, "train_step", train_step)
-        try: return fit(model, SPLIT, la, epochs=epochs, batch_size=25, eval_every=2, optimiser="sgd", lr=.05, checkpoint=path, resume=path is not None and stop is None, callbacks=callbacks(), **settings)
+        try: return fit(model, SPLIT, la, epochs=epochs, batch_size=25, eval_every=2, optimizer="sgd", lr=.05, checkpoint=path, resume=path is not None and stop is None, callbacks=callbacks(), **settings)
         finally: m.undo()
 
 
@@ -267,7 +267,7 @@ def test_a_stop_by_a_callback_is_remembered(tmp_path):
     with pytest.warns(UserWarning, match='a callback has stopped this training after epoch 2.*resume="force" goes on'): resumed = trained(Remembers, tmp_path / "run.pt", seed=9, callbacks=stop)
     check_same(straight, resumed)
     model = Remembers()
-    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimiser="sgd", checkpoint=tmp_path / "run.pt", resume="force").curves["epoch"].tolist() == [2, 4]
+    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimizer="sgd", checkpoint=tmp_path / "run.pt", resume="force").curves["epoch"].tolist() == [2, 4]
 
 
 class Patience:

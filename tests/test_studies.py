@@ -59,6 +59,8 @@ def test_fingerprint_sees_every_change_and_no_more():
               replace(cell, method=METHODS[2]), replace(cell, method=Method('least', least_action=dict(lambda0=1., tau=2.)))]
     assert len({c.config for c in [cell, *others]}) == 10
     assert cell.config == Cell('circles', 20, Method('default', h=1.), Net(), Schedule(steps=500)).config
+    schedule = Schedule(others=dict(optimizer='sgd', crop=2))   # which was written otherwise when the first records were made
+    assert replace(cell, data='digits', method=Method('default'), schedule=schedule).config == '5febd75a98db'
     assert Method('m', least_action=dict(tau=1., lambda0=2.)) == Method('m', least_action=(('lambda0', 2.), ('tau', 1.)))
 
 

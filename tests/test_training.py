@@ -1,9 +1,11 @@
 "Least action and training: sequences computed by hand, one network against many, and faults."
+import json
 import os
 import re
 import shutil
 import threading
 from copy import copy
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import ROOT
 from lap_nb.data import Dataset, digits
 from lap_nb.depth import Elastic, depth_curve, latency, recompute_statistics
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
@@ -19,7 +22,7 @@ from lap_nb.ensembles import Ensemble, _made, fit_many
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
 from lap_nb.nets import dense_net, init_velocities_
-from lap_nb.training import evaluate, fit
+from lap_nb.training import TrainConfig, evaluate, fit
 
 make = partial(dense_net, 64, 10, 3, 16)
 
@@ -185,7 +188,7 @@ def weights(run): return torch.cat([p.detach().flatten() for p in run.model.para
 
 
 def by_hand(make_opt, schedule=None, epochs=6, clip=None, smoothing=0.):
-    "The same training with PyTorch's own optimiser, scheduler and clipping, in a loop of its own."
+    "The same training with PyTorch's own optimizer, scheduler and clipping, in a loop of its own."
     torch.manual_seed(0)
     model, g = make(), torch.Generator().manual_seed(0)
     opt = make_opt(model.parameters())
@@ -205,25 +208,25 @@ ADAMW = partial(torch.optim.AdamW, lr=.01, weight_decay=.01)
 sched = torch.optim.lr_scheduler
 
 @pytest.mark.parametrize("settings, expected", [
-    (dict(optimiser="sgd", lr=.1), dict(make_opt=SGD)),
+    (dict(optimizer="sgd", lr=.1), dict(make_opt=SGD)),
     (dict(lr=.01), dict(make_opt=ADAMW)),
     (dict(lr=.01, clip=.3, label_smoothing=.1), dict(make_opt=ADAMW, clip=.3, smoothing=.1)),
-    (dict(optimiser="sgd", lr=.1, schedule="cosine"), dict(make_opt=SGD, schedule=lambda o: sched.CosineAnnealingLR(o, 18))),
-    (dict(optimiser="sgd", lr=.1, schedule="multistep"), dict(make_opt=SGD, schedule=lambda o: sched.MultiStepLR(o, [9, 14]))),
-    (dict(optimiser="sgd", lr=.1, warmup=.5), dict(make_opt=SGD, schedule=lambda o: sched.LinearLR(o, 1 / 9, 1, 8))),
+    (dict(optimizer="sgd", lr=.1, schedule="cosine"), dict(make_opt=SGD, schedule=lambda o: sched.CosineAnnealingLR(o, 18))),
+    (dict(optimizer="sgd", lr=.1, schedule="multistep"), dict(make_opt=SGD, schedule=lambda o: sched.MultiStepLR(o, [9, 14]))),
+    (dict(optimizer="sgd", lr=.1, warmup=.5), dict(make_opt=SGD, schedule=lambda o: sched.LinearLR(o, 1 / 9, 1, 8))),
 ])
 def test_options_do_what_pytorch_does(settings, expected):
     torch.testing.assert_close(weights(fitted(None, **settings)), by_hand(**expected), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [dict(optimiser="sgd", lr=.05, schedule="onecycle", clip=.5, label_smoothing=.1), dict(precision="bfloat16", clip=.5)])
+@pytest.mark.parametrize("settings", [dict(optimizer="sgd", lr=.05, schedule="onecycle", clip=.5, label_smoothing=.1), dict(precision="bfloat16", clip=.5)])
 def test_a_row_with_options_is_what_its_networks_are_alone(settings):
     from lap_nb.ensembles import _attached
     from lap_nb.training import train_loop
     row = digits().splits(60, [3, 4])
     ensemble = Ensemble([_made(make, s) for s in row.seeds])
     curves = train_loop(ensemble, row, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in row.seeds],
-                        epochs=4, batch_size=25, eval_every=2, **settings)
+                        TrainConfig(epochs=4, batch_size=25, eval_every=2, **settings))
     loose = 5e-2 if "precision" in settings else 1e-3
     for i, seed in enumerate(row.seeds):
         model = _made(make, seed)
@@ -276,7 +279,7 @@ def test_compiled_training_has_the_gradients_of_the_eager_one(monkeypatch):
     compiled = []
     def whole(model, compile=torch.compile, **options): compiled.append(options); return compile(model, fullgraph=True, **options)
     monkeypatch.setattr(torch, "compile", whole)
-    settings = dict(model=partial(dense_net, 64, 10, 2, 8), optimiser="sgd", momentum=0., weight_decay=0., lr=.5, epochs=3, batch_size=60, eval_every=1)
+    settings = dict(model=partial(dense_net, 64, 10, 2, 8), optimizer="sgd", momentum=0., weight_decay=0., lr=.5, epochs=3, batch_size=60, eval_every=1)
     eager, fast = (fitted(compile=c, **settings) for c in (False, True))
     assert compiled == [dict(backend="inductor")] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(weights(fast), weights(eager), rtol=1e-4, atol=1e-6)
@@ -329,11 +332,22 @@ def test_a_plain_training_leaves_no_hooks_and_keeps_its_numbers():
 
 
 def test_unknown_setting_is_named():
-    with pytest.raises(TypeError, match="epoch"): fit(make(), SMALL, epoch=3)
+    with pytest.raises(TypeError, match="no setting epoch, expected some of epochs"): fit(make(), SMALL, epoch=3)
+    with pytest.raises(TypeError, match="no setting optimiser"): fit_many(make, digits().splits(60, range(2)), optimiser="sgd")
+
+
+def test_settings_by_name_stand_in_place_of_those_of_the_configuration():
+    config = TrainConfig(epochs=2, batch_size=20, eval_every=1, lr=.1)
+    for given in (dict(config=config), dict(config=config, lr=.1), dict(config=replace(config, lr=.5), lr=.1), dict(epochs=2, batch_size=20, eval_every=1, lr=.1)):
+        assert fit(make(), SMALL, **given).provenance.items() >= asdict(config).items()
+        assert fit_many(make, digits().splits(40, range(2)), **given).provenance.items() >= asdict(config).items()
+    for wrong in ("sgd", dict(lr=.1), TrainConfig, .1):
+        with pytest.raises(TypeError, match="config is .*, expected TrainConfig"): fit(make(), SMALL, config=wrong)
+    with pytest.raises(ValueError, match="lr is -1"): fit(make(), SMALL, config=config, lr=-1)
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(optimiser="adam"), "optimiser is 'adam', expected one of 'adamw', 'sgd'"), (dict(precision="half"), "precision is 'half'"),
+    (dict(optimizer="adam"), "optimizer is 'adam', expected one of 'adamw', 'sgd'"), (dict(precision="half"), "precision is 'half'"),
     (dict(schedule="step"), "schedule is 'step'"), (dict(clip=0.), "clip is 0"), (dict(crop=-1), "crop is -1"), (dict(crop=2), "are for pictures"),
     (dict(flip=True), "are for pictures"), (dict(lr=-1.), "lr is -1"), (dict(weight_decay=-.1), "weight_decay is -0.1"), (dict(patience=0), "patience is 0"),
     (dict(label_smoothing=1.), "label_smoothing is 1"), (dict(warmup=10), "warmup is 10"), (dict(milestones=(100,)), "milestones is 100"),
@@ -341,6 +355,25 @@ def test_unknown_setting_is_named():
     (dict(milestones=.5), "milestones is 0.5"), (dict(gamma=-1.), "gamma is -1"), (dict(epochs=True), "epochs is True"), (dict(precision=["float16"]), "precision is")])
 def test_options_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message): fit(make(), SMALL, **settings)
+
+
+RUNS = json.loads((ROOT / "tests" / "runs.json").read_text())   # of release 0.1.0
+KINDS = dict(plain=(None, {}), least_action=(LeastAction, {}), onecycle=(LeastAction, dict(schedule="onecycle")),
+             sgd=(None, dict(optimizer="sgd", lr=.1, schedule="cosine", warmup=.1, clip=.5, label_smoothing=.1)))
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_seeds_give_the_numbers_they_always_gave(name):
+    "In float64, where processors differ by 1e-8 after these few steps."
+    kind, _, mode = name.partition(" ")
+    maker, settings = KINDS[kind]
+    data, net, train = digits(), lambda: dense_net(64, 10, 3, 16).double(), dict(epochs=4, batch_size=25, eval_every=2) | settings
+    data = replace(data, x=data.x.double())
+    if mode: run = fit_many(net, data.splits(60, range(3)), least_action=maker, mode=mode, **train)
+    else:
+        torch.manual_seed(0)
+        run = fit(model := net(), data.split(100), maker and maker(model), **train)
+    for curve, numbers in RUNS[name].items():
+        torch.testing.assert_close(run.curves[curve].double(), torch.tensor(numbers, dtype=torch.float64), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.gpu
@@ -354,10 +387,10 @@ def test_on_a_gpu(settings):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_a_gpu_waits_for_nothing():
-    from lap_nb.training import Recipe, Training, batches
+    from lap_nb.training import Training, batches
     model = conv().cuda()
     split = IMAGES.split(200).to("cuda")
-    training = Training(model, split, LeastAction(model), [torch.Generator().manual_seed(0)], Recipe(batch_size=50, clip=1.))
+    training = Training(model, split, LeastAction(model), [torch.Generator().manual_seed(0)], TrainConfig(batch_size=50, clip=1.))
     for x, y in batches(split, training.generators, 50): training.train_step(x, y)
     training.at = 0
     found = list(batches(split, training.generators, 50))
@@ -375,13 +408,13 @@ def test_a_step_reads_no_value_from_the_device(monkeypatch, row, maker):
     from lap_nb import ensembles, training
     cpu = lambda self, seeds, device: self.__dict__.update(generators=[torch.Generator().manual_seed(s) for s in seeds])
     monkeypatch.setattr(ensembles.Ensemble, "_seed", cpu)   # meta has no generators
-    monkeypatch.setattr(training, "make_optimiser", lambda params, recipe: torch.optim.SGD(list(params), lr=.1, momentum=.9, foreach=False))   # nor fused optimisers
+    monkeypatch.setattr(training, "make_optimizer", lambda params, config: torch.optim.SGD(list(params), lr=.1, momentum=.9, foreach=False))   # nor fused optimizers
     split = copy(digits().splits(60, [0, 1]) if row else SMALL)
     for part in ("x", "y", "train", "val", "test"): object.__setattr__(split, part, getattr(split, part).to("meta"))   # unchecked: to check is to read
     model = (Ensemble([make(), make()]) if row else make()).to("meta")
     la = maker and (ensembles._attached([maker] * 2, model) if row else maker(model))
     gens = [torch.Generator().manual_seed(s) for s in range(1 + row)]
-    loop = training.Training(model, split, la, gens, training.Recipe(batch_size=25, epochs=2, eval_every=1, clip=1., schedule="cosine"))
+    loop = training.Training(model, split, la, gens, training.TrainConfig(batch_size=25, epochs=2, eval_every=1, clip=1., schedule="cosine"))
     for _ in range(2):
         for x, y in training.batches(split, gens, 25): loop.train_step(x, y)
         loop.epoch, loop.at = loop.epoch + 1, 0
@@ -391,7 +424,7 @@ def test_a_step_reads_no_value_from_the_device(monkeypatch, row, maker):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_on_the_cpu_a_step_reads_the_sign_of_the_loss_and_nothing_else(precision):
-    from lap_nb.training import Recipe, Training, batches
+    from lap_nb.training import Training, batches
     class Reads(TorchDispatchMode):
         count = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -400,8 +433,8 @@ def test_on_the_cpu_a_step_reads_the_sign_of_the_loss_and_nothing_else(precision
     for maker, reads in ((None, 0), (LeastAction, 3)):
         model = make()
         gens = [torch.Generator().manual_seed(0)]
-        loop, found = Training(model, SMALL, maker and maker(model), gens, Recipe(precision=precision, clip=1.)), Reads()
-        loop.train_step(SMALL.x[:5], SMALL.y[:5])   # makes the state of the optimiser
+        loop, found = Training(model, SMALL, maker and maker(model), gens, TrainConfig(precision=precision, clip=1.)), Reads()
+        loop.train_step(SMALL.x[:5], SMALL.y[:5])   # makes the state of the optimizer
         with found:
             for x, y in batches(SMALL, gens, 25): loop.train_step(x, y)
         assert found.count == reads
@@ -512,10 +545,10 @@ def test_values_for_each_network_come_from_the_grid(mode, settings, message):
 
 @pytest.mark.parametrize("row", [False, True])
 def test_a_parameter_that_is_not_finite_is_found_in_any_network(row):
-    from lap_nb.training import Recipe, Training
+    from lap_nb.training import Training
     split = digits().splits(60, [0, 1]) if row else SMALL
     model = Ensemble([_made(make, s) for s in (0, 1)]) if row else make()
-    training = Training(model, split, None, [torch.Generator()] * (1 + row), Recipe())
+    training = Training(model, split, None, [torch.Generator()] * (1 + row), TrainConfig())
     training.check()
     bias = list(model.parameters())[-1].data
     if not row:
@@ -715,19 +748,18 @@ ODD = [None, True, "a", b"a", -1, 0, 2.5, 1e308, -1e308, float("nan"), float("in
 
 def calls():
     from lap_nb import training as t
-    from lap_nb.training import Recipe
     x, y, z, g = IMAGES.x[:4], IMAGES.y[:4], torch.randn(4, 10), torch.Generator()
     p = nn.Parameter(torch.ones(2, 2)); p.grad = torch.ones(2, 2)
     pictures, moves = IMAGES.split(60), torch.zeros(4, 3, dtype=torch.long)
-    recipe = {name: getattr(Recipe(), name) for name in Recipe.__dataclass_fields__} | dict(epochs=1)
+    config = {name: getattr(TrainConfig(), name) for name in TrainConfig.__dataclass_fields__} | dict(epochs=1)
     return {"shift_flip": (t.shift_flip, dict(x=x, moves=moves, crop=1)), "batches": (lambda **k: list(t.batches(**k)), dict(split=pictures, generators=[g], batch_size=20, crop=1, flip=True, skip=0, share=(0, 1))),
             "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=.1)), "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
-            "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)), "learning_rate": (t.learning_rate, dict(recipe=Recipe(), step=1, steps=5)),
-            "make_optimiser": (t.make_optimiser, dict(params=[p], recipe=Recipe())), "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1., row=False)), "Recipe": (Recipe, recipe),
-            "fit": (t.fit, dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoint=None, resume=False, save_every=None, rollback=0) | recipe)}
+            "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)), "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1, steps=5)),
+            "make_optimizer": (t.make_optimizer, dict(params=[p], config=TrainConfig())), "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1., row=False)), "TrainConfig": (TrainConfig, config),
+            "fit": (t.fit, dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoint=None, resume=False, save_every=None, rollback=0) | config)}
 
 
-@pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimiser", "clip_gradients", "Recipe", "fit"])
+@pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimizer", "clip_gradients", "TrainConfig", "fit"])
 def test_one_wrong_argument_is_told_in_words_of_ours(name, tmp_path, monkeypatch):
     "It works, or it raises what is documented with words that say what was expected."
     monkeypatch.chdir(tmp_path)

@@ -86,7 +86,7 @@ def memory(
     step:Callable[[], object], # a whole step of training
     device:torch.device,       # where it works
 )->float:                      # bytes at the peak: on a GPU of all that is allocated, on a CPU of what the step adds
-    "What one step holds at most; run it once before, so that optimisers have their state."
+    "What one step holds at most; run it once before, so that optimizers have their state."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
@@ -159,7 +159,7 @@ class _Steps:
         self.way = {way: self._built(deepcopy(net), way) for way in ways} if compiled else dict.fromkeys(ways, self._built(net, None))
 
     def _built(self, net, way):
-        "Network, its compiled form, optimiser and watcher; a compiled network has its hooks for good."
+        "Network, its compiled form, optimizer and watcher; a compiled network has its hooks for good."
         watch = self._watch(net, way) if way else None
         opt = torch.optim.SGD(net.train().parameters(), lr=1e-3, momentum=.9, fused=True)
         return net, torch.compile(net) if self.compiled else net, opt, watch
@@ -296,7 +296,7 @@ def _pictures(n:int, held:int, device)->Split:
     at = torch.arange(len(x)).split([n, held, held])
     return Split(x, y, *at, "noise", 10, (0,)).to(device)
 
-RECIPE = dict(channels_last=True, batch_size=128, lr=.1, weight_decay=1e-4, optimiser="sgd", schedule="multistep", milestones=(.5, .75), eval_every=1)
+CONFIG = dict(channels_last=True, batch_size=128, lr=.1, weight_decay=1e-4, optimizer="sgd", schedule="multistep", milestones=(.5, .75), eval_every=1)
 
 @benchmark("published-loop", slow=True)
 def _published_loop(device):
@@ -305,7 +305,7 @@ def _published_loop(device):
     def side(train):
         with seeded(0): net = conv_net((1, 28, 28), 10, width=width).to(device)
         return clock(lambda: train(net), device)
-    def ours(net): fit(net, split, LeastAction(net, lambda0=1., tau=1., every=1), epochs=epochs, compile=big, **RECIPE)
+    def ours(net): fit(net, split, LeastAction(net, lambda0=1., tau=1., every=1), epochs=epochs, compile=big, **CONFIG)
     return [Sides("published-loop", lambda: side(lambda net: published_loop(net, split, epochs)), lambda: side(ours),
                   f"published loop / fit with least action, {epochs} epoch{'s' * big} of 500 pictures, 9 blocks of {width} filters",
                   3. if big else 1., better="higher", least=3)]

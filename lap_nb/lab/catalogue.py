@@ -174,7 +174,7 @@ def _adaptive(scale:str)->Study:
         Grid(("circles",), (300,), (*_settings(), *rivals), net=plane, schedule=long, curve=True)), scale)
 
 # %% ../../nbs/08_replication.ipynb #493d0dfc
-PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimiser="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
+PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4, others=dict(optimizer="sgd", schedule="multistep", milestones=(.5, .75, .8333)))
 
 def _rivals(sgd:bool)->tuple[Method, ...]:
     "Families of three candidates each, least action among them; where a family has no setting of its own it is the learning rate. The published setting stands beside them."

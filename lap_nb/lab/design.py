@@ -75,7 +75,7 @@ class Schedule:
     points:int=10            # evaluations on the way
     epochs:int=0             # passes through the samples, whatever their number; 0: as many as the steps need
     weight_decay:float=.01   # unless the method has its own
-    others:tuple=()          # further settings of `fit`, a mapping or pairs: optimiser, schedule, milestones, crop, flip, ...
+    others:tuple=()          # further settings of `fit`, a mapping or pairs: optimizer, schedule, milestones, crop, flip, ...
     def __post_init__(self):
         object.__setattr__(self, "others", _frozen(self.others))
         check_fields(self)
@@ -167,10 +167,13 @@ def data(self:Study,
     return list(dict.fromkeys(cell.data for cell, _ in self.cells(only)))
 
 # %% ../../nbs/91_design.ipynb #8e2bd3cd
+RECORDED = dict(optimizer="optimiser") # names that settings have in records, where these are older than the names of today
+
 def changed_fields(value):
-    "A frozen description as plain JSON values, with the fields left out that are at their defaults."
+    "A frozen description as plain JSON values, as records have it, with the fields left out that are at their defaults."
     if not hasattr(value, "__dataclass_fields__"): return value
-    return {f.name: changed_fields(v) for f in fields(value) if (v := getattr(value, f.name)) != f.default}
+    found = {f.name: changed_fields(v) for f in fields(value) if (v := getattr(value, f.name)) != f.default}
+    return found | {"others": tuple((RECORDED.get(k, k), v) for k, v in found["others"])} if "others" in found else found
 
 def checksum(value)->str: # 12 hexadecimal digits
     "Checksum of plain JSON values."
