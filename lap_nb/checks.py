@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 # %% ../nbs/90_checks.ipynb #6e60dc03
 def described(
@@ -110,16 +110,6 @@ def number(
         raise ValueError(f"{name} is {described(value)}, expected {kind}" + (limits and f" {limits}") + (why and f": {why}"))
     return found
 
-def flag(
-    name:str, # what is switched, for the message
-    value,    # True or False, of NumPy or PyTorch, too; or 1 or 0
-)->bool:
-    "`value` as `True` or `False`; raises `TypeError` if it is neither."
-    if isinstance(value, bool): return value
-    if isinstance(value, (Tensor, np.ndarray)) and not value.ndim and not getattr(value, "is_meta", False): value = value.item()
-    if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1): return bool(value)
-    raise WrongKind(f"{name} is {described(value)}, expected True or False")
-
 def counts(
     **values, # by name; what stands for a whole number
 ):
@@ -134,21 +124,6 @@ def positive(
     "`value` as a finite float above zero; raises `TypeError` or `ValueError`."
     return number(name, value, above=0, why=why)
 
-def _rows(value)->bool: return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided
-
-def is_row(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
-
-def several(
-    name:str,  # what the values are, for the message
-    values,    # a list, an array, ... of them, in order
-    each:collections.abc.Callable=number, # makes one value of `name` and what was given, or raises
-)->tuple:
-    "`values` one by one; raises `TypeError` if they are no row, `ValueError` if there are too many."
-    row = isinstance(values, collections.abc.Iterable) and not isinstance(values, (str, bytes, collections.abc.Mapping))
-    if not row or isinstance(values, (Tensor, np.ndarray)) and not is_row(values): raise WrongKind(f"{name} is {described(values)}, expected a row of values")
-    if isinstance(values, collections.abc.Sized) and len(values) > 2 ** 20: raise ValueError(f"{name} has {len(values):,} values, expected no more than a million")
-    return tuple(each(f"a value of {name}", value) for value in values)
-
 def share(
     name:str,   # what the number is, for the message
     value,      # anything that stands for a number
@@ -156,6 +131,41 @@ def share(
 )->float:
     "`value` as a float in [0, 1]; raises `TypeError` or `ValueError`."
     return number(name, value, 0, 1, why=why)
+
+# %% ../nbs/90_checks.ipynb #90a0c020
+def flag(
+    name:str, # what is switched, for the message
+    value,    # True or False, of NumPy or PyTorch, too; or 1 or 0
+)->bool:
+    "`value` as `True` or `False`; raises `TypeError` if it is neither."
+    if isinstance(value, bool): return value
+    if isinstance(value, (Tensor, np.ndarray)) and not value.ndim and not getattr(value, "is_meta", False): value = value.item()
+    if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1): return bool(value)
+    raise WrongKind(f"{name} is {described(value)}, expected True or False")
+
+# %% ../nbs/90_checks.ipynb #90a0c021
+def _rows(value)->bool: return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided
+
+def is_row(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
+
+def as_given(
+    name:str, # not looked at
+    value,    # anything
+):            # `value` itself
+    "One of several values of which nothing is expected."
+    return value
+
+def several(
+    name:str,  # what the values are, for the message
+    values,    # a list, an array, ... of them, in order
+    each:collections.abc.Callable=number, # makes one value of `name` and what was given, or raises
+    what:str="a row of values", # is expected, for the message
+)->tuple:
+    "`values` one by one; raises `TypeError` if they are no row, `ValueError` if there are too many."
+    row = isinstance(values, collections.abc.Iterable) and not isinstance(values, (str, bytes, collections.abc.Mapping))
+    if not row or isinstance(values, (Tensor, np.ndarray)) and not is_row(values): raise WrongKind(f"{name} is {described(values)}, expected {what}")
+    if isinstance(values, collections.abc.Sized) and len(values) > 2 ** 20: raise ValueError(f"{name} has {len(values):,} values, expected no more than a million")
+    return tuple(each(f"a value of {name}", value) for value in values)
 
 # %% ../nbs/90_checks.ipynb #93e6c66e
 def one_of(
@@ -211,6 +221,41 @@ def in_room(
         said = str(error).split("\n")[0]
         if not isinstance(error, MemoryError) and not re.search("bad_alloc|t allocate|[Oo]verflow|out of memory", said): raise
         raise MemoryError(f"there is no room for {what}, expected less of it" + (said and f" ({said})")) from error
+
+# %% ../nbs/90_checks.ipynb #90a0c010
+def check_module(
+    name:str, # what the module is, for the message
+    value,    # a module
+)->nn.Module:
+    "`value`; raises `TypeError` if it is no module."
+    if isinstance(value, nn.Module): return value
+    swapped = "; are two arguments swapped?" if isinstance(value, Tensor) else ""
+    raise WrongKind(f"{name} is {described(value)}, expected a torch.nn.Module{swapped}")
+
+def check_tensor(
+    name:str, # what the tensor is, for the message
+    value,    # a tensor
+)->Tensor:
+    "`value`; raises `TypeError` if it is no tensor, or a nested one."
+    if isinstance(value, Tensor) and not value.is_nested: return value
+    convert = "a padded one: convert with .to_padded_tensor(0.)" if isinstance(value, Tensor) else "a tensor: convert with torch.as_tensor"
+    raise WrongKind(f"{name} is {described(value)}, expected {convert}")
+
+def is_dense(
+    value, # anything
+)->bool:
+    "Is `value` a tensor with values of its own, each at its place?"
+    return isinstance(value, Tensor) and not (value.is_nested or value.is_quantized or value.layout != torch.strided or value.is_meta)
+
+def check_labels(
+    y,     # labels
+    n:int, # samples
+)->Tensor: # `y` itself
+    "`y` if it is a dense tensor with a finite value for each sample; raises `TypeError` or `ValueError`."
+    if not is_dense(y) or y.is_complex(): raise WrongKind(f"labels are {described(y)}, expected a dense tensor ({n},) of numbers")
+    if y.shape != (n,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({n},)")
+    if not y.isfinite().all(): raise ValueError("labels have values that are no numbers, expected a class for each sample")
+    return y
 
 # %% ../nbs/90_checks.ipynb #14d73e08
 def real_tensor(

@@ -346,8 +346,9 @@ def check(self:SampleAxes,
 
 # %% ../nbs/02_attach.ipynb #8dc89c3e
 import math
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -357,35 +358,136 @@ from lap_nb.dynamics import ResidualBlock, call_network
 from lap_nb.files import as_code, as_text
 
 # %% ../nbs/02_attach.ipynb #399866a1
-_SAME = {"CloneBackward0", "AliasBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
-         "SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"}
-_SUMS = {"AddBackward0", "SubBackward0", "AddcmulBackward0", "AddcdivBackward0"}
-_ACTIVATIONS = {f"{name}Backward{i}" for i in range(2) for name in
-                "Relu LeakyRelu Gelu Silu Elu Celu Selu Mish Hardtanh Hardswish Softplus Threshold Tanh PreluKernel".split()}
+_SUMS = {"Add", "Sub", "Rsub"}
+_FUSED = {"Addcmul", "Addcdiv", "Addmm", "Addbmm", "Baddbmm", "Addmv", "Addr"}   # a product is added to the first
+_MOVES = {*_SUMS, *"""Alias Clone Copy ToCopy View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Repeat T Transpose Permute Slice Select AsStrided Diagonal Unfold
+    Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Cat Stack Sum Mean Flip Roll Rot90 ConstantPadNd PixelShuffle PixelUnshuffle NativeChannelShuffle
+    Mul Div Neg Lerp CopySlices""".split()}
+_ACTIVATIONS = set("Relu LeakyRelu Gelu Silu Elu Celu Selu Mish Hardtanh Hardswish Softplus Threshold Tanh PreluKernel".split())
 
-def _summands(node)->list:
-    "The nodes that enter the sum `node` with weight one."
-    ways = [n for n, _ in node.next_functions]
-    plain = node.name() == "AddBackward0" and getattr(node, "_saved_alpha", 1) == 1
-    return ways[:2] if plain else ways[:1]
+def _operation(node)->str: return node.name().removeprefix("torch::autograd::").split("Backward")[0]
 
-def _identity_path(
-    node,  # autograd node that made the output, or None
-    start, # node that made the input
-)->tuple:  # sums on the way from output to input (None: no such way), activation after the last sum, what bars other ways
-    "Walk from `node` back to `start` through sums and what leaves all values alone."
-    todo, seen, bars = [(node, (), None, False)], set(), set()
+def _ways_back(node, nr:int, g:Tensor)->list|None: # pairs (node and its output, or None; what arrives there); None: the way ends
+    "Where `g` goes from output `nr` of `node`, an operation that moves, scales or adds numbers."
+    ways, name = node.next_functions, _operation(node)
+    if name in _FUSED: back = [g * getattr(node, "_saved_beta", 1)] + [None] * (len(ways) - 1)
+    elif name not in _MOVES: return None
+    else:
+        try: back = node(*(g if i == nr else None for i in range(len(node._input_metadata))))
+        except (RuntimeError, TypeError): return None   # it needs an activation: no constant factor
+    back = back if isinstance(back, (tuple, list)) else [back]
+    return [(way, None if way[0] is None or b is None else _fitted(b, way[0]._input_metadata[way[1]])) for way, b in zip(ways, back)]
+
+def _fitted(g:Tensor, like)->Tensor:
+    "As autograd hands it on: in shape and precision of what came forwards."
+    shape = torch.Size(like.shape)
+    return (g if g.shape == shape else g.sum_to_size(shape)).to(like.dtype)
+
+# %% ../nbs/02_attach.ipynb #a1f0d002
+@dataclass
+class _Way:
+    "How an input comes to its output."
+    start: Any = None   # node of the input that was reached; None: there is no such way
+    sums: dict = field(default_factory=dict) # additions on the way: node to the nodes of what is added to the input there
+    words: str = ""     # what else is on the way, or why there is none
+
+@dataclass
+class _Arrival:
+    "What a walk has found at an input."
+    start: Any
+    code: Tensor  # what arrived
+    sums: tuple   # linked list: a sum, by which of its summands the way goes, the nodes of the others
+    after: str    # activation after the last sum
+    before: str   # activation before the first sum
+    written: bool # it was written over the input itself
+
+
+def _listed(sums:tuple)->list[tuple]:
+    found = []
+    while sums: *one, sums = sums; found.append(one)
+    return found
+
+def _code(like:Tensor)->Tensor:
+    "A number from 1 to 127 for each element, which every precision holds; they come again after 65,521, a prime, which no rearrangement meets."
+    n = torch.arange(min(like.numel(), 65521), device=like.device)
+    code = (((n * 40503) >> 4) % 127 + 1).to(like.dtype)
+    return code.repeat(-(-like.numel() // max(1, len(n))))[:like.numel()].view(like.shape)
+
+# %% ../nbs/02_attach.ipynb #a1f0d003
+def _arrivals(y:Tensor, code:Tensor, starts, written)->tuple[list[_Arrival], set]: # and the operations at which other ways end
+    "Walk from an output back to inputs that made it; stops at one that arrives as it left."
+    oldest = min(s._sequence_nr() for s in starts)
+    todo, visits, found, bars = [(y.grad_fn, y.output_nr, code, (), "", "")], Counter(), [], set()
     while todo:
-        node, sums, after, bare = todo.pop()   # bare: an activation with no sum seen behind it yet
-        if node is start and sums and not bare: return sums, after, bars
-        if node is start or node is None or (node, bare) in seen: continue
-        seen.add((node, bare))
-        name, ways = node.name(), [n for n, _ in node.next_functions]
-        if name in _SUMS: todo += [(n, (node, sums), after, False) for n in reversed(_summands(node))]
-        elif name in _SAME: todo.append((ways[0], sums, after, bare))
-        elif name in _ACTIVATIONS: todo.append((ways[0], sums, after if sums else name.split("Backward")[0].lower(), True))
-        else: bars.add(name.split("Backward")[0])
-    return None, None, bars
+        node, nr, g, sums, after, before = todo.pop()   # before: an activation with no sum seen behind it yet
+        if node in starts:
+            found.append(_Arrival(node, g, sums, after, before, False))
+            if sums and not before and _same(g, code): break
+            continue
+        visits[node, nr, before] += 1
+        if node._sequence_nr() < oldest or not node.next_functions or visits[node, nr, before] > 3: continue
+        name = _operation(node)
+        if name in _ACTIVATIONS:
+            word, (way, at) = name.lower().replace("kernel", ""), node.next_functions[0]
+            if way in written: found.append(_Arrival(way, g, sums, after, word, True))
+            elif way is not None: todo.append((way, at, g, sums, after if sums else word, word if sums else before))
+        elif (ways := _ways_back(node, nr, g)) is None: bars.add(name)
+        else:
+            plain = name in _SUMS or name in _FUSED
+            if not plain and len(ways) > 1: ways = [w for w in ways if w[1] is not None and bool(w[1].any())] or ways[:1]   # those by which something comes
+            for k, ((way, at), back) in reversed(list(enumerate(ways))):
+                if back is None: continue
+                others = [w for i, ((w, _), _) in enumerate(ways) if i != k]
+                adds = plain or others
+                todo.append((way, at, back, (node, k, others, sums) if adds else sums, after, "" if adds else before))
+    return found, bars
+
+# %% ../nbs/02_attach.ipynb #a1f0d004
+def _same(a:Tensor, b:Tensor)->bool:
+    "Whether two codes are alike up to rounding."
+    if a.shape != b.shape: return False
+    eps = max(torch.finfo(t.dtype).eps for t in (a, b))
+    return bool(((a.double() - b.double()).abs() <= 8 * eps * b.double().abs()).all())
+
+def _way_in(y:Tensor, starts, written=())->_Way:
+    "How one of several inputs of a module, known by the nodes that made them, gets into its output; `written`: those that the module wrote to."
+    if y.grad_fn is None: return _Way(words="its input is no summand of its output")
+    code = _code(y)
+    found, bars = _arrivals(y, code, starts, written)
+    whole = next(([a] for a in found if a.sums and (not a.before or a.written) and _same(a.code, code)), None) or _pieces(found, code)
+    if sums := _joined(whole):
+        first = whole[0]
+        words = f"{first.before} in place, then " * first.written + _counted(len(sums), "addition") + f", then {first.after}" * bool(first.after)
+        return _Way(first.start, sums, words)
+    if odd := _oddity([a for a in found if a.code.shape == code.shape], code): return _Way(words=f"its input enters its output {odd}, expected unchanged")
+    return _Way(words="its input is no summand of its output" + (f": {', '.join(sorted(bars))} in the way" if bars else ""))
+
+def _pieces(found:list[_Arrival], code:Tensor)->list[_Arrival]: # none, if they do not make up the whole
+    "The ways of an input that came in pieces, each where it was."
+    parts = [a for a in found if not a.before and a.code.shape == code.shape and bool(((a.code == 0) | (a.code == code)).all())]
+    for start in {a.start for a in parts}:
+        own = [a for a in parts if a.start is start]
+        if _same(sum(a.code for a in own), code): return own
+    return []
+
+def _joined(ways:list[_Arrival])->dict: # node to the nodes of what is added there
+    "The sums of an input that came in one piece or several; where the pieces only meet, nothing is added."
+    listed = [one for a in ways for one in _listed(a.sums)]
+    by = {}
+    for node, k, _ in listed: by.setdefault(node, set()).add(k)
+    return {node: others for node, k, others in listed if len(by[node]) == 1}
+
+def _oddity(found:list[_Arrival], code:Tensor)->str: # empty: none has come through a sum
+    "What is wrong with what arrived at one input."
+    if not any(a.sums for a in found): return ""
+    own = [a for a in found if a.start is next(b.start for b in found if b.sums)]
+    if before := next((a.before for a in own if a.before), ""): return f"through {before}"
+    came, left = sum(a.code.double() for a in own), code.double()
+    scale = (came.sum() / left.sum()).item()
+    if _same(came.to(code.dtype), (scale * left).to(code.dtype)): return f"scaled by {scale:.4g}"
+    return "in another order" if came.sum() == left.sum() else "in part or mixed"
+
+def _counted(n:int, what:str)->str: return f"{n} {what}{'s' * (n > 1)}"
 
 # %% ../nbs/02_attach.ipynb #2600a1f3
 @dataclass
@@ -393,21 +495,35 @@ class _Call:
     "What one call of a module showed."
     why: str                # the verdict in words
     shape: bool = False     # output has the input's shape
-    sums: frozenset = None  # the additions on the way from input to output, if there is an unchanged one
+    way: _Way|None = None   # from input to output, if the input is an unchanged summand and something is added that depends on it
     inplace: bool = False   # it writes to its input
     moved: float = None     # size of output minus input over size of input
     written: bool = False   # its output is written to later
+    still: bool = False     # all that it adds is the same for every input
 
 def _shapes(x:Tensor, y:Tensor)->str:
     "Both shapes in words, without the batch if that is the same."
     start = int(x.shape[:1] == y.shape[:1])
     return f"shape changes {tuple(x.shape[start:])} -> {tuple(y.shape[start:])}"
 
-def _unroll(sums)->frozenset:
-    "The linked list of a walk as a set."
-    nodes = []
-    while sums: node, sums = sums; nodes.append(node)
-    return frozenset(nodes)
+# %% ../nbs/02_attach.ipynb #a1f0d006
+def _reaches(nodes:Iterable, start)->bool:
+    "Whether one of these nodes was made of what `start` made."
+    oldest, todo, seen = start._sequence_nr(), [n for n in nodes if n is not None], set()
+    while todo:
+        if (node := todo.pop()) is start: return True
+        if node in seen or node._sequence_nr() < oldest: continue
+        seen.add(node)
+        todo += [n for n, _ in node.next_functions if n is not None]
+    return False
+
+def _sways(added:Callable, x:Tensor)->bool:
+    "Whether what `added` gives for an input depends on it, and on nothing that changes between calls."
+    other = x + (x.abs().mean() + 1e-3) * (_code(x) / 64 - 1)
+    try: here, again, there = (added(t) for t in (x, x, other))
+    except Exception: return False   # it cannot be called twice
+    rounding = 64 * torch.finfo(x.dtype).eps * max(t.abs().max() for t in (x, other, here))
+    return bool((again - here).abs().max() <= rounding < (there - here).abs().max())
 
 # %% ../nbs/02_attach.ipynb #383781fa
 class _Probe(Watcher):
@@ -415,16 +531,17 @@ class _Probe(Watcher):
     ahead = True
     def __init__(self):
         super().__init__(threading.get_ident())
-        self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
+        self.calls, self.open, self.grad, self.outs, self.last, self.moving = {}, [], [], [], None, set()   # moving: sums that add what depends on an input
 
     def enter(self, name, module, args, kwargs):
         self.look()
         x = first_tensor((args, kwargs))
         self.grad.append(torch.is_grad_enabled())
         torch.set_grad_enabled(True)   # reentrant checkpoints switch it off
-        if x is None or _layer(module): return self.open.append((x, None, 0))
+        if x is None or _layer(module): return self.open.append((x, None, None, None))
         mark = (x if x.requires_grad else x.clone().detach().requires_grad_()).clone()
-        self.open.append((mark, mark.grad_fn, mark._version))
+        again = lambda t: module.forward(*swap_tensor(args, x, t), **swap_tensor(kwargs, x, t))
+        self.open.append((x, mark, mark.grad_fn, again))
         return swap_tensor(args, x, mark), swap_tensor(kwargs, x, mark)
 
     def leave(self, name, module, args, out):
@@ -446,27 +563,39 @@ def _layer(module:nn.Module)->bool: return type(module).__module__.startswith("t
 # %% ../nbs/02_attach.ipynb #4c1d09ab
 @patch
 def _judge(self:_Probe,
-    x,       # marked input of the module, or None
-    start,   # node of the graph that made the mark; None: a single layer
-    version, # of the mark, before the module ran: it counts writes in place
+    x,       # input of the module, or None
+    mark,    # the copy of it that the module was given; None: a single layer
+    start,   # node of the graph that made the mark
+    again,   # the module as a function of this input
     y,       # output of the module, or None
 )->_Call:    # the verdict, in words and numbers
-    "What one call of a module shows: whether its output contains its input, unchanged, as a summand."
+    "What one call of a module shows: whether its output contains its input, unchanged, as a summand, beside something that depends on it."
     if x is None or y is None: return _Call("no floating-point tensor goes " + ("in" if x is None else "out"))
     if x.shape != y.shape: return _Call(_shapes(x, y))
-    if start is None: return _Call("a single layer", shape=True)
-    sums, after, bars = _identity_path(y.grad_fn, start)
-    inplace = x._version != version
-    if sums is None:
-        bars = f": {', '.join(sorted(bars))} in the way" if bars else ""
-        return _Call(f"its input is no summand of its output{bars}", True, None, inplace)
+    if mark is None: return _Call("a single layer", shape=True)
+    inplace = version_of(mark) != 0
+    way = _way_in(y, {start}, {start} if inplace else ())
+    if way.start is None: return _Call(way.words, True, None, inplace)
+    if not self._moves(way, x, again): return _Call("it adds nothing that depends on its input: a position, noise or a constant", True, None, inplace, still=True)
     with torch.no_grad(): moved = math.nan if inplace or y.is_meta else ((y - x).float().norm() / x.float().norm()).item()
-    sums = _unroll(sums)
-    why = f"{len(sums)} addition{'s' * (len(sums) > 1)}" + (f", then {after}" if after else "")
-    if not math.isfinite(moved):
-        why += "" if inplace or y.is_meta or bool(y.isfinite().all()) else "; its output is not finite"
-        moved = None
-    return _Call(why, True, sums, inplace, moved)
+    if math.isfinite(moved): return _Call(way.words, True, way, inplace, moved)
+    lost = not inplace and not y.is_meta and not bool(y.isfinite().all())
+    return _Call(way.words + "; its output is not finite" * lost, True, way, inplace)
+
+@patch
+def _moves(self:_Probe, way:_Way, x:Tensor, again:Callable)->bool:
+    "Whether something is added on the way that depends on the input."
+    if not self.moving.isdisjoint(way.sums): return True   # seen in a block inside
+    if found := next((node for node, others in way.sums.items() if _reaches(others, way.start)), None):
+        self.moving.add(found)
+        return True
+    was, self.paused, random = self.paused, True, torch.get_rng_state()
+    def added(t):
+        torch.set_rng_state(random)
+        return first_tensor(again(t.clone())) - t
+    try:
+        with torch.no_grad(): return _sways(added, x.detach())
+    finally: self.paused = was
 
 # %% ../nbs/02_attach.ipynb #5295d5bf
 class Aside:
@@ -497,8 +626,8 @@ class _Quiet(Aside):
         devices = {t.device.index or 0 for t in chain(root.parameters(), root.buffers()) if t.is_cuda}
         self.random, self.randoms = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
         self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
-        drop = self.dropped.append   # returns None: that is what is kept of an activation
-        self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: drop(None), lambda t: t)
+        drop = self.dropped.append   # returns None: that is what is kept of an activation; a single number may be a factor
+        self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() if t.numel() == 1 else drop(None), lambda t: t)
 
     def begin(self):
         super().begin()
@@ -511,7 +640,7 @@ class _Quiet(Aside):
         "Whether what a graph saves is dropped."
         torch.set_grad_enabled(True)
         self.dropped.clear()
-        torch.ones((), requires_grad=True).exp()
+        torch.ones(2, requires_grad=True).exp()
         return bool(self.dropped)
 
     def end(self):
@@ -556,16 +685,22 @@ def _probe(root:nn.Module, x)->dict: # module to its calls
 # %% ../nbs/02_attach.ipynb #cd7cbe34
 class _Judge:
     "Verdicts on modules, from the calls of a probing pass."
-    def __init__(self, root:nn.Module, calls:dict): self.root, self.calls = root, calls
+    def __init__(self, root:nn.Module, calls:dict):
+        self.root, self.calls = root, calls
+        self.residual = {m for m, its in calls.items() if all(c.way for c in its)}
+        self.owner = {}   # addition to the block that makes it
+        self.chains = self._chained()   # module to the number of additions that it makes itself
 
-    def residual(self, module)->bool:
-        calls = self.calls.get(module, [])
-        return bool(calls) and all(c.sums is not None for c in calls)
-
-    def chained(self, module)->bool:
-        "Whether blocks inside the module make all of its additions."
-        inside = [c.sums for m in module.modules() if m is not module and self.residual(m) for c in self.calls[m]]
-        return all(c.sums <= frozenset().union(*inside) for c in self.calls[module])
+    def _chained(self)->dict:
+        "Modules in which the input runs through blocks inside: these are the blocks, unless most of what the module adds is its own."
+        chains, owner, ends = {}, self.owner, {m: k for k, m in enumerate(self.calls)}   # a module is noted when its first call ends
+        for m in sorted(self.residual, key=ends.get):
+            inner = {owner[s] for c in self.calls[m] for s in c.way.sums if s in owner}
+            own = [(s, c) for c in self.calls[m] for s in c.way.sums if s not in owner]
+            ours = [s for s, c in own if _reaches(c.way.sums[s], c.way.start)] if inner else []
+            if inner and (m is self.root or not ours or 2 * _size(*inner) >= _size(m)): chains[m] = len(ours)
+            else: owner |= {s: m for c in self.calls[m] for s in c.way.sums}
+        return chains
 
     def __call__(self, module, named)->tuple[bool, str]:
         "Whether `module` is a block, and why."
@@ -573,12 +708,20 @@ class _Judge:
             if isinstance(module, ResidualBlock): return True, "a ResidualBlock"
             return named, "named by a pattern" if named else "cannot be judged without an example input"
         if module not in self.calls: return False, "not called"
-        call = next((c for c in self.calls[module] if c.sums is None), self.calls[module][0])
-        if named: return (True, "named by a pattern") if all(c.shape for c in self.calls[module]) else (False, call.why)
-        if self.residual(module) and self.chained(module): return False, "a chain of the blocks inside it"
-        if module is self.root and any(self.residual(m) for m in module.modules() if m is not module):
+        call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
+        if named: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
+        if module in self.chains:
+            own = self.chains[module]
+            return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
+        if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
             return False, f"the whole network, with blocks inside; {call.why}"
-        return self.residual(module), call.why
+        if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
+            return False, "inside another block, which calls it"
+        return module in self.residual, call.why
+
+def _size(*modules)->int:
+    "Number of parameters."
+    return sum(p.numel() for p in {p for m in modules for p in m.parameters()})
 
 # %% ../nbs/02_attach.ipynb #a0407b1f
 class Blocks(dict):
@@ -792,3 +935,18 @@ def every_step(self:BlockHooks, name, before, after)->Tensor|None: # what takes 
     if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled(): self.on_step(name, before, after)
     else:
         with torch.autograd.graph.saved_tensors_hooks(_saved, _unsaved): self.on_step(name, before, after)
+
+# %% ../nbs/02_attach.ipynb #a1f0d008
+def pulls(
+    action:Tensor,   # of a pass, made with gradients
+    model:nn.Module, # that made it
+)->bool:             # False: it is zero, and tells nothing yet
+    "Whether an action has a gradient; `RuntimeError` where it is above zero and no weight that is trained changes it. Takes a backward pass, once; what cannot be asked is believed."
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if not action.requires_grad or not weights or any(hasattr(p, "placements") for p in weights): return True
+    if not bool((action.detach() > 0).any()): return False
+    try: grads = torch.autograd.grad(action.sum(), weights, retain_graph=True, allow_unused=True)
+    except RuntimeError: return True   # compiled graphs and old checkpoints can be walked once only
+    if any(g is not None and bool(g.any()) for g in grads): return True
+    raise RuntimeError("the action is above zero and has no gradient: what the blocks add does not depend on anything that is trained, as that of a module that adds a position; "
+                       "look at find_blocks(model, x) and name other blocks, blocks=[...]")
