@@ -583,6 +583,12 @@ def _check_gradients(task, action):
         raise RuntimeError("the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
                            "torch.no_grad(); thaw them, or use the task's loss by itself")
 
+def _check_alike(la:LeastAction, other:LeastAction):
+    "Raise `ValueError` unless both could stand in a row."
+    ours, theirs = (each.get_extra_state() | {"weights": each.weights if each.weights is None else each.weights.tolist()}
+                    for each in (la, other))
+    if ours != theirs: raise ValueError(f"found {ours} and {theirs}, expected the same for all networks of a row")
+
 # %% ../nbs/05_least_action.ipynb #611b7d8e
 ADVICE = {
     "satisfied": "Nothing to do: the loss is at its target and lambda has settled.",
@@ -729,12 +735,6 @@ def _balance(loss:Tensor, action:Tensor, lam:Tensor, params)->tuple[float, float
     return residual.item(), (-(dl @ dc) / (dl @ dl)).item()
 
 # %% ../nbs/05_least_action.ipynb #a91e1724
-def _check_alike(la:LeastAction, other:LeastAction):
-    "Raise `ValueError` unless both could stand in a row."
-    ours, theirs = (each.get_extra_state() | {"weights": each.weights if each.weights is None else each.weights.tolist()}
-                    for each in (la, other))
-    if ours != theirs: raise ValueError(f"found {ours} and {theirs}, expected the same for all networks of a row")
-
 def _check_state(la:LeastAction, state_dict, prefix:str):
     "Raise `ValueError` unless the state is of a `LeastAction` like this one."
     theirs, ours = state_dict.get(prefix + "_extra_state"), la.get_extra_state()
