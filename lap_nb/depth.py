@@ -947,10 +947,19 @@ class Penalty(nn.Module):
         return self.meter.blocks
     def check(self):
         "Nothing to check: a constant weight cannot go wrong."
+    def stack(self,
+        others:Sequence["Penalty"], # of the same kind, on the same blocks; their hooks are taken off
+    ):
+        "Make room for a row of networks, `[S]`, with the weight of each."
+        for other in others:
+            other.remove()
+            if other.kind != self.kind: raise ValueError(f"kind is {self.kind!r} and {other.kind!r}, expected one for all networks of a row: train them in rows of their own")
+        self.lam, self.action = (torch.stack([getattr(each, name) for each in (self, *others)]) for name in ("lam", "action"))
+        if any(other.weight != self.weight for other in others): self.weight = 1 / self.lam
     def remove(self):
         "Stop watching the blocks."
         self.meter.remove()
-    def extra_repr(self)->str: return f"kind={self.kind}, weight={self.weight:g}, blocks={len(self.meter.blocks)}"
+    def extra_repr(self)->str: return f"kind={self.kind}, weight={self.weight}, blocks={len(self.meter.blocks)}"
 
 # %% ../nbs/09_depth.ipynb #374ebbef
 @checked

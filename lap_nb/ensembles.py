@@ -45,7 +45,7 @@ from .checks import checked, described, free_memory, whole, WrongKind
 from .data import pick_device, Split
 from .files import in_words, load_checkpoint, read_json, write_atomically
 from .kinetic import EnergyMeter
-from .least_action import LeastAction
+from .least_action import Controller, DualAscent, LeastAction
 from .training import _check_split, configured, fit, _progress, provenance, Run, _share, train_loop, TrainConfig
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
@@ -319,7 +319,7 @@ def _checked(grid)->Mapping:
     return grid
 
 # %% ../nbs/07_ensembles.ipynb #1c258941
-SIDE_BY_SIDE = ("lambda0", "tau", "target") # of least action: tensors, one entry per network
+SIDE_BY_SIDE = ("lambda0", "tau", "target", "weight") # of least action: tensors, one entry per network
 
 def _accepted(f, *without:str)->list[str]:
     try: parameters = inspect.signature(f).parameters
@@ -327,14 +327,16 @@ def _accepted(f, *without:str)->list[str]:
     return [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in without]
 
 def _owners(names:Sequence[str], make_model, least_action, settings:Mapping)->dict[str, str]:
-    "Who takes each setting of the grid: training, least action or the maker of the networks."
-    options = {"training": list(settings), "least action": [] if least_action is None else _accepted(LeastAction, "model", "blocks"),
+    "Who takes each setting of the grid: training, the maker of least action or that of the networks."
+    options = {"training": list(settings), "least action": [] if least_action is None else _accepted(least_action, "controller", "blocks")[1:],
                "make_model": _accepted(make_model)}
     owners = {name: next((who for who, known in options.items() if name in known), None) for name in names}
     for name, who in owners.items():
-        if who is None:
-            listed = "; ".join(f"{who}: {', '.join(known) or 'nothing'}" for who, known in options.items())
-            raise ValueError(f"the grid has {name!r}, which nobody takes; there are {listed}")
+        if who is not None: continue
+        listed = "; ".join(f"{who}: {', '.join(known) or 'nothing'}" for who, known in options.items())
+        how = (f"; a setting of the controller needs a function that takes it, as in least_action=lambda model, {name}: LeastAction(model, DualAscent({name}={name}))"
+               if least_action is not None and name in _accepted(DualAscent) else "")
+        raise ValueError(f"the grid has {name!r}, which nobody takes; there are {listed}{how}")
     return owners
 
 # %% ../nbs/07_ensembles.ipynb #3a8b517c
@@ -451,19 +453,15 @@ def _on(make, model:nn.Module)->nn.Module:
     if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {described(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
     return la
 
-def _attached(makers:list, ensemble:Ensemble)->LeastAction|None:
-    "Least action on the skeleton of the row, with multipliers and settings that differ as tensors `[S]`."
+def _attached(makers:list, ensemble:Ensemble)->nn.Module|None:
+    "Least action on the skeleton of the row, with room for the multipliers and numbers of all."
     if not makers: return None
-    device = ensemble.stacks[0].device
-    each = [_on(make, ensemble.skeleton) for make in makers]
-    for la in each[1:]: la.remove()
-    for parts in zip(*(la.modules() for la in each)):
-        own = {name for name, b in parts[0]._buffers.items() if b is not None} - parts[0]._non_persistent_buffers_set
-        for name in own: parts[0]._buffers[name] = torch.stack([p._buffers[name] for p in parts], -1).to(device)
-        differ = [n for n, v in vars(parts[0]).items() if isinstance(v, float) and any(getattr(p, n) != v for p in parts)]
-        for n in differ + ["cap"] * ("low" in differ): setattr(parts[0], n, torch.tensor([getattr(p, n) for p in parts], dtype=torch.float64, device=device))
-    ensemble.watch(each[0].meter)
-    return each[0].to(device)
+    first, *others = (_on(make, ensemble.skeleton) for make in makers)
+    if not hasattr(first, "stack"):
+        raise TypeError(f"least_action gave {described(first)}, expected one that makes room for a row by stack(others), as LeastAction: or choose mode='sequential'")
+    first.stack(others)
+    ensemble.watch(first.meter)
+    return first.to(ensemble.stacks[0].device)
 
 # %% ../nbs/07_ensembles.ipynb #f1d89c84
 def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
@@ -670,7 +668,7 @@ def fit_many(
     make_model:Callable[..., nn.Module],  # makes a new network from its values of the grid alone, while the global generator stands at the member's seed
     data:Split,                           # with a row for each seed, as from `Dataset.splits`: training indices `[S, n]`
     seeds:Sequence[int]|None=None,        # of weights, batches and dropout, `S` of them; None: those of the split
-    least_action:Callable[[nn.Module], LeastAction]|None=None, # e.g. `LeastAction`; None: the task's loss alone
+    least_action:Callable[..., LeastAction]|None=None, # makes one from a network and its values of the grid, e.g. `LeastAction`; None: the task's loss alone
     device:str|torch.device="cpu",        # where to train
     config:TrainConfig|None=None,         # how to train each; None: as the settings say that follow, each by its name
     progress=False,                       # True: a progress bar; or a bar to `update(1)` after each epoch of all
@@ -859,7 +857,7 @@ def _told(make):
     if isinstance(make, partial): return [_told(make.func), repr(make.args), repr(sorted(make.keywords.items()))]
     if not isinstance(make, LambdaType) or make.__name__ != "<lambda>": return None if make is None else getattr(make, "__qualname__", type(make).__qualname__)
     code, bound = make.__code__, [cell.cell_contents for cell in make.__closure__ or ()]
-    plain = [v for v in (*code.co_consts, *bound, *(make.__defaults__ or ())) if isinstance(v, (bool, int, float, str))]
+    plain = [v for v in (*code.co_consts, *bound, *(make.__defaults__ or ())) if isinstance(v, (bool, int, float, str, Controller))]
     return [make.__qualname__, repr(code.co_names), repr(plain)]
 
 NOTE_FORMAT = 2   # 1 had other names of settings

@@ -7,17 +7,16 @@ __all__ = ['dual_ascent', 'Controller', 'FixedWeight', 'DualAscent', 'Proportion
            'KKTReport', 'kkt']
 
 # %% ../nbs/05_least_action.ipynb #88b92315
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checks import checked, described, flag, number, plain, whole, WrongKind
@@ -31,10 +30,11 @@ def dual_ascent(
     loss:Tensor,      # task losses, of the same shape, or for which `lam` is the same
     tau:float=1.,     # step of the ascent
     target:float=0.,  # level of the loss that is good enough, $\varepsilon$
-    low:float=1e-3,   # smallest multiplier allowed
-    high:float=math.inf, # largest multiplier allowed
+    bounds:Sequence[float|None]=(1e-3, None), # smallest and largest multiplier allowed; None: no bound
 )->Tensor:            # the next multipliers
-    r"One step of dual ascent, $\lambda \leftarrow \min(\max(\lambda + \tau(L - \varepsilon),\, low),\, high)$; `TypeError` or `ValueError` for what are no multipliers, losses or settings; values in tensors are not looked at."
+    r"""One step of dual ascent, $\lambda \leftarrow \lambda + \tau(L - \varepsilon)$, within bounds.
+
+    `TypeError` or `ValueError` for what are no multipliers, losses or settings; values in tensors are not looked at."""
     for name, value in dict(lam=lam, loss=loss).items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise WrongKind(f"{name} is {described(value)}, expected a tensor of floats")
@@ -43,14 +43,24 @@ def dual_ascent(
     def setting(name, value):
         row = isinstance(value, Tensor) and value.is_floating_point() and value.shape in ((), lam.shape)   # one each
         return value if row and value.device == lam.device else number(name, value, infinite=True)
-    tau, target, low, high = setting("tau", tau), setting("target", target), setting("low", low), setting("high", high)
-    return (lam + tau * (loss.detach() - target)).clamp(min=low).clamp(max=high)
+    low, high = _pair(bounds)
+    low = -math.inf if low is None else setting("the lower of bounds", low)
+    high = math.inf if high is None else setting("the upper of bounds", high)
+    return (lam + setting("tau", tau) * (loss.detach() - setting("target", target))).clamp(min=low).clamp(max=high)
+
+def _pair(bounds)->tuple:
+    try: low, high = bounds
+    except (TypeError, ValueError):
+        raise WrongKind(f"bounds is {described(bounds)}, expected the smallest and the largest multiplier, "
+                        "each a number or None") from None
+    return low, high
 
 # %% ../nbs/05_least_action.ipynb #2d209035
 def _as_loss(loss, lam:Tensor, name:str="loss")->Tensor: # of the shape of `lam`, on its device, without gradient
     "A measured loss; raises `TypeError` for what is no number or tensor of floats, `ValueError` for another shape."
     if not isinstance(loss, Tensor):
-        if (value := plain(loss)) is None: raise WrongKind(f"{name} is {described(loss)}, expected a number, or a tensor of floats")
+        if (value := plain(loss)) is None:
+            raise WrongKind(f"{name} is {described(loss)}, expected a number, or a tensor of floats")
         value = value if value != value else number(name, value, infinite=isinstance(value, float))
         return lam.new_full(lam.shape, value) if not lam.ndim else _one_each(name, (), lam)
     if not loss.is_floating_point() or loss.layout != torch.strided:
@@ -81,128 +91,33 @@ class _Exact(nn.Module):
         keep.exact = True
         return super()._apply(keep, *args)
 
-# %% ../nbs/05_least_action.ipynb #2b68e11e
-@checked
-class Controller(_Exact):
-    "A multiplier that keeps its value; the rules that move it say how in `_next`."
-    def __init__(self,
-        lambda0:float|Tensor|Sequence[float]=1., # first multiplier; a tensor `[S]` for `S` networks at once
-        tau:float=1.,            # step of the ascent, in units of lambda per nat
-        target:float=0.,         # task loss that is good enough, $\varepsilon$
-        cap:float=math.inf,      # largest multiplier
-        low:float|None=None,     # smallest multiplier; None: 0.001, or `lambda0` if that is smaller
+    def stack(self,
+        others:Sequence, # of the same kind
     ):
-        super().__init__()
-        lam = _multipliers("lambda0", lambda0)
-        self.tau, self.target, self.cap = number("tau", tau, 0), number("target", target, 0), number("cap", cap, infinite=True)
-        self.low = min(1e-3, lam.min().item()) if low is None else number("low", low)
-        _check_settings(lam, self.tau, self.target, self.cap, None if low is None else self.low)
-        self.register_buffer("lam", _in_double(lam).clone())
-        self.register_buffer("held", torch.zeros_like(self.lam, dtype=torch.int64))   # updates skipped
+        "Make room for the state of several, `[S]`, its own first; `ValueError` where they differ in more than numbers."
+        for name, mine in self._buffers.items():
+            self._buffers[name] = torch.stack([mine, *(each._buffers[name].to(mine) for each in others)], -1)
+        for name in [name for name in vars(self) if name[0] != "_"]:
+            values = [getattr(each, name) for each in (self, *others)]
+            if any(value != values[0] for value in values): self._beside(name, values)
+        for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
 
-    @torch.no_grad()
-    def update(self,
-        loss:Tensor|float, # task losses, of the shape of `lam`
-    ):
-        "Move the multiplier; where the loss is not finite it stays, and `held` counts it. `TypeError` for what is no loss, `ValueError` for another shape."
-        loss = _as_loss(loss, self.lam).to(self.lam.dtype)
-        finite = loss - loss == 0   # neither NaN nor infinite
-        for name, value in self._next(loss).items(): self._buffers[name] = torch.where(finite, value, self._buffers[name])
-        self._buffers["held"] += ~finite
-
-    def _next(self, loss:Tensor)->dict[str, Tensor]: return {}
-    def extra_repr(self)->str: return ", ".join(f"{name}={_short(getattr(self, name))}" for name in ("lam", "tau", "target", "cap"))
-
-# %% ../nbs/05_least_action.ipynb #411ac356
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max # multipliers that float32 can divide by
-
-def _short(value)->str: return str(value.tolist()) if isinstance(value, Tensor) else f"{value:g}"
-
-def _in_double(value:Tensor)->Tensor: return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
-
-def _multipliers(name:str, value)->Tensor: # `[]` or `[S]`, as given
-    "Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the action cannot be divided by."
-    given = value = value if (found := plain(value)) is None or isinstance(value, Tensor) else float(number(name, found, infinite=True))
-    try:
-        value = torch.as_tensor(value).detach()
-        if value.is_floating_point() and not isinstance(given, Tensor): value = torch.as_tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError): value = torch.tensor(False)
-    if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided or value.is_quantized:
-        raise TypeError(f"{name} is {given!r}, expected a number, or one per network")
-    if value.ndim > 1 or not value.numel():
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, or one per network")
-    if value.is_meta: raise ValueError(f"{name} is on the meta device, expected one with values")
-    if not (value > 0).all():
-        raise ValueError(f"{name} is {value.tolist()}, expected positive: the action is divided by it")
-    if not value.isfinite().all():
-        raise ValueError(f"{name} is {value.tolist()}, expected finite: leave least action out for no action at all")
-    if not ((value >= _SMALLEST) & (value <= _LARGEST)).all():
-        raise ValueError(f"{name} is {value.tolist()}, expected between {_SMALLEST:.2g} and {_LARGEST:.2g}: the action "
-                         "is divided by it in float32")
-    return value
-
-def _check_settings(lam:Tensor, tau:float, target:float, cap:float, low):
-    if low is not None and not _SMALLEST <= low <= lam.min():
-        raise ValueError(f"low is {low!r}, expected at least {_SMALLEST:.2g} and at most lambda0, {lam.min().item():g}")
-    if not cap >= lam.max(): raise ValueError(f"cap is {cap!r}, expected at least lambda0, {lam.max().item():g}")
-
-def _check_gain(name:str, value)->float:
-    "A factor of an extra part, as a float."
-    return number(name, value, 0, why="0 is plain dual ascent")
-
-# %% ../nbs/05_least_action.ipynb #8988112a
-class FixedWeight(Controller):
-    "The multiplier stays at `lambda0`: a penalty of constant weight, whatever tau is."
-
-class DualAscent(Controller):
-    r"The published rule, $\lambda \leftarrow \lambda + \tau(L - \varepsilon)$, between `low` and `cap`."
-    def _next(self, loss): return {"lam": dual_ascent(self.lam, loss, self.tau, self.target, self.low, self.cap)}
-
-# %% ../nbs/05_least_action.ipynb #b324ac49
-@checked
-class ProportionalIntegral(Controller):
-    "Dual ascent with a part that follows the violation itself (nuPI); it damps oscillation."
-    def __init__(self,
-        *args,          # lambda0, tau, target, cap and low, as in `Controller`
-        gain:float=1.,  # of the proportional part, $\kappa$, in units of lambda per nat
-        smooth:float=0., # decay $\nu$ of the smoothed violation, in [0, 1)
-        relative:bool=False, # count the violation from the first one, not from zero
-        **kwargs,       # the same by name
-    ):
-        super().__init__(*args, **kwargs)
-        relative = flag("relative", relative)
-        self.gain, self.smooth = _check_gain("gain", gain), number("smooth", smooth, 0, below=1, why="a decay; 0 smooths nothing")
-        self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
-
-    def _next(self, loss):
-        error = loss - self.target
-        last = torch.where(self.violation.isnan(), error, self.violation)
-        now = self.smooth * last + (1 - self.smooth) * error
-        return {"violation": now, "lam": (self.lam + self.tau * error + self.gain * (now - last)).clamp(self.low, self.cap)}
-
-# %% ../nbs/05_least_action.ipynb #85051112
-@checked
-class AugmentedLagrangian(Controller):
-    r"Dual ascent of $\mu$, with the price $\lambda = \mu + c\,(L - \varepsilon)$ that the gradient of the augmented Lagrangian pays."
-    def __init__(self,
-        *args,            # lambda0, tau, target, cap and low, as in `Controller`; the textbook has tau equal to the penalty
-        penalty:float=1., # factor $c$ of the quadratic term, in units of lambda per nat
-        **kwargs,         # the same by name
-    ):
-        super().__init__(*args, **kwargs)
-        self.penalty = _check_gain("penalty", penalty)
-        self.register_buffer("mu", self.lam.clone())
-
-    def _next(self, loss):
-        mu = dual_ascent(self.mu, loss, self.tau, self.target, 0., self.cap)
-        return {"mu": mu, "lam": (mu + self.penalty * (loss - self.target)).clamp(self.low, self.cap)}
+    def _beside(self, name:str, values:list):
+        found = " and ".join(dict.fromkeys(map(described, values)))
+        raise ValueError(f"{name} is {found}, expected one for all networks of a row: train them in rows of their own")
 
 # %% ../nbs/05_least_action.ipynb #317e8c83
 class _Sensor(_Exact):
     "Turns the losses of batches into those that the controller sees, at the steps at which it sees them."
-    def __init__(self, every, warmup, accumulate, average, like):
+    def __init__(self, like, every=1, average="batch", warmup_steps=0, accumulate=1):
         super().__init__()
-        self.every, self.warmup, self.accumulate, self.average = every, warmup, accumulate, average
+        self.every = None if every is None else whole("every", every, 1, "of steps, or None")
+        self.warmup_steps = whole("warmup_steps", warmup_steps)
+        self.accumulate = whole("accumulate", accumulate, 1, "of batches per step of the optimiser")
+        named = isinstance(average, str) and average in ("batch", "mean")
+        if not named and not (isinstance(average, float) and 0 < average < 1):
+            raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
+        self.average = average
         self.count = {"calls": 0, "added": 0}
         for name in ("total", "level", "mass"): self.register_buffer(name, torch.zeros_like(like))
 
@@ -212,7 +127,7 @@ class _Sensor(_Exact):
         n["calls"] += 1
         rest = n["calls"] % self.accumulate
         step = (n["calls"] + self.accumulate - 1) // self.accumulate   # that this batch belongs to
-        if self.every is None or step <= self.warmup: return None
+        if self.every is None or step <= self.warmup_steps: return None
         due = not rest and step % self.every == 0
         if self.accumulate == 1 and self.average == "batch": return loss if due else None
         self.total, n["added"] = self.total + loss, n["added"] + 1
@@ -238,6 +153,170 @@ def _over_ranks(loss:Tensor)->Tensor:
     dist.all_reduce(loss)
     return loss / dist.get_world_size()
 
+# %% ../nbs/05_least_action.ipynb #2b68e11e
+@checked
+class Controller(_Exact):
+    "A multiplier that keeps its value, and the clock by which it moves; the rules say how in `_next`."
+    def __init__(self,
+        lambda0:float|Tensor|Sequence[float]=1., # first multiplier; a tensor `[S]` for `S` networks at once
+        tau:float=1.,              # step of the ascent, in units of lambda per nat; 0 keeps the multiplier
+        target:float=0.,           # task loss that is good enough, $\varepsilon$; above 0 the multiplier may fall
+        bounds:Sequence[float|None]=(None, None), # smallest and largest multiplier; None: 0.001 (or `lambda0`), and none
+        every:int|None=1,          # steps between two updates; None: only by `LeastAction.ascend`
+        average:str|float="batch", # loss that counts: `"batch"`, `"mean"` since the last update, or a decay
+        warmup_steps:int=0,        # first steps, which count for nothing
+        accumulate:int=1,          # batches per step of the optimiser
+    ):
+        super().__init__()
+        lam = _multipliers("lambda0", lambda0)
+        self.tau, self.target = number("tau", tau, 0), number("target", target, 0)
+        self.low, self.high = _bounds(bounds, lam)
+        self.register_buffer("lam", _in_double(lam).clone())
+        self.register_buffer("held", torch.zeros_like(self.lam, dtype=torch.int64))   # updates skipped
+        self.sensor = _Sensor(self.lam, every, average, warmup_steps, accumulate)
+
+    def observe(self,
+        loss:Tensor, # task loss of one more batch, of the shape of `lam`
+    ):
+        "Count the batch, and move the multiplier if it is time."
+        seen = self.sensor.see(loss)
+        if seen is not None: self.update(seen)
+
+    @torch.no_grad()
+    def update(self,
+        loss:Tensor|float, # task losses, of the shape of `lam`
+    ):
+        """Move the multiplier now; where the loss is not finite it stays, and `held` counts it.
+
+        `TypeError` for what is no loss, `ValueError` for another shape."""
+        loss = _over_ranks(_as_loss(loss, self.lam).to(self.lam.dtype))
+        finite = loss - loss == 0   # neither NaN nor infinite
+        for name, value in self._next(loss).items():
+            self._buffers[name] = torch.where(finite, value, self._buffers[name])
+        self._buffers["held"] += ~finite
+
+    def _next(self, loss:Tensor)->dict[str, Tensor]: return {}
+    def _beside(self, name, values):
+        if type(values[0]) is not float: super()._beside(name, values)
+        delattr(self, name)
+        self.register_buffer(name, torch.tensor(values, dtype=self.lam.dtype, device=self.lam.device), persistent=False)
+
+    def _within(self, lam:Tensor)->Tensor: return lam.clamp(min=self.low).clamp(max=self.high)
+
+    def __repr__(self)->str:
+        found, usual = _settings(self), _settings(Controller())
+        shown = {"lambda": self.lam, "tau": found.pop("tau"), "target": found.pop("target")}
+        shown |= {name: value for name, value in found.items() if isinstance(value, Tensor) or value != usual.get(name)}
+        return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
+
+# %% ../nbs/05_least_action.ipynb #411ac356
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max # multipliers that float32 can divide by
+
+def _short(value)->str:
+    if isinstance(value, Tensor) and not value.is_meta: value = value.tolist()
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+def _in_double(value:Tensor)->Tensor: return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+def _multipliers(name:str, value, use:str="divided by it")->Tensor: # `[]` or `[S]`, as given
+    "Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the action cannot be divided by."
+    given = value = value if (found := plain(value)) is None or isinstance(value, Tensor) else float(number(name, found, infinite=True))
+    try:
+        value = torch.as_tensor(value).detach()
+        if value.is_floating_point() and not isinstance(given, Tensor): value = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError): value = torch.tensor(False)
+    if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided or value.is_quantized:
+        raise TypeError(f"{name} is {given!r}, expected a number, or one per network")
+    if value.ndim > 1 or not value.numel():
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, or one per network")
+    if value.is_meta: raise ValueError(f"{name} is on the meta device, expected one with values")
+    if not (value > 0).all():
+        raise ValueError(f"{name} is {value.tolist()}, expected positive: the action is {use}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} is {value.tolist()}, expected finite: the action is {use}; leave least action out for "
+                         "no action at all")
+    if not ((value >= _SMALLEST) & (value <= _LARGEST)).all():
+        raise ValueError(f"{name} is {value.tolist()}, expected between {_SMALLEST:.2g} and {_LARGEST:.2g}: the action "
+                         f"is {use} in float32")
+    return value
+
+def _in_place_of(lam:Tensor, value)->Tensor:
+    value = _multipliers("lambda", value)
+    if value.shape != lam.shape: raise ValueError(f"lambda has shape {tuple(value.shape)}, expected {tuple(lam.shape)}")
+    return value.to(lam).clone()
+
+def _bounds(bounds, lam:Tensor)->tuple[float, float]:
+    low, high = _pair(bounds)
+    least, most = lam.min().item(), lam.max().item()
+    low = min(1e-3, least) if low is None else number("the lower of bounds", low)
+    high = math.inf if high is None else number("the upper of bounds", high, infinite=True)
+    if not _SMALLEST <= low <= least:
+        raise ValueError(f"bounds begin at {low:g}, expected at least {_SMALLEST:.2g} and at most lambda0, {least:g}")
+    if not high >= most: raise ValueError(f"bounds end at {high:g}, expected at least lambda0, {most:g}")
+    return low, high
+
+def _settings(c:Controller)->dict:
+    "All that was said to a controller; numbers that differ in a row are buffers, which no state holds."
+    own = vars(c) | {name: c._buffers[name] for name in sorted(c._non_persistent_buffers_set)} | vars(c.sensor)
+    return {name: value for name, value in own.items() if name[0] != "_" and name not in ("training", "count", "sensor")}
+
+def _check_gain(name:str, value)->float:
+    "A factor of an extra part, as a float."
+    return number(name, value, 0, why="0 is plain dual ascent")
+
+# %% ../nbs/05_least_action.ipynb #8988112a
+@checked
+class FixedWeight(Controller):
+    "A penalty of constant weight: the multiplier stays at one over it."
+    def __init__(self,
+        weight:float|Tensor|Sequence[float]=1., # factor $w = 1/\lambda$ of the action; a tensor `[S]` for `S` networks
+    ):
+        weight = _multipliers("weight", weight, "multiplied by it")
+        super().__init__(_multipliers("1 / weight", 1 / _in_double(weight)), tau=0.)
+
+class DualAscent(Controller):
+    r"The published rule, $\lambda \leftarrow \lambda + \tau(L - \varepsilon)$, within its bounds."
+    def _next(self, loss): return {"lam": dual_ascent(self.lam, loss, self.tau, self.target, (self.low, self.high))}
+
+# %% ../nbs/05_least_action.ipynb #b324ac49
+@checked
+class ProportionalIntegral(Controller):
+    "Dual ascent with a part that follows the violation itself (nuPI); it damps oscillation."
+    def __init__(self,
+        *args,          # lambda0, tau, target, bounds and the clock, as in `Controller`
+        gain:float=1.,  # of the proportional part, $\kappa$, in units of lambda per nat
+        smooth:float=0., # decay $\nu$ of the smoothed violation, in [0, 1)
+        relative:bool=False, # count the violation from the first one, not from zero
+        **kwargs,       # the same by name
+    ):
+        super().__init__(*args, **kwargs)
+        relative = flag("relative", relative)
+        self.gain, self.smooth = _check_gain("gain", gain), number("smooth", smooth, 0, below=1, why="a decay; 0 smooths nothing")
+        self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
+
+    def _next(self, loss):
+        error = loss - self.target
+        last = torch.where(self.violation.isnan(), error, self.violation)
+        now = self.smooth * last + (1 - self.smooth) * error
+        return {"violation": now, "lam": self._within(self.lam + self.tau * error + self.gain * (now - last))}
+
+# %% ../nbs/05_least_action.ipynb #85051112
+@checked
+class AugmentedLagrangian(Controller):
+    r"Dual ascent of $\mu$, with the price $\lambda = \mu + c\,(L - \varepsilon)$ that the gradient of the augmented Lagrangian pays."
+    def __init__(self,
+        *args,            # lambda0, tau, target, bounds and the clock, as in `Controller`; the textbook has tau equal to the penalty
+        penalty:float=1., # factor $c$ of the quadratic term, in units of lambda per nat
+        **kwargs,         # the same by name
+    ):
+        super().__init__(*args, **kwargs)
+        self.penalty = _check_gain("penalty", penalty)
+        self.register_buffer("mu", self.lam.clone())
+
+    def _next(self, loss):
+        mu = dual_ascent(self.mu, loss, self.tau, self.target, (0., self.high))
+        return {"mu": mu, "lam": self._within(mu + self.penalty * (loss - self.target))}
+
 # %% ../nbs/05_least_action.ipynb #2c442b75
 class _History(_Exact):
     "Loss, lambda and action at evenly spaced calls, never more than `size` of them, on the device."
@@ -256,55 +335,45 @@ class _History(_Exact):
         self.points[n["used"]] = torch.stack([v.to(self.points) for v in values])
         n["used"] += 1
 
+    def curves(self)->dict[str, Tensor]:
+        points, n = self.points.cpu(), self.count
+        call = torch.arange(1, n["used"] + 1) * n["stride"]
+        return {"call": call, **{name: points[:n["used"], i].clone() for i, name in enumerate(("loss", "lambda", "action"))}}
+
     def get_extra_state(self)->dict: return dict(self.count)
     def set_extra_state(self, state:dict): self.count = dict(state)
 
-# %% ../nbs/05_least_action.ipynb #1ea31c69
-@checked
-class LeastAction(_Exact):
-    "The task's loss plus the action over lambda, from one forward pass; lambda ascends by itself. `TypeError` or `ValueError` for settings that cannot work."
-    def __init__(self,
-        model:nn.Module|Mapping[str, nn.Module],  # the network to train, or its blocks by name; measured in place
-        lambda0:float|Tensor|Sequence[float]=1.,                  # first multiplier; a tensor `[S]` for `S` networks at once
-        tau:float=1.,                             # step of the ascent; 0 keeps the multiplier fixed
-        every:int|None=1,                         # steps between two updates of lambda; None: only by `ascend`
-        target:float=0.,                          # task loss that is good enough; above 0 lambda may fall
-        cap:float=math.inf,                       # largest multiplier
-        reduction:str="mean",                     # energy over features: `"mean"` (published scale) or `"sum"`
-        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
-        x=None,                                   # example input that finds the blocks of any network; None: `ResidualBlock`s
-        controller:Callable[..., Controller]=DualAscent, # makes the rule from `lambda0`, `tau`, `target`, `cap`
-        velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
-        average:str|float="batch",                # loss that lambda sees: `"batch"`, `"mean"` since the last update, or a decay
-        warmup:int=0,                             # first steps in which lambda rests
-        accumulate:int=1,                         # batches per step of the optimiser
-        weights:Mapping[str, float]|None=None,    # pattern of block names to weight in the action; others weigh 1
-        floor:float=0.,                           # smallest weight $1/\lambda$ of the action; like `cap=1/floor`
-        batch_axis:int|None=None,                 # axis of the samples in what a block returns, as in `EnergyMeter`
-    ):
+# %% ../nbs/05_least_action.ipynb #9dabf3c1
+def _slack(dtype)->float: # what rounding may take a loss of zero below it
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: dtype = torch.float32   # of a number of elsewhere
+    return torch.finfo(dtype).eps ** .5
+
+def _lifted(loss:Tensor, slack:float)->Tensor: return torch.where(loss < -slack, loss, loss.clamp(min=0))
+
+class _Losses(_Exact):
+    "Refuses losses that are negative: on the CPU at once; elsewhere the smallest is kept, for `check`."
+    def __init__(self, like):
         super().__init__()
-        _check_clock(every, average, warmup, accumulate, controller)
-        floor = number("floor", floor, 0)
-        model, self.blocks = _found(model, blocks, x)
-        self.__dict__["model"] = model   # not a submodule: its parameters are not ours
-        self.kind = {"reduction": reduction, "velocity": velocity if isinstance(velocity, str) else "named modules"}
-        self.controller = controller(lambda0=lambda0, tau=tau, target=target, cap=min(number("cap", cap, infinite=True), 1 / floor) if floor else cap)
-        self._prepare(every, warmup, accumulate, average, weights)
-        self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
+        self.register_buffer("lowest", torch.full_like(like, math.inf))   # smallest loss ever seen
+
+    def rounded(self, loss:Tensor, slack:float)->Tensor:
+        "The loss, zero where rounding may have taken it below."
+        if loss.device.type != "cpu": return _lifted(loss, slack)
+        lowest = min(0., *loss.tolist()) if loss.ndim else min(0., loss.item())   # in this order, NaN is never the smallest
+        if lowest < -slack: self.refuse(lowest)
+        return _lifted(loss, slack) if lowest < 0 else loss
+
+    def keep(self, loss:Tensor):
+        if loss.device.type != "cpu": self.lowest = torch.fmin(self.lowest, loss)
+
+    def check(self):
+        if (lowest := self.lowest.min().item()) < 0: self.refuse(lowest)
+
+    def refuse(self, loss:float):
+        raise ValueError(f"the task loss was {loss:g}, expected zero or more, up to rounding: a multiplier on a loss that "
+                         "can fall below zero has no meaning; add a constant that makes it positive")
 
 # %% ../nbs/05_least_action.ipynb #c0d574b7
-@patch
-def _prepare(self:LeastAction, every, warmup, accumulate, average, weights):
-    "Buffers and parts, on the model's device."
-    if not isinstance(self.controller, Controller): raise TypeError(f"controller gave {self.controller!r}, expected a Controller")
-    self.sensor, self.history = _Sensor(every, warmup, accumulate, average, self.lam), _History(self.lam)
-    self.register_buffer("action", torch.full_like(self.lam, math.nan, dtype=torch.float32))
-    self.register_buffer("lowest", torch.full_like(self.lam, math.inf))   # smallest loss ever seen
-    self.register_buffer("weights", _weights(self.blocks, weights), persistent=False)
-    self.left_out = set() if weights is None else {name for name, w in zip(self.blocks, self.weights.tolist()) if not w}
-    self.energies = None
-    if (p := next(self.model.parameters(), None)) is not None: self.to(p.device)
-
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     "The model and its blocks; raises `ValueError` if they cannot be driven."
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
@@ -330,123 +399,183 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
         raise ValueError("all blocks weigh zero, expected one that counts: train without least action instead")
     return torch.tensor(list(values.values()), dtype=torch.float64)
 
-# %% ../nbs/05_least_action.ipynb #a076b916
-def _check_clock(every, average, warmup, accumulate, controller):
-    if every is not None: whole("every", every, 1, "of steps, or None")
-    whole("warmup", warmup, 0, "of steps")
-    whole("accumulate", accumulate, 1, "of batches per step of the optimiser")
-    if not (isinstance(average, str) and average in ("batch", "mean") or isinstance(average, float) and 0 < average < 1):
-        raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
-    if not callable(controller): raise TypeError(f"controller is {controller!r}, expected what makes one, like the class DualAscent")
-    if isinstance(controller, Controller):
-        name = type(controller).__name__
-        raise TypeError(f"controller is a {name}, expected what makes one: the class {name}, or partial({name}, ...) with its own settings")
-    try: inspect.signature(controller).bind(lambda0=1., tau=1., target=0., cap=1.)
-    except ValueError: pass   # written in C, without a signature
-    except TypeError as e:
-        raise TypeError(f"controller is {controller!r}, expected what takes lambda0, tau, target and cap by name: "
-                        f"{e}") from None
+# %% ../nbs/05_least_action.ipynb #05c10004
+class _Action(_Exact):
+    "The action of the forward pass just made, on the blocks of a model."
+    def __init__(self, model, blocks, x, reduction, velocity, weights, batch_axis):
+        super().__init__()
+        model, self.blocks = _found(model, blocks, x)
+        self.__dict__["model"] = model   # not a submodule: its parameters are not ours
+        self.kind = {"reduction": reduction, "velocity": velocity if isinstance(velocity, str) else "named modules"}
+        self.register_buffer("weights", _weights(self.blocks, weights), persistent=False)
+        heard = [1.] * len(self.blocks) if weights is None else self.weights.tolist()
+        self.left_out = {name for name, weight in zip(self.blocks, heard) if not weight}
+        self.energies = None   # what each block contributed to the last pass, `[..., K]`
+        self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
 
-# %% ../nbs/05_least_action.ipynb #524cce2a
-@patch
-def forward(self:LeastAction,
-    task:Tensor, # loss of the task on this batch: `[]`, or `[S]` for `S` networks at once
-)->Tensor:       # the objective to differentiate, of the same shape
-    "Objective $L + C/\\lambda$ of the forward pass just made; every `every`-th step moves lambda first. `TypeError` or `ValueError` for what is no loss, `RuntimeError` without a pass in training mode, or a gradient."
-    try: loss = self._check_task(task)
-    except Exception:
-        self.meter.ended = False   # a pass made anew takes the place of this one
-        raise
-    energies, one = self.meter.take(task), self.sensor.accumulate == 1
-    action = self._weigh(energies)
-    self._check_gradients(task, action)
-    self._buffers["action"], self.__dict__["energies"] = action.detach(), energies.detach()
-    if one: self._observe(loss)
-    lam = self.lam
-    objective = task + action / lam.to(action.dtype)
-    if not one: self._observe(loss)
-    self.history.add(loss, lam, self.action)
-    return objective
+    def _checked(self, task)->Tensor: # the loss that the ascent sees
+        try: return _checked_loss(self, task)
+        except Exception:
+            self.meter.ended = False   # a pass made anew takes the place of this one
+            raise
 
-@patch
-def _weigh(self:LeastAction, energies):
-    return energies.sum(-1) if self.weights is None else (energies * self.weights.to(energies.dtype)).sum(-1)
+    def _taken(self, task:Tensor)->tuple[Tensor, Tensor]: # energies `[..., K]` and action, with their gradient
+        energies = self.meter.take(task)
+        action = (energies if self.weights is None else energies * self.weights.to(energies.dtype)).sum(-1)
+        _check_gradients(task, action)
+        return energies, action
 
-# %% ../nbs/05_least_action.ipynb #89220278
-@patch
-def ascend(self:LeastAction,
-    loss:Tensor|float, # of the task, measured in any way: over all training samples, say
-):
-    "Move lambda by this loss now; `TypeError` for what is no loss, `ValueError` for another shape or a negative one."
-    slack = _slack(loss.dtype if isinstance(loss, Tensor) and loss.is_floating_point() else torch.float32)
-    loss = self._rounded(_as_loss(loss, self.lam), slack)
-    self._note_lowest(loss)
-    self._climb(loss)
+    def forget(self):
+        "Drop the forward passes so far, which you do not use: their energies, not lambda."
+        self.meter.forget()
 
-@patch
-def _climb(self:LeastAction, loss): self.controller.update(_over_ranks(loss.to(self.lam.dtype)))
+    def remove(self):
+        "Take the hooks off the model; it is as it was. Also at the end of `with LeastAction(...) as la`."
+        self.meter.remove()
 
-@patch
-def forget(self:LeastAction):
-    "Drop the forward passes so far, which you do not use: their energies, not lambda."
-    self.meter.forget()
+    def __enter__(self): return self
+    def __exit__(self, *exc): self.remove()
 
-@patch
-def _observe(self:LeastAction, loss):
-    self._note_lowest(loss)
-    seen = self.sensor.see(loss)
-    if seen is not None: self._climb(seen)
+    def get_extra_state(self)->dict: return {"blocks": list(self.blocks), **self.kind}
+    def set_extra_state(self, state:dict): pass   # checked before anything was loaded
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        _check_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-@patch
-def _note_lowest(self:LeastAction, loss):
-    if loss.device.type != "cpu": self.lowest = torch.fmin(self.lowest, loss)
+# %% ../nbs/05_least_action.ipynb #1ea31c69
+@checked
+class LeastAction(_Action):
+    """The task's loss plus the action over lambda, from one forward pass; lambda ascends by itself.
 
-# %% ../nbs/05_least_action.ipynb #9dabf3c1
-def _slack(dtype:torch.dtype)->float: return torch.finfo(dtype).eps ** .5   # what rounding may take a loss of zero below it
+    `TypeError` or `ValueError` for settings that cannot work."""
+    def __init__(self,
+        model:nn.Module|Mapping[str, nn.Module], # the network to train, or its blocks by name; measured in place
+        controller:Controller|None=None,         # what lambda is and how it moves, copied; None: `DualAscent()`, the published rule
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
+        x=None,                                  # example input that finds the blocks of any network; None: `ResidualBlock`s
+        reduction:str="mean",                    # energy over features: `"mean"` (published scale) or `"sum"`
+        velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
+        weights:Mapping[str, float]|None=None,   # pattern of block names to weight in the action; others weigh 1
+        batch_axis:int|None=None,                # axis of the samples in what a block returns, as in `EnergyMeter`
+    ):
+        controller = DualAscent() if controller is None else deepcopy(controller)
+        super().__init__(model, blocks, x, reduction, velocity, weights, batch_axis)
+        self.kind["controller"] = type(controller).__name__
+        self.controller, self.history, self.losses = controller, _History(controller.lam), _Losses(controller.lam)
+        self.register_buffer("action", torch.full_like(self.lam, math.nan, dtype=torch.float32))
+        if (p := next(self.model.parameters(), None)) is not None: self.to(p.device)
 
-@patch
-def _check_task(self:LeastAction, task)->Tensor: # the loss that the ascent sees
+    def forward(self,
+        task:Tensor, # loss of the task on this batch: `[]`, or `[S]` for `S` networks at once
+    )->Tensor:       # the objective to differentiate, of the same shape
+        r"""Objective $L + C/\lambda$ of the forward pass just made; lambda moves first, if it is time.
+
+        `TypeError` or `ValueError` for what is no loss, `RuntimeError` without a pass in training mode, or a gradient."""
+        loss = self._checked(task)
+        energies, action = self._taken(task)
+        self._buffers["action"], self.__dict__["energies"] = action.detach(), energies.detach()
+        self.losses.keep(loss)
+        alone = self.controller.sensor.accumulate == 1
+        if alone: self.controller.observe(loss)
+        lam = self.lam
+        objective = task + action / lam.to(action.dtype)
+        if not alone: self.controller.observe(loss)
+        self.history.add(loss, lam, self.action)
+        return objective
+
+    def ascend(self,
+        loss:Tensor|float, # of the task, measured in any way: over all training samples, say
+    ):
+        "Move lambda by this loss now; `TypeError` for what is no loss, `ValueError` for another shape, or below zero."
+        loss = self.losses.rounded(_as_loss(loss, self.lam), _slack(getattr(loss, "dtype", torch.float32)))
+        self.losses.keep(loss)
+        self.controller.update(loss)
+
+    @property
+    def lam(self)->Tensor:
+        "The multiplier, `[]` or `[S]`; it may be set."
+        return self.controller.lam
+    @lam.setter
+    def lam(self, value):
+        self.controller.lam = _in_place_of(self.lam, value)
+
+    @property
+    def calls(self)->int:
+        "Batches seen so far."
+        return self.history.count["calls"]
+
+    def check(self):
+        "`ValueError` if a loss was ever negative, beyond rounding; waits for the device, so do it now and then."
+        self.losses.check()
+
+    def curves(self
+    )->dict[str, Tensor]: # `call`, `loss`, `lambda` and `action`, each `[T]` (or `[T, S]`), on the CPU
+        "What was noted at evenly spaced calls: at most 256 points, however long the training."
+        return self.history.curves()
+
+    @checked
+    def stationarity(self,
+        task:Callable[[], Tensor], # calls the model, in training mode, and returns the task's loss: on many samples
+    )->tuple[float, float]:        # residual in [0, 1], and the multiplier that balances the gradients best
+        """How well the gradients of loss and action cancel (NaN: there is none to cancel).
+
+        Leaves lambda, its history and the gradients of the model alone."""
+        if self.lam.ndim:
+            raise ValueError(f"lambda has shape {tuple(self.lam.shape)}, expected one network: take it out of the row")
+        self._checked(loss := task())
+        return _balance(loss, self._taken(loss)[1], self.lam, [p for p in self.model.parameters() if p.requires_grad])
+
+    @checked
+    def report(self,
+        task:Callable[[], Tensor]|None=None, # as in `stationarity`, which is left out without it
+        tolerance:float=.1,                  # part of the target by which the loss may miss it
+    )->"KKTReport":
+        "The training so far against the conditions, with a verdict and advice; raises `ValueError` if a loss was negative."
+        self.check()
+        residual, balance = (None, None) if task is None else self.stationarity(task)
+        return _judged(self.controller, self.curves(), tolerance, residual=residual, balance=balance)
+
+    def __repr__(self)->str: return f"LeastAction({self.controller}, blocks={len(self.blocks)})"
+
+    def stack(self,
+        others:Sequence["LeastAction"], # on the same blocks, with the same rule; their hooks are taken off
+    ):
+        "Make room for a row, `[S]`: the multipliers and numbers of all, its own first; `ValueError` if more differs."
+        for other in others:
+            other.remove()
+            _check_alike(self, other)
+        self.action = torch.stack([each.action.to(self.action) for each in (self, *others)], -1)
+        for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
+
+# %% ../nbs/05_least_action.ipynb #357aad67
+def _checked_loss(la:LeastAction, task)->Tensor: # the loss that the ascent sees
     "Raise on a loss that cannot be meant, or one without a forward pass that was measured; follow the loss to its device."
     if not isinstance(task, Tensor): raise TypeError(f"task loss is a {type(task).__name__}, expected a tensor, as from cross_entropy")
-    if task.device != self.lam.device: self._follow(task.device)
-    loss = self._rounded(_as_loss(task, self.lam, "task loss"), None)
-    if asleep := self._asleep():
-        raise RuntimeError(f"{len(asleep)} of {len(self.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
+    if task.device != la.lam.device: _follow(la, task.device)
+    loss = _as_loss(task, la.lam, "task loss")
+    loss = la.losses.rounded(loss, _slack(loss.dtype))
+    if asleep := _asleep(la):
+        raise RuntimeError(f"{len(asleep)} of {len(la.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
                            "call model.train() before the forward pass; to evaluate, use the task's loss by itself; "
                            "a block may stay in evaluation mode if its parameters are frozen, requires_grad_(False), or its weight is 0")
     if not torch.is_grad_enabled(): raise RuntimeError("gradients are off, expected on: call the model and this outside torch.no_grad()")
     return loss
 
-@patch
-def _asleep(self:LeastAction)->list[str]:
-    "Blocks in evaluation mode by mistake: those that count and have a parameter to train; all, if none was measured."
-    resting = [name for name, block in self.blocks.items() if not block.training]
-    if len(resting) == len(self.blocks) and not self.meter.seen: return resting
-    trains = lambda name: any(p.requires_grad for p in self.blocks[name].parameters())
-    return [name for name in resting if name not in self.left_out and trains(name)]
-
-@patch
-def _follow(self:LeastAction, device):
+def _follow(la:LeastAction, device):
     "Move to the device of the loss, unless values would be lost on the way."
-    if device.type == "meta" and not any(p.is_meta for p in self.model.parameters()):
+    if device.type == "meta" and not any(p.is_meta for p in la.model.parameters()):
         raise ValueError("the task loss is on the meta device and has no value, the model is not: give the loss of "
                          "this model")
-    self.to(device)
+    la.to(device)
 
-# %% ../nbs/05_least_action.ipynb #357aad67
-@patch
-def _rounded(self:LeastAction, loss:Tensor, slack:float|None)->Tensor:
-    "The loss, zero where rounding may have taken it below; lower, it is refused, or kept where it cannot be read."
-    if slack is None: slack = _slack(loss.dtype)
-    if loss.device.type != "cpu": return _lifted(loss, slack)
-    lowest = min(0., *loss.tolist()) if loss.ndim else min(0., loss.item())   # in this order, NaN is never the smallest
-    if lowest < -slack: self._refuse(lowest)
-    return _lifted(loss, slack) if lowest < 0 else loss
+def _asleep(la:LeastAction)->list[str]:
+    "Blocks in evaluation mode by mistake: those that count and have a parameter to train; all, if none was measured."
+    resting = [name for name, block in la.blocks.items() if not block.training]
+    if len(resting) == len(la.blocks) and not la.meter.seen: return resting
+    trains = lambda name: any(p.requires_grad for p in la.blocks[name].parameters())
+    return [name for name in resting if name not in la.left_out and trains(name)]
 
-def _lifted(loss:Tensor, slack:float)->Tensor: return torch.where(loss < -slack, loss, loss.clamp(min=0))
-
-@patch
-def _check_gradients(self:LeastAction, task, action):
+def _check_gradients(task, action):
     if not task.requires_grad and action.requires_grad:
         raise RuntimeError("the task loss has no gradient, expected one: it was detached, is a constant, or comes from "
                            "another model or from parts that are frozen; give the loss of the pass just made, from outputs of the model, before detach() or item()")
@@ -454,58 +583,11 @@ def _check_gradients(self:LeastAction, task, action):
         raise RuntimeError("the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
                            "torch.no_grad(); thaw them, or use the task's loss by itself")
 
-@patch
-def _refuse(self:LeastAction, loss:float):
-    raise ValueError(f"the task loss was {loss:g}, expected zero or more, up to rounding: a multiplier on a loss that "
-                     "can fall below zero has no meaning; add a constant that makes it positive")
-
-@patch
-def check(self:LeastAction):
-    "Raise `ValueError` if a loss was ever negative, beyond rounding; waits for the device, so call it now and then, not in each step."
-    if (lowest := self.lowest.min().item()) < 0: self._refuse(lowest)
-
-# %% ../nbs/05_least_action.ipynb #567daa71
-@patch(as_prop=True)
-def calls(self:LeastAction)->int:
-    "Batches seen so far."
-    return self.sensor.count["calls"]
-
-def _get_lam(self)->Tensor: return self.controller.lam
-def _set_lam(self, value:Tensor):
-    value = _multipliers("lambda", value).to(self.lam.dtype).clone()
-    if value.shape != self.lam.shape:
-        if self.lam.ndim or value.ndim != 1: raise ValueError(f"lambda has shape {tuple(self.lam.shape)}, found {tuple(value.shape)}")
-        for module in (self, *self.children()):
-            state = {n: b for n, b in module._buffers.items() if n != "weights"}
-            for name, old in state.items(): setattr(module, name, old[..., None].expand(*old.shape, len(value)).clone())
-    self.controller.lam = value.to(self.lam.device)
-
-LeastAction.lam = property(_get_lam, _set_lam, doc="The multiplier, `[]` or `[S]`; setting `[S]` makes room for a row of networks.")
-
-@patch
-def remove(self:LeastAction):
-    "Take the hooks off the model; it is as it was. Also at the end of `with LeastAction(...) as la`."
-    self.meter.remove()
-
-@patch
-def __enter__(self:LeastAction): return self
-@patch
-def __exit__(self:LeastAction, *exc): self.remove()
-
-@patch
-def __repr__(self:LeastAction):
-    c, s = self.controller, self.sensor
-    return (f"LeastAction({type(c).__name__}: lambda={_short(self.lam)}, tau={_short(c.tau)}, every={s.every}, target={_short(c.target)}, "
-            f"blocks={len(self.blocks)})")
-
-# %% ../nbs/05_least_action.ipynb #d24b42b2
-@patch
-def curves(self:LeastAction
-)->dict[str, Tensor]: # `call`, `loss`, `lambda` and `action`, each `[T]` (or `[T, S]`), on the CPU
-    "What was noted at evenly spaced calls: at most 256 points, however long the training."
-    points, n = self.history.points.cpu(), self.history.count
-    call = torch.arange(1, n["used"] + 1) * n["stride"]
-    return {"call": call, **{name: points[:n["used"], i].clone() for i, name in enumerate(("loss", "lambda", "action"))}}
+def _check_alike(la:LeastAction, other:LeastAction):
+    "Raise `ValueError` unless both could stand in a row."
+    ours, theirs = (each.get_extra_state() | {"weights": each.weights if each.weights is None else each.weights.tolist()}
+                    for each in (la, other))
+    if ours != theirs: raise ValueError(f"found {ours} and {theirs}, expected the same for all networks of a row")
 
 # %% ../nbs/05_least_action.ipynb #611b7d8e
 ADVICE = {
@@ -514,8 +596,8 @@ ADVICE = {
     "fixed": "Lambda did not move, so nothing was constrained: this is a penalty of constant weight. Set tau above zero to let lambda find it.",
     "never binds": "The loss stays below the target by itself: lower the target, or take the action for free.",
     "oscillates": "Lambda swings: lower tau, give the loss an average, or use ProportionalIntegral.",
-    "diverges": "Lambda grows without end and the weight of the action fades: set a target that the loss can reach, or a cap.",
-    "infeasible": "The loss no longer falls and stays above the target: raise the target, enlarge the network, or raise the cap if lambda is at it.",
+    "diverges": "Lambda grows without end and the weight of the action fades: set a target that the loss can reach, or an upper bound.",
+    "infeasible": "The loss no longer falls and stays above the target: raise the target, enlarge the network, or raise the upper bound if lambda is at it.",
     "unfinished": "The loss or lambda still moves: train longer, or raise tau.",
     "not finite": "Loss, lambda or action is not finite: lower the learning rate, or start from a smaller gain.",
     "too short": "Fewer than eight points were noted: train on before judging."}
@@ -540,11 +622,11 @@ def _trend(lam:Tensor)->tuple[float, float, int]: # drift and swing over the mea
     sides = torch.sign(rest[rest.abs() > rest.std() / 2])
     return (2 * slope / lam.mean()).item(), (rest.std() / lam.mean()).item(), int((sides[1:] != sides[:-1]).sum())
 
-def _verdict(loss, lam, action, target, cap, low, tolerance)->str:
+def _verdict(loss, lam, action, target, low, high, tolerance)->str:
     if len(lam) < 8: return "too short"
     if not torch.stack([loss, lam, action]).isfinite().all(): return "not finite"
     half = len(lam) // 2
-    capped = bool((lam[half:] >= .99 * cap).all())
+    capped = bool((lam[half:] >= .99 * high).all())
     if lam.max() == lam.min() and not capped: return "fixed"
     drift, swing, turns = _trend(lam[half:])
     if swing > .1 and turns >= 3: return "oscillates"
@@ -558,6 +640,9 @@ def _verdict(loss, lam, action, target, cap, low, tolerance)->str:
     return "unfinished" if after < .95 * before or weighty and not capped else "infeasible"
 
 # %% ../nbs/05_least_action.ipynb #01bcee20
+def _percent(value:float, how:str)->str: # "-" where the curves are too short to tell
+    return "-" if math.isnan(value) else format(value, how)
+
 @checked
 @dataclass(frozen=True, repr=False)
 class KKTReport:
@@ -582,13 +667,38 @@ class KKTReport:
         "What to do about the verdict."
         return ADVICE[self.verdict]
 
+    def table(self
+    )->list[tuple[str, str, str]]: # quantity, value, what it should be
+        "The report, line by line."
+        rows = [("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"), ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
+                ("lambda", f"{self.lam:.4g}", "price of a unit of loss, in action"),
+                ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
+                ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"), ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
+                ("action", f"{self.action:.4g}", "as small as the task allows"),
+                ("action / lambda, of the loss", _percent(self.share, ".1%"), "what the action weighs in the objective")]
+        if self.residual is not None:
+            rows += [("stationarity residual", f"{self.residual:.2f}", "zero: the gradients balance"),
+                     ("balancing lambda", f"{self.balance:.4g}", "lambda itself, when stationary")]
+        return rows
+
+    def __str__(self):
+        rows, end = self.table(), "\n".join(self.notes)
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{name.ljust(widths[0])}  {value.rjust(widths[1])}  {note}" for name, value, note in rows]
+        return "\n".join([f"{self.verdict}: {self.advice}", *lines, *([end] if end else [])])
+
+    def __repr__(self): return str(self)
+
+    def _repr_markdown_(self):
+        rows = [f"| {name} | {value} | {note} |" for name, value, note in self.table()]
+        return "\n".join([f"**{self.verdict}.** {self.advice}", "", "| | value | should be |", "|---|---:|---|", *rows, "", *map(as_text, self.notes)])
+
 # %% ../nbs/05_least_action.ipynb #a2e7c291
 @checked
 def kkt(
     curves:Mapping[str, Tensor], # `loss`, `lambda` and `action`, each `[T]`: of a `Run`, or from `LeastAction.curves`
     target:float=0.,             # level asked of the loss
-    cap:float=math.inf,          # largest multiplier allowed
-    low:float=1e-3,              # smallest multiplier allowed
+    bounds:Sequence[float|None]=(1e-3, None), # smallest and largest multiplier allowed; None: no bound
     tolerance:float=.1,          # part of the target by which the loss may miss it
     **more,                      # further fields of the report
 )->KKTReport:
@@ -601,100 +711,40 @@ def kkt(
         raise ValueError(f"loss, lambda and action have {loss.numel()}, {lam.numel()} and {action.numel()} points, "
                          "expected as many of each")
     if not len(lam): raise ValueError("curves have no points, expected at least one: train first")
-    target, cap = _level("target", target), _level("cap", cap)
-    low, tolerance = _level("low", low), _level("tolerance", tolerance)
-    verdict, tail = _verdict(loss, lam, action, target, cap, low, tolerance), slice(len(lam) // 2, None)
+    target, tolerance = _level("target", target), _level("tolerance", tolerance)
+    low, high = (none if bound is None else _level("a value of bounds", bound) for bound, none in zip(_pair(bounds), (0., math.inf)))
+    verdict, tail = _verdict(loss, lam, action, target, low, high, tolerance), slice(len(lam) // 2, None)
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()
     return KKTReport(verdict, float(target), mean(loss), mean(lam), mean(action), mean(loss) - target, mean(lam * (loss - target)),
                mean(action / lam) / (mean(loss) or math.nan), drift, swing, curves=curves, **more)
 
-# %% ../nbs/05_least_action.ipynb #108fc575
-@patch
-@checked
-def stationarity(self:LeastAction,
-    task:Callable[[], Tensor], # calls the model, in training mode, and returns the task's loss: on many samples, to be worth much
-)->tuple[float, float]:        # residual in [0, 1], and the multiplier that balances the gradients best
-    "How well the gradients of loss and action cancel (NaN: there is none to cancel); leaves lambda, its history and the gradients of the model alone."
-    if not callable(task):
-        raise TypeError(f"task is a {type(task).__name__}, expected a function that calls the model and returns the "
-                        "loss")
-    if self.lam.ndim: raise ValueError(f"lambda has shape {tuple(self.lam.shape)}, expected one network: take it out of the row")
-    loss = task()
-    self._check_task(loss)
-    energies, params = self.meter.take(loss), [p for p in self.model.parameters() if p.requires_grad]
-    action = self._weigh(energies)
-    self._check_gradients(loss, action)
-    flat = lambda y: torch.cat([g.flatten() for g in torch.autograd.grad(y, params, retain_graph=True, materialize_grads=True)]).double()
-    dl, dc = flat(loss), flat(action)
-    residual = (dl + dc / self.lam).norm() / (dl.norm() + dc.norm() / self.lam)
+# %% ../nbs/05_least_action.ipynb #05c10005
+def _judged(c:Controller, curves, tolerance:float, **more)->KKTReport:
+    "A report on curves, by what their controller was told."
+    held = int(c.held.sum())
+    notes = (f"{held} losses were not finite; lambda stayed as it was.",) if held else ()
+    return kkt(curves, c.target, (c.low, c.high), tolerance, notes=notes, **more)
+
+# %% ../nbs/05_least_action.ipynb #05c10006
+def _balance(loss:Tensor, action:Tensor, lam:Tensor, params)->tuple[float, float]:
+    "Residual, and the multiplier that balances the gradients of loss and action best."
+    gradients = lambda y: torch.autograd.grad(y, params, retain_graph=True, materialize_grads=True)
+    dl, dc = (torch.cat([g.flatten() for g in gradients(y)]).double() for y in (loss, action))
+    residual = (dl + dc / lam).norm() / (dl.norm() + dc.norm() / lam)
     return residual.item(), (-(dl @ dc) / (dl @ dl)).item()
 
-@patch
-@checked
-def report(self:LeastAction,
-    task:Callable[[], Tensor]|None=None, # as in `stationarity`, which is left out without it
-    tolerance:float=.1,                  # part of the target by which the loss may miss it
-)->KKTReport:
-    "The training so far against the conditions, with a verdict and advice; raises `ValueError` if a loss was negative."
-    self.check()
-    c, held = self.controller, int(self.controller.held.sum())
-    residual, balance = (None, None) if task is None else self.stationarity(task)
-    notes = (f"{held} losses were not finite; lambda stayed as it was.",) if held else ()
-    return kkt(self.curves(), c.target, c.cap, c.low, tolerance, residual=residual, balance=balance, notes=notes)
-
-# %% ../nbs/05_least_action.ipynb #36eb49f9
-def _percent(value:float, how:str)->str: return "-" if math.isnan(value) else format(value, how)   # too short to tell
-
-@patch
-def table(self:KKTReport
-)->list[tuple[str, str, str]]: # quantity, value, what it should be
-    "The report, line by line."
-    rows = [("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"), ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
-            ("lambda", f"{self.lam:.4g}", "price of a unit of loss, in action"),
-            ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
-            ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"), ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
-            ("action", f"{self.action:.4g}", "as small as the task allows"),
-            ("action / lambda, of the loss", _percent(self.share, ".1%"), "what the action weighs in the objective")]
-    if self.residual is not None:
-        rows += [("stationarity residual", f"{self.residual:.2f}", "zero: the gradients balance"),
-                 ("balancing lambda", f"{self.balance:.4g}", "lambda itself, when stationary")]
-    return rows
-
-@patch
-def __str__(self:KKTReport):
-    rows, end = self.table(), "\n".join(self.notes)
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{name.ljust(widths[0])}  {value.rjust(widths[1])}  {note}" for name, value, note in rows]
-    return "\n".join([f"{self.verdict}: {self.advice}", *lines, *([end] if end else [])])
-
-@patch
-def __repr__(self:KKTReport): return str(self)
-
-@patch
-def _repr_markdown_(self:KKTReport):
-    rows = [f"| {name} | {value} | {note} |" for name, value, note in self.table()]
-    return "\n".join([f"**{self.verdict}.** {self.advice}", "", "| | value | should be |", "|---|---:|---|", *rows, "", *map(as_text, self.notes)])
-
 # %% ../nbs/05_least_action.ipynb #a91e1724
-@patch
-def get_extra_state(self:LeastAction)->dict:
-    return {"blocks": list(self.blocks), "controller": type(self.controller).__name__, **self.kind}
-
-@patch
-def set_extra_state(self:LeastAction, state:dict): pass   # checked before anything was loaded
-
-@patch
-def _load_from_state_dict(self:LeastAction, state_dict, prefix, *args):
-    theirs, ours = state_dict.get(prefix + "_extra_state"), self.get_extra_state()
+def _check_state(la:LeastAction, state_dict, prefix:str):
+    "Raise `ValueError` unless the state is of a `LeastAction` like this one."
+    theirs, ours = state_dict.get(prefix + "_extra_state"), la.get_extra_state()
     if not isinstance(theirs, dict): raise ValueError("found no state of a LeastAction, expected one: as saved from its state_dict()")
     if theirs["blocks"] != ours["blocks"]:
         lost, new = (sorted(set(a) - set(b)) for a, b in ((theirs["blocks"], ours["blocks"]), (ours["blocks"], theirs["blocks"])))
         raise ValueError(f"the state is of another model: it has {len(theirs['blocks'])} blocks, this one {len(ours['blocks'])}; "
                          f"only in the state: {', '.join(lost) or 'none'}; only here: {', '.join(new) or 'none'}")
-    for key in ("controller", *self.kind):
+    for key in la.kind:
         if theirs[key] != ours[key]:
             raise ValueError(f"the state was saved with {key} {theirs[key]!r}, here it is {ours[key]!r}: lambda would mean something else")
     shape = state_dict[prefix + "controller.lam"].shape
-    if shape != self.lam.shape: raise ValueError(f"lambda in the state has shape {tuple(shape)}, here {tuple(self.lam.shape)}: another number of networks")
-    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+    if shape != la.lam.shape: raise ValueError(f"lambda in the state has shape {tuple(shape)}, here {tuple(la.lam.shape)}: another number of networks")

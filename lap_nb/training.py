@@ -449,8 +449,8 @@ def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple
     if not least_action.meter.on or not inside.issuperset(least_action.blocks.values()):
         raise ValueError("least_action is not on this model: make it for the model that is trained, LeastAction(model), and remove it only afterwards")
     if (found := tuple(least_action.lam.shape)) != networks:
-        raise ValueError(f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one per network: give a single lambda0; "
-                         "for values that differ from network to network, fit_many(..., grid=dict(lambda0=[...]))")
+        raise ValueError(f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one per network: give a single one; "
+                         "for values that differ from network to network, fit_many(..., least_action=lambda model, lambda0: LeastAction(model, DualAscent(lambda0)), grid=dict(lambda0=[...]))")
 
 def _share()->tuple[int, int]:
     "Rank of this process and number of processes."

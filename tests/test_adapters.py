@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lap_nb.adapters import LeastActionMixin, lightning_callback
 from lap_nb.data import digits
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.nets import dense_net
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -142,9 +142,9 @@ def pair_fit(module, least_actions, epochs, path=None, **settings):
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_networks_in_one_module_have_a_callback_each(tmp_path, order):
     "Both see the task's loss; a checkpoint keeps them apart, in whichever order they are named."
-    def made(module): return [LeastAction(module.a, tau=1.), LeastAction(module.b, tau=3.)][::order]
+    def made(module): return [LeastAction(module.a, DualAscent(tau=1.)), LeastAction(module.b, DualAscent(tau=3.))][::order]
     model = Pair()
-    expected, opt = [LeastAction(model.a, tau=1.), LeastAction(model.b, tau=3.)], torch.optim.SGD(model.parameters(), lr=.1)
+    expected, opt = [LeastAction(model.a, DualAscent(tau=1.)), LeastAction(model.b, DualAscent(tau=3.))], torch.optim.SGD(model.parameters(), lr=.1)
     for _ in range(2):
         for x, y in loader():
             loss = F.cross_entropy(model.a(x) + model.b(x), y)
@@ -219,9 +219,9 @@ class Sam:
 
 @pytest.mark.parametrize("make", [lambda params: torch.optim.LBFGS(params, max_iter=4), Sam])
 def test_an_optimiser_of_several_passes_and_its_remedies(make):
-    def step(**settings):
+    def step(**clock):
         model = net()
-        la, opt = LeastAction(model, **settings), make(model.parameters())
+        la, opt = LeastAction(model, DualAscent(**clock)), make(model.parameters())
         lams = []
         def closure():
             for p in model.parameters(): p.grad = None

@@ -20,7 +20,7 @@ from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, St
                           lipschitz, measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein)
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
 from lap_nb.ensembles import fit_many
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.lab.catalogue import CHOSEN, load_study
 from lap_nb.lab.design import Method, Net
 from lap_nb.lab.nets import make_net
@@ -716,7 +716,7 @@ def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
     data = digits()
     rows = data.splits(20, seeds=(0, 1))
     pictures = replace(rows, x=F.pad(rows.x.view(-1, 1, 8, 8), (0, -1, 0, -1)))
-    many = [fit_many(lambda: vit(drop), pictures, seeds=(0, 1), least_action=partial(LeastAction, lambda0=1.), epochs=1, batch_size=20, eval_every=1, mode=mode)
+    many = [fit_many(lambda: vit(drop), pictures, seeds=(0, 1), least_action=partial(LeastAction, controller=DualAscent(lambda0=1.)), epochs=1, batch_size=20, eval_every=1, mode=mode)
             for mode in ('batched', 'sequential')]
     for i in range(2):
         a, b = (runs[i].model.state_dict() for runs in many)

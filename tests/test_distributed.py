@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lap_nb import training
 from lap_nb.data import digits
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.nets import dense_net
 from lap_nb.training import fit, load_checkpoint
 
@@ -23,7 +23,7 @@ def train(path, seed=0, device="cpu", **settings):
     "The same lines for one process and for many; 90 samples in batches of 32, 32 and 26."
     torch.manual_seed(seed)
     model = dense_net(64, 10, 2, 16).to(device)
-    la = LeastAction(model, target=.5)
+    la = LeastAction(model, DualAscent(target=.5))
     return fit(model, digits().split(90), la, checkpoint=path, **SETTINGS | settings), la
 
 

@@ -26,7 +26,7 @@ from lap_nb.data import Dataset, digits
 from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import Ensemble, _made, choose_mode, fit_many, forward_flops, grid_members, member_memory, seeded
 from lap_nb.lab.modes import _by_hand, _clock, _noise, measure_modes, read_modes, record_modes
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.stats import confidence_interval
 from lap_nb.training import fit, load_checkpoint
@@ -384,16 +384,19 @@ def test_forms_of_convolution_agree(conv, how):
 def gained(gain=1.): return init_velocities_(make(), gain)
 
 
+def aimed(model, lambda0, target): return LeastAction(model, DualAscent(lambda0, tau=.5, target=target))
+
+
 def test_a_grid_is_as_many_trainings():
     "Settings of least action, of the training and of the maker, each combination as if alone."
     row = digits().splits(60, [3, 4])
     grid = dict(lambda0=[.1, 2.], target=[0., .5], lr=[1e-3, 1e-2], gain=[.1, .5])
-    runs = fit_many(gained, row, least_action=partial(LeastAction, tau=.5), epochs=3, eval_every=1, grid=grid)
+    runs = fit_many(gained, row, least_action=aimed, epochs=3, eval_every=1, grid=grid)
     assert len(runs) == 32 and len({tuple(m.items()) for m in runs.members}) == 32
     for i in (0, 13, 30):
         m = runs.members[i]
         model = _made(partial(gained, m["gain"]), m["seed"])
-        la = LeastAction(model, lambda0=m["lambda0"], tau=.5, target=m["target"])
+        la = LeastAction(model, DualAscent(lambda0=m["lambda0"], tau=.5, target=m["target"]))
         assert_as_alone(runs[i], fit(model, row.member(row.seeds.index(m["seed"])), la, seed=m["seed"], epochs=3, eval_every=1, lr=m["lr"]))
     part = runs.where(lr=1e-2, lambda0=2.)
     assert len(part) == 8 and all(m["lr"] == 1e-2 for m in part.members) and part.provenance["seeds"] == [3, 4] * 4
@@ -1036,16 +1039,16 @@ def test_resuming_with_another_least_action_is_refused(tmp_path):
     split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1, checkpoint=tmp_path / "row")
     run(split, least_action=LeastAction)
     run(split, least_action=LeastAction, resume=True)
-    for other in (None, partial(LeastAction, tau=.1)):
+    for other in (None, partial(LeastAction, controller=DualAscent(tau=.1))):
         with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
 
 
 def test_lambdas_are_told_apart_by_what_they_hold(tmp_path):
     split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1, checkpoint=tmp_path / "row")
-    bound = lambda tau: lambda model: LeastAction(model, tau=tau, every=2)
+    bound = lambda tau: lambda model: LeastAction(model, DualAscent(tau=tau, every=2))
     run(split, least_action=bound(.1))
     run(split, least_action=bound(.1), resume=True)
-    for other in (bound(.2), lambda model: LeastAction(model, tau=.1, every=3)):
+    for other in (bound(.2), lambda model: LeastAction(model, DualAscent(tau=.1, every=3))):
         with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
 
 

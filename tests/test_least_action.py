@@ -28,6 +28,7 @@ from lap_nb.training import fit
 
 MOVING = [DualAscent, partial(AugmentedLagrangian, penalty=2.), partial(ProportionalIntegral, gain=2.),
           partial(ProportionalIntegral, gain=2., smooth=.5, relative=True)]
+CLOCKS = dict(average=.9), dict(average="mean", every=3), dict(accumulate=2)
 make = partial(dense_net, 8, 3, 3, 8)
 
 
@@ -83,7 +84,7 @@ def test_every_rule_finds_the_known_multiplier(rule, seed):
 
 def test_fixed_weight_is_the_penalty_and_misses_the_multiplier():
     task = Ridge(0)
-    law = FixedWeight(2., 5., task.level)
+    law = FixedWeight(.5)
     for loss in (3., 0., 9.): law.update(torch.tensor(loss))
     assert law.lam.item() == 2. and abs(task.lam - 2) > 1
 
@@ -133,7 +134,7 @@ def test_same_iterates_as_cooper(name):
 @given(st.lists(st.floats(0, 50, width=32, allow_subnormal=False), min_size=1, max_size=20), st.floats(.01, 5), st.floats(0, 3, allow_subnormal=False))
 @settings(max_examples=40, deadline=None)
 def test_dual_ascent_against_plain_floats(losses, tau, target):
-    law, lam = DualAscent(1., tau, target, cap=30.), 1.
+    law, lam = DualAscent(1., tau, target, bounds=(None, 30.)), 1.
     for loss in losses:
         law.update(torch.tensor(loss, dtype=torch.float64))
         lam = min(max(lam + tau * (loss - target), 1e-3), 30.)
@@ -158,10 +159,10 @@ def test_published_lambda_never_falls():
         last = law.lam.item()
 
 
-@pytest.mark.parametrize("rule", [*MOVING, FixedWeight])
+@pytest.mark.parametrize("rule", MOVING)
 def test_a_row_of_networks_is_each_by_itself(rule):
     losses, first = torch.rand(6, 3) * 4, torch.tensor([.5, 1., 4.])
-    row, alone = rule(first, .7, 1., 6.), [rule(lam, .7, 1., 6.) for lam in first]
+    row, alone = rule(first, .7, 1., (None, 6.)), [rule(lam, .7, 1., (None, 6.)) for lam in first]
     for loss in losses:
         row.update(loss)
         for law, one in zip(alone, loss): law.update(one)
@@ -170,14 +171,15 @@ def test_a_row_of_networks_is_each_by_itself(rule):
     torch.testing.assert_close(row.lam, expected.clamp(min=low))
 
 
-@pytest.mark.parametrize("rule", [*MOVING, FixedWeight])
+@pytest.mark.parametrize("rule", [*[partial(rule, target=.1) for rule in MOVING], FixedWeight])
 def test_a_loss_that_is_not_finite_moves_nothing(rule):
-    law = rule(torch.tensor([1., 1.]), 1., .1)
+    law = rule(torch.tensor([1., 1.]))
     law.update(torch.tensor([.5, .6]))
-    before = {k: v.clone() for k, v in law.state_dict().items()}
+    state = lambda: {name: b.clone() for name, b in law.named_buffers() if name != "held"}
+    before = state()
     law.update(torch.tensor([float("nan"), float("inf")]))
     assert law.held.tolist() == [1, 1]
-    torch.testing.assert_close({k: v for k, v in law.state_dict().items() if k != "held"}, {k: v for k, v in before.items() if k != "held"}, equal_nan=True)
+    torch.testing.assert_close(state(), before, equal_nan=True)
     law.update(torch.tensor([float("inf"), .6]))
     assert law.held.tolist() == [2, 1]
 
@@ -186,7 +188,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(rule):
 
 def test_objective_and_gradient_are_those_of_the_trajectory(net, batch):
     x, y = batch
-    with LeastAction(net, lambda0=3., tau=.5, every=1) as la:
+    with LeastAction(net, DualAscent(lambda0=3., tau=.5, every=1)) as la:
         loss = la(F.cross_entropy(net(x), y))
         loss.backward()
     measured = gradient(net)
@@ -204,7 +206,7 @@ def test_both_forms_give_the_same_training_when_the_learning_rates_match(batch):
     for divided in (True, False):
         torch.manual_seed(0)
         net = make().double()
-        la, opt = LeastAction(net, lambda0=2., tau=.3), torch.optim.SGD(net.parameters(), lr=.05)
+        la, opt = LeastAction(net, DualAscent(lambda0=2., tau=.3)), torch.optim.SGD(net.parameters(), lr=.05)
         for _ in range(30):
             loss = la(F.cross_entropy(net(x.double()), y))
             opt.zero_grad(); (loss if divided else la.lam * loss).backward()
@@ -242,7 +244,7 @@ def test_shared_parameters_count_in_each_block(batch):
     x, y = batch
     velocity = nn.Linear(8, 8)
     net = ResidualNet(Flow([velocity, velocity], .5), nn.Linear(8, 3))
-    with LeastAction(net, tau=0.) as la:
+    with LeastAction(net, DualAscent(tau=0.)) as la:
         la(F.cross_entropy(net(x), y)).backward()
         energies = block_energies(net.trajectory(x)).mean(1)
         torch.testing.assert_close(la.action, energies.sum().detach())
@@ -261,7 +263,7 @@ class Push(nn.Module):
 def test_solution_does_not_depend_on_the_splitting_of_blocks_in_time_one(K, h, lam):
     "min |d|^2/T with |d - 1|^2 <= 1/4 has d = 1/2 and the multiplier 1/T, T = Kh."
     flow = Flow([Push() for _ in range(K)], h)
-    la, opt = LeastAction(flow, tau=.3, target=.25), torch.optim.SGD(flow.parameters(), lr=.1)
+    la, opt = LeastAction(flow, DualAscent(tau=.3, target=.25)), torch.optim.SGD(flow.parameters(), lr=.1)
     for _ in range(300):
         loss = la((flow(torch.zeros(1, 2)) - 1).square().mean())
         opt.zero_grad(); loss.backward(); opt.step()
@@ -274,10 +276,10 @@ def test_solution_does_not_depend_on_the_splitting_of_blocks_in_time_one(K, h, l
 def test_accumulated_batches_give_the_gradient_of_the_whole(net, batch):
     x, y = batch
     net.zero_grad()
-    with LeastAction(net, lambda0=2., tau=0.) as la: la(F.cross_entropy(net(x), y)).backward()
+    with LeastAction(net, DualAscent(lambda0=2., tau=0.)) as la: la(F.cross_entropy(net(x), y)).backward()
     whole = gradient(net)
     net.zero_grad()
-    with LeastAction(net, lambda0=2., tau=1., accumulate=4) as la:
+    with LeastAction(net, DualAscent(lambda0=2., tau=1., accumulate=4)) as la:
         for xb, yb in zip(x.chunk(4), y.chunk(4)): (la(F.cross_entropy(net(xb), yb)) / 4).backward()
         assert la.lam.item() == pytest.approx(2. + F.cross_entropy(net(x), y).item(), rel=1e-5)
     torch.testing.assert_close(gradient(net), whole, rtol=1e-4, atol=1e-6)
@@ -290,7 +292,7 @@ def test_a_training_in_accumulated_batches_is_one_in_whole_batches(batch):
     for chunks in (1, 3):
         torch.manual_seed(0)
         net = make()
-        la = LeastAction(net, accumulate=chunks) if chunks > 1 else LeastAction(net, every=None)
+        la = LeastAction(net, DualAscent(accumulate=chunks)) if chunks > 1 else LeastAction(net, DualAscent(every=None))
         opt, trace = torch.optim.SGD(net.parameters(), lr=.05), []
         for _ in range(10):
             opt.zero_grad()
@@ -305,7 +307,7 @@ def test_a_training_in_accumulated_batches_is_one_in_whole_batches(batch):
 
 def lams(net, losses, **settings):
     "The multiplier after each loss."
-    with LeastAction(net, **settings) as la:
+    with LeastAction(net, DualAscent(**settings)) as la:
         found = []
         for loss in losses:
             net(torch.ones(1, 8)); la(worth(loss)); found.append(la.lam.item())
@@ -314,10 +316,10 @@ def lams(net, losses, **settings):
 
 @pytest.mark.parametrize("settings, expected", [
     (dict(), [4., 6., 7., 11.]), (dict(every=2), [1., 3., 3., 7.]), (dict(every=2, average="mean"), [1., 3.5, 3.5, 6.]),
-    (dict(warmup=2), [1., 1., 2., 6.]), (dict(every=None), [1.] * 4), (dict(accumulate=2), [1., 3.5, 3.5, 6.]),
+    (dict(warmup_steps=2), [1., 1., 2., 6.]), (dict(every=None), [1.] * 4), (dict(accumulate=2), [1., 3.5, 3.5, 6.]),
     (dict(accumulate=2, every=2, average="mean"), [1., 1., 1., 3.5]), (dict(target=2.), [2., 2., 1., 3.]),
-    (dict(average=.5), [4., 4. + 7 / 3, 4. + 7 / 3 + 11 / 7, 4. + 7 / 3 + 11 / 7 + 43 / 15]), (dict(floor=.2), [4., 5., 5., 5.]),
-    (dict(warmup=1, every=2, tau=.5), [1., 2., 2., 4.])])
+    (dict(average=.5), [4., 4. + 7 / 3, 4. + 7 / 3 + 11 / 7, 4. + 7 / 3 + 11 / 7 + 43 / 15]), (dict(bounds=(None, 5.)), [4., 5., 5., 5.]),
+    (dict(warmup_steps=1, every=2, tau=.5), [1., 2., 2., 4.])])
 def test_sequences_by_hand(net, settings, expected):
     assert lams(net, [3., 2., 1., 4.], **settings) == pytest.approx(expected, rel=1e-6)
 
@@ -325,7 +327,7 @@ def test_sequences_by_hand(net, settings, expected):
 @pytest.mark.parametrize("average", ["batch", "mean", .5])
 def test_a_batch_that_overflows_is_counted_whatever_the_average(net, average):
     "It moves nothing, not even as a loss of zero in an average that has seen no other."
-    with LeastAction(net, average=average, target=1.) as la:
+    with LeastAction(net, DualAscent(average=average, target=1.)) as la:
         net(torch.ones(1, 8)); la(worth(float("nan")))
         assert la.lam.item() == 1. and la.controller.held.item() == 1
         net(torch.ones(1, 8)); la(worth(3.))
@@ -350,7 +352,7 @@ def test_several_optimisers_and_a_scaler(net, batch, chunks):
     for scaled in (False, True):
         torch.manual_seed(0)
         model = make()
-        la, scaler = LeastAction(model, accumulate=chunks), torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2. ** 8)
+        la, scaler = LeastAction(model, DualAscent(accumulate=chunks)), torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2. ** 8)
         opts = [torch.optim.SGD(model.flow.parameters(), lr=.1), torch.optim.SGD(model.head.parameters(), lr=.01)]
         for _ in range(5):
             for opt in opts: opt.zero_grad()
@@ -395,8 +397,8 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(average=.9), dict(average="mean", every=2), dict(accumulate=2), dict(weights={"*": 2.}),
-                                      *[dict(controller=rule, target=.5) for rule in (*MOVING, FixedWeight)]])
+@pytest.mark.parametrize("settings", [dict(), *[dict(controller=DualAscent(**clock)) for clock in CLOCKS], dict(weights={"*": 2.}),
+                                      *[dict(controller=rule(target=.5)) for rule in MOVING], dict(controller=FixedWeight())])
 def test_a_step_reads_no_value_from_the_device(settings):
     "On the meta device tensors have no values, so any read would raise."
     net = make().to("meta")
@@ -427,7 +429,7 @@ def test_multiplier_follows_a_model_that_was_moved_after_attaching(net):
 def test_multiplier_stays_precise_in_a_model_of_half_precision(net, batch, dtype):
     "A part of the model goes where the model goes; lambda = 1000 in bfloat16 would not notice a loss of one."
     x, y = batch
-    net.la = LeastAction(net, lambda0=1000.)
+    net.la = LeastAction(net, DualAscent(lambda0=1000.))
     net.to(dtype)
     loss = net.la(F.cross_entropy(net(x.to(dtype)).float(), y))
     loss.backward()
@@ -441,9 +443,9 @@ def test_a_negative_loss_elsewhere_is_found_later(net, batch, monkeypatch):
     la = LeastAction(net)
     la(F.cross_entropy(net(x), y))
     la.check()
-    la.lowest = torch.tensor(0.)
+    la.losses.lowest = torch.tensor(0.)
     la.check()
-    la.lowest = torch.tensor(-.25)   # what a step on a GPU would have noted
+    la.losses.lowest = torch.tensor(-.25)   # what a step on a GPU would have noted
     for look in (la.check, la.report):
         with pytest.raises(ValueError, match="the task loss was -0.25, expected zero or more"): look()
 
@@ -463,8 +465,7 @@ def test_all_processes_share_the_mean_loss(net, monkeypatch):
 
 # State
 
-@pytest.mark.parametrize("settings", [dict(), dict(average=.9), dict(average="mean", every=3), dict(accumulate=2),
-                                      *[dict(controller=rule, target=.5) for rule in MOVING]])
+@pytest.mark.parametrize("settings", [dict(), *[dict(controller=DualAscent(**clock)) for clock in CLOCKS], *[dict(controller=rule(target=.5)) for rule in MOVING]])
 def test_state_goes_through_a_file_and_the_training_goes_on_the_same(batch, settings):
     x, y = batch
     def steps(net, la, n):
@@ -502,8 +503,8 @@ def test_history_stays_small_and_evenly_spaced(net):
 @pytest.mark.parametrize("other, message", [
     (lambda: LeastAction(dense_net(8, 3, 5, 8)), "3 blocks, this one 5; only in the state: none; only here: flow.blocks.3, flow.blocks.4"),
     (lambda: LeastAction(make(), reduction="sum"), "reduction 'mean', here it is 'sum'"),
-    (lambda: LeastAction(make(), controller=ProportionalIntegral), "controller 'DualAscent', here it is 'ProportionalIntegral'"),
-    (lambda: LeastAction(make(), lambda0=torch.ones(4)), r"shape \(\), here \(4,\)")])
+    (lambda: LeastAction(make(), controller=ProportionalIntegral()), "controller 'DualAscent', here it is 'ProportionalIntegral'"),
+    (lambda: LeastAction(make(), DualAscent(lambda0=torch.ones(4))), r"shape \(\), here \(4,\)")])
 def test_state_of_another_model_is_refused_whole(net, batch, other, message):
     x, y = batch
     la = LeastAction(net)
@@ -520,28 +521,83 @@ def test_state_of_something_else_is_refused(net):
 
 # Rows of networks
 
-@pytest.mark.parametrize("rule", [*MOVING, FixedWeight])
+def rows_of(rule, *seeds, **settings):
+    "Networks with this rule, trained in a row and one after the other."
+    train = partial(fit_many, partial(dense_net, 64, 10, 2, 8), digits().splits(60, seeds), least_action=rule, epochs=3, **settings)
+    return [train(mode=mode) for mode in ("batched", "sequential")]
+
+
+@pytest.mark.parametrize("rule", MOVING)
 def test_rows_take_any_rule_and_a_multiplier_each(rule):
     first = [.1, 1., 10.]
-    runs = fit_many(partial(dense_net, 64, 10, 2, 8), digits().splits(60, [0]), grid=dict(lambda0=first), epochs=3,
-                    least_action=partial(LeastAction, controller=rule, average=.5, target=1.))
-    assert runs.curves["lambda"].shape[1:] == (3,) and runs.curves["lambda"].isfinite().all()
-    if rule is FixedWeight: assert runs.curves["lambda"][-1].tolist() == pytest.approx(first)
-    assert kkt(runs[1].curves, target=1.).verdict in ADVICE
+    made = lambda model, lambda0, tau: LeastAction(model, rule(lambda0, tau, average=.5, target=1., bounds=(min(lambda0, .5), None)))
+    row, alone = rows_of(made, 0, grid=dict(lambda0=first, tau=[.1, 1.]))
+    assert row.curves["lambda"].shape[1:] == (6,)
+    torch.testing.assert_close(row.curves["lambda"], alone.curves["lambda"], rtol=1e-3, atol=1e-4)
+    assert kkt(row[1].curves, target=1.).verdict in ADVICE
+
+
+def test_rows_of_fixed_weights():
+    row, alone = rows_of(lambda model, weight: LeastAction(model, FixedWeight(weight)), 0, grid=dict(weight=[.1, 1., 10.]))
+    for runs in (row, alone): assert runs.curves["lambda"][-1].tolist() == pytest.approx([10., 1., .1])
 
 
 @pytest.mark.parametrize("rule", MOVING)
 def test_row_from_one_first_multiplier(rule):
-    split = digits().splits(60, [0, 1])
-    runs = fit_many(partial(dense_net, 64, 10, 2, 8), split, least_action=partial(LeastAction, controller=rule, average="mean"), epochs=2)
-    assert runs.curves["lambda"].shape[1:] == (2,) and runs.curves["lambda"].isfinite().all()
+    row, _ = rows_of(partial(LeastAction, controller=rule(average="mean")), 0, 1)
+    assert row.curves["lambda"].shape[1:] == (2,) and row.curves["lambda"].isfinite().all()
 
 
-def test_setting_a_row_makes_room_everywhere(net):
-    la = LeastAction(net, controller=ProportionalIntegral, average=.5)
-    la.lam = torch.tensor([1., 2., 3.])
-    assert {b.shape[-1] for name, b in la.named_buffers()} == {3}
-    with pytest.raises(ValueError, match=r"lambda has shape \(3,\)"): la.lam = torch.ones(4)
+def test_room_for_a_row_is_made_everywhere(net):
+    each = [LeastAction(net, ProportionalIntegral(lam, tau=tau, average=.5, bounds=(lam, None))) for lam, tau in ((1., .1), (2., .2), (3., .2))]
+    la = each[0]
+    la.stack(each[1:])
+    assert {b.shape[-1] for b in la.buffers()} == {3} and la.lam.tolist() == la.controller.low.tolist() == [1., 2., 3.]
+    assert la.controller.tau.tolist() == [.1, .2, .2] and "tau=[0.1, 0.2, 0.2]" in str(la)
+    assert sum(len(m._forward_hooks) for m in net.modules()) == sum(len(m._forward_hooks) for m in watched(LeastAction).modules()), "one of them watches"
+    with pytest.raises(ValueError, match=r"lambda has shape \(4,\), expected \(3,\)"): la.lam = torch.ones(4)
+
+
+def watched(make_one):
+    net = make()
+    net.la = make_one(net)
+    return net
+
+
+@pytest.mark.parametrize("other, message", [
+    (lambda net: LeastAction(net, ProportionalIntegral()), "ProportionalIntegral.*expected the same for all networks of a row"),
+    (lambda net: LeastAction(net, reduction="sum"), "expected the same"), (lambda net: LeastAction(net, weights={"*": 2.}), "expected the same"),
+    (lambda net: LeastAction(net, DualAscent(every=2)), "every is 1 and 2, expected one"), (lambda net: LeastAction(net, DualAscent(average=.5)), "average is 'batch' and 0.5"),
+    (lambda net: LeastAction(net, blocks=["flow.blocks.1"]), "expected the same")])
+def test_what_does_not_fit_in_a_row_is_refused(net, other, message):
+    with pytest.raises(ValueError, match=message): LeastAction(net).stack([other(net)])
+
+
+# Controllers are descriptions
+
+@pytest.mark.parametrize("rule", MOVING)
+def test_one_description_serves_several_networks(batch, rule):
+    x, y = batch
+    controller = rule(2., average=.5)
+    before = {k: v.clone() for k, v in controller.state_dict().items() if isinstance(v, torch.Tensor)}
+    nets = make(), make()
+    las = [LeastAction(net, controller) for net in nets]
+    las[0](F.cross_entropy(nets[0](x), y))
+    assert las[0].lam != 2. and las[1].lam == controller.lam == 2. and las[0].calls == 1 and las[1].calls == 0
+    torch.testing.assert_close({k: v for k, v in controller.state_dict().items() if k in before}, before, equal_nan=True)
+
+
+@pytest.mark.parametrize("weight", [.1, 1, np.float32(.5), torch.tensor([.5, 4.]), [.5, 4.]])
+def test_a_fixed_weight_is_one_over_lambda(net, weight):
+    law = FixedWeight(weight)
+    torch.testing.assert_close(law.lam * torch.as_tensor(weight, dtype=torch.float64), torch.ones_like(law.lam))
+    law.update(law.lam * 3)
+    torch.testing.assert_close(law.lam * torch.as_tensor(weight, dtype=torch.float64), torch.ones_like(law.lam))
+
+
+@pytest.mark.parametrize("weight, message", [(0., "weight is 0.0, expected positive: the action is multiplied by it"), (-1., "weight is -1"), (float("inf"), "weight is inf"), (1e38, "1 / weight is")])
+def test_weights_that_are_none(weight, message):
+    with pytest.raises(ValueError, match=message): FixedWeight(weight)
 
 
 # Reports
@@ -558,7 +614,7 @@ def test_report_of_a_run(net):
 def test_stationarity_at_a_known_solution(lam):
     "At d = 1/2 the gradients balance at the price 1, at d = 1/4 at 1/3; at another price the difference of two opposite vectors remains."
     flow = Flow([Push(), Push()], .5)
-    la = LeastAction(flow, lambda0=lam, tau=0., target=.25)
+    la = LeastAction(flow, DualAscent(lambda0=lam, tau=0., target=.25))
     task = lambda: (flow(torch.zeros(1, 2)) - 1).square().mean()
     for v, balance in ((.5, 1.), (.25, 1 / 3)):
         with torch.no_grad(): [p.fill_(v) for p in flow.parameters()]
@@ -597,13 +653,13 @@ def test_verdicts(n, noise, verdict, make_curve):
 def test_verdicts_of_bare_cases():
     t = torch.linspace(0, 1, 20)
     assert kkt(curve(loss=1 - t, lam=3 + 0 * t)).verdict == "fixed"
-    assert kkt(curve(loss=.5 + 0 * t, lam=3 + 0 * t), target=.1, cap=3.).verdict == "infeasible"
+    assert kkt(curve(loss=.5 + 0 * t, lam=3 + 0 * t), target=.1, bounds=(1e-3, 3.)).verdict == "infeasible"
     assert kkt(curve(loss=.05 + 0 * t, lam=48 + t)).verdict == "at rest"   # a target of zero, and a loss that is not
     assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
     assert kkt(curve(loss=t[:7], lam=1 + t[:7])).verdict == "too short" != kkt(curve(loss=t[:8], lam=1 + t[:8])).verdict
     near = dict(loss=.1 + 0 * t, lam=1.5 + .01 * t)
-    assert kkt(curve(**near), target=.2, low=1.).verdict == "unfinished"   # lambda is still above its floor
-    assert kkt(curve(**near), target=.2, low=1.49).verdict == "never binds"
+    assert kkt(curve(**near), target=.2, bounds=(1., None)).verdict == "unfinished"   # lambda is still above its lower bound
+    assert kkt(curve(**near), target=.2, bounds=(1.49, None)).verdict == "never binds"
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
     with pytest.raises(ValueError, match="have 20, 19 and 20 points"): kkt({"loss": t, "lambda": t[1:], "action": t})
     with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
@@ -625,24 +681,33 @@ def test_eight_points_have_a_drift_and_a_swing():
 
 # Refused
 
+@pytest.mark.parametrize("rule", MOVING)
 @pytest.mark.parametrize("settings, message", [
     (dict(lambda0=float("nan")), "lambda0 is nan"), (dict(lambda0=float("inf")), "lambda0 is inf"), (dict(lambda0=torch.ones(2, 2)), r"lambda0 has shape \(2, 2\)"),
     (dict(tau=float("inf")), "tau is inf"), (dict(target=float("inf")), "target is inf"), (dict(lambda0=torch.tensor([1., 0.])), r"lambda0 is \[1.0, 0.0\]"), (dict(tau=float("nan")), "tau is nan"),
-    (dict(every=True), "every is True"), (dict(every=1.5), "every is 1.5"), (dict(target=float("nan")), "target is nan"), (dict(warmup=-1), "warmup is -1"),
-    (dict(accumulate=0), "accumulate is 0"), (dict(average=1.), "average is 1.0"), (dict(average="ema"), "average is 'ema'"), (dict(floor=-1.), "floor is -1"),
-    (dict(floor=2.), "cap is 0.5, expected at least lambda0"), (dict(weights={"flow.*": -1.}), "weight of 'flow.*' is -1"),
-    (dict(weights={"nothing.*": 1.}), "'nothing.*' matches no module"), (dict(controller=partial(ProportionalIntegral, gain=-1.)), "gain is -1"),
-    (dict(controller=partial(AugmentedLagrangian, penalty=-1.)), "penalty is -1"), (dict(controller=partial(DualAscent, low=2.)), "low is 2")])
-def test_settings_that_cannot_work(net, settings, message):
-    with pytest.raises(ValueError, match=message): LeastAction(net, **settings)
+    (dict(every=True), "every is True"), (dict(every=1.5), "every is 1.5"), (dict(target=float("nan")), "target is nan"), (dict(warmup_steps=-1), "warmup_steps is -1"),
+    (dict(accumulate=0), "accumulate is 0"), (dict(average=1.), "average is 1.0"), (dict(average="ema"), "average is 'ema'"),
+    (dict(bounds=(None, .5)), "bounds end at 0.5, expected at least lambda0, 1"), (dict(bounds=(2., None)), "bounds begin at 2, expected .* at most lambda0, 1"),
+    (dict(bounds=(0., None)), "bounds begin at 0"), (dict(bounds=(float("nan"), None)), "lower of bounds is nan"), (dict(bounds=(None, float("nan"))), "upper of bounds is nan"),
+    (dict(bounds=(1., 2., 3.)), "bounds is a tuple of 3, expected the smallest and the largest"), (dict(bounds=(.5,)), "bounds is a tuple of 1")])
+def test_settings_that_cannot_work(rule, settings, message):
+    with pytest.raises(ValueError, match=message): rule(**settings)
+
+
+@pytest.mark.parametrize("make_one, message", [
+    (lambda net: LeastAction(net, weights={"flow.*": -1.}), "weight of 'flow.*' is -1"), (lambda net: LeastAction(net, weights={"nothing.*": 1.}), "'nothing.*' matches no module"),
+    (lambda net: ProportionalIntegral(gain=-1.), "gain is -1"), (lambda net: AugmentedLagrangian(penalty=-1.), "penalty is -1")])
+def test_attachments_that_cannot_work(net, make_one, message):
+    with pytest.raises(ValueError, match=message): make_one(net)
     assert not any(m._forward_hooks for m in net.modules()), "a refused attachment leaves hooks"
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(controller=DualAscent()), "controller is a DualAscent"), (dict(controller="pi"), "controller is 'pi'"), (dict(controller=lambda **settings: 3), "controller gave 3"),
-    (dict(lambda0="1"), "lambda0 is '1'"), (dict(tau="fast"), "tau is 'fast'"), (dict(cap=None), "cap is None"), (dict(weights=[1., 2.]), "weights is a list of 2, expected")])
-def test_settings_of_another_kind(net, settings, message):
-    with pytest.raises(TypeError, match=message): LeastAction(net, **settings)
+@pytest.mark.parametrize("make_one, message", [
+    (lambda net: LeastAction(net, DualAscent), "controller is the class DualAscent, expected Controller"), (lambda net: LeastAction(net, "pi"), "controller is 'pi'"), (lambda net: LeastAction(net, 3.), "controller is 3.0"),
+    (lambda net: DualAscent("1"), "lambda0 is '1'"), (lambda net: DualAscent(tau="fast"), "tau is 'fast'"), (lambda net: DualAscent(bounds=None), "bounds is None"), (lambda net: DualAscent(bounds=3.), "bounds is 3.0"),
+    (lambda net: DualAscent(bounds=("a", "b")), "bounds is a tuple of 2"), (lambda net: LeastAction(net, weights=[1., 2.]), "weights is a list of 2, expected")])
+def test_settings_of_another_kind(net, make_one, message):
+    with pytest.raises(TypeError, match=message): make_one(net)
     assert not any(m._forward_hooks for m in net.modules())
 
 
@@ -733,7 +798,7 @@ def test_removed_hooks_leave_the_model_as_it_was(net):
 
 @pytest.mark.parametrize("average", [0., 1., -.5, 1, True])
 def test_a_decay_lies_strictly_between_0_and_1(net, average):
-    with pytest.raises(ValueError, match=f"average is {average!r}"): LeastAction(net, average=average)
+    with pytest.raises(ValueError, match=f"average is {average!r}"): LeastAction(net, DualAscent(average=average))
 
 
 class Adds(nn.Module):
@@ -775,7 +840,7 @@ def test_ascend_takes_one_number_per_network(net):
 
 
 def test_an_average_of_the_loss_starts_with_the_first_finite_one(net):
-    la, x, y = LeastAction(net, average=.9, tau=1.), torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
+    la, x, y = LeastAction(net, DualAscent(average=.9, tau=1.)), torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
     for value in (float("nan"), 2., 2., 2.):
         task = F.cross_entropy(net(x), y)
         la(task * 0 + value)
@@ -810,7 +875,7 @@ def test_a_large_multiplier_notices_small_steps(rule, extra, convert):
 @pytest.mark.parametrize("row", [(), (3,)])
 def test_a_large_multiplier_in_a_training(net, batch, row):
     x, y = batch
-    net.part = LeastAction(net, lambda0=torch.full(row, BIG) if row else BIG)
+    net.part = LeastAction(net, DualAscent(lambda0=torch.full(row, BIG) if row else BIG))
     net.to(torch.bfloat16).float()   # there and back
     la = net.part
     for _ in range(300): la.meter.put(torch.ones(*row, 3, requires_grad=True)); la(worth(.1, *row))
@@ -822,22 +887,21 @@ def test_a_large_multiplier_in_a_training(net, batch, row):
 
 def test_a_mean_over_many_batches_goes_on():
     "As after 2^24 losses of one."
-    sensor = least_action._Sensor(None, 0, 1, "mean", torch.zeros((), dtype=torch.float64))
-    sensor.every = 2 ** 26
+    sensor = least_action._Sensor(torch.zeros((), dtype=torch.float64), every=2 ** 26, average="mean")
     sensor.total.fill_(2. ** 24); sensor.count = {"calls": 2 ** 24, "added": 2 ** 24}
     for _ in range(1000): sensor.see(torch.tensor(.1))
     assert sensor.total.item() - 2. ** 24 == pytest.approx(100, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(average="mean", every=3), dict(average=.9), dict(controller=AugmentedLagrangian), dict(controller=ProportionalIntegral)])
-def test_a_state_of_single_precision_is_taken_over(net, batch, settings):
+@pytest.mark.parametrize("controller", [DualAscent(), DualAscent(average="mean", every=3), DualAscent(average=.9), AugmentedLagrangian(), ProportionalIntegral()])
+def test_a_state_of_single_precision_is_taken_over(net, batch, controller):
     x, y = batch
-    la = LeastAction(net, **settings)
+    la = LeastAction(net, controller)
     for _ in range(4): la(F.cross_entropy(net(x), y))
     old = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in la.state_dict().items()}
-    other = LeastAction(make(), **settings)
+    other = LeastAction(make(), controller)
     other.load_state_dict(old)
-    assert other.lam.dtype == other.sensor.total.dtype == other.history.points.dtype == torch.float64
+    assert other.lam.dtype == other.controller.sensor.total.dtype == other.history.points.dtype == torch.float64
     for k, v in la.state_dict().items():
         if isinstance(v, torch.Tensor): torch.testing.assert_close(other.state_dict()[k], v, equal_nan=True, rtol=1e-6, atol=1e-6)
 
@@ -846,7 +910,7 @@ def test_a_device_without_float64_gets_float32_and_a_warning(net):
     def move(t):   # as MPS does
         if t.dtype == torch.float64: raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
         return t.clone()
-    la = LeastAction(net, lambda0=3.)
+    la = LeastAction(net, DualAscent(lambda0=3.))
     with pytest.warns(UserWarning, match="cpu has no float64: lambda is kept in float32"): la._apply(move)
     assert la.lam.dtype == torch.float32 and la.lam.item() == 3.
     net(torch.ones(1, 8)); la(worth(1.))
@@ -856,15 +920,15 @@ def test_a_device_without_float64_gets_float32_and_a_warning(net):
 @given(st.floats(least_action._SMALLEST, least_action._LARGEST), st.floats(0, 10, allow_subnormal=False))
 @settings(max_examples=60, deadline=None)
 def test_any_multiplier_that_is_taken_gives_a_finite_objective(lambda0, loss):
-    la = LeastAction(make(), lambda0=lambda0)
+    la = LeastAction(make(), DualAscent(lambda0=lambda0))
     la.meter.put(torch.full((3,), .3, requires_grad=True))
     assert la(worth(loss)).isfinite()
 
 
 @pytest.mark.parametrize("lambda0", [1e-45, 1e-39, 5e-324, 1e39, 1e300, 10 ** 400, torch.tensor([1., 1e-40])])
 def test_multipliers_that_single_precision_cannot_divide_by(net, lambda0):
-    with pytest.raises(ValueError, match="lambda0 is .*expected"): LeastAction(net, lambda0=lambda0)
-    with pytest.raises(ValueError, match="low is 1e-45"): DualAscent(low=1e-45)
+    with pytest.raises(ValueError, match="lambda0 is .*expected"): LeastAction(net, DualAscent(lambda0=lambda0))
+    with pytest.raises(ValueError, match="bounds begin at 1e-45"): DualAscent(bounds=(1e-45, None))
 
 
 @pytest.mark.parametrize("dtype, wide", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
@@ -905,15 +969,15 @@ def average_of(level, mass, value, average):
        st.sampled_from(["batch", "mean", .5, .9]))
 @settings(max_examples=300, deadline=None)
 def test_the_clock_against_its_description(losses, every, warmup, accumulate, average):
-    sensor = least_action._Sensor(every, warmup, accumulate, average, torch.zeros((), dtype=torch.float64))
+    sensor = least_action._Sensor(torch.zeros((), dtype=torch.float64), every, average, warmup, accumulate)
     seen = [sensor.see(torch.tensor(loss)) for loss in losses]
     for ours, theirs in zip(seen, plain_clock(losses, every, warmup, accumulate, average)):
         assert (ours is None) == (theirs is None) and (ours is None or ours.item() == pytest.approx(theirs, rel=1e-6, abs=1e-9))
 
 
 def test_losses_of_the_warm_up_enter_no_mean(net):
-    assert lams(net, [11.] * 5 + [2.] * 5, every=5, warmup=5, average="mean")[-1] == 3.
-    assert lams(net, [11.] * 5 + [2.] * 5, warmup=5, average=.9)[-1] == pytest.approx(11.)
+    assert lams(net, [11.] * 5 + [2.] * 5, every=5, warmup_steps=5, average="mean")[-1] == 3.
+    assert lams(net, [11.] * 5 + [2.] * 5, warmup_steps=5, average=.9)[-1] == pytest.approx(11.)
 
 
 # Rounding below zero
@@ -943,7 +1007,7 @@ def test_rounding_below_zero_counts_as_zero(net, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_losses_that_are_zero_on_paper(net, dtype):
-    g, la, below = torch.Generator().manual_seed(0), LeastAction(net, every=None), 0
+    g, la, below = torch.Generator().manual_seed(0), LeastAction(net, DualAscent(every=None)), 0
     for classes in (3, 100, 10_000) * 4:
         logits = torch.randn(8, classes, generator=g).to(dtype)
         near = (logits.float() * (1 + torch.finfo(dtype).eps * torch.randn(8, classes, generator=g))).to(dtype)
@@ -961,7 +1025,7 @@ def test_off_the_cpu_the_smallest_loss_is_kept_but_not_what_rounding_did(net):
 
 
 def test_a_negative_loss_beside_one_that_is_not_a_number(net):
-    la = LeastAction(net, lambda0=torch.ones(3))
+    la = LeastAction(net, DualAscent(lambda0=torch.ones(3)))
     for row in ([float("nan"), -1., 2.], [-1., float("nan"), 2.], [2., -1., float("nan")]):
         with pytest.raises(ValueError, match="the task loss was -1"): la.ascend(torch.tensor(row))
 
@@ -991,7 +1055,7 @@ NO_LOSSES = [None, True, "1", 1j, [1.], (1., 2.), {}, object(), torch.tensor(1),
 @pytest.mark.parametrize("loss", NO_LOSSES, ids=[f"{i}-{type(loss).__name__}" for i, loss in enumerate(NO_LOSSES)])
 @pytest.mark.parametrize("lambda0", [1., torch.ones(3)], ids=["one", "row"])
 def test_what_is_no_loss(net, loss, lambda0):
-    la = LeastAction(net, lambda0=lambda0)
+    la = LeastAction(net, DualAscent(lambda0=lambda0))
     net(torch.ones(1, 8))
     for take in (la, la.ascend, la.controller.update):
         with pytest.raises((TypeError, ValueError), match="loss|number"): take(loss)
@@ -1109,7 +1173,7 @@ def test_weights_that_leave_nothing(net):
 
 def test_two_passes_per_step_move_lambda_once(net, batch):
     x, y = batch
-    la, opt, losses = LeastAction(net, accumulate=2), torch.optim.SGD(net.parameters(), lr=.05), []
+    la, opt, losses = LeastAction(net, DualAscent(accumulate=2)), torch.optim.SGD(net.parameters(), lr=.05), []
     for _ in range(3):
         lam = la.lam.item()
         for _ in range(2):
@@ -1124,17 +1188,16 @@ def test_two_passes_per_step_move_lambda_once(net, batch):
 ODD = [None, True, "x", b"x", 1j, float("nan"), float("inf"), -1., 0, 1e300, 1e-45, 10 ** 400, Fraction(1, 3), Decimal(1), [], [1, "a"], {}, {"a": 1}, object(), print, range(5),
        torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.tensor(-1.), torch.empty((), device="meta"), torch.ones(3).to_sparse(), torch.ones(2, 3),
        torch.empty(0), np.array([1., 2.]), np.float32(.5), np.int64(3), np.bool_(True), torch.float32]
-SETTINGS = dict(lambda0=1., tau=1., target=0., cap=float("inf"))
+SETTINGS = dict(lambda0=1., tau=1., target=0., bounds=(None, None), every=1, average="batch", warmup_steps=0, accumulate=1)
 CALLS = {
-    "dual_ascent": (dual_ascent, dict(lam=torch.tensor(1.), loss=torch.tensor(1.), tau=1., target=0., low=1e-3, high=9.)),
+    "dual_ascent": (dual_ascent, dict(lam=torch.tensor(1.), loss=torch.tensor(1.), tau=1., target=0., bounds=(1e-3, 9.))),
     "kkt": (lambda loss, lam, action, **kw: kkt({"loss": loss, "lambda": lam, "action": action}, **kw),
-            dict(loss=torch.rand(9), lam=torch.rand(9) + 1, action=torch.rand(9), target=0., cap=9., low=1e-3, tolerance=.1)),
-    "curves": (kkt, dict(curves={})), **{rule.__name__: (rule, SETTINGS | dict(low=None)) for rule in (DualAscent, FixedWeight)},
+            dict(loss=torch.rand(9), lam=torch.rand(9) + 1, action=torch.rand(9), target=0., bounds=(1e-3, 9.), tolerance=.1)),
+    "curves": (kkt, dict(curves={})), "DualAscent": (DualAscent, SETTINGS), "FixedWeight": (FixedWeight, dict(weight=1.)),
     "ProportionalIntegral": (ProportionalIntegral, SETTINGS | dict(gain=1., smooth=0., relative=False)),
     "AugmentedLagrangian": (AugmentedLagrangian, SETTINGS | dict(penalty=1.)),
-    "LeastAction": (lambda **kw: LeastAction(**{"model": make()} | kw), SETTINGS | dict(
-        model=make(), every=1, reduction="mean", blocks=None, controller=DualAscent, velocity="displacement", average="batch", warmup=0, accumulate=1,
-        weights=None, floor=0., batch_axis=None)),
+    "LeastAction": (lambda **kw: LeastAction(**{"model": make()} | kw), dict(
+        model=make(), controller=None, blocks=None, reduction="mean", velocity="displacement", weights=None, batch_axis=None)),
     "lam": (lambda lam: setattr(LeastAction(make()), "lam", lam), dict(lam=2.)),
     "stationarity": (lambda loss: LeastAction(make()).stationarity(lambda: loss), dict(loss=1.))}
 
@@ -1177,16 +1240,15 @@ def test_the_first_multiplier_is_what_was_given(lambda0):
 
 
 @pytest.mark.parametrize("of", [np.int64, np.float32, torch.tensor, Fraction, Decimal, np.array])
-@pytest.mark.parametrize("name, value", [("every", 2), ("warmup", 1), ("accumulate", 2), ("tau", 1), ("target", 1), ("cap", 4), ("floor", 0), ("lambda0", 2), ("batch_axis", 0)])
-def test_numbers_of_any_library_are_settings(net, name, value, of):
-    plain, given = LeastAction(net, **{name: value}), LeastAction(net, **{name: of(value)})
-    for la in (plain, given): la.remove()
+@pytest.mark.parametrize("name, value", [("every", 2), ("warmup_steps", 1), ("accumulate", 2), ("tau", 1), ("target", 1), ("bounds", 4), ("lambda0", 2)])
+def test_numbers_of_any_library_are_settings(name, value, of):
+    plain, given = (DualAscent(**{name: (None, v) if name == "bounds" else v}) for v in (value, of(value)))
     assert str(given) == str(plain) and given.sensor.get_extra_state() == plain.sensor.get_extra_state()
-    assert given.sensor.every == plain.sensor.every and type(given.sensor.every) is type(given.sensor.warmup) is type(given.sensor.accumulate) is int
+    assert given.sensor.every == plain.sensor.every and type(given.sensor.every) is type(given.sensor.warmup_steps) is type(given.sensor.accumulate) is int
 
 
 @pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction, Decimal, np.array])
 def test_decays_and_weights_of_any_library(net, of):
-    la = LeastAction(net, average=of(.5), weights={"*": of(.5)}, controller=partial(ProportionalIntegral, gain=of(.5), smooth=of(.5), relative=np.True_))
+    la = LeastAction(net, ProportionalIntegral(average=of(.5), gain=of(.5), smooth=of(.5), relative=np.True_), weights={"*": of(.5)})
     la.remove()
-    assert type(la.sensor.average) is float and la.sensor.average == .5 and set(la.weights.tolist()) == {.5} and la.controller.gain == .5
+    assert type(la.controller.sensor.average) is float and la.controller.sensor.average == .5 and set(la.weights.tolist()) == {.5} and la.controller.gain == .5

@@ -37,7 +37,7 @@ def test_one_step_is_that_of_the_published_algorithm(start):
     model = start_from_(published_net(side=8), start).double()
     x, y = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
     C, lam, objective, gradients = plain_account(model, x, y, 1., 1.)
-    with LeastAction(model, 1., 1., controller=DualAscent) as la:
+    with LeastAction(model, DualAscent()) as la:
         found = la(F.cross_entropy(model(x), y))
         found.backward()
         assert la.action.item() == pytest.approx(C, rel=1e-6) and la.lam.item() == pytest.approx(lam, rel=1e-6)

@@ -19,7 +19,7 @@ from lap_nb import files, training
 from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import Ensemble, _attached, _made
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.files import CheckpointError, digest, load_checkpoint, save_checkpoint, write_atomically
 from lap_nb.nets import dense_net
 from lap_nb.training import Diverged, fit, train_loop
@@ -37,7 +37,7 @@ def net(seed=0):
 def train(path, epochs=12, resume=False, seed=0, **settings):
     model = net(seed)
     settings = dict(batch_size=25, eval_every=2, optimizer="sgd", lr=.02, schedule="cosine", clip=1., save_every=3) | settings
-    return fit(model, digits().split(100), LeastAction(model, every=3), epochs=epochs, checkpoint=path, resume=resume, **settings)
+    return fit(model, digits().split(100), LeastAction(model, DualAscent(every=3)), epochs=epochs, checkpoint=path, resume=resume, **settings)
 
 
 def same(a, b, places=PLACES): return [p for p in places if digest(a[p]) != digest(b[p])]
@@ -106,7 +106,7 @@ def test_another_training_is_refused_unless_forced(tmp_path, change, message):
     def again(resume):
         model = net()
         settings = dict(data=digits().split(100), batch_size=25, epochs=5) | change
-        return fit(model, least_action=LeastAction(model, every=3), optimizer="sgd", checkpoint=tmp_path / "run.pt", resume=resume, **settings)
+        return fit(model, least_action=LeastAction(model, DualAscent(every=3)), optimizer="sgd", checkpoint=tmp_path / "run.pt", resume=resume, **settings)
     train(tmp_path / "run.pt", 4)
     with pytest.raises(ValueError, match=message): again(True)
     assert again("force").curves["epoch"][-1] == 5

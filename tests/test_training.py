@@ -20,7 +20,7 @@ from lap_nb.depth import Elastic, depth_curve, latency, recompute_statistics
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
 from lap_nb.ensembles import Ensemble, _made, fit_many
 from lap_nb.kinetic import EnergyMeter
-from lap_nb.least_action import AugmentedLagrangian, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
+from lap_nb.least_action import AugmentedLagrangian, DualAscent, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
 from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.training import TrainConfig, evaluate, fit
 
@@ -58,7 +58,7 @@ def test_published_sequence_on_a_real_training():
     "Order of the published code: forward, multiplier from this batch's loss, then the step."
     torch.manual_seed(0)
     model, x, y = make(), torch.rand(20, 64), torch.randint(10, (20,))
-    la, lam = LeastAction(model, lambda0=.5, tau=.25, every=3), .5
+    la, lam = LeastAction(model, DualAscent(lambda0=.5, tau=.25, every=3)), .5
     opt = torch.optim.SGD(model.parameters(), lr=.1)
     for step in range(1, 10):
         with torch.no_grad(): task_before = F.cross_entropy(model(x), y).item()
@@ -78,9 +78,13 @@ def test_lambda_falls_under_a_target_but_stays_positive():
 
 @pytest.mark.parametrize("settings, message", [
     (dict(lambda0=0.), "lambda0 is 0.0"), (dict(lambda0=-1.), "lambda0 is -1"), (dict(tau=-.1), "tau is -0.1"),
-    (dict(every=0), "every is 0"), (dict(target=-1.), "target is -1"), (dict(cap=.5), "cap is 0.5"), (dict(reduction="max"), "reduction is 'max'")])
+    (dict(every=0), "every is 0"), (dict(target=-1.), "target is -1"), (dict(bounds=(None, .5)), "bounds end at 0.5")])
 def test_settings_that_cannot_work(settings, message):
-    with pytest.raises(ValueError, match=message): LeastAction(make(), **settings)
+    with pytest.raises(ValueError, match=message): DualAscent(**settings)
+
+
+def test_a_reduction_that_there_is_not():
+    with pytest.raises(ValueError, match="reduction is 'max'"): LeastAction(make(), reduction="max")
 
 
 def test_loss_must_be_one_number_and_follow_one_forward_pass():
@@ -401,8 +405,8 @@ def test_a_step_on_a_gpu_waits_for_nothing():
 
 
 @pytest.mark.parametrize("row", [False, True])
-@pytest.mark.parametrize("maker", [None, LeastAction, partial(LeastAction, controller=AugmentedLagrangian, target=.5, average=.9), partial(LeastAction, controller=FixedWeight),
-                                   partial(LeastAction, controller=ProportionalIntegral, accumulate=2, weights={"*": 2.})])
+@pytest.mark.parametrize("maker", [None, LeastAction, partial(LeastAction, controller=AugmentedLagrangian(target=.5, average=.9)), partial(LeastAction, controller=FixedWeight()),
+                                   partial(LeastAction, controller=ProportionalIntegral(accumulate=2), weights={"*": 2.})])
 def test_a_step_reads_no_value_from_the_device(monkeypatch, row, maker):
     "On the meta device tensors have no values, so any read would raise. Two epochs, each with a step whose energies are kept, and a last batch that is smaller."
     from lap_nb import ensembles, training
@@ -520,7 +524,7 @@ def test_a_training_goes_on_after_an_interruption_by_hand(least_action):
 def test_a_negative_loss_that_was_noted_on_the_device_ends_the_training():
     def maker(model):
         la = LeastAction(model)
-        la.lowest.fill_(-.25)   # as a step on a GPU would have noted it
+        la.losses.lowest.fill_(-.25)   # as a step on a GPU would have noted it
         return la
     with pytest.raises(ValueError, match="the task loss was -0.25, expected zero or more"): fitted(maker)
     for mode in ("sequential", "batched"):
@@ -536,11 +540,9 @@ def test_least_action_of_another_network_or_taken_off_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
-@pytest.mark.parametrize("settings, message", [(dict(lambda0=torch.ones(2)), r"expected .*one per network.*grid=dict\(lambda0="),
-                                               (dict(tau=torch.ones(2)), "tau is a tensor .*, expected")])
-def test_values_for_each_network_come_from_the_grid(mode, settings, message):
-    with pytest.raises(ValueError, match=message):
-        fit_many(make, digits().splits(60, [0, 1]), least_action=partial(LeastAction, **settings), epochs=1, mode=mode)
+def test_values_for_each_network_come_from_the_grid(mode):
+    with pytest.raises(ValueError, match=r"expected .*one per network.*grid=dict\(lambda0="):
+        fit_many(make, digits().splits(60, [0, 1]), least_action=partial(LeastAction, controller=DualAscent(torch.ones(2))), epochs=1, mode=mode)
 
 
 @pytest.mark.parametrize("row", [False, True])

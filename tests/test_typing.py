@@ -20,7 +20,7 @@ from lap_nb.hooks import find_blocks
 from lap_nb.data import Dataset, Split, digits
 from lap_nb.dynamics import Trajectory
 from lap_nb.kinetic import kinetic_energy
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.nets import dense_net
 from lap_nb.training import Run, TrainConfig, fit
 
@@ -28,7 +28,7 @@ data: Dataset = digits()
 split: Split = data.split(300, seed=0)
 row: Split = data.splits(300, range(4)).to("cpu").member(2)
 model = dense_net(64, 10, K=9)
-la = LeastAction(model, lambda0=1., tau=1.)
+la = LeastAction(model, DualAscent(1., tau=1.))
 loss: torch.Tensor = la(F.cross_entropy(model(split.x), split.y))
 lam: torch.Tensor = la.lam
 la.remove()

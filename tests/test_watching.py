@@ -53,7 +53,7 @@ class Least(Plain):
     "Trained with least action: the objective and its gradient are those of the network as it is written."
     def __init__(self, way, **how):
         super().__init__(way, **how)
-        self.la = LeastAction(self.net, 2., controller=FixedWeight)
+        self.la = LeastAction(self.net, FixedWeight(.5))
 
     def step(self):
         self.net.zero_grad()
@@ -102,7 +102,7 @@ def test_looks_and_changes_between_compiled_steps(fresh, way):
     assert hook_count(least.net) == 0 and not own(least.net)
     out = least.run(X)
     assert least.la.meter.seen == []
-    again = LeastAction(least.net, 2., controller=FixedWeight)
+    again = LeastAction(least.net, FixedWeight(.5))
     least.la = again
     for each in (least, plain, least): each.step()
 
@@ -128,7 +128,7 @@ def test_a_forward_that_is_not_the_class_s(fresh):
     for each in (plain, least): patched(each.net)
     before = [b.forward for b in least.net.flow.blocks]
     plain.step(); least.run(X)
-    with LeastAction(least.net, 2., controller=FixedWeight) as least.la:
+    with LeastAction(least.net, FixedWeight(.5)) as least.la:
         for each in (least, plain, least): each.step()
         with Tracer(least.net) as tracer: least.run(X); assert len(tracer.take().steps) == 3
         least.la.meter.forget()
@@ -192,7 +192,7 @@ def test_each_thread_takes_the_energies_of_its_own_passes(rounds):
     n, data = meeting(3), [torch.randn(5, 3) * (i + 1) for i in range(3)]
     alone = copy.deepcopy(n)
     want = [trace_energies(alone, x).energies().mean(1) for x in data]
-    la = LeastAction(n, 2., controller=FixedWeight)
+    la = LeastAction(n, FixedWeight(.5))
     tracer = Tracer(n, energies_only=True)
     def work(i):
         found = []

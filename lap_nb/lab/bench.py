@@ -305,7 +305,7 @@ def _published_loop(device):
     def side(train):
         with seeded(0): net = conv_net((1, 28, 28), 10, width=width).to(device)
         return clock(lambda: train(net), device)
-    def ours(net): fit(net, split, LeastAction(net, lambda0=1., tau=1., every=1), epochs=epochs, compile=big, **CONFIG)
+    def ours(net): fit(net, split, LeastAction(net), epochs=epochs, compile=big, **CONFIG)
     return [Sides("published-loop", lambda: side(lambda net: published_loop(net, split, epochs)), lambda: side(ours),
                   f"published loop / fit with least action, {epochs} epoch{'s' * big} of 500 pictures, 9 blocks of {width} filters",
                   3. if big else 1., better="higher", least=3)]

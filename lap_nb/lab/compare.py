@@ -24,7 +24,7 @@ from ..dynamics import colours, Trajectory
 from ..ensembles import fit_many, Runs
 from ..files import read_bounded, write_atomically
 from ..kinetic import block_energies
-from ..least_action import LeastAction
+from ..least_action import DualAscent, LeastAction
 from ..nets import dense_net, init_velocities_
 from ..stats import confidence_interval, Interval
 from ..training import provenance
@@ -70,14 +70,14 @@ def _rows(
 # %% ../../nbs/12_compare.ipynb #714bcac2
 def _example(
     name:str,           # `"circles"` or `"moons"`; anything else is drawn on circles
-    least_action:dict,  # settings of `LeastAction`
+    least_action:dict,  # settings of `DualAscent`
     points:int=120,     # paths kept
 )->dict:
     "Paths in the plane, rounded, as plain JSON values: `labels` `[points]`, a list `[K+1, points, 2]` per method."
     data = load("moons" if name == "moons" else "circles")
     split, paths = data.splits(300, seeds=[0]), {}
     at = split.test[:points]
-    for method, la in (("plain", None), ("least-action", partial(LeastAction, **least_action))):
+    for method, la in (("plain", None), ("least-action", partial(LeastAction, controller=DualAscent(**least_action)))):
         run = fit_many(partial(make_net, (2,), data.classes), split, least_action=la, epochs=100)
         with torch.no_grad(): paths[method] = [[[round(c, 3) for c in p] for p in layer] for layer in run[0].model.trajectory(data.x[at]).x.tolist()]
     return dict(data=data.name, labels=data.y[at].tolist(), paths=paths)
@@ -236,7 +236,7 @@ def png(self:Comparison
 # %% ../../nbs/12_compare.ipynb #5d9a5239
 def _check_comparison(n, seeds, epochs, lambda0, tau, every):
     for name, value, least in (("seeds", seeds, 2), ("epochs", epochs, 1), ("n", n, 1)): whole(name, value, least)
-    LeastAction(dense_net(1, 2, K=1), lambda0=lambda0, tau=tau, every=every)
+    DualAscent(lambda0, tau, every=every)
 
 @checked
 def compare(
@@ -274,4 +274,4 @@ def _train_all(split, least_action:dict, epochs:int, device, progress:bool)->tup
         validation = {gain: runs.last["val_accuracy"].nan_to_num(0.).mean().item() for gain, runs in tuned.items()}
         best = max(validation, key=validation.get)
         return (_rows("plain", train(), test_x, None) + _rows("plain-tuned", tuned[best], test_x, best)
-                + _rows("least-action", train(la=partial(LeastAction, **least_action)), test_x, None)), {str(g): v for g, v in validation.items()}
+                + _rows("least-action", train(la=partial(LeastAction, controller=DualAscent(**least_action))), test_x, None)), {str(g): v for g, v in validation.items()}

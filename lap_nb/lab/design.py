@@ -39,7 +39,7 @@ class Method:
     random_depth:bool=False    # each training pass runs a random number of lengthened blocks, as `RandomDepth` has it
     weight_decay:float|None=None # decoupled in AdamW, part of the gradient in SGD; None: the schedule's
     label_smoothing:float=0.   # share of the target spread over all classes
-    least_action:tuple=()      # settings of `LeastAction`, a mapping or pairs; empty: the task's loss alone
+    least_action:tuple=()      # settings of `DualAscent`, a mapping or pairs; empty: the task's loss alone
     penalty:tuple=()           # settings of `Penalty` in place of least action, a mapping or pairs
     lr:float|None=None         # learning rate; None: the schedule's
     def __post_init__(self):

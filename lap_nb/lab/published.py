@@ -127,6 +127,8 @@ def published_cells(
 # %% ../../nbs/08a_published.ipynb #a8ba1f85
 EPOCHS, BATCH, MILESTONES, POINTS = 300, 100, (150, 225, 250), 10
 
+def _rule(arm:Arm): return DualAscent(arm.lambda0, arm.tau, every=arm.every) if arm.tau else FixedWeight(1 / arm.lambda0)
+
 class _Training:
     "A network on its way: what changes is saved and read back to the bit."
     def __init__(self, split:Split, arm:Arm, seed:int, precision:str, epochs:int=EPOCHS):
@@ -134,8 +136,7 @@ class _Training:
         torch.manual_seed(seed)
         self.model = start_from_(published_net(split.classes, channels=split.x.shape[1], side=split.x.shape[2]), arm.start)
         self.opt = torch.optim.SGD(self.model.parameters(), lr=arm.lr, momentum=.9, weight_decay=1e-4)
-        rule = DualAscent if arm.tau else FixedWeight
-        self.la = LeastAction(self.model, arm.lambda0, arm.tau, arm.every, controller=rule) if arm.lambda0 else None
+        self.la = LeastAction(self.model, _rule(arm)) if arm.lambda0 else None
         self.epoch, self.points = 0, []
 
     def fixed(self)->dict: return dict(arm=asdict(self.arm), seed=self.seed, precision=self.precision, epochs=self.epochs, torch=str(torch.__version__))

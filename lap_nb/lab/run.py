@@ -25,7 +25,7 @@ from ..kinetic import block_energies
 from .design import Cell, changed_fields, Method, Study
 from .nets import make_net, NETS
 from .store import append_rows, done, held, networks_in, results
-from ..least_action import LeastAction
+from ..least_action import DualAscent, LeastAction
 from ..regularity import measure_regularity
 from ..training import provenance
 from ..transport import measure_transport
@@ -113,7 +113,7 @@ MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity
 def _objective(m:Method):
     "What is added to the task's loss, as `fit_many` takes it."
     if m.penalty: return partial(Penalty, **dict(m.penalty))
-    return partial(LeastAction, **dict(m.least_action)) if m.least_action else None
+    return partial(LeastAction, controller=DualAscent(**dict(m.least_action))) if m.least_action else None
 
 def _row(cell:Cell, run, split:Split)->dict:
     "What one network did."

@@ -25,7 +25,7 @@ from ..depth import depth_curve
 from ..dynamics import colours, Trajectory
 from ..ensembles import seeded
 from ..kinetic import block_energies
-from ..least_action import LeastAction
+from ..least_action import DualAscent, LeastAction
 from ..nets import dense_net, init_velocities_
 from ..training import evaluate, fit
 from ..transport import action_split
@@ -108,7 +108,7 @@ def train(self:Trial,
     "Train for the steps of the setting; a trial trains once."
     if self.curves: raise RuntimeError(f"this trial has trained for {int(self.curves['epoch'][-1])} epochs already: make a new Trial")
     s = self.setting
-    la = LeastAction(self.model, lambda0=s.lambda0, tau=s.tau, target=s.target) if s.least_action else None
+    la = LeastAction(self.model, DualAscent(s.lambda0, s.tau, s.target)) if s.least_action else None
 
     def each(training)->bool:
         self.curves = {name: torch.stack([p[name].cpu() for p in training.points]) for name in training.points[0]}
