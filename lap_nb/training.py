@@ -98,10 +98,6 @@ def _batches(split, generators, batch_size, crop, flip, skip, share):
         yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine, :], crop), split.y[at]
 
 # %% ../nbs/06_training.ipynb #1160828e
-def _check_split(data):
-    if not isinstance(data, Split):
-        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
-
 def _check_share(share)->tuple[int, int]:
     try: rank, world = (whole("share", part) for part in share)
     except (TypeError, ValueError): rank, world = 0, 0
@@ -109,7 +105,7 @@ def _check_share(share)->tuple[int, int]:
     return rank, world
 
 def _check_batches(split, generators, moved)->list[torch.Generator]:
-    _check_split(split)
+    check_split(split)
     networks = split.train.numel() // split.train.shape[-1]
     try: generators = list(generators)
     except TypeError: generators = []
@@ -190,8 +186,19 @@ def _check_untrained(model:nn.Module):
         raise RuntimeError(f"{type(model).__name__} is being trained in another thread, which evaluation mode would disturb: wait for its end, or evaluate a copy, deepcopy(model)")
 
 # %% ../nbs/06_training.ipynb #83eb9d21
-def _part(split:Split, part:str)->Tensor:
-    _check_split(split)
+def check_split(
+    data, # a `Split`
+):
+    "Raise `TypeError` for anything else."
+    if not isinstance(data, Split):
+        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
+
+def part_indices(
+    split:Split, # of a data set
+    part:str,    # `"train"`, `"val"` or `"test"`
+)->Tensor:       # `[..., n]`
+    "Which samples the part holds; raises `TypeError` or `ValueError`."
+    check_split(split)
     if not isinstance(part, str) or part not in ("train", "val", "test"): raise ValueError(f"part is {part!r}, expected 'train', 'val' or 'test'")
     return getattr(split, part)
 
@@ -206,7 +213,7 @@ def count_right(
     "Samples of a part that the model classifies rightly in evaluation mode; one whose logits are NaN is not. Raises `ValueError` if it gives no logits."
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
     (rank, world), chunk = _check_share(share), whole("chunk", chunk, 1)
-    index, networks = _part(split, part)[..., rank::world], split.train.shape[:-1]
+    index, networks = part_indices(split, part)[..., rank::world], split.train.shape[:-1]
     right = torch.zeros(networks, dtype=torch.long, device=split.y.device)
     with evaluating(model):
         for at in index.split(chunk, -1) if index.numel() else ():
@@ -225,7 +232,7 @@ def evaluate(
     chunk:int=2000,   # samples per forward pass
 )->Tensor:            # share of samples classified rightly, per network, `[...]`
     "Accuracy on a part of the split, in evaluation mode; raises `ValueError` if the model gives no logits."
-    return count_right(model, split, part, chunk) / _part(split, part).shape[-1]
+    return count_right(model, split, part, chunk) / part_indices(split, part).shape[-1]
 
 # %% ../nbs/06_training.ipynb #8dc58d5f
 @dataclass
@@ -410,7 +417,7 @@ class Training:
         self.generators, self.seeds = list(generators), [g.initial_seed() for g in generators]
         self.device, self.row = split.x.device, split.train.ndim == 2
         if recipe.channels_last: model.to(memory_format=torch.channels_last)
-        self.call, self.share = _wrapped(model, recipe), _share()
+        self.call, self.share = _wrapped(model, recipe), process_share()
         self.opt = make_optimiser(model.parameters(), recipe)
         self.groups = [_own_settings(g) for g in self.opt.param_groups]   # as given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
@@ -423,10 +430,15 @@ class Training:
         self.path, self.save_every, self.saved = None, None, None # checkpoint; steps between two; step of the last
         self.free = None # gives the checkpoint free
 
+# %% ../nbs/06_training.ipynb #cf09b0ed
+def process_share()->tuple[int, int]:
+    "Rank of this process and number of processes."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
 # %% ../nbs/06_training.ipynb #cf09b0ee
 def _check_fits(split:Split, r:Recipe):
     "Raise if the recipe asks for what these samples, or so many processes, cannot have."
-    shape, n, world = tuple(split.x.shape[1:]), split.train.shape[-1], _share()[1]
+    shape, n, world = tuple(split.x.shape[1:]), split.train.shape[-1], process_share()[1]
     if (r.crop or r.flip or r.channels_last) and len(shape) != 3:
         raise ValueError(f"crop, flip and channels_last are for pictures [C, H, W], and samples of {split.name} have shape {list(shape)}")
     if r.channels_last and split.train.ndim == 2:
@@ -447,15 +459,11 @@ def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple
         raise ValueError(f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one per network: give a single lambda0; "
                          "for values that differ from network to network, fit_many(..., grid=dict(lambda0=[...]))")
 
-def _share()->tuple[int, int]:
-    "Rank of this process and number of processes."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
 def _wrapped(model:nn.Module, r:Recipe)->nn.Module:
     "The model as it is called in training: compiled, and with gradients averaged over processes."
     call = model
     if r.compile: call = torch.compile(call, backend=r.compile if isinstance(r.compile, str) else "inductor")
-    if _share()[1] == 1: return call
+    if process_share()[1] == 1: return call
     device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(call, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -544,7 +552,7 @@ def global_mean(
     weight:float=1.,   # size of this part over the mean size of all parts
 )->Tensor:             # the mean over the batch, the same bits in every process; differentiates like `local`
     "Mean over all processes of a distributed training; without one, `local` itself."
-    return local if _share()[1] == 1 else _GlobalMean.apply(local, weight)
+    return local if process_share()[1] == 1 else _GlobalMean.apply(local, weight)
 
 # %% ../nbs/06_training.ipynb #a68b49cc
 @patch
@@ -954,14 +962,17 @@ def _lost_processes(training:Training):
         if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/06_training.ipynb #10caebe8
-def _progress(progress, epochs:int):
+def progress_bar(
+    progress,   # True, False or a bar with `update`
+    epochs:int, # its length
+):
     "A progress bar: none, a new one, or the one that was handed in."
     if progress is False or progress is None: return None
     if progress is not True:
         if not callable(getattr(progress, "update", None)) or isinstance(progress, (dict, set)): raise TypeError(f"progress is {progress!r}, expected True, False or a bar with update(1)")
         return progress
     from tqdm.auto import tqdm
-    return tqdm(total=epochs, unit="epoch", disable=_share()[0] > 0)
+    return tqdm(total=epochs, unit="epoch", disable=process_share()[0] > 0)
 
 def join_processes(
     device:torch.device, # of the model
@@ -993,13 +1004,13 @@ def fit(
     **kwargs,                            # of the `Recipe`
 )->Run:                                  # the trained network with its curves, and how it was trained
     "Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers are no longer finite."
-    _check_split(data); _check_model(model)
+    check_split(data); _check_model(model)
     if data.train.ndim > 1:
         raise ValueError(f"data has rows for {len(data.train)} networks, expected those of one: take data.member(i), or train all with fit_many")
     recipe, seed, start = Recipe(**kwargs), whole("seed", seed, -2 ** 63, most=2 ** 64 - 1), time.perf_counter()
     device = join_processes(next(model.parameters()).device)
     for module in (model, least_action): isinstance(module, nn.Module) and module.to(device)
-    curves = train_loop(model, data.to(device), least_action, [torch.Generator().manual_seed(seed)], _progress(progress, recipe.epochs),
+    curves = train_loop(model, data.to(device), least_action, [torch.Generator().manual_seed(seed)], progress_bar(progress, recipe.epochs),
                         callbacks, checkpoint, resume, save_every, rollback, **asdict(recipe))
     note = provenance(device, data=data.name, n=data.train.shape[-1], seed=seed, **asdict(recipe))
     return Run(model, curves, note | {"seconds": time.perf_counter() - start})

@@ -232,17 +232,9 @@ def test_nothing_in_the_library_imports_the_laboratory():
         if f'{other}.'.startswith('lab.')), 'the laboratory stands beside the library')
 
 
-# Private names that still cross from one module of the library into another. The list only gets shorter, and the laboratory is not in it.
-CROSSING = dict(
-    depth='training._part',
-    ensembles='training._check_split training._progress training._share')
-
-
 def test_no_private_name_crosses_modules():
-    found = {(name, f'{other}.{n}') for name in modules() for other, n in imports(name) if n.startswith('_')}
-    known = {(name, other) for name, others in CROSSING.items() for other in others.split()}
-    no((f'{name} imports {other}' for name, other in sorted(found - known)), 'what modules share has no underscore and stands in an exporti cell')
-    no((f'{name}: {other}' for name, other in sorted(known - found)), 'crosses no more: take it out of CROSSING')
+    no((f'{name} imports {other}.{n}' for name in modules() for other, n in imports(name) if n.startswith('_')),
+       'what modules share has no underscore and stands in an exporti cell')
 
 
 def test_imports_are_seen_wherever_they_stand():

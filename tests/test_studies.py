@@ -30,6 +30,7 @@ from lap_nb.lab.design import Cell, Grid, Method, Net, Schedule, Study
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import dataset, run_cell, run_study
 from lap_nb.lab.store import append_rows, done, read_lines
+from lap_nb.nets import SkipInit, StochasticDepth
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(net=Net(K=2, width=8), schedule=Schedule(steps=6, points=2))
@@ -521,7 +522,6 @@ import contextlib, io, json, sys
 from dataclasses import replace
 from test_studies import TINY
 from lap_nb.lab import catalogue, cli
-from lap_nb.nets import SkipInit, StochasticDepth
 catalogue.STUDIES["tiny"] = lambda scale: replace(TINY, scale=scale)
 answers = []
 for args in json.loads(sys.argv[1]):
