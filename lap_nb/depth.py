@@ -853,6 +853,7 @@ class RandomDepth:
         "Take the hooks off."
         surely(self.hooks.off, self.hooks.off)
 
+# %% ../nbs/09_depth.ipynb #bf1bc46b
 @cache
 def _keep_eager():
     "A compiler would take one number of blocks for all passes. It is imported here, so not before it is needed."

@@ -881,6 +881,7 @@ def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settin
     if differ: raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
 
+# %% ../nbs/07_ensembles.ipynb #c8ca7bee
 def _read_note(note:Path)->dict:
     "The note in a folder of checkpoints."
     try: found = read_json(note)
