@@ -355,6 +355,7 @@ def _read_signature(f, kinds:dict, positional:list):
         kinds[name] = hint, {type(None) if h is None else h for h in _options(hint)} & {int, float, bool, str, type(None)} | ({int} if hint is float else set())
         if p.kind != p.KEYWORD_ONLY: positional.append(name)
 
+# %% ../nbs/90_checks.ipynb #da0fbbcf
 def _options(hint)->tuple: return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 def _argument(f, name:str, value, hint, quick:set):

@@ -347,6 +347,7 @@ def load_state_dict(self:Memory,
         if changed: self.changed.add(name)
     if left: warnings.warn(f"the checkpoint remembers otherwise: {'; '.join(left[:5])}{', and more' * (len(left) > 5)}. To go on as then, set it before you resume", stacklevel=2)
 
+# %% ../nbs/00b_state.ipynb #e6835527
 @patch
 def _put(self:Memory, place:_Place, saved):
     new = restore(saved, place.value)

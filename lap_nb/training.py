@@ -97,10 +97,6 @@ def _batches(split, generators, batch_size, crop, flip, skip, share):
         yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine, :], crop), split.y[at]
 
 # %% ../nbs/06_training.ipynb #1160828e
-def _check_split(data):
-    if not isinstance(data, Split):
-        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
-
 def _check_share(share)->tuple[int, int]:
     try: rank, world = (whole("share", part) for part in share)
     except (TypeError, ValueError): rank, world = 0, 0
@@ -108,7 +104,7 @@ def _check_share(share)->tuple[int, int]:
     return rank, world
 
 def _check_batches(split, generators, moved)->list[torch.Generator]:
-    _check_split(split)
+    check_split(split)
     networks = split.train.numel() // split.train.shape[-1]
     try: generators = list(generators)
     except TypeError: generators = []
@@ -189,8 +185,19 @@ def _check_untrained(model:nn.Module):
         raise RuntimeError(f"{type(model).__name__} is being trained in another thread, which evaluation mode would disturb: wait for its end, or evaluate a copy, deepcopy(model)")
 
 # %% ../nbs/06_training.ipynb #83eb9d21
-def _part(split:Split, part:str)->Tensor:
-    _check_split(split)
+def check_split(
+    data, # a `Split`
+):
+    "Raise `TypeError` for anything else."
+    if not isinstance(data, Split):
+        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
+
+def part_indices(
+    split:Split, # of a data set
+    part:str,    # `"train"`, `"val"` or `"test"`
+)->Tensor:       # `[..., n]`
+    "Which samples the part holds; raises `TypeError` or `ValueError`."
+    check_split(split)
     if not isinstance(part, str) or part not in ("train", "val", "test"): raise ValueError(f"part is {part!r}, expected 'train', 'val' or 'test'")
     return getattr(split, part)
 
@@ -205,7 +212,7 @@ def count_right(
     "Samples of a part that the model classifies rightly in evaluation mode; one whose logits are NaN is not. Raises `ValueError` if it gives no logits."
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
     (rank, world), chunk = _check_share(share), whole("chunk", chunk, 1)
-    index, networks = _part(split, part)[..., rank::world], split.train.shape[:-1]
+    index, networks = part_indices(split, part)[..., rank::world], split.train.shape[:-1]
     right = torch.zeros(networks, dtype=torch.long, device=split.y.device)
     with evaluating(model):
         for at in index.split(chunk, -1) if index.numel() else ():
@@ -224,7 +231,7 @@ def evaluate(
     chunk:int=2000,   # samples per forward pass
 )->Tensor:            # share of samples classified rightly, per network, `[...]`
     "Accuracy on a part of the split, in evaluation mode; raises `ValueError` if the model gives no logits."
-    return count_right(model, split, part, chunk) / _part(split, part).shape[-1]
+    return count_right(model, split, part, chunk) / part_indices(split, part).shape[-1]
 
 # %% ../nbs/06_training.ipynb #8dc58d5f
 @dataclass
@@ -415,7 +422,7 @@ class Training:
         self.generators, self.seeds = list(generators), [g.initial_seed() for g in generators]
         self.device, self.row = split.x.device, split.train.ndim == 2
         if config.channels_last: model.to(memory_format=torch.channels_last)
-        self.call, self.share = _wrapped(model, config), _share()
+        self.call, self.share = _wrapped(model, config), process_share()
         self.opt = make_optimizer(model.parameters(), config)
         self.groups = [_own_settings(g) for g in self.opt.param_groups]   # as given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
@@ -428,10 +435,15 @@ class Training:
         self.path, self.save_every, self.saved = None, None, None # checkpoint; steps between two; step of the last
         self.free = None # gives the checkpoint free
 
+# %% ../nbs/06_training.ipynb #cf09b0ed
+def process_share()->tuple[int, int]:
+    "Rank of this process and number of processes."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
 # %% ../nbs/06_training.ipynb #cf09b0ee
 def _check_fits(split:Split, r:TrainConfig):
     "Raise if the configuration asks for what these samples, or so many processes, cannot have."
-    shape, n, world = tuple(split.x.shape[1:]), split.train.shape[-1], _share()[1]
+    shape, n, world = tuple(split.x.shape[1:]), split.train.shape[-1], process_share()[1]
     if (r.crop or r.flip or r.channels_last) and len(shape) != 3:
         raise ValueError(f"crop, flip and channels_last are for pictures [C, H, W], and samples of {split.name} have shape {list(shape)}")
     if r.channels_last and split.train.ndim == 2:
@@ -452,15 +464,11 @@ def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple
         raise ValueError(f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one per network: give a single one; "
                          "for values that differ from network to network, fit_many(..., least_action=lambda model, lambda0: LeastAction(model, DualAscent(lambda0)), grid=dict(lambda0=[...]))")
 
-def _share()->tuple[int, int]:
-    "Rank of this process and number of processes."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
 def _wrapped(model:nn.Module, r:TrainConfig)->nn.Module:
     "The model as it is called in training: compiled, and with gradients averaged over processes."
     call = model
     if r.compile: call = torch.compile(call, backend=r.compile if isinstance(r.compile, str) else "inductor")
-    if _share()[1] == 1: return call
+    if process_share()[1] == 1: return call
     device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(call, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -549,7 +557,7 @@ def global_mean(
     weight:float=1.,   # size of this part over the mean size of all parts
 )->Tensor:             # the mean over the batch, the same bits in every process; differentiates like `local`
     "Mean over all processes of a distributed training; without one, `local` itself."
-    return local if _share()[1] == 1 else _GlobalMean.apply(local, weight)
+    return local if process_share()[1] == 1 else _GlobalMean.apply(local, weight)
 
 # %% ../nbs/06_training.ipynb #a68b49cc
 @patch
@@ -959,7 +967,10 @@ def _lost_processes(training:Training):
         if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/06_training.ipynb #10caebe8
-def _progress(progress, epochs:int):
+def progress_bar(
+    progress,   # True, False or a bar with `update`
+    epochs:int, # its length
+):
     "A progress bar: none, a new one, or the one that was handed in."
     if progress is False or progress is None: return None
     if progress is not True:
@@ -967,7 +978,7 @@ def _progress(progress, epochs:int):
             raise TypeError(f"progress is {progress!r}, expected True, False or a bar with update(1)")
         return progress
     from tqdm.auto import tqdm
-    return tqdm(total=epochs, unit="epoch", disable=_share()[0] > 0)
+    return tqdm(total=epochs, unit="epoch", disable=process_share()[0] > 0)
 
 def _check_model(model:nn.Module):
     if not any(p.requires_grad for p in model.parameters()):
@@ -1009,7 +1020,7 @@ def fit(
     **kwargs,                            # of the `TrainConfig`, in place of those in `config`
 )->Run:                                  # the trained network with its curves, and how it was trained
     "Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers are no longer finite."
-    _check_split(data)
+    check_split(data)
     _check_model(model)
     if data.train.ndim > 1:
         raise ValueError(f"data has rows for {len(data.train)} networks, expected those of one: take data.member(i), "
@@ -1019,7 +1030,7 @@ def fit(
     for module in (model, least_action):
         if isinstance(module, nn.Module): module.to(device)
     curves = train_loop(model, data.to(device), least_action, [torch.Generator().manual_seed(seed)], config,
-                        _progress(progress, config.epochs), callbacks, checkpoint, resume, save_every, rollback)
+                        progress_bar(progress, config.epochs), callbacks, checkpoint, resume, save_every, rollback)
     note = provenance(device, data=data.name, n=data.train.shape[-1], seed=seed, **asdict(config))
     return Run(model, curves, note | {"seconds": time.perf_counter() - start})
 

@@ -34,7 +34,8 @@ ORDER = ('checks files state stats data dynamics nets hooks attach kinetic trans
 LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask pandas orjson lightning torchdiffeq transformers'.split()
 EXPORTED = {'export', 'exports', 'exporti'}
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
-MAX_BYTES, MAX_STATEMENTS = 1_000_000, 55
+MAX_BYTES, MAX_STATEMENTS = 1_000_000, 40
+TO_SPLIT = {'93_store.ipynb'}   # holds cells that are longer
 
 
 python = partial(check, sys.executable)   # modules are taken from `cwd`
@@ -200,14 +201,19 @@ def test_expected_failures_are_entered():
 
 
 def statements(lines):
-    "How many statements a cell has; imports and docstrings are none."
-    found = (n for n in ast.walk(parse(lines)) if isinstance(n, ast.stmt) and not isinstance(n, ast.Import | ast.ImportFrom))
+    "How many statements a cell has; imports, docstrings and the headings of methods are none."
+    nodes = list(ast.walk(parse(lines)))
+    methods = {id(m) for n in nodes if isinstance(n, ast.ClassDef) for m in n.body if isinstance(m, ast.FunctionDef)}
+    found = (n for n in nodes if isinstance(n, ast.stmt) and not isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in methods)
     return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in found)
 
 
 def test_exported_cells_are_short():
-    no((f'{where}: {count} statements' for where, _, directives, lines in code_cells()
-        if EXPORTED & directives.keys() and (count := statements(lines)) > MAX_STATEMENTS), f'an exported cell has at most {MAX_STATEMENTS} statements')
+    long = {where: count for where, _, directives, lines in code_cells()
+            if EXPORTED & directives.keys() and (count := statements(lines)) > MAX_STATEMENTS}
+    no((f'{where}: {count} statements' for where, count in long.items() if where.split()[0] not in TO_SPLIT),
+       f'an exported cell has at most {MAX_STATEMENTS} statements')
+    no(TO_SPLIT - {where.split()[0] for where in long}, 'split by now: take it out of TO_SPLIT')
 
 
 # The package
@@ -232,17 +238,9 @@ def test_nothing_in_the_library_imports_the_laboratory():
         if f'{other}.'.startswith('lab.')), 'the laboratory stands beside the library')
 
 
-# Private names that still cross from one module of the library into another. The list only gets shorter, and the laboratory is not in it.
-CROSSING = dict(
-    depth='training._part',
-    ensembles='training._check_split training._progress training._share')
-
-
 def test_no_private_name_crosses_modules():
-    found = {(name, f'{other}.{n}') for name in modules() for other, n in imports(name) if n.startswith('_')}
-    known = {(name, other) for name, others in CROSSING.items() for other in others.split()}
-    no((f'{name} imports {other}' for name, other in sorted(found - known)), 'what modules share has no underscore and stands in an exporti cell')
-    no((f'{name}: {other}' for name, other in sorted(known - found)), 'crosses no more: take it out of CROSSING')
+    no((f'{name} imports {other}.{n}' for name in modules() for other, n in imports(name) if n.startswith('_')),
+       'what modules share has no underscore and stands in an exporti cell')
 
 
 def test_imports_are_seen_wherever_they_stand():
