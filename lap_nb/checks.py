@@ -10,6 +10,7 @@ import collections.abc
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 import operator
 import os
@@ -341,7 +342,8 @@ def checked(
     def call(*args, **kwargs):
         if torch.compiler.is_compiling(): return f(*args, **kwargs)
         if not positional: _read_signature(f, kinds, positional)
-        args = [_argument(f, name, value, *kinds[name]) for name, value in zip(positional, args)] + list(args[len(positional):])
+        try: args = [_argument(f, name, value, *kinds[name]) for name, value in zip(positional, args)] + list(args[len(positional):])
+        except WrongKind as e: raise WrongKind(f"{e}{_swapped(kinds, positional, args)}") from None
         for name in kwargs.keys() & kinds.keys(): kwargs[name] = _argument(f, name, kwargs[name], *kinds[name])
         return f(*args, **kwargs)
     return call
@@ -354,6 +356,13 @@ def _read_signature(f, kinds:dict, positional:list):
         hint = hints.get(name, typing.Any)
         kinds[name] = hint, {type(None) if h is None else h for h in _options(hint)} & {int, float, bool, str, type(None)} | ({int} if hint is float else set())
         if p.kind != p.KEYWORD_ONLY: positional.append(name)
+
+def _swapped(kinds:dict, positional:list, args)->str:
+    "Which two arguments would fit if they changed places."
+    for (a, v), (b, w) in itertools.combinations(zip(positional, args), 2):
+        here, there = kinds[a][0], kinds[b][0]
+        if not (_fits(v, here) and _fits(w, there)) and _fits(w, here) and _fits(v, there): return f"; are {a} and {b} swapped?"
+    return ""
 
 # %% ../nbs/90_checks.ipynb #da0fbbcf
 def _options(hint)->tuple: return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -346,6 +346,8 @@ def check(self:SampleAxes,
 
 # %% ../nbs/02_attach.ipynb #8dc89c3e
 import math
+import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -526,12 +528,35 @@ def _sways(added:Callable, x:Tensor)->bool:
     return bool((again - here).abs().max() <= rounding < (there - here).abs().max())
 
 # %% ../nbs/02_attach.ipynb #383781fa
+class _Waits(Hook):
+    "A hook that holds up the passes that other threads make meanwhile: the network is not in the state in which they expect it."
+    def awake(self, module):
+        owner = self.owner()
+        if owner is not None and owner.on and threading.get_ident() in owner.others and not owner.over.wait(60):
+            raise RuntimeError("the network was called in another thread while find_blocks looked at it, and that took over a minute: call find_blocks before the threads start")
+        return super().awake(module)
+
+def _inside(probe:Watcher, modules:set)->bool:
+    "Whether another thread is in a call of one of the modules, and is not held up by this probe."
+    call, wait = nn.Module._call_impl.__code__, _Waits.awake.__code__
+    for frame in (f for t, f in sys._current_frames().items() if t in probe.others):
+        while frame is not None and not (frame.f_code is wait and frame.f_locals.get("owner") is probe):
+            if frame.f_code is call and frame.f_locals.get("self") in modules: return True
+            frame = frame.f_back
+    return False
+
 class _Probe(Watcher):
     "Hooks for one pass in which every module is judged."
-    ahead = True
+    hook_kind, ahead = _Waits, True
     def __init__(self):
         super().__init__(threading.get_ident())
+        self.over, self.others = threading.Event(), {t.ident for t in threading.enumerate()} - {self.thread}
         self.calls, self.open, self.grad, self.outs, self.last, self.moving = {}, [], [], [], None, set()   # moving: sums that add what depends on an input
+
+    def alone(self, modules):
+        "Wait until calls that other threads had begun before the hooks were on have ended."
+        modules, late = set(modules), time.monotonic() + 60
+        while self.others and _inside(self, modules) and time.monotonic() < late: time.sleep(1e-3)
 
     def enter(self, name, module, args, kwargs):
         self.look()
@@ -621,16 +646,22 @@ class _Quiet(Aside):
     "A pass on the side of which nothing is left: in evaluation mode, with a graph that keeps no activations; buffers and random state are put back."
     def __init__(self, root:nn.Module):
         super().__init__(root)
-        self.root, self.modes, self.dropped = root, [(m, m.training) for m in root.modules()], []
-        self.buffers = [(m, k, b, None if b is None else (version_of(b), b.clone())) for m in root.modules() for k, b in m._buffers.items()]
-        devices = {t.device.index or 0 for t in chain(root.parameters(), root.buffers()) if t.is_cuda}
-        self.random, self.randoms = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+        self.root, self.dropped, self.modes, self.buffers, self.randoms = root, [], [], [], []
         self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
         drop = self.dropped.append   # returns None: that is what is kept of an activation; a single number may be a factor
         self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() if t.numel() == 1 else drop(None), lambda t: t)
 
+    def keep(self):
+        "Note what `end` puts back."
+        self.modes = [(m, m.training) for m in self.root.modules()]
+        self.buffers = [(m, k, b, None if b is None else (version_of(b), b.clone())) for m in self.root.modules() for k, b in m._buffers.items()]
+        devices = {t.device.index or 0 for t in chain(self.root.parameters(), self.root.buffers()) if t.is_cuda}
+        self.randoms = [(torch.set_rng_state, torch.get_rng_state())]
+        self.randoms += [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+
     def begin(self):
         super().begin()
+        self.keep()
         self.root.eval()
         if self.inference is not None: self.inference.__enter__()
         torch.set_grad_enabled(True)
@@ -651,8 +682,7 @@ class _Quiet(Aside):
         for m, k, b, old in self.buffers:
             m._buffers[k] = b
             if b is not None and version_of(b) != old[0]: b.data.copy_(old[1])
-        torch.set_rng_state(self.random)
-        for device, state in self.randoms: torch.cuda.set_rng_state(state, device)
+        for put, state in self.randoms: put(state)
         super().end()
 
 # %% ../nbs/02_attach.ipynb #579dc64b
@@ -668,18 +698,23 @@ def check_batch(x):
             raise ValueError(f"{what}: an input has shape {tuple(t.shape)}; give at least one {'sample' if t.ndim and len(t) == 0 else 'feature'}")
         if t.is_meta: raise ValueError(f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a pass")
 
+_PROBING = threading.RLock()   # one at a time, or two would wait for each other
+
 def _probe(root:nn.Module, x)->dict: # module to its calls
-    "One pass in which every module is judged."
-    probe, quiet, modules = _Probe(), _Quiet(root), list(root.modules())
+    "One pass in which every module is judged; other threads that call the network wait for its end."
+    probe, quiet = _Probe(), _Quiet(root)
     def body():
-        probe.watch([(m, _Probe.enter, _Probe.leave, "") for m in modules])
+        probe.watch([(m, _Probe.enter, _Probe.leave, "") for m in root.modules()])
+        probe.alone(root.modules())
         quiet.begin()
         call_network(root, x, lambda: run_on(root, x))
         probe.look()
     def undo():
-        try: probe.remove()
-        finally: quiet.end()
-    surely(body, undo)
+        if probe.over.is_set(): return   # other threads go on already
+        try: quiet.end()
+        finally: probe.remove()
+        probe.over.set()
+    with _PROBING: surely(body, undo)
     return probe.calls
 
 # %% ../nbs/02_attach.ipynb #cd7cbe34

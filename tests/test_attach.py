@@ -1,5 +1,6 @@
 "Watching networks that nobody edited: their blocks, and energies equal to residuals computed by hand inside them."
 import gc
+import threading
 import weakref
 
 import pytest
@@ -460,6 +461,59 @@ def test_finding_leaves_the_model_and_the_random_state_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and hook_count(model) == 0
     assert all(p.grad is None for p in model.parameters())
+
+
+class Moded(nn.BatchNorm1d):
+    "Notes in which mode it runs, outside the main thread."
+    def forward(self, x):
+        if threading.current_thread() is not threading.main_thread(): self.seen = [*getattr(self, "seen", []), self.training]
+        return super().forward(x)
+
+
+class Trained(nn.Module):
+    def __init__(self): super().__init__(); self.parts = nn.Sequential(*(m for _ in range(6) for m in (ResidualBlock(nn.Linear(4, 4)), Moded(4))))
+    def forward(self, x): return self.parts(x)
+
+
+@pytest.mark.parametrize("look", [lambda net, x: find_blocks(net, x), trace, trace_energies])
+def test_a_thread_that_trains_the_network_meanwhile_is_not_disturbed(look):
+    def run(looks):
+        torch.manual_seed(0)
+        net, batches, energies = Trained().train(), torch.randn(60, 8, 4), []
+        opt = torch.optim.SGD(net.parameters(), .01)
+        def train():
+            with EnergyMeter(net) as meter:
+                for x in batches:
+                    loss = net(x).square().mean()
+                    energies.append(meter.take(loss).detach())
+                    opt.zero_grad(); loss.backward(); opt.step()
+        thread = threading.Thread(target=train)
+        thread.start()
+        while looks and thread.is_alive(): look(net, batches[0])
+        thread.join()
+        assert hook_count(net) == 0 and all(m.training for m in net.modules())
+        return net, torch.stack(energies)
+    (net, got), (alone, want) = run(True), run(False)
+    assert all(m.seen == [True] * 60 for m in net.modules() if isinstance(m, Moded))
+    if look not in (trace, trace_energies):   # these run the network in the mode it is in: statistics move
+        assert all(m.num_batches_tracked == 60 for m in net.modules() if isinstance(m, nn.BatchNorm1d))
+    assert_close(got, want)   # batch norm in training mode does not read its statistics
+
+
+def test_two_threads_may_look_at_once():
+    net, x, found = Trained().train(), torch.randn(8, 4), []
+    threads = [threading.Thread(target=lambda: found.append(list(find_blocks(net, x)))) for _ in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join(60)
+    assert found == [[f"parts.{k}" for k in range(0, 12, 2)]] * 6 and hook_count(net) == 0 and net.training
+
+
+@pytest.mark.parametrize("call", [find_blocks, trace, trace_energies])
+@pytest.mark.parametrize("x", [torch.randn(3, 4), (torch.randn(3, 4),), {"x": torch.randn(3, 4)}])
+def test_swapped_arguments_are_told(call, x):
+    with pytest.raises(TypeError, match="are model and x swapped"): call(x, dense_net(4, 2))
+    with pytest.raises(TypeError) as e: call(x)
+    assert "swapped" not in str(e.value)
 
 
 def test_finding_cleans_up_after_an_error():
