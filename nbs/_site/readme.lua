@@ -22,6 +22,8 @@ function Figure(figure)
   return {pandoc.Para(image), pandoc.Para(pandoc.Emph(caption))}
 end
 
+function Div(div) return div.content end   -- the page's own: what is alive there is a picture here
+
 function CodeBlock(block)
   local language = block.classes[1]
   return pandoc.CodeBlock(block.text, {class = (language and not language:match('^cell')) and language or ''})

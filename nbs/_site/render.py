@@ -131,6 +131,7 @@ def write_page(config, chapters, number, out):
         sidebar=sidebar(website['sidebar']['contents'], chapters, chapter), footer=website['page-footer']['left'],
         engine=f'pandoc {pypandoc.get_pandoc_version()}', notebook=f'../nbs/{chapter.notebook}')
     if chapter.widgets: variables['widgets'] = 'true'
+    if '{.explorable' in chapter.markdown: variables['explorable'] = 'true'
     done = subprocess.run(
         [pypandoc.get_pandoc_path(), '-f', MARKDOWN, '-t', 'html5', '--template', HERE / 'page.html', '--toc',
          f'--toc-depth={config["format"]["html"]["toc-depth"]}', '--mathjax=vendor/tex-svg-full.js', '--wrap=preserve',
@@ -215,7 +216,15 @@ def copy_assets(out):
     (out / 'vendor').mkdir()
     for name in VENDORED: shutil.copy(HERE / 'node_modules' / name, out / 'vendor')
     for name in ('style.css', 'site.js'): shutil.copy(HERE / name, out)
+    (out / 'explorable.js').write_text(explorable(), encoding='utf-8')
     for picture in out.glob('results/*.png'): lighten(picture)
+
+
+def explorable():
+    "The modules of the explorable as one script without exports: browsers load no module for a page that is opened from a folder."
+    parts = [(HERE / name).read_text(encoding='utf-8') for name in ('flow.mjs', 'drawing.mjs', 'explorable.mjs')]
+    bare = [re.sub(r'^import .*\n', '', re.sub(r'^export ', '', part, flags=re.M), flags=re.M) for part in parts]
+    return '{\n' + '\n'.join(bare) + '}\n'
 
 
 def lighten(picture):
