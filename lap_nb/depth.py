@@ -508,7 +508,8 @@ def depth_curve(
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
     _part(data, part)
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
-    counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in counts})
+    counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
+    if not counts: raise ValueError("counts is empty, expected at least one number of blocks")
     for way in ways:
         if way not in WAYS: raise ValueError(f"way is {way!r}, expected one of {', '.join(WAYS)}")
     recompute = recompute and bool(_norms(elastic.model))
@@ -743,6 +744,7 @@ def early_exit(self:Elastic,
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
     slack = float(slack)
+    if not x.ndim: raise ValueError(f"x is {described(x)}, expected inputs [B, ...]")
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with torch.no_grad(), evaluating(net), _in_one_dtype(net, x):
         z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]", finite=False), torch.arange(len(x), device=x.device)
