@@ -30,7 +30,8 @@ def check_samples(
     classes: int, # labels run from 0 to `classes - 1`
 ):
     "Raise unless `x` and `y` are finite samples and their labels"
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and x.numel()):
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if not (dense and x.is_floating_point() and x.ndim > 1 and x.numel()):
         raise ValueError(f"samples must be a floating-point tensor [N, ...] with N > 0, found {described(x)}")
     if not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]):
         raise ValueError(f"labels must be int64 [{len(x)}], one for each sample, found {described(y)}")
@@ -242,7 +243,7 @@ def splits(self:Dataset,
     n_val: int | None = None, # validation samples of each member; None: as in `Dataset.split`
 ) -> Split: # with `train` [S, n] and `val` [S, n_val]
     "One split for each seed, stacked; member `i` is `split(n, seeds[i], n_val)`"
-    each = [self.split(n, seed, n_val) for seed in seeds]
+    each = [self.split(n, seed, n_val) for seed in several("seeds", seeds, whole)]
     if not each: raise ValueError("seeds is empty: one seed for each member, at least one")
     train, val = (torch.stack([getattr(s, part) for s in each]) for part in ("train", "val"))
     return replace(each[0], train=train, val=val, seeds=tuple(s.seeds[0] for s in each))

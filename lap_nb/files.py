@@ -71,6 +71,7 @@ def write_atomically(
 
 def _target(path)->Path:
     "The file at the end of all links; raises unless it is a plain file or not there."
+    if "\0" in os.fspath(path): raise ValueError(f"{os.fspath(path)!r} is no name of a file, expected one without NUL")
     target = Path(os.path.realpath(path))
     if target.is_symlink(): raise OSError(errno.ELOOP, "a link that leads to itself")
     if target.is_dir(): raise OSError(errno.EISDIR, "a folder")

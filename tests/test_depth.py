@@ -953,3 +953,10 @@ def test_an_early_exit_in_other_precisions(dtype):
     assert found.logits.dtype == dtype and (found.blocks < 6).any()
     exact = Elastic(copy.deepcopy(other).double()).early_exit(x.to(dtype).double(), slack=.5)   # of the same weights
     assert (found.blocks == exact.blocks).float().mean() > .75
+
+
+def test_rows_without_end_or_values_are_refused(split):
+    net = dense_net(64, 10, K=2, hidden=4)
+    for counts, message in (([], 'counts is empty'), (range(10 ** 9), 'counts has 1,000,000,000 values'), (torch.zeros(1).expand(10 ** 9), 'counts has 1,000,000,000 values')):
+        with pytest.raises(ValueError, match=message): depth_curve(net, split, counts=counts)
+    with pytest.raises(ValueError, match=r'x is a tensor \[\] of float32'): Elastic(net).early_exit(torch.tensor(1.))

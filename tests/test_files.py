@@ -576,3 +576,8 @@ def test_names_do_not_act_in_any_table():
         assert '<img' not in text and '$x$' not in text, name
         assert len({line.count('|') for line in rows}) == 1, f'{name}: a name ends a cell'
         assert 'alert' in text, name
+
+
+def test_names_with_nul_are_refused_in_words(tmp_path):
+    for save in (save_checkpoint, write_atomically):
+        with pytest.raises(ValueError, match='no name of a file'): save(tmp_path / 'a\0', {} if save is save_checkpoint else b'')

@@ -492,7 +492,15 @@ class Late:
         return len(self.seen) == 3
 
 
-STOPS = {"slots": Slotted, "a function's attribute": on_itself, "set in a call": Late, "its method": lambda: Late().__call__,
+class OfAll:
+    calls = 0   # of all objects of the class
+    def __init__(self): OfAll.calls = 0
+    def __call__(self, training):
+        OfAll.calls += 1
+        return OfAll.calls == 3
+
+
+STOPS = {"slots": Slotted, "a class's attribute": OfAll, "a function's attribute": on_itself, "set in a call": Late, "its method": lambda: Late().__call__,
          "default": lambda: lambda t, calls=[]: (calls.append(t.step), len(calls) == 3)[1], "keyword default": lambda: lambda t, *, rng=random.Random(0): rng.random() < .5}
 
 @pytest.mark.parametrize("kind", STOPS)
@@ -501,6 +509,29 @@ def test_a_callback_stops_where_it_would_have_wherever_it_counts(tmp_path, kind)
     def run(**more): return trained(Remembers, callbacks=callbacks, epochs=8, **more)
     straight = run()
     assert straight.curves["epoch"][-1] < 8, "it stops"
+    with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, save_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_same(straight, run(path=tmp_path / "run.pt", seed=9, save_every=1))
+
+
+class Counts(nn.Module):
+    "Counts its calls, and keeps a scale, on the class."
+    steps, scale = 0, None
+    def __init__(self):
+        super().__init__()
+        self.net = dense_net(64, 10, K=1, hidden=4)
+        Counts.steps, Counts.scale = 0, torch.ones(())
+    def forward(self, x):
+        if not self.training: return self.net(x)
+        Counts.steps += 1
+        Counts.scale = Counts.scale * 1.01
+        return self.net(x * (1 + .01 * Counts.steps) * Counts.scale)
+
+
+def test_what_a_class_keeps_goes_on_after_a_resume(tmp_path):
+    def run(**more): return trained(Counts, **more)
+    straight = run()
     with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, save_every=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
