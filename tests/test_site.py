@@ -142,15 +142,14 @@ def test_page(browser, address, name):
 
 @pytest.mark.browser
 def test_first_page_is_light(browser, address, site):
-    "What the landing page loads, without the maths engine, is under 300 kB."
+    "What the landing page loads, fonts and all, is under 320 kB: it has no formulas, hence no maths engine."
     loaded = set()
     with closing(browser.new_page()) as page:
         page.on('response', lambda response: loaded.add(response.url))
         page.goto(address + 'index.html', wait_until='load')
         page.evaluate('document.fonts.ready')
     sizes = {name: (site / name).stat().st_size for url in loaded if (name := url.removeprefix(address)) and url.startswith(address)}
-    own = {name: size for name, size in sizes.items() if not name.startswith('vendor/tex-')}
-    assert 'index.html' in own and sum(own.values()) < 300_000, f'{sum(own.values()):,} bytes: {own}'
+    assert {'index.html', 'explorable.js'} <= set(sizes) and sum(sizes.values()) < 320_000, f'{sum(sizes.values()):,} bytes: {sizes}'
 
 
 def test_internal_links(contents, site):
@@ -208,6 +207,27 @@ def test_search_finds_every_page(browser, address, contents):
         page.keyboard.press('Enter')
         page.wait_for_url(address + found[0])
     assert len(without) < len(PAGES) / 4
+
+
+FOUND = '() => [...document.querySelectorAll("#search-results .where")].map(e => e.innerText)'
+
+
+@pytest.mark.browser
+def test_search_puts_titles_first_and_forgives_a_letter(browser, address):
+    "The page of that name; entries by their own names; with a letter too few, too many, other, or two exchanged the same as without."
+    with visit(browser, address + 'index.html') as page:
+        def search(words):
+            page.locator('#search').fill('')
+            page.locator('#search').fill(words)
+            page.wait_for_selector('#search-results [role=option], #search-results .none')
+            return page.evaluate(FOUND)
+
+        for title in ('Optimal transport', 'The kinetic bias', 'Least action', 'Elastic depth'): assert search(title)[0] == title
+        for name in ('shorten', 'relative_energy', 'kinetic_energy'): assert search(name)[0].endswith(f' › {name}')
+        for word, typos in {'lipschitz': ('lipshitz', 'lipschittz', 'lipschizt', 'lipschutz'), 'straightness': ('straigthness',)}.items():
+            right = search(word)
+            assert right and all(search(typo) == right for typo in typos)
+        assert not search('qzxqzx')
 
 
 @pytest.mark.browser
@@ -404,6 +424,43 @@ def test_the_book_is_opened_by_keyboard_on_a_phone(browser, address):
         chapter.wait_for()
         page.keyboard.press('Escape')
         assert chapter.is_hidden()
+
+
+@pytest.mark.browser
+def test_code_is_copied_and_headings_have_addresses(browser, address):
+    with visit(browser, address + 'index.html', permissions=['clipboard-read', 'clipboard-write']) as page:
+        blocks = page.locator('main div.sourceCode:not(.signature)')
+        assert blocks.count() > 3 and page.locator('.copy').count() == blocks.count()
+        for number in range(blocks.count()):
+            blocks.nth(number).hover()
+            blocks.nth(number).get_by_role('button', name='Copy the code').click()
+            page.wait_for_function('n => document.querySelectorAll("main div.sourceCode .copy")[n].dataset.done', arg=number)
+            assert page.evaluate('navigator.clipboard.readText()').split() == blocks.nth(number).locator('code').inner_text().split()
+        headings = page.locator('main :is(h2, h3)[id]')
+        assert headings.count() == page.locator('.permalink').count() > 3
+        page.get_by_role('link', name='Link to: Two commands').click()
+        page.wait_for_url(address + 'index.html#two-commands')
+
+
+def test_each_page_has_a_twin_in_markdown(site):
+    "Listed in llms.txt; with the page's own words, links that lead somewhere, and nothing that only pandoc reads."
+    listed = re.findall(r'^- \[.+\]\((\w+\.md)\)', (site / 'llms.txt').read_text(encoding='utf-8'), re.M)
+    assert sorted(listed) == sorted(page.replace('.html', '.md') for page in PAGES)
+    for page in PAGES:
+        text, whole = ((site / page).with_suffix(kind).read_text(encoding='utf-8') for kind in ('.md', '.html'))
+        prose = re.sub(r'^(`{3,}).*?^\1$', '', text, flags=re.M | re.S)
+        assert text.startswith('# ') and f'href="{page.replace(".html", ".md")}"' in whole
+        assert not re.search(r'^:::|\{=html\}|^`{3,} ?\{', text, re.M), page
+        files = {link.partition('#')[0] for link in re.findall(r'\]\(([^()\s]+)\)', prose) if not re.match(r'[a-z]+:', link)} - {''}
+        assert not [file for file in files if not (site / file).is_file()], page
+
+
+def test_a_link_to_a_page_shows_what_it_is(site):
+    "What messengers read: title, description, and a picture that is there, by whole addresses."
+    for page in PAGES:
+        card = dict(re.findall(r'<meta property="og:(\w+)" content="([^"]+)">', (site / page).read_text(encoding='utf-8')))
+        assert {'title', 'description', 'url', 'image'} <= set(card) and card['url'].endswith('/' + page)
+        assert (site / card['image'].removeprefix(card['url'].removesuffix(page))).is_file()
 
 
 @pytest.mark.browser

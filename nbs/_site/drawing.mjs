@@ -58,7 +58,7 @@ function write(pen, text, px, py, color, size, align = 'left') {
 const each = (labels, label, visit) => labels.forEach((l, i) => { if (l === label) visit(i) })
 
 
-// The points on their way, with the whole way behind them.
+// The points on their way: what is done of it, and, paler, what is ahead.
 export function drawFlow(pen, side, {size, box, layer, idea, colors}) {
   const {net, labels} = side, to = pixels(box, size), at = (i, k) => to(...position(side, i, k)), K = net.blocks
   const radius = size < 240 ? 2 : 2.8
@@ -67,9 +67,11 @@ export function drawFlow(pen, side, {size, box, layer, idea, colors}) {
   drawCut(pen, net, {size, box, to, colors, alpha: .15 + .75 * (layer / K) ** 3})
   for (const label of [0, 1]) {
     const color = label ? colors.second : colors.first
-    const way = (i, layers) => Array.from({length: layers}, (_, k) => at(i, k))
-    stroke(pen, color, .24, 1, () => each(labels, label, i => line(pen, way(i, K + 1))))
-    stroke(pen, color, .5, 1.1, () => each(labels, label, i => line(pen, [...way(i, Math.ceil(layer)), at(i, layer)])))
+    const way = (i, from, to) => Array.from({length: to - from}, (_, k) => at(i, from + k))
+    const done = i => line(pen, [...way(i, 0, Math.ceil(layer)), at(i, layer)])
+    const ahead = i => line(pen, [at(i, layer), ...way(i, Math.floor(layer) + 1, K + 1)])
+    stroke(pen, color, .65, 1.1, () => each(labels, label, done))
+    if (layer < K) stroke(pen, color, .25, 1, () => each(labels, label, ahead))
   }
   if (idea === 'energy') drawStep(pen, side, at, layer, colors)
   if (idea === 'straight') drawMatching(pen, side, at, colors, radius)

@@ -76,6 +76,7 @@ def pandoc_site(processed, out):
     shutil.copytree(processed, out, ignore=shutil.ignore_patterns('*.ipynb', '*.yml'))
     chapters = [load_chapter(processed / name, out) for name in notebooks(config['website']['sidebar'])]
     for number in range(len(chapters)): write_page(config, chapters, number, out)
+    write_twins(config['website'], chapters, out)
     tell_namesakes_apart([out / c.page for c in chapters])
     lead_to_pages([out / c.page for c in chapters])
     copy_assets(out)
@@ -127,7 +128,7 @@ def write_page(config, chapters, number, out):
     if number < len(chapters) - 1: variables['next'] = turn_link('next', chapters[number + 1])
     website = config['website']
     variables |= dict(
-        site=website['title'], css=config['format']['html']['css'], navbar=navbar(website['navbar']),
+        address=website['site-url'].rstrip('/') + '/', page=chapter.page, twin=twin(chapter.page), site=website['title'], css=config['format']['html']['css'], navbar=navbar(website['navbar']),
         sidebar=sidebar(website['sidebar']['contents'], chapters, chapter), footer=website['page-footer']['left'],
         engine=f'pandoc {pypandoc.get_pandoc_version()}', notebook=f'../nbs/{chapter.notebook}')
     if chapter.widgets: variables['widgets'] = 'true'
@@ -141,6 +142,30 @@ def write_page(config, chapters, number, out):
     html = LinkRewriter(website, chapters).rewrite(done.stdout)
     html = re.sub(r' id="toc-[^"]*"', '', html)  # the contents stand on the page twice
     (out / chapter.page).write_text(html, encoding='utf-8')
+
+
+def twin(page): return page.replace('.html', '.md')
+
+
+def write_twins(website, chapters, out):
+    "Each page as plain Markdown beside it, and `llms.txt`, which lists them."
+    links, listed = LinkRewriter(website, chapters), []
+    for c in chapters:
+        _, head, body = c.markdown.split('---\n', 2)
+        front = yaml.safe_load(head)
+        opening = f'# {front["title"]}\n\n' + (f'> {front["description"]}\n\n' if front.get('description') else '')
+        (out / twin(c.page)).write_text(opening + links.rewrite_markdown(plain_markdown(body)), encoding='utf-8')
+        listed.append(f'- [{front["title"]}]({twin(c.page)})' + (f': {front["description"]}' if front.get('description') else ''))
+    (out / 'llms.txt').write_text(f'# {website["title"]}\n\n' + '\n'.join(listed) + '\n', encoding='utf-8')
+
+
+def plain_markdown(text):
+    "Without what only pandoc reads: classes of code blocks, fenced parts, and HTML around code."
+    text = re.sub(r'^(`{3,}) ?\{\.python[^}]*\}$', r'\1python', text, flags=re.M)
+    text = re.sub(r'^(`{3,}) ?\{\.[^}]*\}$', r'\1', text, flags=re.M)
+    text = re.sub(r'^(`{3,}) ?\{=html\}\n(.*?)\n\1$', lambda raw: '' if '<script' in raw[2] else raw[2], text, flags=re.M | re.S)
+    text = re.sub(r'^:{3,}.*\n', '', text, flags=re.M)
+    return re.sub(r'(?<=[)\w])\{[.#][^}\n]*\}|(?<=\))\{alt=[^\n]*\}$', '', text, flags=re.M)
 
 
 def lead_to_pages(pages):
@@ -180,6 +205,12 @@ class LinkRewriter:
         self.address = website['site-url'].rstrip('/') + '/'
         self.repository = f'{website["repo-url"]}/blob/{website["repo-branch"]}/'
         self.pages = {c.notebook: c.page for c in chapters}
+
+    def rewrite_markdown(self, text):
+        def link(found):
+            page, hash, anchor = self.target(found[2]).partition('#')
+            return found[1] + (twin(page) if page in self.pages.values() else page) + hash + anchor + ')'
+        return re.sub(r'(\]\()([^()\s]+)\)', link, text)
 
     def rewrite(self, text): return re.sub(r'(?<= href=")[^"]+', lambda link: self.target(link[0]), text)
 
@@ -221,9 +252,9 @@ def copy_assets(out):
 
 
 def explorable():
-    "The modules of the explorable as one script without exports: browsers load no module for a page that is opened from a folder."
+    "The modules of the explorable as one script without exports and comments: browsers load no module for a page opened from a folder."
     parts = [(HERE / name).read_text(encoding='utf-8') for name in ('flow.mjs', 'drawing.mjs', 'explorable.mjs')]
-    bare = [re.sub(r'^import .*\n', '', re.sub(r'^export ', '', part, flags=re.M), flags=re.M) for part in parts]
+    bare = [re.sub(r'^(import| *//).*\n|^export ', '', part, flags=re.M) for part in parts]
     return '{\n' + '\n'.join(bare) + '}\n'
 
 

@@ -1,4 +1,4 @@
-// Colour scheme, search, and where in the page one is. Loaded in <head>, before the first paint.
+// Colour scheme, search, where in the page one is, and what helps in reading. Loaded in <head>, before the first paint.
 const root = document.documentElement
 const $ = selector => document.querySelector(selector)
 
@@ -31,7 +31,30 @@ addEventListener('DOMContentLoaded', () => {
   enableSearch($('#search'), $('#search-results'))
   openToKeyboard()
   nameSliders()
+  linkHeadings()
+  offerCopies()
 })
+
+// A heading's own address, at its end. It has no text, so that the heading keeps its own.
+function linkHeadings() {
+  for (const heading of document.querySelectorAll('main :is(h2, h3)[id]')) {
+    heading.append(element('a', {className: 'permalink', href: `#${heading.id}`, ariaLabel: `Link to: ${heading.innerText}`}))
+  }
+}
+
+// Code is copied as it would be typed; where the browser forbids it, it is marked for copying by hand.
+function offerCopies() {
+  for (const code of document.querySelectorAll('main div.sourceCode:not(.signature) code')) {
+    const button = element('button', {type: 'button', className: 'copy', ariaLabel: 'Copy the code'})
+    button.onclick = async () => {
+      const done = await navigator.clipboard?.writeText(code.innerText.trimEnd() + '\n').then(() => true, () => false)
+      if (done) button.dataset.done = true
+      else getSelection().selectAllChildren(code)
+      setTimeout(() => delete button.dataset.done, 1500)
+    }
+    code.closest('div.sourceCode').append(button)
+  }
+}
 
 // What is wider than its box can be scrolled with the arrow keys, once it can be reached with the tab key.
 function openToKeyboard() {
@@ -88,8 +111,8 @@ function enableSearch(input, list) {
     chosen?.scrollIntoView({block: 'nearest'})
   }
   const update = async () => {
-    const words = input.value.toLowerCase().match(/\S+/g) ?? []
     await loadIndex()
+    const words = spelled(input.value.toLowerCase().match(/\S+/g) ?? [])
     list.replaceChildren(...words.length ? results(find(words), words) : [])
     show(words.length > 0)
     select(0)
@@ -112,13 +135,38 @@ function enableSearch(input, list) {
   })
 }
 
-// Sections that hold every word: those with words in a heading first.
+// Sections that hold every word. First the page, then the section of that very name; then those that bear a word in their title: as the
+// whole of it, as a word of its own, or within a word; then those that speak of it most.
 function find(words) {
+  const within = (text, word) => !text.includes(word) ? 0 : text === word ? 3 : text.split(/[^\p{L}\p{N}]+/u).includes(word) ? 2 : 1
   const score = s => words.reduce((sum, word) => {
-    const [heading, title, text] = [s.heading, s.title, s.text].map(part => part.toLowerCase().includes(word))
-    return heading || title || text ? sum + 4 * heading + 2 * (title && !s.heading) + text : -Infinity
+    const [name, title, text] = [s.heading || s.title, s.title, s.text].map(part => part.toLowerCase())
+    if (name === words.join(' ')) sum += s.heading ? 20 : 40
+    const often = text.split(word).length - 1
+    return title.includes(word) || name.includes(word) || often ? sum + 10 * within(name, word) + 2 * Math.log2(1 + often) : -Infinity
   }, 0)
-  return searchIndex.map(s => [score(s), s]).filter(([n]) => n > 0).sort((a, b) => b[0] - a[0]).slice(0, 12).map(([, s]) => s)
+  return searchIndex.map(s => [score(s), s]).filter(([n]) => n > -Infinity).sort((a, b) => b[0] - a[0]).slice(0, 12).map(([, s]) => s)
+}
+
+// Each word as the index spells it: a word that is found nowhere becomes the most frequent one that differs by a letter.
+function spelled(words) {
+  const texts = searchIndex.map(s => `${s.title} ${s.heading} ${s.text}`.toLowerCase())
+  return words.map(word => {
+    if (word.length < 4 || texts.some(text => text.includes(word))) return word
+    const counts = new Map()
+    for (const text of texts) for (const known of text.match(/\p{L}{3,}/gu) ?? []) if (oneLetterApart(word, known)) counts.set(known, 1 + (counts.get(known) ?? 0))
+    return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? word
+  })
+}
+
+// A letter more, less, other, or two that have changed places.
+function oneLetterApart(a, b) {
+  if (Math.abs(a.length - b.length) > 1) return false
+  let i = 0, j = 0
+  while (i < a.length && a[i] === b[i]) i++
+  while (j < Math.min(a.length, b.length) - i && a.at(-1 - j) === b.at(-1 - j)) j++
+  const [restA, restB] = [a.slice(i, a.length - j), b.slice(i, b.length - j)]
+  return Math.max(restA.length, restB.length) === 1 || restA.length === 2 && restA === [...restB].reverse().join('')
 }
 
 function results(sections, words) {

@@ -36,7 +36,8 @@ class Pen {
 
 function tag(name, attributes, content = '') {
   const given = Object.entries(attributes).filter(([, value]) => value || value === 0)
-  return `<${name}${given.map(([key, value]) => ` ${key}="${value}"`).join('')}>${content}</${name}>`
+  const opening = `<${name}${given.map(([key, value]) => ` ${key}="${value}"`).join('')}`
+  return content ? `${opening}>${content}</${name}>` : opening + '/>'
 }
 const tenth = number => Math.round(10 * number) / 10
 
@@ -52,7 +53,7 @@ const parts = sides.flatMap((side, i) => {
     text(['plain', 'least action'][i], left, 16, 600),
     tag('rect', {x: left, y: 26, width: SIZE, height: SIZE, rx: 8, fill: '#f6f5f1'}),
     flow.placed(left, 26, SIZE, SIZE),
-    text(`straightness ${told.straightness}, accuracy ${told.accuracy}, ${side.training.steps} steps`, left, SIZE + 47),
+    text(`accuracy ${told.accuracy} after ${side.training.steps} steps`, left, SIZE + 47),
     strip.placed(left, SIZE + 58, SIZE, STRIP),
   ]
 })
