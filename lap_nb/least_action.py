@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checks import checked, described, flag, number, plain, whole, WrongKind
 from .files import as_text
 from .hooks import chosen_blocks, matching
-from .kinetic import EnergyMeter
+from .kinetic import EnergyMeter, graph_nodes
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
 def dual_ascent(
@@ -410,6 +410,7 @@ class _Action(_Exact):
         self.register_buffer("weights", _weights(self.blocks, weights), persistent=False)
         heard = [1.] * len(self.blocks) if weights is None else self.weights.tolist()
         self.left_out = {name for name, weight in zip(self.blocks, heard) if not weight}
+        self.looked = False    # whether the gradient of a loss reaches the model
         self.energies = None   # what each block contributed to the last pass, `[..., K]`
         self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
 
@@ -423,6 +424,7 @@ class _Action(_Exact):
         energies = self.meter.take(task)
         action = (energies if self.weights is None else energies * self.weights.to(energies.dtype)).sum(-1)
         _check_gradients(task, action)
+        if not (self.looked or torch.compiler.is_compiling()): _look(self, task, action)
         return energies, action
 
     def forget(self):
@@ -582,6 +584,16 @@ def _check_gradients(task, action):
     if not action.requires_grad:
         raise RuntimeError("the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
                            "torch.no_grad(); thaw them, or use the task's loss by itself")
+
+def _look(la:LeastAction, task, action):
+    "Warn if the loss has nothing to do with the model; once, at the first loss, as it costs a walk through the graph."
+    la.looked = True
+    nodes = graph_nodes(task)
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")} | {id(task)}
+    if nodes.isdisjoint(graph_nodes(action)) and leaves.isdisjoint(map(id, la.model.parameters())):
+        warnings.warn("the gradient of the task loss reaches no parameter of this model, expected the loss of the pass just made: "
+                      "so nothing but the action would be learned; give the loss as it was computed from this model's "
+                      "outputs, not of another model, of detached outputs, or of a number made a tensor anew", stacklevel=6)
 
 def _check_alike(la:LeastAction, other:LeastAction):
     "Raise `ValueError` unless both could stand in a row."
