@@ -245,6 +245,7 @@ def _in_place_of(lam:Tensor, value)->Tensor:
     if value.shape != lam.shape: raise ValueError(f"lambda has shape {tuple(value.shape)}, expected {tuple(lam.shape)}")
     return value.to(lam).clone()
 
+# %% ../nbs/05_least_action.ipynb #05c10008
 def _bounds(bounds, lam:Tensor)->tuple[float, float]:
     low, high = _pair(bounds)
     least, most = lam.min().item(), lam.max().item()
@@ -438,6 +439,12 @@ class _Action(_Exact):
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
 
+    def stack(self, others):
+        for other in others:
+            other.remove()
+            _check_alike(self, other)
+        for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
+
     def get_extra_state(self)->dict: return {"blocks": list(self.blocks), **self.kind}
     def set_extra_state(self, state:dict): pass   # checked before anything was loaded
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -543,11 +550,8 @@ class LeastAction(_Action):
         others:Sequence["LeastAction"], # on the same blocks, with the same rule; their hooks are taken off
     ):
         "Make room for a row, `[S]`: the multipliers and numbers of all, its own first; `ValueError` if more differs."
-        for other in others:
-            other.remove()
-            _check_alike(self, other)
+        super().stack(others)
         self.action = torch.stack([each.action.to(self.action) for each in (self, *others)], -1)
-        for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
 
 # %% ../nbs/05_least_action.ipynb #357aad67
 def _checked_loss(la:LeastAction, task)->Tensor: # the loss that the ascent sees
