@@ -12,10 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from decimal import Decimal
-from numbers import Real
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
