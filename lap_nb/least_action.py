@@ -12,17 +12,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from decimal import Decimal
-from numbers import Real
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .checks import checked, described, flag, number, plain, whole, WrongKind
 from .files import as_text
 from .hooks import chosen_blocks, matching
-from .kinetic import EnergyMeter
+from .kinetic import EnergyMeter, graph_nodes
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
 def dual_ascent(
@@ -245,6 +242,7 @@ def _in_place_of(lam:Tensor, value)->Tensor:
     if value.shape != lam.shape: raise ValueError(f"lambda has shape {tuple(value.shape)}, expected {tuple(lam.shape)}")
     return value.to(lam).clone()
 
+# %% ../nbs/05_least_action.ipynb #05c10008
 def _bounds(bounds, lam:Tensor)->tuple[float, float]:
     low, high = _pair(bounds)
     least, most = lam.min().item(), lam.max().item()
@@ -410,6 +408,7 @@ class _Action(_Exact):
         self.register_buffer("weights", _weights(self.blocks, weights), persistent=False)
         heard = [1.] * len(self.blocks) if weights is None else self.weights.tolist()
         self.left_out = {name for name, weight in zip(self.blocks, heard) if not weight}
+        self.looked = False    # whether the gradient of a loss reaches the model
         self.energies = None   # what each block contributed to the last pass, `[..., K]`
         self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
 
@@ -423,6 +422,7 @@ class _Action(_Exact):
         energies = self.meter.take(task)
         action = (energies if self.weights is None else energies * self.weights.to(energies.dtype)).sum(-1)
         _check_gradients(task, action)
+        if not (self.looked or torch.compiler.is_compiling()): _look(self, task, action)
         return energies, action
 
     def forget(self):
@@ -435,6 +435,12 @@ class _Action(_Exact):
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
+
+    def stack(self, others):
+        for other in others:
+            other.remove()
+            _check_alike(self, other)
+        for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
 
     def get_extra_state(self)->dict: return {"blocks": list(self.blocks), **self.kind}
     def set_extra_state(self, state:dict): pass   # checked before anything was loaded
@@ -541,11 +547,8 @@ class LeastAction(_Action):
         others:Sequence["LeastAction"], # on the same blocks, with the same rule; their hooks are taken off
     ):
         "Make room for a row, `[S]`: the multipliers and numbers of all, its own first; `ValueError` if more differs."
-        for other in others:
-            other.remove()
-            _check_alike(self, other)
+        super().stack(others)
         self.action = torch.stack([each.action.to(self.action) for each in (self, *others)], -1)
-        for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
 
 # %% ../nbs/05_least_action.ipynb #357aad67
 def _checked_loss(la:LeastAction, task)->Tensor: # the loss that the ascent sees
@@ -582,6 +585,16 @@ def _check_gradients(task, action):
     if not action.requires_grad:
         raise RuntimeError("the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
                            "torch.no_grad(); thaw them, or use the task's loss by itself")
+
+def _look(la:LeastAction, task, action):
+    "Warn if the loss has nothing to do with the model; once, at the first loss, as it costs a walk through the graph."
+    la.looked = True
+    nodes = graph_nodes(task)
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")} | {id(task)}
+    if nodes.isdisjoint(graph_nodes(action)) and leaves.isdisjoint(map(id, la.model.parameters())):
+        warnings.warn("the gradient of the task loss reaches no parameter of this model, expected the loss of the pass just made: "
+                      "so nothing but the action would be learned; give the loss as it was computed from this model's "
+                      "outputs, not of another model, of detached outputs, or of a number made a tensor anew", stacklevel=6)
 
 def _check_alike(la:LeastAction, other:LeastAction):
     "Raise `ValueError` unless both could stand in a row."

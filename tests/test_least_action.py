@@ -2,6 +2,7 @@
 import copy
 import io
 import pickle
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -45,6 +46,9 @@ def batch():
 
 
 def gradient(model): return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:the gradient of the task loss reaches no parameter")   # losses of a given value
 
 
 def worth(value, *shape): return torch.full(shape, value, requires_grad=True)   # a loss of this value
@@ -1046,6 +1050,60 @@ def test_a_loss_of_another_network_that_is_frozen(net, batch):
     other, la = make().requires_grad_(False), LeastAction(net)
     net(x)
     with pytest.raises(RuntimeError, match="comes from another model or from parts that are frozen"): la(F.cross_entropy(other(x), y))
+
+
+REACH = "the gradient of the task loss reaches no parameter of this model"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("spoil", [
+    lambda net, x, y: F.cross_entropy(make()(x), y), lambda net, x, y: torch.tensor(F.cross_entropy(net(x), y).item(), requires_grad=True),
+    lambda net, x, y: F.cross_entropy(net(x).detach().requires_grad_(), y), lambda net, x, y: F.mse_loss(nn.Linear(8, 8)(x), x)])
+def test_a_loss_that_does_not_reach_the_model_is_told_once(net, batch, spoil):
+    x, y = batch
+    la = LeastAction(net)
+    net(x); la.forget(); net(x)
+    loss = spoil(net, x, y)
+    la.forget(); net(x)
+    with pytest.warns(UserWarning, match=f"{REACH}, expected the loss of the pass just made") as said: la(loss)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x); la(spoil(make(), x, y))
+
+
+class Halves(nn.Module):
+    "A network whose second half sees the first one's outputs without their graph."
+    def __init__(self): super().__init__(); self.blocks, self.head = nn.Sequential(Adds(), Adds()), nn.Linear(4, 3)
+    def forward(self, x): return self.head(self.blocks(x).detach())
+
+
+@pytest.mark.parametrize("way", ["plain", "compiled", "checkpoint", "row", "head only", "frozen stem", "functional", "data parallel"])
+def test_a_loss_that_reaches_the_model_is_not_told(way, recwarn):
+    from torch.func import functional_call
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    net = nn.Sequential(nn.Linear(4, 4), Adds(), Adds(), nn.Linear(4, 3))
+    if way == "head only": net = Halves()
+    if way == "frozen stem": net[:2].requires_grad_(False)
+    if way == "row":
+        fit_many(partial(dense_net, 64, 10, 2, 8), digits().splits(60, [0, 1]), least_action=LeastAction, epochs=1, mode="batched")
+    else:
+        la = LeastAction(net, x=x)
+        run = {"compiled": lambda: torch.compile(net, backend="aot_eager")(x), "data parallel": lambda: nn.DataParallel(net)(x),
+               "checkpoint": lambda: net[3](torch.utils.checkpoint.checkpoint(net[:3], x, use_reentrant=False)),
+               "functional": lambda: functional_call(net, {k: p.detach().clone().requires_grad_() for k, p in net.named_parameters()}, (x,))}.get(way, lambda: net(x))
+        la(F.cross_entropy(run(), y)).backward()
+    assert not [w for w in recwarn if REACH in str(w.message)]
+
+
+def test_the_graph_is_walked_once(net, batch, monkeypatch):
+    x, y = batch
+    walks = []
+    monkeypatch.setattr(least_action, "graph_nodes", lambda *ends, real=least_action.graph_nodes: walks.append(ends) or real(*ends))
+    la = LeastAction(net)
+    for _ in range(3): la(F.cross_entropy(net(x), y))
+    assert len(walks) == 2   # of the loss and of the action
 
 
 NO_LOSSES = [None, True, "1", 1j, [1.], (1., 2.), {}, object(), torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.ones(2), torch.ones(0), torch.ones(1).to_sparse(),
