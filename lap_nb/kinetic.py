@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import Axes, check_labels, checked, one_of
-from .dynamics import colours, ResidualBlock, Trajectory
+from .checks import check_labels, checked, one_of
+from .dynamics import ResidualBlock, Trajectory
 from .files import as_code
 from .hooks import (
     BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
+from .plots import Axes, colours
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
