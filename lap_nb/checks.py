@@ -335,10 +335,20 @@ def checked(
     def call(*args, **kwargs):
         if torch.compiler.is_compiling(): return f(*args, **kwargs)
         if not positional: _read_signature(f, kinds, positional)
-        args = [_argument(f, name, value, *kinds[name]) for name, value in zip(positional, args)] + list(args[len(positional):])
-        for name in kwargs.keys() & kinds.keys(): kwargs[name] = _argument(f, name, kwargs[name], *kinds[name])
+        try:
+            args = [_argument(f, name, value, *kinds[name]) for name, value in zip(positional, args)] + list(args[len(positional):])
+            for name in kwargs.keys() & kinds.keys(): kwargs[name] = _argument(f, name, kwargs[name], *kinds[name])
+        except WrongKind as e:
+            if _swapped(kinds, {**dict(zip(positional, args)), **kwargs}): e.args = (f"{e}; are two arguments swapped?",)
+            raise
         return f(*args, **kwargs)
     return call
+
+def _swapped(kinds:dict, given:dict)->bool:
+    "Would an argument of a wrong kind and another one fit in each other's place?"
+    hints = {name: kinds[name][0] for name in given if name in kinds and name != "self"}
+    wrong = [name for name in hints if not _fits(given[name], hints[name])]
+    return any(_fits(given[other], hints[name]) and _fits(given[name], hints[other]) for name in wrong for other in hints if other != name)
 
 def _read_signature(f, kinds:dict, positional:list):
     "Of each parameter its annotation, and the types that need no second look."

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked, counts, number, real_tensor, several, whole
+from .checks import checked, counts, described, number, real_tensor, several, whole
 from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet
 from .files import as_text
@@ -724,6 +724,7 @@ class Exit:
 
 def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
     "How fast the difference of two logits can change with the position; raises `ValueError` if the head isn't affine."
+    if (wide := torch.promote_types(x.dtype, torch.float32)) != x.dtype: head, x = deepcopy(head).to(wide), x.to(wide)
     A = torch.func.jacrev(lambda z: head(z[None])[0])(torch.zeros_like(x[0])).flatten(1)
     if (logits := head(x)).ndim != 2: raise ValueError(f"logits have shape {list(logits.shape)}, expected [B, classes], of samples [B, ...]")
     gap = (logits - head(torch.zeros_like(x)) - x.flatten(1) @ A.T).abs().max()
@@ -743,7 +744,7 @@ def early_exit(self:Elastic,
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
     slack = float(slack)
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
-    with torch.no_grad(), evaluating(net):
+    with torch.no_grad(), evaluating(net), _in_one_dtype(net, x):
         z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]", finite=False), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):
@@ -753,13 +754,22 @@ def early_exit(self:Elastic,
             out = net.head(z + rest)
             if logits is None: logits = torch.empty_like(out)
             top, winner = out.max(1, keepdim=True)
-            safe = (top - out >= pairs[winner[:, 0]] * rest.flatten(1).norm(dim=1, keepdim=True)).all(1)
+            safe = (top - out >= pairs[winner[:, 0]] * rest.flatten(1).to(pairs).norm(dim=1, keepdim=True)).all(1)
             logits[alive], blocks[alive[safe]] = out, k + 1
             z, alive = z[~safe], alive[~safe]
             if len(alive) == 0: break
     return Exit(logits, blocks)
 
 # %% ../nbs/09_depth.ipynb #17c07fd3
+@contextmanager
+def _in_one_dtype(net:nn.Module, x:Tensor):
+    "Inside, a network that fails on numbers of another kind than its own says so."
+    try: yield
+    except RuntimeError as e:
+        own = next((p.dtype for p in net.parameters()), x.dtype)
+        if own == x.dtype or not x.is_floating_point(): raise
+        raise ValueError(f"x is {described(x)}, expected {own} as the parameters of {type(net).__name__} are: call x.to({own})") from e
+
 @patch
 def _exits(self:Elastic, slack:float)->ResidualNet:
     "The network, if an early exit makes sense for it."

@@ -37,7 +37,7 @@ def block_energies(
     traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
 )->Tensor:                 # energy of each step and sample, `[K, B]`, float32 or wider
-    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the positions aren't. `TypeError` for what is no trajectory."
+    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the positions aren't. In float32 a step longer than 1e19 has an infinite energy and one below 1e-19 an inexact one or zero: `traj.to(torch.float64)`. `TypeError` for what is no trajectory."
     check_reduction(reduction)
     return torch.cat([_reduce(stage.steps.flatten(2), reduction) / stage.h for stage in traj.stages])
 
@@ -265,7 +265,7 @@ class _Passes(Note):
 # %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
 @checked
 class EnergyMeter(BlockHooks):
-    "Energies of the residual blocks of a model, from the forward pass that trains it; on the model until `remove`, or while it is referenced."
+    "Energies of the residual blocks of a model, from the forward pass that trains it, in the range that `block_energies` tells; on the model until `remove`, or while it is referenced."
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: its `ResidualBlock`s

@@ -68,7 +68,7 @@ def _check_finite(what:str, y:Tensor):
 class LocalLipschitz:
     "The largest stretch of small differences at each point."
     values:Tensor      # largest singular value of the Jacobian, `[B]`; never above it, but for rounding
-    error:Tensor       # relative error at most, `[B]`: zero of a whole Jacobian, of Lanczos' method the residual's bound; rounding in the dtype of the points comes on top
+    error:Tensor       # relative error at most, `[B]`: zero of a whole Jacobian, of Lanczos' method the residual's bound, which at coarse tolerances may be that of the second largest (5 of 400 random maps at 1e-2, 1 at 1e-3, none at 1e-4); rounding in the dtype of the points comes on top
     tolerance:float    # relative error that counts as converged
     @property
     def converged(self)->float:

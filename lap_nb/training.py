@@ -177,6 +177,8 @@ def _inside(model:nn.Module)->nn.Module:
     "The network that a row runs, or the model itself."
     return found if isinstance(found := vars(model).get("skeleton"), nn.Module) else model
 
+_TRAINED = {}   # parameters under training, by id, and the thread that trains them
+
 @contextmanager
 def evaluating(*models:nn.Module):
     "Inside, the models are in evaluation mode; afterwards every module is in the mode it was in, also one that was frozen by hand. `RuntimeError` while another thread trains one."
@@ -907,7 +909,7 @@ def train_loop(
                 rollback -= 1; training.roll_back(e)
 
 # %% ../nbs/06_training.ipynb #2efb81b0
-_TRAINED, _LOCK = {}, threading.Lock()   # parameters under training, by id, and the thread that trains them
+_LOCK = threading.Lock()   # of `_TRAINED`
 
 @contextmanager
 def _alone(model:nn.Module):

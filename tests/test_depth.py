@@ -940,3 +940,16 @@ def test_random_depth_goes_with_a_copy_of_the_network(again):
 def saved(net):
     torch.save(net, file := io.BytesIO())
     return file.getvalue()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_an_early_exit_in_other_precisions(dtype):
+    torch.manual_seed(0)
+    net, x = dense_net(8, 3, K=6, hidden=8).eval(), torch.randn(40, 8)
+    with pytest.raises(ValueError, match=rf'x is a tensor \[40, 8\] of {str(dtype)[6:]}, expected torch.float32 .* call x.to'): Elastic(net).early_exit(x.to(dtype))
+    other = copy.deepcopy(net).to(dtype)
+    assert (Elastic(other).early_exit(x.to(dtype), slack=1e9).blocks == 6).all()
+    found = Elastic(other).early_exit(x.to(dtype), slack=.5)
+    assert found.logits.dtype == dtype and (found.blocks < 6).any()
+    exact = Elastic(copy.deepcopy(other).double()).early_exit(x.to(dtype).double(), slack=.5)   # of the same weights
+    assert (found.blocks == exact.blocks).float().mean() > .75

@@ -718,3 +718,21 @@ def test_a_ledger_holds_what_single_precision_does_not(scale):
 def test_ranks_of_bfloat16_and_of_large_whole_numbers():
     large, small = [2 ** 60 + i for i in range(8)], list(range(8))
     assert rank_correlation(large, small).value == rank_correlation(torch.tensor(small).bfloat16(), small).value == 1
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-21, 1e21, 1e25])
+def test_the_range_of_energies_is_told(scale):
+    "In float32 they are infinite or not exact, as said; in float64 they are right."
+    x = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
+    expected = block_energies(Trajectory(x.double())) * scale ** 2
+    single = block_energies(Trajectory(x * scale))
+    assert single.isinf().all() if scale > 1 else (single - expected).abs().max() > 1e-6 * expected.min()
+    double = Trajectory(x.double() * scale)
+    assert_close(block_energies(double), expected)
+    assert_close(EnergyLedger(Trajectory(x * scale)).total, expected.sum().item(), rtol=1e-5, atol=0.)
+    net = dense_net(4, 2, K=2, hidden=4).double().train()
+    with EnergyMeter(net) as meter:
+        path = net.trajectory(x[0].double() * scale)
+        net(x[0].double() * scale)
+        assert_close(meter.take(), block_energies(path).mean(1))
+    assert "traj.to(torch.float64)" in block_energies.__doc__ and "block_energies" in EnergyMeter.__doc__

@@ -173,6 +173,17 @@ def test_the_error_bound_holds(d, iterations):
         assert found.converged == pytest.approx(settled.double().mean().item())
 
 
+def test_what_has_converged_is_the_largest():
+    "Of random maps with 140 features, near the identity or not."
+    d = 140
+    for seed in range(40):
+        A, u, start = numbers(d, d, seed=seed) / d ** .5, numbers(d, seed=seed + 1), numbers(1, d, seed=seed + 2)
+        M = [torch.eye(d).double() + .3 * A, A, torch.eye(d).double() + .05 * A + .12 * torch.outer(u, u) / u.square().sum(), torch.eye(d).double() + .3 * A.triu()][seed % 4]
+        found = local_lipschitz(lambda z: z @ M.T, start, 127, seed=seed)
+        assert found.converged == 1
+        assert_close(found.values[0], torch.linalg.matrix_norm(M, 2), rtol=1e-4, atol=0.)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(dtype):
     torch.manual_seed(0)
