@@ -323,12 +323,6 @@ def _expected(f, name:str, hint)->str:
 # %% ../nbs/90_checks.ipynb #da0fbbce
 F = typing.TypeVar("F")
 
-@typing.runtime_checkable
-class Axes(typing.Protocol):
-    "Axes of matplotlib, which need not be imported to say so."
-    def plot(self, *args, **kwargs): ...
-    def scatter(self, *args, **kwargs): ...
-
 def checked(
     f:F, # a function, a method, or a class, of which `__init__` is meant
 )->F:   # the same, refusing arguments of a wrong kind

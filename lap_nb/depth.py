@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import Axes, checked, counts, described, number, real_tensor, several, whole
+from .checks import checked, counts, described, number, real_tensor, several, whole
 from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet
 from .files import as_text
@@ -30,6 +30,7 @@ from .hooks import (
     BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, surely,
     swap_tensor, unwrap)
 from .kinetic import TrainingHook
+from .plots import Axes, own_axes
 from .training import check_logits, evaluating, fit, is_right, part_indices
 
 # %% ../nbs/09_depth.ipynb #267d4e52
@@ -487,8 +488,7 @@ def plot(self:DepthCurve,
     ax:Axes|None=None, # matplotlib axes; None: a new figure
 ):           # the axes
     "Accuracy against the number of blocks, a line for each way."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+    ax = own_axes(ax, 5.4, 3.2)
     for way, marker in zip(dict.fromkeys(r["way"] for r in self.rows), "osD"):
         ax.plot([r["blocks"] for r in self.of(way)], [100 * r["accuracy"] for r in self.of(way)], marker=marker, ms=4, label=way)
     ax.set(xlabel="blocks that run", ylabel=f"accuracy on the {self.part} part (%)"); ax.legend(frameon=False)
@@ -508,7 +508,8 @@ def depth_curve(
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
     part_indices(data, part)
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
-    counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in counts})
+    counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
+    if not counts: raise ValueError("counts is empty, expected at least one number of blocks")
     for way in ways:
         if way not in WAYS: raise ValueError(f"way is {way!r}, expected one of {', '.join(WAYS)}")
     recompute = recompute and bool(_norms(elastic.model))
@@ -743,6 +744,7 @@ def early_exit(self:Elastic,
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
     slack = float(slack)
+    if not x.ndim: raise ValueError(f"x is {described(x)}, expected inputs [B, ...]")
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with torch.no_grad(), evaluating(net), _in_one_dtype(net, x):
         z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]", finite=False), torch.arange(len(x), device=x.device)

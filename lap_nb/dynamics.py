@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import (
-    as_given, Axes, check_labels, check_module, check_tensor, checked, described, extra, positive, several, whole)
+    as_given, check_labels, check_module, check_tensor, checked, described, extra, positive, several, whole)
 from .data import read_npz
 from .files import write_atomically
+from .plots import Axes, colours, own_axes
 
 # %% ../nbs/01_dynamics.ipynb #b2d0f1a1
 def call_network(
@@ -465,17 +466,11 @@ def residual_blocks(
     return found
 
 # %% ../nbs/01_dynamics.ipynb #d9f22ec8
-def colours()->list[str]: # ten, as hexadecimal codes
-    "The colour-blind safe colours of all figures: Tableau's, as matplotlib has them."
-    import matplotlib.pyplot as plt
-    return plt.style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
-
 def _draw(traj:Trajectory, y, until, ax, paths:bool, coloured:bool):
-    import matplotlib.pyplot as plt
     x = traj.x.detach().cpu().float().flatten(2)[..., :2]
     until = traj.K if until is None else whole("until", until, 0, most=traj.K)
     groups = [slice(None)] if y is None else [(y == c).cpu() for c in check_labels(y, traj.B).unique()]
-    if ax is None: _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    ax = own_axes(ax, 4.2, 4.2)
     for c, at in enumerate(groups):
         colour = colours()[c % 10]
         ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn faster than many

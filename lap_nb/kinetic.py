@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import Axes, check_labels, checked, one_of
-from .dynamics import colours, ResidualBlock, Trajectory
+from .checks import check_labels, checked, one_of
+from .dynamics import ResidualBlock, Trajectory
 from .files import as_code
 from .hooks import (
     BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
+from .plots import Axes, colours
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -421,11 +422,10 @@ def put(self:EnergyMeter,
     note.forget()
     note.passes, note.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
 
-# %% ../nbs/03_kinetic_bias.ipynb #7342422f
-class _Pass:
-    "One forward pass; alive as long as a graph that came out of its blocks."
-
-def _graph(*ends:Tensor)->set:
+# %% ../nbs/03_kinetic_bias.ipynb #03c10001
+def graph_nodes(
+    *ends:Tensor, # with or without a gradient
+)->set:
     "All nodes of the graphs that end in these tensors."
     todo, found = [t.grad_fn for t in ends if t.grad_fn is not None], set()
     while todo:
@@ -433,6 +433,10 @@ def _graph(*ends:Tensor)->set:
         found.add(node)
         todo += [n for n, _ in node.next_functions if n is not None]
     return found
+
+# %% ../nbs/03_kinetic_bias.ipynb #7342422f
+class _Pass:
+    "One forward pass; alive as long as a graph that came out of its blocks."
 
 @patch
 def sign(self:_Passes, name, like):
@@ -447,11 +451,11 @@ def several(self:_Passes, loss:Tensor|None)->bool:
     "Whether there were passes before this one that were not taken, and that the loss, where it is known, is made of."
     earlier, untaken = {mark for old in self.earlier if (mark := old()) is not None}, self.passes not in (0, 1)
     if loss is None or not (earlier or untaken): return untaken
-    nodes = _graph(loss)
+    nodes = graph_nodes(loss)
     if any(node.metadata.get(_Pass) in earlier for node in nodes): return True
     if not untaken or self.mark is not None and not self.blind: return False
     compiled = lambda nodes: {n for n in nodes if type(n).__name__ == "CompiledFunctionBackward"}   # a compiled pass cannot sign
-    ours = compiled(_graph(*(energy for _, energy in self.seen)))
+    ours = compiled(graph_nodes(*(energy for _, energy in self.seen)))
     return not ours or not compiled(nodes) <= ours
 
 # %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf

@@ -239,11 +239,16 @@ def _hooks(m:nn.Module)->list:
 
 # %% ../nbs/00b_state.ipynb #153a995b
 def _of_class(kind:type)->Iterator[_Place]:
-    "Functions of a user's class: they may draw from generators that are global variables."
+    "Of a user's class its attributes, which all its objects share, and its functions: they may draw from generators that are global variables."
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "lap_nb", "builtins"): continue
-        for f in vars(base).values():
-            if isinstance(f, FunctionType): yield _Place(f"{base.__qualname__}.{f.__name__}", f)
+        for key, value in list(vars(base).items()):
+            if isinstance(value, FunctionType): yield _Place(f"{base.__qualname__}.{value.__name__}", value)
+            elif not key.startswith("__") and _shared(value): yield _Place(f"{base.__qualname__}.{key}", value, partial(setattr, base, key), "library")
+
+def _shared(value)->bool:
+    "Can it change, other than what a class is made of?"
+    return any(_KINDS[kind][0](value) for kind in (*_MADE, "generator", "text"))
 
 def _called(i:int, callback)->str: return f"callback {i}, {getattr(callback, '__qualname__', type(callback).__qualname__)}"
 
@@ -298,7 +303,8 @@ class Memory:
     def _places(self)->Iterator[_Place]:
         for prefix, part in self.parts.items():
             for name, m in part.named_modules(): yield from _of_module(f"{prefix}.{name}".rstrip("."), m)
-        for kind in {type(m): None for part in self.parts.values() for m in part.modules()}: yield from _of_class(kind)
+        holders = [thing for i, callback in enumerate(self.callbacks) for _, thing in _holders(i, callback)]
+        for kind in dict.fromkeys(map(type, [*(m for part in self.parts.values() for m in part.modules()), *holders])): yield from _of_class(kind)
         for i, callback in enumerate(self.callbacks): yield from _of_callback(i, callback)
 
     def _look(self, lost:dict|None=None)->dict[str, tuple]: # name -> what is captured there, and the place

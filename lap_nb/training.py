@@ -32,10 +32,11 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 import lap_nb
-from .checks import Axes, checked, described, flag, number, one_of, positive, several, share, whole, WrongKind
+from .checks import checked, described, flag, number, one_of, positive, several, share, whole, WrongKind
 from .data import Split
 from .files import check_storable, CheckpointError, claim, digest, load_checkpoint, save_checkpoint, tidy
 from .kinetic import EnergyMeter
+from .plots import Axes, fit_scale, shades
 from .state import Memory, sequences, set_sequences
 
 # %% ../nbs/06_training.ipynb #fafe76d5
@@ -95,6 +96,14 @@ def _batches(split, generators, batch_size, crop, flip, skip, share):
         mine = slice(start + share[0], start + batch_size, share[1])
         at = order[..., mine]
         yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine, :], crop), split.y[at]
+
+# %% ../nbs/06_training.ipynb #1160828d
+def check_split(
+    data, # a `Split`
+):
+    "Raise `TypeError` for anything else."
+    if not isinstance(data, Split):
+        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
 
 # %% ../nbs/06_training.ipynb #1160828e
 def _check_share(share)->tuple[int, int]:
@@ -187,13 +196,6 @@ def _check_untrained(model:nn.Module):
         raise RuntimeError(f"{type(model).__name__} is being trained in another thread, which evaluation mode would disturb: wait for its end, or evaluate a copy, deepcopy(model)")
 
 # %% ../nbs/06_training.ipynb #83eb9d21
-def check_split(
-    data, # a `Split`
-):
-    "Raise `TypeError` for anything else."
-    if not isinstance(data, Split):
-        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
-
 def part_indices(
     split:Split, # of a data set
     part:str,    # `"train"`, `"val"` or `"test"`
@@ -1057,25 +1059,15 @@ def plot(self:Run,
         axes["lambda"].plot(mean["epoch"], mean["lambda"], **style)
         axes["action"].plot(mean["epoch"], mean["action"] / mean["lambda"], **style)
     if "energy" in mean and "energy" in axes:
-        for k, (energy, shade) in enumerate(zip(mean["energy"].T, _shades(line.get_color(), mean["energy"].shape[1]))):
+        for k, (energy, shade) in enumerate(zip(mean["energy"].T, shades(line.get_color(), mean["energy"].shape[1]))):
             axes["energy"].plot(mean["epoch"], energy, color=shade, label="" if k else label)
     for name, ax in axes.items():
-        if name != "accuracy": _logarithmic(ax)
+        if name != "accuracy": fit_scale(ax)
         place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2) if name == "energy" else {}   # a panel full of curves
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, **place)
     return axes
 
 # %% ../nbs/06_training.ipynb #e15d4049
-def _shades(colour, n:int)->list[tuple]:
-    "The colour and ever paler ones, `n` in all."
-    from matplotlib.colors import to_rgb
-    return [tuple(c + (1 - c) * .6 * k / max(1, n - 1) for c in to_rgb(colour)) for k in range(n)]
-
-def _logarithmic(ax):
-    "A logarithmic axis where positive values span more than a factor of thirty."
-    values = torch.cat([torch.as_tensor(line.get_ydata()) for line in ax.lines]) if ax.lines else torch.ones(1)
-    if values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
-
 def _panels(curves)->dict:
     "An empty panel for each thing there is to show."
     import matplotlib.pyplot as plt

@@ -17,10 +17,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .checks import Axes, check_labels, check_memory, checked, described, is_dense, number, one_of, whole
-from .dynamics import colours, Trajectory
+from .checks import check_labels, check_memory, checked, described, is_dense, number, one_of, whole
+from .dynamics import Trajectory
 from .files import as_text
 from .kinetic import check_reduction
+from .plots import Axes, colours, own_axes
 from .stats import bootstrap_mean, wilson
 
 # %% ../nbs/04_transport.ipynb #b10a0544
@@ -500,8 +501,7 @@ def plot(self:GapCurve,
     label="network", # name of the map in the legend
 ):                   # the axes
     "Mean over the subsets, with the range of the middle 80 %."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    ax = own_axes(ax, 5.4, 3.4)
     for values, name, c, style in ((self.gaps, label, 0, dict(marker="o", ms=9, mfc="none", zorder=3)), (self.placebo, "placebo", 1, dict(marker="s", ms=4))):
         ax.plot(self.n, values.mean(1), color=colours()[c], label=name, **style)
         ax.fill_between(self.n, *values.quantile(torch.tensor([.1, .9]), dim=1), color=colours()[c], alpha=.25, lw=0)
@@ -596,8 +596,7 @@ def plot_splits(
     ax:Axes|None=None,               # matplotlib axes; None: a new figure
 ):                                 # the axes
     "Bars of the three parts; the nearer to all optimal, the nearer to least action."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(6.4, .5 + .45 * len(splits)), layout="constrained")
+    ax = own_axes(ax, 6.4, .5 + .45 * len(splits))
     names = [f"{name}\n({float(f'{s.total(row):.3g}'):,.12g})" if shares else name for name, s in splits.items()]   # three digits, no exponent
     left = [0.] * len(splits)
     for p, (part, hatch) in enumerate(zip(("optimal, $W_2^2$", "assignment gap", "path gap"), ("", "//", ".."))):
@@ -736,8 +735,7 @@ def plot(self:McCannFit,
     ax:Axes|None=None, # matplotlib axes; None: a new figure
 ):            # the axes
     "Distance, detour and clock by layer, over the distance of the ends."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+    ax = own_axes(ax, 4.6, 3.2)
     k, unit = torch.arange(len(self.distance)), self.length or 1.
     for values, name, marker, c in ((self.from_start, "clock", "o", 0), (self.distance, "from McCann", "s", 1), (self.detour, "detour", "^", 3)):
         ax.plot(k, values / unit, marker=marker, color=colours()[c], label=name)

@@ -28,7 +28,7 @@ NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
-ORDER = ('checks files state stats data dynamics nets hooks attach kinetic transport regularity least_action training adapters ensembles depth '
+ORDER = ('checks files state stats plots data dynamics nets hooks attach kinetic transport regularity least_action training adapters ensembles depth '
          'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes lab.bench lab.cli').split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
 LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask pandas orjson lightning torchdiffeq transformers'.split()

@@ -14,13 +14,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..checks import Axes, checked, described, extra
-from ..dynamics import colours
+from ..checks import checked, described, extra
 from ..ensembles import as_python
 from ..files import as_text
 from .catalogue import load_study, STUDIES
 from .design import Net
 from .store import read_lines, results
+from ..plots import Axes, colours
 from ..stats import confidence_interval, Correlation, Interval, rank_correlation
 
 # %% ../../nbs/95_analysis.ipynb #56178303

@@ -20,12 +20,13 @@ from torch import nn
 
 from ..checks import checked, described, one_of, whole
 from ..data import load, pick_device
-from ..dynamics import colours, Trajectory
+from ..dynamics import Trajectory
 from ..ensembles import fit_many, Runs
 from ..files import read_bounded, write_atomically
 from ..kinetic import block_energies
 from ..least_action import DualAscent, LeastAction
 from ..nets import dense_net, init_velocities_
+from ..plots import colours
 from ..stats import confidence_interval, Interval
 from ..training import provenance
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from lap_nb.checks import checked, counts, in_room, whole
 from lap_nb.data import Dataset, load, Split
-from lap_nb.dynamics import colours, Flow, ResidualNet
+from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.files import digest, load_checkpoint, save_checkpoint
 from lap_nb.lab.store import append_rows, done, read_lines
 from lap_nb.least_action import DualAscent, FixedWeight, LeastAction
 from lap_nb.nets import MOST_BLOCKS
+from lap_nb.plots import colours
 from lap_nb.stats import confidence_interval
 from lap_nb.training import provenance
 

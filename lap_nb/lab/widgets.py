@@ -22,11 +22,12 @@ from torch import Tensor
 from ..checks import checked, extra
 from ..data import circles, digits, moons, Split
 from ..depth import depth_curve
-from ..dynamics import colours, Trajectory
+from ..dynamics import Trajectory
 from ..ensembles import seeded
 from ..kinetic import block_energies
 from ..least_action import DualAscent, LeastAction
 from ..nets import dense_net, init_velocities_
+from ..plots import colours
 from ..training import evaluate, fit
 from ..transport import action_split
 
