@@ -282,7 +282,7 @@ class EnergyMeter(BlockHooks):
     ):
         _check_reduction(reduction)
         root = unwrap(model)
-        plan = self.prepare(root, chosen_blocks(root, blocks))
+        plan = self.prepare(root, chosen_blocks(root, blocks, branches=True))
         self.reduction, self.copy = reduction, copy
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
@@ -315,12 +315,15 @@ class EnergyMeter(BlockHooks):
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     "The module that gives the branch of each block; empty for the displacement."
     if isinstance(velocity, str): one_of("velocity", velocity, ("displacement", "branch"))
+    marked = getattr(blocks, "branches", ())
+    if velocity == "displacement" and marked:
+        raise ValueError(f"block {next(iter(marked))!r} is a branch: who calls it adds what it returns, so its output minus its input is no step; take velocity='branch'")
     if velocity == "displacement": return {}
     if velocity == "branch":
-        if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock)]:
+        if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock) and n not in marked]:
             raise ValueError(f"block {lost[0]!r} is a {type(blocks[lost[0]]).__name__}, whose branch is not known: "
                              f"name the module that gives it, velocity={{{lost[0]!r}: ...}} for each block")
-        return {name: m.velocity for name, m in blocks.items()}
+        return {name: m if name in marked else m.velocity for name, m in blocks.items()}
     if velocity.keys() != blocks.keys():
         raise ValueError(f"velocity names {sorted(map(str, velocity))}, expected the blocks {sorted(blocks)}")
     return {name: _part(name, block, velocity[name]) for name, block in blocks.items()}
