@@ -802,7 +802,7 @@ class Blocks(dict):
         try: super().__init__(blocks)
         except (TypeError, ValueError): raise TypeError(f"blocks are {_short(blocks)}, expected a mapping of names to modules") from None
         self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
-        self.branches, self.classes = {}, []   # branches: those that only return what is added, and whether it is added to their input; classes: rows of the repeated ones
+        self.branches, self.classes, self.ran = {}, [], set()   # branches: those that only return what is added, and whether it is added to their input; classes: rows of the repeated ones; ran: in the probing pass
 
     def table(self)->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
         "How much of each repeated class is covered; matched blocks; what was skipped, with the reasons."
@@ -884,6 +884,7 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
     for name, module in blocks.items():
         calls = judge.calls.get(module, [])
         blocks.moved[name] = next((c.moved for c in calls if c.moved is not None), None)
+        if calls: blocks.ran.add(name)
         if any(c.inplace for c in calls): blocks.inplace.add(name)
         if any(c.written for c in calls): blocks.written.add(name)
         if len(calls) > 1: blocks.why[name] += f"; called {len(calls)} times"
