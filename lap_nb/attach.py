@@ -99,7 +99,7 @@ class Tracer(BlockHooks):
         batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
     ):
         root = unwrap(model)
-        plan = self.prepare(root, chosen_blocks(root, blocks), None, energies_only, batch_axis)
+        plan = self.prepare(root, chosen_blocks(root, blocks, branches=True), None, energies_only, batch_axis)
         for other in watchers_of(root):
             if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
         self.watch(plan)
@@ -107,7 +107,11 @@ class Tracer(BlockHooks):
     def prepare(self, root, blocks, thread=None, energies_only=False, batch_axis=None)->list: # of hooks
         plan = super().prepare(root, blocks, thread)
         self.energies_only, self.replaced, self.axes = energies_only, False, SampleAxes(blocks, batch_axis)
-        if not energies_only: self.copies = set(blocks)
+        self.branches = getattr(blocks, "branches", {})
+        if not energies_only:
+            self.copies = set(blocks)
+            if lost := [n for n, own in self.branches.items() if not own]:
+                raise ValueError(f"block {lost[0]!r} is a branch that sees something made from the stream, so that positions are not known: take trace_energies, which needs none")
         return plan
 
 # %% ../nbs/02_attach.ipynb #09a95cf0
@@ -120,11 +124,12 @@ def copied(self:Tracer, x:Tensor)->Tensor:
 def every_step(self:Tracer, name, before, after):
     "Note the step."
     before, after = (self.axes.first(name, t) for t in (before, after))
-    squares = (widen(after) - widen(before)).square().sum(tuple(range(1, after.ndim)))
+    branch = name in self.branches   # it returns the step itself
+    squares = (widen(after) if branch else widen(after) - widen(before)).square().sum(tuple(range(1, after.ndim)))
     block = self.blocks[name]
     h = block.h if isinstance(block, ResidualBlock) else 1.
     step = _Step(name, squares, tuple(after.shape[1:]), h)
-    if not self.energies_only: step.before, step.after = before, widen(after, copy=True)
+    if not self.energies_only: step.before, step.after = before, before + after if branch else widen(after, copy=True)
     if not recomputing(): self.note.seen.append(step)
 
 @patch
@@ -149,7 +154,7 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
     "One forward pass under a tracer of its own; raises `ValueError` for a step that is not finite."
     root = unwrap(model)
     check_batch(x)
-    blocks = chosen_blocks(root, blocks, x)
+    blocks = chosen_blocks(root, blocks, x, branches=True)
     aside, tracer = Aside(root), Tracer.__new__(Tracer)
     plan = tracer.prepare(root, blocks, threading.get_ident(), energies_only, batch_axis)
     def body():

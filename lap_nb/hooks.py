@@ -348,6 +348,7 @@ def check(self:SampleAxes,
 import math
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -502,6 +503,7 @@ class _Call:
     moved: float = None     # size of output minus input over size of input
     written: bool = False   # its output is written to later
     still: bool = False     # all that it adds is the same for every input
+    ends: tuple = (None, None) # nodes of the graph that made what went in, before it was marked, and what came out
 
 def _shapes(x:Tensor, y:Tensor)->str:
     "Both shapes in words, without the batch if that is the same."
@@ -551,7 +553,8 @@ class _Probe(Watcher):
     def __init__(self):
         super().__init__(threading.get_ident())
         self.over, self.others = threading.Event(), {t.ident for t in threading.enumerate()} - {self.thread}
-        self.calls, self.open, self.grad, self.outs, self.last, self.moving = {}, [], [], [], None, set()   # moving: sums that add what depends on an input
+        self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
+        self.moving, self.roots = set(), []   # sums that add what depends on an input; nodes that made what the last module returned
 
     def alone(self, modules):
         "Wait until calls that other threads had begun before the hooks were on have ended."
@@ -572,7 +575,11 @@ class _Probe(Watcher):
     def leave(self, name, module, args, out):
         self.look()
         y = first_tensor(out)
-        self.calls.setdefault(module, []).append(call := self._judge(*self.open.pop(), y))
+        x, mark, *_ = opened = self.open.pop()
+        self.calls.setdefault(module, []).append(call := self._judge(*opened, y))
+        made = getattr(x, "grad_fn", None) if mark is None else opened[2].next_functions[0][0]   # for `x` itself may have been written to
+        call.ends = (made, getattr(y, "grad_fn", None))
+        if not self.open: self.roots = [t.grad_fn for t in _floats(out) if t.grad_fn is not None]
         if call.shape and not _layer(module):
             self.outs.append((call, weakref.ref(y), version_of(y)))
             self.last = y   # held until the next call of a module, so that nobody writes to it unseen
@@ -582,6 +589,12 @@ class _Probe(Watcher):
         "Whose output, if it is still there, was written to since?"
         for call, y, version in self.outs: call.written |= (y := y()) is not None and version_of(y) != version
         self.outs, self.last = [o for o in self.outs if o[1]() is not None and not o[0].written], None
+
+def _floats(value)->list[Tensor]:
+    "All floating-point tensors in a nest of sequences and mappings."
+    if isinstance(value, Tensor): return [value] if value.is_floating_point() else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [t for item in items for t in _floats(item)]
 
 def _layer(module:nn.Module)->bool: return type(module).__module__.startswith("torch.nn.") and not list(module.children())
 
@@ -700,7 +713,7 @@ def check_batch(x):
 
 _PROBING = threading.RLock()   # one at a time, or two would wait for each other
 
-def _probe(root:nn.Module, x)->dict: # module to its calls
+def _probe(root:nn.Module, x)->tuple[dict, list]: # module to its calls; nodes that made the output
     "One pass in which every module is judged; other threads that call the network wait for its end."
     probe, quiet = _Probe(), _Quiet(root)
     def body():
@@ -715,16 +728,17 @@ def _probe(root:nn.Module, x)->dict: # module to its calls
         finally: probe.remove()
         probe.over.set()
     with _PROBING: surely(body, undo)
-    return probe.calls
+    return probe.calls, probe.roots
 
 # %% ../nbs/02_attach.ipynb #cd7cbe34
 class _Judge:
     "Verdicts on modules, from the calls of a probing pass."
-    def __init__(self, root:nn.Module, calls:dict):
+    def __init__(self, root:nn.Module, calls:dict, ends:Iterable=()):
         self.root, self.calls = root, calls
         self.residual = {m for m, its in calls.items() if all(c.way for c in its)}
         self.owner = {}   # addition to the block that makes it
         self.chains = self._chained()   # module to the number of additions that it makes itself
+        self.branches = _branches_in(calls, ends)   # module whose output somebody else adds to the stream; whether that is its input
 
     def _chained(self)->dict:
         "Modules in which the input runs through blocks inside: these are the blocks, unless most of what the module adds is its own."
@@ -744,7 +758,9 @@ class _Judge:
             return named, "named by a pattern" if named else "cannot be judged without an example input"
         if module not in self.calls: return False, "not called"
         call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
-        if named: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
+        if named and module not in self.branches: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
+        if module in self.branches and module not in self.residual:
+            return named, "a branch: who calls it adds what it returns to " + ("its input" if self.branches[module] else "the stream from which its input is made") + "; measure it with velocity='branch'"
         if module in self.chains:
             own = self.chains[module]
             return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
@@ -758,6 +774,30 @@ def _size(*modules)->int:
     "Number of parameters."
     return sum(p.numel() for p in {p for m in modules for p in m.parameters()})
 
+# %% ../nbs/02_attach.ipynb #a1f0d010
+def _stripped(node):
+    "The node behind what leaves all numbers where they are."
+    while node is not None and _operation(node) in ("Alias", "Clone", "ToCopy", "View", "UnsafeView", "ReshapeAlias"): node = node.next_functions[0][0]
+    return node
+
+def _branches_in(calls:dict, ends:Iterable)->dict[nn.Module, bool]:
+    "Modules that keep the shape and whose output is added, by who calls them, to something from which their input was made; whether that is their input itself."
+    made, found = {}, {}   # node of an output to the calls that end there
+    for module, its in calls.items():
+        for call in its:
+            if call.shape and call.way is None and call.ends[1] is not None: made.setdefault(_stripped(call.ends[1]), []).append((module, call))
+    todo, seen, added = list(ends), set(), {}
+    while todo:
+        if (node := todo.pop()) in seen: continue
+        seen.add(node)
+        ways = [w for w, _ in node.next_functions if w is not None]
+        todo += ways
+        if _operation(node) not in ("Add", "Sub") or len(ways) < 2: continue
+        for way, other in ((ways[0], ways[1]), (ways[1], ways[0])):
+            for module, call in made.get(_stripped(way), ()):
+                if _reaches([call.ends[1]], other): added.setdefault(module, []).append(call.ends[0] is not None and _stripped(call.ends[0]) is _stripped(other))
+    return {m: all(own) for m, own in added.items() if len(own) == len(calls[m])}
+
 # %% ../nbs/02_attach.ipynb #a0407b1f
 class Blocks(dict):
     "Residual blocks by name, in order of registration, with the reasons; a table in a notebook. `inplace`, `written`: those whose input, whose output is written to."
@@ -767,12 +807,14 @@ class Blocks(dict):
         try: super().__init__(blocks)
         except (TypeError, ValueError): raise TypeError(f"blocks are {described(blocks)}, expected a mapping of names to modules") from None
         self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
+        self.branches, self.classes, self.ran = {}, [], set()   # branches: those that only return what is added, and whether it is added to their input; classes: rows of the repeated ones; ran: in the probing pass
 
-    def table(self)->list[dict]: # a row per module, keys `name`, `kind`, `verdict`, `moved`, `why`
-        "Matched blocks, then what was skipped, with the reasons."
-        rows = [dict(name=n, kind=type(m).__name__, verdict="matched", moved=self.moved.get(n), why=self.why.get(n, ""))
+    def table(self)->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
+        "How much of each repeated class is covered; matched blocks; what was skipped, with the reasons."
+        classes = [dict(name=c["name"], kind=c["kind"], verdict="class", moved=None, why=_coverage(c)) for c in self.classes]
+        rows = [dict(name=n, kind=type(m).__name__, verdict="branch" if n in self.branches else "matched", moved=self.moved.get(n), why=self.why.get(n, ""))
                 for n, m in self.items()]
-        return rows + [dict(name=n, kind="", verdict="skipped", moved=None, why=why) for n, why in self.skipped.items()]
+        return classes + rows + [dict(name=n, kind="", verdict="skipped", moved=None, why=why) for n, why in self.skipped.items()]
 
     def _repr_markdown_(self)->str:
         size = lambda moved: "" if moved is None else f"{moved:.2f}"
@@ -780,6 +822,11 @@ class Blocks(dict):
         return "\n".join(["| name | kind | verdict | moved | why |", "|---|---|---|---|---|", *rows])
 
     def __repr__(self)->str: return f"Blocks: {len(self)} matched ({', '.join(self)}), {len(self.skipped)} skipped"
+
+def _coverage(row:dict)->str:
+    "A row of a class in words."
+    return (f"{row['found']} of {row['of']} modules of this class, {row['share']:.0%} of the parameters, covered"
+            + (f"; the others: {row['why']}" if row["found"] and row["why"] else f"; {row['why']}" if row["why"] else ""))
 
 # %% ../nbs/02_attach.ipynb #3a8bfae7
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -789,7 +836,10 @@ def named_parts(root:nn.Module)->dict[str, nn.Module]:
     clean = lambda name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or "(model)"
     return {clean(name): m for name, m in root.named_modules()}
 
-def _within(name:str, outer:str)->bool: return outer == "(model)" or name.startswith(outer + ".")
+def _above(name:str)->list[str]:
+    "Names of what a module is in, from the outside."
+    parts = name.split(".")
+    return [] if name == "(model)" else ["(model)", *(".".join(parts[:k]) for k in range(1, len(parts)))]
 
 def matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
     "Names that fit a pattern; raises `ValueError` for a pattern that fits none."
@@ -815,10 +865,10 @@ def find_blocks(
     root = unwrap(model)
     names, _ = named_parts(root), check_batch(x)
     wanted, barred = _wanted(root, names, blocks), matching(names, exclude)
-    judge, found, reasons = _Judge(root, {} if x is None else _probe(root, x)), Blocks(), {}
+    judge, found, reasons = _Judge(root, *(({}, ()) if x is None else _probe(root, x))), Blocks(), {}
     closed = {}   # names whose inside is decided, with the reason
     for name, module in names.items():
-        outer = next((o for o in closed if _within(name, o)), None)
+        outer = next((o for o in _above(name) if o in closed), None)
         yes, why = judge(module, name in wanted)
         if name in barred: yes, why = False, "excluded by a pattern"
         elif wanted and name not in wanted: yes, why = False, None
@@ -828,7 +878,10 @@ def find_blocks(
         else: reasons[name] = why
     if lost := [name for name, in_full in wanted.items() if in_full and name in reasons and name not in barred]:
         raise ValueError(f"{lost[0]!r} is named among the blocks and cannot be one: {reasons[lost[0]] or 'it is inside another one'}; leave it out of blocks")
-    return _finish(found, reasons, judge, root)
+    found.classes = _classes(found, names, judge)
+    _finish(found, reasons, judge, root)
+    if not wanted and not barred: _warn_of_part(found, root)
+    return found
 
 # %% ../nbs/02_attach.ipynb #8707c6ce
 def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
@@ -836,24 +889,67 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
     for name, module in blocks.items():
         calls = judge.calls.get(module, [])
         blocks.moved[name] = next((c.moved for c in calls if c.moved is not None), None)
+        if calls: blocks.ran.add(name)
         if any(c.inplace for c in calls): blocks.inplace.add(name)
         if any(c.written for c in calls): blocks.written.add(name)
         if len(calls) > 1: blocks.why[name] += f"; called {len(calls)} times"
+        if module in judge.branches: blocks.branches[name] = judge.branches[module]
     if any(c.inplace for calls in judge.calls.values() for c in calls): blocks.written |= set(blocks)   # it was to a copy that they wrote
-    ends, mute = [], ("not called", "no floating-point tensor goes")   # skipped modules without a block inside; verdicts that say nothing of what is inside
-    for name, why in reasons.items():
-        holds = any(_within(b, name) for b in blocks)
-        if why and why.startswith(mute) and any(_within(n, name) and w and not w.startswith(mute) for n, w in reasons.items()): continue
-        if why is None or any(_within(name, e) for e in ends): continue
-        if holds and not why.startswith(("a chain", "the whole network, ")): continue
-        if not holds and name != "(model)" and not any(_within(name, b) for b in blocks): ends.append(name)
-        if not any(_within(name, b) for b in blocks) or why.startswith("inside"): blocks.skipped[name] = why
+    blocks.skipped = _skipped(blocks, reasons)
     if blocks: return blocks
-    near = {name: why for name, why in blocks.skipped.items() if why.startswith("its input")}   # they keep the shape: the likeliest first
-    seen = "; ".join(f"{name}: {why}" for name, why in list((near | blocks.skipped).items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
-    raise ValueError(f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus something of the same shape; "
+    reasons = {c["name"]: f"{c['why']}, as in {c['of'] - 1} more of this class" for c in blocks.classes if c["why"]}
+    listed = {name for c in blocks.classes for name in c["names"]}
+    others = {name: why for name, why in blocks.skipped.items() if name not in listed}
+    near = {name: why for name, why in others.items() if why.startswith(("its input", "it adds", "a branch"))}   # they keep the shape: the likeliest first
+    seen = "; ".join(f"{name}: {why}" for name, why in list((reasons | near | others).items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
+    branches = any(why.startswith("a branch") for why in (reasons | others).values())
+    raise ValueError(f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus something of the same shape that depends on it; "
                      + ("pass an example input x, so that the others can be judged, or " if not judge.calls else "")
-                     + "name the blocks by patterns, blocks=[...]")
+                     + ("take find_blocks(model, x, blocks=...) with the names of the branches, and measure them with EnergyMeter(..., velocity='branch')" if branches
+                        else "name the blocks by patterns, blocks=[...]"))
+
+def _skipped(blocks:Blocks, reasons:dict)->dict:
+    "What is worth a row: the outermost modules without a block inside, chains, and what is residual in a block."
+    mute = ("not called", "no floating-point tensor goes")   # they say nothing of what is inside
+    told = {above for name, why in reasons.items() if why and not why.startswith(mute) for above in _above(name)}
+    listed = {name for row in blocks.classes for name in row["names"]}
+    holds, skipped, ends = {above for name in (*blocks, *listed) for above in _above(name)}, {}, set()
+    for name, why in reasons.items():
+        above = _above(name)
+        if why is None or why.startswith(mute) and name in told or not ends.isdisjoint(above): continue
+        if name in holds and not why.startswith(("a chain", "the whole network, ")): continue
+        inside = any(a in blocks for a in above)
+        if name not in holds and name != "(model)" and not inside: ends.add(name)
+        if not inside or why.startswith("inside"): skipped[name] = why
+    return skipped
+
+# %% ../nbs/02_attach.ipynb #a1f0d014
+def _classes(blocks:Blocks, names:dict, judge:_Judge)->list[dict]:
+    "Rows of the classes that occur several times, outermost first, of which a module keeps its shape: its name, what is covered and why other modules are not."
+    keeps = {m for m, calls in judge.calls.items() if all(c.shape for c in calls) and not _layer(m) and not type(m).__module__.startswith("torch.nn.modules.container")}
+    kinds = Counter(type(m) for m in names.values())
+    groups, seen = {}, set()
+    for name, module in names.items():
+        if module not in judge.calls or kinds[type(module)] < 2 or module in judge.chains or not seen.isdisjoint(_above(name)): continue
+        if module in keeps or any(m in keeps for _, m in groups.get(type(module), ())): groups.setdefault(type(module), []).append((name, module)); seen.add(name)
+    for name, module in names.items():   # those of other shapes that came before
+        if type(module) in groups and module in judge.calls and module not in judge.chains and name not in seen and seen.isdisjoint(_above(name)): groups[type(module)].append((name, module))
+    whole = max(1, _size(judge.root))
+    return [_class_row(kind, members, blocks, judge, keeps, whole) for kind, members in groups.items() if len(members) > 1]
+
+def _class_row(kind, members, blocks:Blocks, judge:_Judge, keeps:set, whole:int)->dict:
+    found, left = [m for n, m in members if n in blocks], [(n, m) for n, m in members if n not in blocks]
+    reasons = Counter(judge(m, False)[1] for _, m in left)
+    why = "; ".join(f"{why} ({k} times)" if k > 1 and found else why for why, k in reasons.items() if why)
+    return dict(name=(left if not found else members)[0][0], kind=kind.__name__, found=len(found), of=len(members), share=_size(*found) / whole, size=_size(*(m for _, m in members)) / whole,
+                why=why, missed=sum(m in keeps for _, m in left), names=[n for n, m in left if m in keeps])
+
+def _warn_of_part(blocks:Blocks, root:nn.Module):
+    "Warn if only part of a class, or of what holds the weights, is covered."
+    covered = sum(row["share"] for row in blocks.classes)
+    for row in blocks.classes:
+        if row["missed"] and (row["found"] or row["size"] > covered):
+            warnings.warn(f"only part of {type(root).__name__} is covered: of {row['kind']}, {_coverage(row)}. Look at find_blocks(model, x), and name blocks by patterns, blocks=[...]", stacklevel=4)
 
 # %% ../nbs/02_attach.ipynb #b1c00010
 def _wanted(root:nn.Module, names:Mapping[str, nn.Module], blocks)->dict[str, bool]: # empty: nothing was asked for
@@ -874,11 +970,15 @@ def chosen_blocks(
     model:nn.Module, # a network, wrapped or compiled or not
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # name to module; or a name, a pattern as for files, several of them; None: found
     x:Any=None,      # example input, as in `find_blocks`; None: only `ResidualBlock`s are found
+    branches:bool=False, # take modules that only return what is added, too; otherwise they are refused
 )->Mapping[str, nn.Module]: # name to module, at least one; a mapping as it was given
     "What an argument `blocks` means; `TypeError` for what are no blocks, `ValueError` if there are none or they are not in `model`."
     root = unwrap(model)
-    if not isinstance(blocks, Mapping): return find_blocks(root, x, blocks)
-    _wanted(root, named_parts(root), blocks)
+    if isinstance(blocks, Mapping): _wanted(root, named_parts(root), blocks)
+    else: blocks = find_blocks(root, x, blocks)
+    if not branches and (lost := next(iter(getattr(blocks, "branches", ())), None)):
+        raise ValueError(f"block {lost!r} is a branch, expected a residual block: who calls it adds what it returns, so its output minus its input is no step, and without it nothing is passed on; "
+                         "EnergyMeter and LeastAction measure it with velocity='branch', trace as it is")
     return blocks
 
 # %% ../nbs/02_attach.ipynb #b1c00021

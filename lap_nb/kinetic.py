@@ -276,8 +276,8 @@ class EnergyMeter(BlockHooks):
     ):
         check_reduction(reduction)
         root = unwrap(model)
-        plan = self.prepare(root, chosen_blocks(root, blocks))
-        self.reduction, self.copy = reduction, copy
+        plan = self.prepare(root, chosen_blocks(root, blocks, branches=True))
+        self.reduction, self.copy, self.ran, self.takes = reduction, copy, set(getattr(self.blocks, "ran", ())), [0, 0]   # ran: blocks that are known to run; takes: whole passes, and those in a row in which no block ran
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
         if branches: plan[1:-1] = [(m, None, EnergyMeter._branch, name) for name, m in branches.items()]
@@ -309,12 +309,15 @@ class EnergyMeter(BlockHooks):
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     "The module that gives the branch of each block; empty for the displacement."
     if isinstance(velocity, str): one_of("velocity", velocity, ("displacement", "branch"))
+    marked = getattr(blocks, "branches", ())
+    if velocity == "displacement" and marked:
+        raise ValueError(f"block {next(iter(marked))!r} is a branch: who calls it adds what it returns, so its output minus its input is no step; take velocity='branch'")
     if velocity == "displacement": return {}
     if velocity == "branch":
-        if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock)]:
+        if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock) and n not in marked]:
             raise ValueError(f"block {lost[0]!r} is a {type(blocks[lost[0]]).__name__}, whose branch is not known: "
                              f"name the module that gives it, velocity={{{lost[0]!r}: ...}} for each block")
-        return {name: m.velocity for name, m in blocks.items()}
+        return {name: m if name in marked else m.velocity for name, m in blocks.items()}
     if velocity.keys() != blocks.keys():
         raise ValueError(f"velocity names {sorted(map(str, velocity))}, expected the blocks {sorted(blocks)}")
     return {name: _part(name, block, velocity[name]) for name, block in blocks.items()}
@@ -391,12 +394,13 @@ def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else
 def take(self:EnergyMeter,
     loss:Tensor|None=None, # made of the pass: with it, earlier passes that it does not use do not matter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
-    "The energies of this thread's last forward pass, once; `RuntimeError` if there is not one, or a loss not made of it alone."
+    "The energies of this thread's last forward pass, once; 0 for a block that did not run, as with LayerDrop. `RuntimeError` if there is not one, or a loss not made of it alone, or a block that has never run."
     self.check_thread()
     note, sums = self.left, {}
-    passes, seen, several = note.passes, note.seen, note.several(loss)
+    passes, seen, several, whole = note.passes, note.seen, note.several(loss), note.passes == 1 and note.ended
     note.forget()
     for name, energy in seen: sums[name] = sums[name] + energy if name in sums else energy
+    if whole and not several: self._rest(note, sums)
     if not several and len(sums) == len(self.blocks) and (passes > 0 or len(seen) == len(sums)):
         return torch.stack([sums[name] for name in self.blocks], -1)
     raise RuntimeError(f"found energies of {len(sums)} blocks, expected {len(self.blocks)}, in {'more than one pass' if several else 'one pass'}: "
@@ -421,6 +425,22 @@ def put(self:EnergyMeter,
     note = self.own_note()
     note.forget()
     note.passes, note.seen = 1, list(zip(self.blocks, energies.unbind(-1)))
+
+# %% ../nbs/03_kinetic_bias.ipynb #a1f0d020
+_PATIENCE = 20 # passes in which a block need not run before it is taken for one that never does
+
+@patch
+def _rest(self:EnergyMeter, note:_Passes, sums:dict):
+    "Blocks that a whole pass left out moved nothing, unless they never run or could not be seen."
+    self.ran |= sums.keys()
+    self.takes = [self.takes[0] + 1, 0 if sums else self.takes[1] + 1]
+    early = self.ran and self.takes[0] <= _PATIENCE
+    still = [name for name in self.blocks if name not in sums and note.idle.get(name) != _CHECKPOINT and (name in self.ran or early)]
+    if not still or self.takes[1] > _PATIENCE: return
+    like = next(iter(sums.values()), None)   # where nothing ran, the action is a zero that can be differentiated
+    weight = next((p for block in self.blocks.values() for p in block.parameters()), torch.zeros(()))
+    zero = torch.zeros_like(like.detach()) if like is not None else torch.zeros((), device=weight.device, requires_grad=True)
+    sums |= dict.fromkeys(still, zero)
 
 # %% ../nbs/03_kinetic_bias.ipynb #03c10001
 def graph_nodes(
@@ -468,6 +488,7 @@ def _advice(meter:EnergyMeter, note:_Passes, passes:int, several:bool, sums:dict
     if hidden := [name for name, why in note.idle.items() if why == _CHECKPOINT]:
         return f"; {min(hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
     missing = [name for name in meter.blocks if name not in sums]
+    if passes == 1 and missing and (long := max(meter.takes[sums == {}], 1)) > _PATIENCE: return f"; {missing[0]!r} was not called in {long} passes: leave it out of blocks"
     if passes or sums:
         return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
     return "; blocks in a gradient checkpoint need use_reentrant=False, and a pass counts in the thread that made it"

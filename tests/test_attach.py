@@ -1,6 +1,7 @@
 "Watching networks that nobody edited: their blocks, and energies equal to residuals computed by hand inside them."
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -159,7 +160,7 @@ def test_resnets_are_found(block, names):
     assert list(blocks) == names
     assert blocks.skipped["layer2.0"] == ("shape changes (4, 8, 8) -> (8, 4, 4)" if block is BasicBlock
                                           else "shape changes (16, 8, 8) -> (32, 4, 4)")
-    assert {r["verdict"] for r in blocks.table()} == {"matched", "skipped"} and "| `layer1.1` |" in blocks._repr_markdown_()
+    assert {r["verdict"] for r in blocks.table()} == {"class", "matched", "skipped"} and "| `layer1.1` |" in blocks._repr_markdown_()
 
 
 def test_tuples_and_keyword_inputs():
@@ -521,6 +522,103 @@ def test_finding_cleans_up_after_an_error():
     with pytest.raises(RuntimeError): find_blocks(model, torch.randn(2, 5, 8, 8))
     with pytest.raises(RuntimeError): trace(model, torch.randn(2, 5, 8, 8), {"layer1.0": model.layer1[0]})
     assert hook_count(model) == 0 and model.training
+
+
+# Sums in the model's own forward
+
+class Tabular(nn.Module):
+    "Adds what its layers return; `norm`: to what it normalises for them; `cell`: how."
+    def __init__(self, cell=lambda x, v: x + v, norm=False, layer=lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), K=3):
+        super().__init__()
+        self.stem, self.layers, self.head, self.cell, self.norm = nn.Linear(4, 6), nn.ModuleList(layer() for _ in range(K)), nn.Linear(6, 2), cell, nn.LayerNorm(6) if norm else nn.Identity()
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers: x = self.cell(x, layer(self.norm(x)))
+        return self.head(x)
+
+
+CELLS = {"x + v": lambda x, v: x + v, "v + x": lambda x, v: v + x, "in place": lambda x, v: v.add_(x), "minus": lambda x, v: x - v, "then relu": lambda x, v: (x + v).relu(), "then norm": lambda x, v: F.layer_norm(x + v, [6]),
+         "reshaped": lambda x, v: x + v.view(-1, 6)}
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 6), lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh())], ids=["a layer", "several"])
+def test_branches_of_sums_in_the_models_own_forward_are_named_and_measured_as_such(cell, norm, layer):
+    net, x = Tabular(CELLS[cell], norm, layer), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"layers.0: a branch: who calls it adds what it returns .*blocks=\.\.\.\) with the names of the branches, .*velocity='branch'"): find_blocks(net, x)
+    found, outs = find_blocks(net, x, "layers.?"), []
+    assert found.branches == {f"layers.{k}": not norm for k in range(3)} and [r["verdict"] for r in found.table() if r["name"] in found and r["verdict"] != "class"] == ["branch"] * 3
+    for m in net.layers: m.register_forward_hook(lambda m, args, out: outs.append(out.detach().square().mean(1)))
+    with torch.no_grad(): got = trace_energies(net, x, found).energies()
+    assert_close(got, torch.stack(outs))
+    with EnergyMeter(net, found, velocity="branch") as meter:
+        loss = net(x).sum()
+        assert_close(meter.take(loss), got.mean(1))
+    assert_close(trace_energies(net, x, "layers.?").energies(), got)
+
+
+def test_a_branch_is_never_taken_for_a_block():
+    net, x = Tabular(), torch.randn(5, 4)
+    found = find_blocks(net, x, "layers.*[0-9]")
+    for refused in (lambda: EnergyMeter(net, found), lambda: hooks.chosen_blocks(net, found), lambda: hooks.chosen_blocks(net, "layers.?", x), lambda: hooks.BlockHooks(net, "layers.?", x)):
+        with pytest.raises(ValueError, match="'layers.0' is a branch"): refused()
+    with pytest.raises(ValueError, match="positions are not known"): trace(Tabular(norm=True), x, "layers.?")
+    walk = trace(net, x, found)
+    assert_close(net.head(walk.x[-1]), walk.output)
+    assert hook_count(net) == 0
+
+
+def test_what_is_added_inside_a_block_is_its_own_affair():
+    net, x = nn.Sequential(TORCH(True), TORCH(True)), torch.randn(2, 5, 8)
+    assert list(find_blocks(net, x)) == ["0", "1"] and not find_blocks(net, x).branches
+
+
+def test_a_module_that_is_added_elsewhere_is_no_branch_of_its_input():
+    class Sides(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.block = nn.Linear(6, 6), nn.Linear(6, 6), ResidualBlock(nn.Linear(6, 6))
+        def forward(self, x): x = self.block(x); return self.a(x) + self.b(x)
+    assert list(find_blocks(Sides(), torch.randn(3, 6))) == ["block"]
+
+
+# The table
+
+def of_class(blocks, kind): return next(r for r in blocks.table() if r["verdict"] == "class" and r["kind"] == kind)
+
+
+def test_a_class_that_repeats_has_a_row_with_its_own_reason():
+    blocks = find_blocks(ResNet(depth=3), images())
+    row = of_class(blocks, "BasicBlock")
+    whole, part = (sum(p.numel() for m in ms for p in m.parameters()) for ms in ([ResNet(depth=3)], blocks.values()))
+    assert row["why"] == f"5 of 6 modules of this class, {part / whole:.0%} of the parameters, covered; the others: shape changes (4, 8, 8) -> (8, 4, 4)"
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(TORCH(False) for _ in range(4))), ResidualBlock(nn.Linear(8, 8)))
+    with pytest.warns(UserWarning, match="only part of Sequential is covered: of TransformerEncoderLayer, 0 of 4 modules of this class, 0% of the parameters, covered; .*NativeLayerNorm in the way"):
+        blocks = find_blocks(net, torch.randn(2, 5, 8))
+    assert list(blocks) == ["2"] and "NativeLayerNorm in the way" in of_class(blocks, "TransformerEncoderLayer")["why"]
+    assert [n for n in blocks.skipped if n.startswith("1")] == ["1.0", "1.1", "1.2", "1.3"]   # and not the container
+    with pytest.raises(ValueError, match="1.0: its input is no summand of its output: NativeLayerNorm in the way, as in 3 more of this class"): find_blocks(net[:2], torch.randn(2, 5, 8))
+
+
+def test_a_class_of_which_only_part_is_covered_warns():
+    class Either(nn.Module):
+        def __init__(self, post): super().__init__(); self.f, self.post = nn.Linear(6, 6), post
+        def forward(self, x): return F.layer_norm(x + self.f(x), [6]) if self.post else x + self.f(x)
+    net, x = nn.Sequential(*(Either(k in (1, 4)) for k in range(5)), nn.Linear(6, 30)), torch.randn(3, 6)
+    with pytest.warns(UserWarning, match=r"of Either, 3 of 5 modules of this class, 30% of the parameters, covered; the others: .*NativeLayerNorm in the way \(2 times\)"): find_blocks(net, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_blocks(net, x, "[023]"); find_blocks(net, x, exclude="4"); find_blocks(ResNet(), images()); find_blocks(Decoder(), tokens()); find_blocks(dense_net(3, 2, K=3), torch.randn(2, 3))
+
+
+def test_names_cost_no_more_than_there_are():
+    "Names are looked up in proportion to the number of blocks."
+    def looks(K):
+        count, net = 0, nn.Sequential(*(ResidualBlock(nn.Linear(2, 2)) for _ in range(K)))
+        with pytest.MonkeyPatch.context() as m:
+            above = hooks._above
+            def counted(name): nonlocal count; count += 1; return above(name)
+            m.setattr(hooks, "_above", counted)
+            assert len(find_blocks(net, torch.randn(2, 2))) == K
+        return count
+    assert looks(200) <= 2.1 * looks(100)
 
 
 # Tracing

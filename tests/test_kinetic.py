@@ -2,6 +2,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +21,7 @@ from lap_nb.attach import trace, trace_energies
 from lap_nb.hooks import find_blocks
 from lap_nb.dynamics import ResidualBlock, Trajectory
 from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, relative_energy
+from lap_nb.least_action import LeastAction
 from lap_nb.nets import dense_net
 from lap_nb.stats import rank_correlation
 
@@ -214,13 +216,81 @@ def test_passes_that_nobody_takes_do_not_pile_up():
         assert len(meter.seen) == 3
 
 
-def test_a_block_that_is_skipped_is_named():
-    net, x = small()
+class LayerDrop(nn.Module):
+    "Blocks that are left out with probability `p` in training; `never`: one that is in no pass."
+    def __init__(self, p, K=4, never=False):
+        super().__init__()
+        self.stem, self.blocks, self.p = nn.Linear(3, 3), nn.ModuleList(ResidualBlock(nn.Linear(3, 3)) for _ in range(K)), p
+        self.spare = ResidualBlock(nn.Linear(3, 3)) if never else None
+
+    def forward(self, x):
+        x, self.kept = self.stem(x), []
+        for k, block in enumerate(self.blocks):
+            if self.training and torch.rand(()) < self.p: continue
+            self.kept.append(k)
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("p", [.2, .5, .8])
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_blocks_that_did_not_run_moved_nothing(p, probed, reduction):
+    torch.manual_seed(4)
+    net, x, dropped = LayerDrop(p), torch.randn(5, 3), 0
+    net.p = 0.
+    with EnergyMeter(net) as meter: net(x); meter.take()   # a whole pass
+    net.p = p
+    opt = torch.optim.SGD(net.parameters(), .01)
+    with EnergyMeter(net, find_blocks(net, x) if probed else None, reduction) as meter:
+        while True:   # without an example a first pass in which nothing runs is an error
+            loss = net(x).square().mean()
+            if probed or net.kept: break
+            with pytest.raises(RuntimeError, match="energies of 0 blocks"): meter.take(loss)
+        for _ in range(15):
+            got = meter.take(loss)
+            assert [k for k in range(4) if got[k] > 0] == net.kept and got.isfinite().all()
+            dropped += 4 - len(net.kept)
+            opt.zero_grad(); (loss + got.sum()).backward(); opt.step()
+            loss = net(x).square().mean()
+    assert dropped > 3
+
+
+def test_a_block_that_never_runs_is_the_error():
+    torch.manual_seed(0)
+    net, x = LayerDrop(0., never=True), torch.randn(5, 3)
     with EnergyMeter(net) as meter:
-        net.flow.blocks[1].forward = lambda x: x
-        net.flow.forward = lambda x: net.flow.blocks[2](net.flow.blocks[0](x))
+        for _ in range(20): net(x); assert meter.take()[-1] == 0
         net(x)
-        with pytest.raises(RuntimeError, match="energies of 2 blocks, expected 3.*'flow.blocks.1' was not called"): meter.take()
+        with pytest.raises(RuntimeError, match="energies of 4 blocks, expected 5.*'spare' was not called in 21 passes: leave it out"): meter.take()
+    with EnergyMeter(net, {"spare": net.spare}) as meter:
+        net(x)
+        with pytest.raises(RuntimeError, match="energies of 0 blocks, expected 1.*'spare' was not called"): meter.take()
+
+
+def test_a_pass_that_broke_off_or_was_not_one_has_no_zeros():
+    net, x = LayerDrop(0.), torch.randn(5, 3)
+    with EnergyMeter(net, find_blocks(net, x)) as meter:
+        handle = net.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError): net(x)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="energies of 2 blocks"): meter.take()
+        net.blocks[0](x)   # without the model
+        with pytest.raises(RuntimeError, match="energies of 1 blocks"): meter.take()
+        with torch.no_grad(): net(x)
+        with pytest.raises(RuntimeError, match="energies of 0 blocks"): meter.take()
+
+
+def test_a_training_with_layer_drop_goes_on():
+    torch.manual_seed(2)
+    net, x = LayerDrop(.5, K=2), torch.randn(8, 3)
+    opt, runs = torch.optim.SGD(net.parameters(), .05), Counter()
+    with LeastAction(net, x=x) as la:
+        for _ in range(50):
+            loss = la(net(x).square().mean())
+            runs[len(net.kept)] += 1
+            opt.zero_grad(); loss.backward(); opt.step()
+    assert set(runs) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("whole", [False, True])
