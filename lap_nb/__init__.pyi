@@ -16,7 +16,8 @@ from .nets import conv_net as conv_net, dense_net as dense_net, staged_net as st
 from .regularity import (
     holder_exponent as holder_exponent, lipschitz_profile as lipschitz_profile, local_lipschitz as local_lipschitz)
 from .stats import Interval as Interval, confidence_interval as confidence_interval, rank_correlation as rank_correlation
-from .training import Diverged as Diverged, Run as Run, TrainConfig as TrainConfig, evaluate as evaluate, fit as fit
+from .training import (
+    Checkpoints as Checkpoints, Diverged as Diverged, Run as Run, TrainConfig as TrainConfig, evaluate as evaluate, fit as fit)
 from .transport import (
     action_split as action_split, exact_gap as exact_gap, optimal_coupling as optimal_coupling, sliced_w2 as sliced_w2)
 

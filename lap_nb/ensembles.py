@@ -46,7 +46,8 @@ from .data import pick_device, Split
 from .files import in_words, load_checkpoint, read_json, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import Controller, DualAscent, LeastAction
-from .training import check_split, configured, fit, progress_bar, provenance, Run, process_share, train_loop, TrainConfig
+from .training import (
+    as_checkpoints, check_split, Checkpoints, configured, fit, progress_bar, provenance, Run, process_share, train_loop, TrainConfig)
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -407,7 +408,7 @@ class _Job:
     mode:str                   # `"sequential"`, `"batched"` or `"graph"`
     conv:str
     abreast:int                # rows that are trained at the same time
-    keep:dict                  # checkpoint, resume and save_every, for the training
+    checkpoints:Checkpoints|None # of the training
 
 # %% ../nbs/07_ensembles.ipynb #c7f883f9
 def _alone(job:_Job, bar=None)->Iterator[tuple[nn.Module, dict, int]]: # each network, its curves, the step at which it died or -1
@@ -417,11 +418,11 @@ def _alone(job:_Job, bar=None)->Iterator[tuple[nn.Module, dict, int]]: # each ne
         model, split = _made(job.make_model, seed).to(job.device), job.split.member(i) if job.split.train.ndim == 2 else job.split
         models.append(model); _check_apart(models)
         la = _on(job.least_action[i], model).to(job.device) if job.least_action else None
-        keep = job.keep and job.keep | {"checkpoint": f"{job.keep['checkpoint']}-{i:03d}"}
+        kept = job.checkpoints and replace(job.checkpoints, path=f"{job.checkpoints.path}-{i:03d}")
         well = _Well(model)
         with seeded(seed):
-            try: points, step = fit(model, split, la, job.config, seed=seed, progress=bar, callbacks=[well], **keep).curves, -1
-            except FloatingPointError as e: points, step = _death(e); well.put_back(keep)
+            try: points, step = fit(model, split, la, job.config, kept, seed=seed, progress=bar, callbacks=[well]).curves, -1
+            except FloatingPointError as e: points, step = _death(e); well.put_back(kept)
         if la is not None: la.remove()
         yield model, points, step
 
@@ -434,9 +435,9 @@ class _Well:
     def __init__(self, model:nn.Module): self.model, self.seen = model, False; self.copy()
     def copy(self): self.kept = [(t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())]
     def __call__(self, training): self.copy(); self.seen = True
-    def put_back(self, keep:dict):
+    def put_back(self, kept:Checkpoints|None):
         "As last seen; one that diverged before it was seen in this process, as its checkpoint has it."
-        if keep and keep["resume"] and not self.seen: return self.model.load_state_dict(load_checkpoint(keep["checkpoint"])["model"])
+        if kept and kept.resume and not self.seen: return self.model.load_state_dict(load_checkpoint(kept.path)["model"])
         with torch.no_grad():
             for t, old in self.kept: t.copy_(old)
 
@@ -474,7 +475,7 @@ def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
 def _trained(job:_Job, ensemble:Ensemble, la:LeastAction|None, bar=None)->tuple[Ensemble, dict, list[int]]:
     "Train the row; returns the networks, their curves `[E, S, ...]`, and the step at which each died, or -1."
     generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
-    try: curves = train_loop(ensemble, job.split.to(job.device), la, generators, job.config, bar, **job.keep)
+    try: curves = train_loop(ensemble, job.split.to(job.device), la, generators, job.config, bar, checkpoints=job.checkpoints)
     except FloatingPointError as e:   # none is left
         curves, step = _death(e, ensemble.steps)
         ensemble.bury(torch.full_like(ensemble.died, step)); ensemble._hold()
@@ -570,7 +571,7 @@ def _spread(jobs:Sequence[_Job], workers:int, done:Callable, found:dict):
         pool.shutdown()
     except BrokenProcessPool as e:
         raise RuntimeError("a worker process ended abruptly, perhaps for want of memory: use fewer workers or a smaller chunk; "
-                           "with checkpoint= call again with resume=True") from e
+                           "with checkpoints call again with resume=True") from e
     finally:
         ours.close()   # whoever is still at work ends
         pool.shutdown(cancel_futures=True); theirs.close()
@@ -671,6 +672,7 @@ def fit_many(
     least_action:Callable[..., LeastAction]|None=None, # makes one from a network and its values of the grid, e.g. `LeastAction`; None: the task's loss alone
     device:str|torch.device="cpu",        # where to train
     config:TrainConfig|None=None,         # how to train each; None: as the settings say that follow, each by its name
+    checkpoints:Checkpoints|str|Path|None=None, # folder for the last good state of each row, and when it is written; None: nowhere
     progress=False,                       # True: a progress bar; or a bar to `update(1)` after each epoch of all
     grid:Mapping[str, Iterable]|None=None, # name of a setting to its values; each combination is trained with each seed
     mode:str="auto",                      # `"sequential"`, `"batched"`, `"graph"`, `"processes"`, or as `choose_mode` says
@@ -678,9 +680,6 @@ def fit_many(
     chunk:int|None=None,                  # networks at once, at most; None: as many as fit
     memory:int|None=None,                 # bytes that may be used; None: four fifths of what is free
     workers:int|None=None,                # processes; None: one per core
-    checkpoint:str|os.PathLike|None=None, # folder for a checkpoint of each row; None: nothing is kept
-    resume:bool=False,                    # go on from the checkpoints if they exist
-    save_every:int|None=None,             # steps between two saves; None: at the points of the curves only
     **kwargs,                             # of the `TrainConfig`, in place of those in `config`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
@@ -691,10 +690,10 @@ def fit_many(
     settings = asdict(configured(config, **kwargs))
     members = grid_members(seeds, grid)
     _check_many(data, seeds, grid, settings, mode, conv)
-    folder = None if checkpoint is None else Path(checkpoint).absolute()   # wherever the process goes meanwhile
-    note = _noted(folder, resume, save_every, members, settings, least_action)
+    checkpoints = _folder(as_checkpoints(checkpoints))
+    note = checkpoints and _noted(checkpoints, members, settings, least_action)
     plan = _plan(make_model, data, least_action, members, settings, str(device), mode, conv, chunk, memory, workers, note)
-    if folder is not None: plan = _kept(plan, folder, note, resume, save_every)
+    if checkpoints is not None: plan = _kept(plan, checkpoints, note)
     found = {}
     def trained()->Runs:
         results = {r: _in_order(result) for r, result in found.items()}
@@ -770,7 +769,7 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
         makers = [] if least_action is None else [partial(least_action, **of(m, "least action")) for m in mine]
         config = TrainConfig(**settings | of(mine[0], "training"))
         plan.append((at, _Job(partial(make_model, **of(mine[0], "make_model")), makers, split, tuple(m["seed"] for m in mine), config,
-                              device, way, conv or form, abreast, {})))
+                              device, way, conv or form, abreast, None)))
     return plan
 
 # %% ../nbs/07_ensembles.ipynb #40300266
@@ -855,39 +854,53 @@ def _end_to_end(curves:Sequence[dict], sizes:Sequence[int], epochs:Sequence[int]
 def _told(make):
     "A maker as plain JSON values: its name, what a `partial` binds, and the constants, names and bound numbers and texts of a lambda."
     if isinstance(make, partial): return [_told(make.func), repr(make.args), repr(sorted(make.keywords.items()))]
-    if not isinstance(make, LambdaType) or make.__name__ != "<lambda>": return None if make is None else getattr(make, "__qualname__", type(make).__qualname__)
+    if make is None: return None
+    if not isinstance(make, LambdaType) or make.__name__ != "<lambda>": return getattr(make, "__qualname__", type(make).__qualname__)
     code, bound = make.__code__, [cell.cell_contents for cell in make.__closure__ or ()]
     plain = [v for v in (*code.co_consts, *bound, *(make.__defaults__ or ())) if isinstance(v, (bool, int, float, str, Controller))]
     return [make.__qualname__, repr(code.co_names), repr(plain)]
 
 NOTE_FORMAT = 2   # 1 had other names of settings
 
-def _noted(folder:Path|None, resume:bool, save_every, members:list[dict], settings:dict, least_action=None)->dict|None:
+def _folder(checkpoints:Checkpoints|None)->Checkpoints|None:
+    "Checkpoints of rows of networks, which have a folder."
+    if checkpoints is None: return None
+    if checkpoints.rollback:
+        raise ValueError(f"rollback is {checkpoints.rollback}, expected 0: a network of a row that diverges is frozen, and the others go on")
+    if checkpoints.resume == "force":
+        raise ValueError("resume is 'force', expected True or False: for other samples or settings choose another folder")
+    folder = Path(checkpoints.path).absolute()   # wherever the process goes meanwhile
+    if folder.is_file(): raise ValueError(f"{folder} is a file, expected a folder for the checkpoints of all rows: name another one")
+    return replace(checkpoints, path=folder)
+
+def _noted(checkpoints:Checkpoints, members:list[dict], settings:dict, least_action=None)->dict:
     "What a folder of checkpoints says about its rows; raises rather than mix two ensembles."
-    if folder is None:
-        if resume or save_every is not None: raise ValueError("resume and save_every need a folder: name it with checkpoint=")
-        return None
-    if folder.is_file(): raise ValueError(f"checkpoint {folder} is a file, expected a folder for the checkpoints of all rows: name another one")
-    note, this = folder / "members.json", json.loads(json.dumps(dict(format=NOTE_FORMAT, members=members, settings=settings, least_action=_told(least_action))))
+    folder = checkpoints.path
+    this = dict(format=NOTE_FORMAT, members=members, settings=settings, least_action=_told(least_action))
+    note, this = folder / "members.json", json.loads(json.dumps(this))
     if not note.exists(): return this
-    if not resume: raise FileExistsError(f"{folder} holds checkpoints: go on from them with resume=True, or choose another folder")
+    if not checkpoints.resume:
+        raise FileExistsError(f"{folder} holds checkpoints: go on from them with Checkpoints(path, resume=True), or choose another folder")
     then, begun = _read_note(note), settings["epochs"]
-    if (before := then["settings"]["epochs"]) > begun:
-        raise ValueError(f"{folder} holds checkpoints of a training of {before} epochs, now they are {begun}: choose at least as many, or another folder")
-    then["settings"]["epochs"] = begun   # it may be lengthened
     if (found := then.get("format")) != NOTE_FORMAT:
-        raise ValueError(f"{note} has format {found!r}, expected {NOTE_FORMAT}: go on with the version of lap_nb that wrote it, or choose another folder")
+        raise ValueError(f"{note} has format {found!r}, expected {NOTE_FORMAT}: "
+                         "go on with the version of lap_nb that wrote it, or choose another folder")
+    if (before := then["settings"]["epochs"]) > begun:
+        raise ValueError(f"{folder} holds checkpoints of a training of {before} epochs, now they are {begun}: "
+                         "choose at least as many, or another folder")
+    then["settings"]["epochs"] = begun   # it may be lengthened
     differ = [name for name in this if this[name] != then.get(name, this[name] if name == "least_action" else None)]   # older notes have none
-    if differ: raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
+    if differ:
+        raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
 
-# %% ../nbs/07_ensembles.ipynb #c8ca7bee
+# %% ../nbs/07_ensembles.ipynb #c8ca7b01
 def _read_note(note:Path)->dict:
     "The note in a folder of checkpoints."
     try: found = read_json(note)
     except (ValueError, RecursionError): found = None
-    if not (isinstance(found, dict) and type(found.get("format")) is int and isinstance(found.get("settings"), dict) and type(found["settings"].get("epochs")) is int
-            and isinstance(found.get("members"), list) and _is_plan(found)):
+    if not (isinstance(found, dict) and type(found.get("format")) is int and isinstance(found.get("settings"), dict)
+            and type(found["settings"].get("epochs")) is int and isinstance(found.get("members"), list) and _is_plan(found)):
         raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
     return found
 
@@ -895,18 +908,17 @@ def _is_plan(note:dict)->bool:
     "Does each member of a note stand in one row, and has each row a way in which it is trained? A note from before anything was begun has no rows."
     rows, ways = note.get("rows"), note.get("ways")
     if rows is None and ways is None: return True
-    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)
-            and all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows)): return False
+    if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)): return False
+    if not all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows): return False
     known = [[mode, conv] for mode in MODES for conv in CONVS]
     return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known for way in ways)
 
-def _kept(plan, folder:Path, note:dict, resume:bool, save_every:int|None):
+def _kept(plan, checkpoints:Checkpoints, note:dict):
     "The plan with a checkpoint for each row, and a note in the folder of what the rows are."
-    ways = [[job.mode, job.conv] for _, job in plan]
+    folder, ways = checkpoints.path, [[job.mode, job.conv] for _, job in plan]
     if note.get("ways", ways) != ways:
         raise ValueError(f"{folder} holds checkpoints of {note['ways'][0][0]} trainings, now they are {ways[0][0]}: name the mode, or choose another folder")
     with in_words(folder): folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / "members.json", json.dumps(note | {"ways": ways, "rows": [at for at, _ in plan]}).encode()
     if not path.exists() or path.read_bytes() != content: write_atomically(path, content)
-    keep = lambda r: dict(checkpoint=str(folder / f"row-{r:03d}"), resume=resume, save_every=save_every)
-    return [(at, replace(job, keep=keep(r))) for r, (at, job) in enumerate(plan)]
+    return [(at, replace(job, checkpoints=replace(checkpoints, path=folder / f"row-{r:03d}"))) for r, (at, job) in enumerate(plan)]

@@ -297,7 +297,7 @@ def _packed(state)->io.BytesIO:
     return content
 
 # %% ../nbs/00a_files.ipynb #a6a0ae62
-CHECKPOINT, CHECKPOINT_FORMAT = "lap_nb checkpoint", 2   # 1 had another checksum
+CHECKPOINT, CHECKPOINT_FORMAT = "lap_nb checkpoint", 3   # 1 had another checksum, 2 other names of settings
 
 def find_unstorable(
     state,       # nest of dictionaries, lists, tuples and sets

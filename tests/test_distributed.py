@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,17 @@ from lap_nb import training
 from lap_nb.data import digits
 from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.nets import dense_net
-from lap_nb.training import fit, load_checkpoint
+from lap_nb.training import Checkpoints, fit, load_checkpoint
 
 SETTINGS = dict(epochs=4, batch_size=32, eval_every=2, clip=1.)
 
 
-def train(path, seed=0, device="cpu", **settings):
+def train(path, seed=0, device="cpu", resume=False, **settings):
     "The same lines for one process and for many; 90 samples in batches of 32, 32 and 26."
     torch.manual_seed(seed)
     model = dense_net(64, 10, 2, 16).to(device)
     la = LeastAction(model, DualAscent(target=.5))
-    return fit(model, digits().split(90), la, checkpoint=path, **SETTINGS | settings), la
+    return fit(model, digits().split(90), la, checkpoints=Checkpoints(path, resume), **SETTINGS | settings), la
 
 
 # What the processes do
@@ -121,7 +122,7 @@ def test_every_process_needs_a_sample(monkeypatch, tmp_path):
 def test_another_error_is_not_taken_for_a_lost_process(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "_wrapped", lambda model, config: model)
     monkeypatch.setattr(training, "process_share", lambda: (0, 2))
-    monkeypatch.setattr(training.Training, "open", lambda *args: None)
+    monkeypatch.setattr(training, "CheckpointFile", lambda *args: nullcontext())
     def failing(self, *args, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     monkeypatch.setattr(training.Training, "run", failing)

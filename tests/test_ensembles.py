@@ -29,7 +29,7 @@ from lap_nb.lab.modes import _by_hand, _clock, _noise, measure_modes, read_modes
 from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.nets import dense_net, init_velocities_
 from lap_nb.stats import confidence_interval
-from lap_nb.training import fit, load_checkpoint
+from lap_nb.training import Checkpoints, fit, load_checkpoint
 
 make = partial(dense_net, 64, 10, 3, 16)
 
@@ -189,10 +189,10 @@ class Stop:
 @pytest.mark.filterwarnings("ignore:.*diverged and were frozen")
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
 def test_deaths_are_the_same_after_interruptions(mode, tmp_path):
-    deaths, keep = (7, 0, 13), dict(checkpoint=tmp_path / "row", save_every=1)
+    deaths, keep = (7, 0, 13), Checkpoints(tmp_path / "row", resume=True, every=1)
     for after in (1, 2, 3, 4):
-        with pytest.raises(KeyboardInterrupt): mortals(deaths, mode, progress=Stop(after), resume=True, **keep)
-    resumed, straight = mortals(deaths, mode, resume=True, **keep), mortals(deaths, mode)
+        with pytest.raises(KeyboardInterrupt): mortals(deaths, mode, progress=Stop(after), checkpoints=keep)
+    resumed, straight = mortals(deaths, mode, checkpoints=keep), mortals(deaths, mode)
     assert resumed.members == straight.members and resumed.diverged == {0: 3, 2: 5}
     for name in straight.curves: torch.testing.assert_close(straight.curves[name], resumed.curves[name], rtol=0, atol=0, equal_nan=True)
 
@@ -275,7 +275,7 @@ def announcing():
 def endless(folder):
     torch.set_num_threads(1)
     fit_many(announcing, digits().splits(20, range(2)), epochs=10 ** 7, eval_every=10 ** 7, batch_size=20, mode="processes", workers=2, chunk=1,
-             checkpoint=folder, save_every=20)
+             checkpoints=Checkpoints(folder, every=20))
 
 
 @pytest.mark.parametrize("sign, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
@@ -410,7 +410,7 @@ def test_a_grid_is_as_many_trainings():
     (dict(grid=dict(epochs=[1, 2])), "epochs cannot be in a grid"), (dict(grid=dict(lr=[1e-3, -1.])), "lr is -1"),
     (dict(seeds=[1, 1]), "seeds has 1 twice"), (dict(mode="fast"), "mode is 'fast'"), (dict(conv="fft"), "conv is 'fft'"),
     (dict(patience=2), "patience would stop"), (dict(compile=True), "compile is for single"), (dict(workers=0), "workers is 0"), (dict(chunk=0), "chunk is 0"),
-    (dict(resume=True), "resume and save_every need a folder")])
+    (dict(checkpoints=Checkpoints("row", rollback=1)), "rollback is 1, expected 0"), (dict(checkpoints=Checkpoints("row", resume="force")), "resume is 'force', expected True or False")])
 def test_what_cannot_be_trained_is_refused_before_the_start(settings, message, monkeypatch):
     monkeypatch.setattr("lap_nb.ensembles._run_all", lambda *a: pytest.fail("training has begun"))
     with pytest.raises(ValueError, match=message): fit_many(make, digits().splits(60, [0, 1]), epochs=1, **settings)
@@ -488,18 +488,18 @@ class Deadly:
 def train_until_killed(mode, folder): train(mode, folder, progress=Deadly())
 
 
-def train(mode, folder, **settings):
+def train(mode, folder, resume=False, **settings):
     return fit_many(noisy_net, digits().splits(60, range(4)), least_action=LeastAction, epochs=8, batch_size=20, eval_every=4, mode=mode, chunk=2,
-                    checkpoint=folder, save_every=2, **settings)
+                    checkpoints=Checkpoints(folder, resume, every=2), **settings)
 
 
 def test_checkpoints_of_another_ensemble_are_refused(tmp_path):
-    row, settings = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path / "c")
-    fit_many(make, row, **settings)
-    with pytest.raises(FileExistsError, match="holds checkpoints: go on"): fit_many(make, row, **settings)
-    with pytest.raises(ValueError, match="differ in settings"): fit_many(make, row, lr=.1, resume=True, **settings)
-    with pytest.raises(ValueError, match="differ in members"): fit_many(make, row, seeds=[0, 5], resume=True, **settings)
-    with pytest.raises(ValueError, match="of batched trainings, now they are sequential"): fit_many(make, row, resume=True, **settings | dict(mode="sequential"))
+    row, settings, again = digits().splits(60, range(2)), dict(epochs=1, mode="batched"), Checkpoints(tmp_path / "c", resume=True)
+    fit_many(make, row, checkpoints=tmp_path / "c", **settings)
+    with pytest.raises(FileExistsError, match="holds checkpoints: go on"): fit_many(make, row, checkpoints=tmp_path / "c", **settings)
+    with pytest.raises(ValueError, match="differ in settings"): fit_many(make, row, lr=.1, checkpoints=again, **settings)
+    with pytest.raises(ValueError, match="differ in members"): fit_many(make, row, seeds=[0, 5], checkpoints=again, **settings)
+    with pytest.raises(ValueError, match="of batched trainings, now they are sequential"): fit_many(make, row, checkpoints=again, **settings | dict(mode="sequential"))
 
 
 # --- rows abreast ---------------------------------------------------------------------------------------------------
@@ -513,10 +513,10 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def abreast(folder=None, maker=noisy_net, **settings):
+def abreast(folder=None, maker=noisy_net, resume=False, **settings):
     "Two rows of ten, at the same time where there are two threads."
-    keep = {} if folder is None else dict(checkpoint=folder, save_every=20)
-    return fit_many(maker, digits().splits(60, range(20)), batch_size=20, mode="batched", **dict(epochs=6, eval_every=2) | keep | settings)
+    kept = folder and Checkpoints(folder, resume, every=20)
+    return fit_many(maker, digits().splits(60, range(20)), batch_size=20, mode="batched", checkpoints=kept, **dict(epochs=6, eval_every=2) | settings)
 
 
 def test_rows_abreast_give_the_numbers_of_one_row(two_threads, monkeypatch):
@@ -542,14 +542,14 @@ def test_rows_abreast_are_interrupted_and_resumed_together(two_threads, tmp_path
             self.epochs += n
             if self.epochs >= 3: interrupted.set(); raise KeyboardInterrupt
     interrupted, original = threading.Event(), lap_nb.ensembles.train_loop
-    def waiting(ensemble, split, la, generators, bar, **settings):
+    def waiting(ensemble, split, la, generators, config, bar, **settings):
         "Half of a training, and the rest slowly after the interruption."
         epochs = []
         def update(n):
             epochs.append(n)
             if sum(epochs) >= 50: interrupted.wait(60); time.sleep(.05)
             bar.update(n)
-        return original(ensemble, split, la, generators, SimpleNamespace(update=update), **settings)
+        return original(ensemble, split, la, generators, config, SimpleNamespace(update=update), **settings)
     before = set(threading.enumerate())
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("lap_nb.ensembles.train_loop", waiting)
@@ -562,9 +562,9 @@ def test_rows_abreast_are_interrupted_and_resumed_together(two_threads, tmp_path
 
 def test_a_row_that_fails_stops_the_other(two_threads, monkeypatch):
     original, epochs = lap_nb.ensembles.train_loop, []
-    def failing(ensemble, split, la, generators, bar, **settings):
+    def failing(ensemble, split, la, generators, config, bar, **settings):
         if generators[0].initial_seed() == 10: raise OSError("no space left")
-        return original(ensemble, split, la, generators, SimpleNamespace(update=lambda n: (epochs.append(n), bar.update(n))), **settings)
+        return original(ensemble, split, la, generators, config, SimpleNamespace(update=lambda n: (epochs.append(n), bar.update(n))), **settings)
     monkeypatch.setattr("lap_nb.ensembles.train_loop", failing)
     with pytest.raises(OSError, match="no space left"): abreast(epochs=10_000)
     assert sum(epochs) < 10_000
@@ -638,7 +638,7 @@ def test_one_network_alone_makes_no_row():
 def test_a_file_is_no_folder_of_checkpoints(tmp_path):
     (tmp_path / "run.pt").write_text("something of the user's")
     with pytest.raises(ValueError, match="is a file, expected a folder"):
-        fit_many(make, digits().splits(50, range(2)), epochs=1, checkpoint=tmp_path / "run.pt")
+        fit_many(make, digits().splits(50, range(2)), epochs=1, checkpoints=tmp_path / "run.pt")
     assert (tmp_path / "run.pt").read_text() == "something of the user's"
 
 
@@ -781,7 +781,7 @@ def test_members_are_shared_among_rows(settings, rows, monkeypatch):
     assert [at for at, _ in plan] == rows and all(job.abreast == 1 for _, job in plan)
     for at, job in plan:
         assert job.seeds == job.split.seeds == tuple(i % 5 for i in at) and job.mode == ("sequential" if settings.get("mode") == "sequential" else "batched")
-        assert dict(job.settings)["lr"] == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
+        assert job.config.lr == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
 
 
 def test_the_largest_batch_of_a_grid_decides_what_fits(monkeypatch):
@@ -852,11 +852,11 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
 def test_a_damaged_note_in_a_folder_of_checkpoints_is_told(content, tmp_path):
     (tmp_path / "members.json").write_text(content)
     with pytest.raises(ValueError, match="members.json is damaged, or not the note of an ensemble"):
-        fit_many(make, digits().splits(60, range(2)), epochs=1, mode="batched", checkpoint=tmp_path, resume=True)
+        fit_many(make, digits().splits(60, range(2)), epochs=1, mode="batched", checkpoints=Checkpoints(tmp_path, resume=True))
     assert (tmp_path / "members.json").read_text() == content
 
 
-SOUND = dict(format=1, members=[dict(seed=s) for s in range(2)], settings={}, rows=[[0, 1]], ways=[["batched", "grouped"]])
+SOUND = dict(format=2, members=[dict(seed=s) for s in range(2)], settings={}, rows=[[0, 1]], ways=[["batched", "grouped"]])
 
 
 @pytest.mark.parametrize("change", [
@@ -865,45 +865,54 @@ SOUND = dict(format=1, members=[dict(seed=s) for s in range(2)], settings={}, ro
     dict(ways=[["batched", "fft"]]), dict(ways=[["batched", None]]), dict(ways=[[["batched"], {}]]), dict(ways=None), dict(ways=5), dict(members=5), dict(members={}),
     dict(settings=None), dict(settings=[1]), *(dict(settings=dict(epochs=e)) for e in ("1", None, 1., True, [1], {})), dict(settings={}), dict(format=True), dict(format="1")])
 def test_a_note_that_was_edited_is_told(change, tmp_path):
-    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path)
-    fit_many(make, split, **keep)
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched")
+    fit_many(make, split, checkpoints=tmp_path, **keep)
     sound = json.loads((tmp_path / "members.json").read_text())
     assert sound.keys() >= SOUND.keys() and sound["rows"] == SOUND["rows"] and sound["ways"] == SOUND["ways"]
     content = json.dumps(sound | change)
     (tmp_path / "members.json").write_text(content)
-    with pytest.raises(ValueError, match="members.json is damaged|they differ in"): fit_many(make, split, resume=True, **keep)
+    with pytest.raises(ValueError, match="members.json is damaged|they differ in"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
     assert (tmp_path / "members.json").read_text() == content
 
 
 def test_a_note_that_says_something_twice_is_told(tmp_path):
-    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path)
-    fit_many(make, split, **keep)
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched")
+    fit_many(make, split, checkpoints=tmp_path, **keep)
     content = (tmp_path / "members.json").read_text().replace('"epochs": 1', '"epochs": 5, "epochs": 1', 1)
     (tmp_path / "members.json").write_text(content)
-    with pytest.raises(ValueError, match="members.json is damaged"): fit_many(make, split, resume=True, **keep)
+    with pytest.raises(ValueError, match="members.json is damaged"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
+
+
+def test_a_note_of_an_earlier_format_is_refused_by_name(tmp_path):
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched")
+    fit_many(make, split, checkpoints=tmp_path, **keep)
+    note = json.loads((tmp_path / "members.json").read_text())
+    (tmp_path / "members.json").write_text(json.dumps(note | dict(format=1)))
+    with pytest.raises(ValueError, match="members.json has format 1, expected 2: go on with the version of lap_nb that wrote it"):
+        fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
 
 
 def test_a_note_with_networks_of_different_settings_in_a_row_is_told(tmp_path):
-    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", checkpoint=tmp_path, grid=dict(lr=[1e-3, 1e-2]))
-    fit_many(make, split, **keep)
+    split, keep = digits().splits(60, range(2)), dict(epochs=1, mode="batched", grid=dict(lr=[1e-3, 1e-2]))
+    fit_many(make, split, checkpoints=tmp_path, **keep)
     note = json.loads((tmp_path / "members.json").read_text())
     assert note["rows"] == [[0, 1], [2, 3]]
     (tmp_path / "members.json").write_text(json.dumps(note | dict(rows=[[0, 2], [1, 3]])))
-    with pytest.raises(ValueError, match="networks of different settings in one row"): fit_many(make, split, resume=True, **keep)
+    with pytest.raises(ValueError, match="networks of different settings in one row"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 def test_a_training_of_many_is_made_longer(mode, tmp_path):
     "To the same bits as one that was so long from the start, also where one row had ended and the other not."
     split, keep = digits().splits(60, range(2)), dict(batch_size=20, eval_every=2, mode=mode, grid=dict(lr=[1e-3, 1e-2]), least_action=LeastAction)
-    with pytest.raises(KeyboardInterrupt): fit_many(make, split, epochs=4, progress=Stop(3), checkpoint=tmp_path / "row", save_every=1, **keep)
-    longer, straight = fit_many(make, split, epochs=8, resume=True, checkpoint=tmp_path / "row", **keep), fit_many(make, split, epochs=8, **keep)
+    with pytest.raises(KeyboardInterrupt): fit_many(make, split, epochs=4, progress=Stop(3), checkpoints=Checkpoints(tmp_path / "row", every=1), **keep)
+    longer, straight = fit_many(make, split, epochs=8, checkpoints=Checkpoints(tmp_path / "row", resume=True), **keep), fit_many(make, split, epochs=8, **keep)
     for name in straight.curves: assert torch.equal(longer.curves[name], straight.curves[name]), name
     for p, q in zip(longer.model.stacks, straight.model.stacks): assert torch.equal(p, q)
-    again = fit_many(make, split, epochs=8, resume=True, checkpoint=tmp_path / "row", **keep)
+    again = fit_many(make, split, epochs=8, checkpoints=Checkpoints(tmp_path / "row", resume=True), **keep)
     assert torch.equal(again.curves["loss"], straight.curves["loss"]) and again.provenance["epochs"] == 8
     with pytest.raises(ValueError, match="of a training of 8 epochs, now they are 4: choose at least as many"):
-        fit_many(make, split, epochs=4, resume=True, checkpoint=tmp_path / "row", **keep)
+        fit_many(make, split, epochs=4, checkpoints=Checkpoints(tmp_path / "row", resume=True), **keep)
 
 
 @pytest.mark.parametrize("plain, settings", [
@@ -915,8 +924,8 @@ def test_a_training_of_many_is_made_longer(mode, tmp_path):
 def test_settings_are_plain_numbers(plain, settings, tmp_path):
     "However they are written, a training goes on under either name."
     split = digits().splits(40, range(2))
-    first = fit_many(make, split, mode="batched", checkpoint=tmp_path / "c", **settings)
-    again = fit_many(make, split, mode="batched", checkpoint=tmp_path / "c", resume=True, **plain)
+    first = fit_many(make, split, mode="batched", checkpoints=tmp_path / "c", **settings)
+    again = fit_many(make, split, mode="batched", checkpoints=Checkpoints(tmp_path / "c", resume=True), **plain)
     assert first.members == again.members and all(type(v) in (int, float) for m in first.members for v in m.values())
     assert torch.equal(first.curves["loss"], again.curves["loss"]) and json.dumps(first.provenance)
 
@@ -927,22 +936,23 @@ def test_settings_are_plain_numbers(plain, settings, tmp_path):
     (lambda: Ensemble([make()]).member(.5), "i is 0.5, expected"), (lambda: fit_many(make, digits().splits(40, [0]), 5), "seeds is 5, expected Sequence"), (lambda: confidence_interval("ab"), "values is 'ab', expected"),
     (lambda: confidence_interval([1., 2.], None), "level is None"), (lambda: fit_many(lambda: None, digits().splits(40, [0])), "make_model gave None, expected a module"),
     (lambda: fit_many(make, digits().splits(40, [0]), least_action=lambda m: 5), "least_action gave 5"), (lambda: fit_many(make, digits().splits(40, [0]), device="tpu"), "no device 'tpu' here"),
-    (lambda: fit_many(make, digits().splits(40, [0]), memory="much"), "memory is 'much', expected"), (lambda: fit_many(make, digits().splits(40, [0]), checkpoint=5), "checkpoint is 5, expected"),
+    (lambda: fit_many(make, digits().splits(40, [0]), memory="much"), "memory is 'much', expected"), (lambda: fit_many(make, digits().splits(40, [0]), checkpoints=5), "checkpoints is 5, expected"),
     (lambda: measure_modes(make, digits().splits(40, [0]), ["batched"], steps=0), "steps is 0"), (lambda: read_modes(None), "path is None, expected")])
 def test_arguments_of_another_kind_are_told(call, says):
     with pytest.raises((TypeError, ValueError, IndexError), match=says): call()
 
 
 def test_rows_are_resumed_as_they_were_cut(tmp_path, monkeypatch):
-    row, settings = digits().splits(60, range(5)), dict(epochs=1, mode="batched", checkpoint=tmp_path / "c", save_every=1)
-    first = planned(monkeypatch, make, row, chunk=2, **settings)
+    row, settings = digits().splits(60, range(5)), dict(epochs=1, mode="batched")
+    kept, again = Checkpoints(tmp_path / "c", every=1), Checkpoints(tmp_path / "c", resume=True, every=1)
+    first = planned(monkeypatch, make, row, chunk=2, checkpoints=kept, **settings)
     note = json.loads((tmp_path / "c" / "members.json").read_text())
     assert note["rows"] == [[0], [1, 2], [3, 4]] == [at for at, _ in first] and note["ways"] == [["batched", "grouped"]] * 3
-    assert [job.keep for _, job in first] == [dict(checkpoint=str(tmp_path / "c" / f"row-{r:03d}"), resume=False, save_every=1) for r in range(3)]
-    again = planned(monkeypatch, make, row, resume=True, **settings)                       # with room for all in one row
-    assert [at for at, _ in again] == note["rows"] and json.loads((tmp_path / "c" / "members.json").read_text()) == note
+    assert [job.checkpoints for _, job in first] == [Checkpoints(tmp_path / "c" / f"row-{r:03d}", every=1) for r in range(3)]
+    cut = planned(monkeypatch, make, row, checkpoints=again, **settings)                   # with room for all in one row
+    assert [at for at, _ in cut] == note["rows"] and json.loads((tmp_path / "c" / "members.json").read_text()) == note
     (tmp_path / "c" / "members.json").write_text(json.dumps({k: v for k, v in note.items() if k in ("format", "members", "settings")}))
-    assert len(planned(monkeypatch, make, row, resume=True, **settings)) == 1               # a note from before anything was begun
+    assert len(planned(monkeypatch, make, row, checkpoints=again, **settings)) == 1         # a note from before anything was begun
     assert json.loads((tmp_path / "c" / "members.json").read_text())["rows"] == [[0, 1, 2, 3, 4]]
 
 
@@ -1036,20 +1046,22 @@ def test_a_buffer_that_is_assigned_is_not_lost_without_a_word():
 
 
 def test_resuming_with_another_least_action_is_refused(tmp_path):
-    split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1, checkpoint=tmp_path / "row")
-    run(split, least_action=LeastAction)
-    run(split, least_action=LeastAction, resume=True)
+    split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1)
+    first, again = (Checkpoints(tmp_path / "row", resume) for resume in (False, True))
+    run(split, least_action=LeastAction, checkpoints=first)
+    run(split, least_action=LeastAction, checkpoints=again)
     for other in (None, partial(LeastAction, controller=DualAscent(tau=.1))):
-        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
+        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, checkpoints=again)
 
 
 def test_lambdas_are_told_apart_by_what_they_hold(tmp_path):
-    split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1, checkpoint=tmp_path / "row")
+    split, run = digits().splits(60, range(2)), partial(fit_many, partial(dense_net, 64, 10, K=2), epochs=1)
+    first, again = (Checkpoints(tmp_path / "row", resume) for resume in (False, True))
     bound = lambda tau: lambda model: LeastAction(model, DualAscent(tau=tau, every=2))
-    run(split, least_action=bound(.1))
-    run(split, least_action=bound(.1), resume=True)
+    run(split, least_action=bound(.1), checkpoints=first)
+    run(split, least_action=bound(.1), checkpoints=again)
     for other in (bound(.2), lambda model: LeastAction(model, DualAscent(tau=.1, every=3))):
-        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, resume=True)
+        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, checkpoints=again)
 
 
 def test_what_is_no_maker_and_no_grid():
@@ -1072,4 +1084,4 @@ def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path, monkeypatch):
     def refuse(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(lap_nb.ensembles.Path, 'mkdir', refuse)
     with pytest.raises(OSError, match='choose a place where you may write.*kept'):
-        fit_many(partial(dense_net, 64, 10, K=1, hidden=2), digits().splits(20, [0]), epochs=1, checkpoint=tmp_path / 'kept')
+        fit_many(partial(dense_net, 64, 10, K=1, hidden=2), digits().splits(20, [0]), epochs=1, checkpoints=tmp_path / 'kept')

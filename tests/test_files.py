@@ -28,7 +28,7 @@ from lap_nb.dynamics import Trajectory
 from lap_nb.files import (CheckpointError, as_code, as_text, check_storable, claim, digest, find_unstorable, in_words, load_checkpoint, read_bounded,
                           save_checkpoint, tidy, write_atomically)
 from lap_nb.nets import dense_net
-from lap_nb.training import Diverged, fit
+from lap_nb.training import Checkpoints, Diverged, fit
 
 
 def names(folder): return sorted(p.name for p in folder.iterdir())
@@ -214,10 +214,10 @@ def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch, number):
     assert '.file.0a1b2c3d.partial' in names(tmp_path), 'it may be in use'
 
 
-def train(path, epochs=2, resume=False, model=None, **settings):
+def train(path, epochs=2, resume=False, model=None, rollback=0, **settings):
     torch.manual_seed(0)
     model = dense_net(64, 10, 2, 8) if model is None else model
-    return fit(model, digits().split(40), epochs=epochs, eval_every=1, checkpoint=path, resume=resume, **settings)
+    return fit(model, digits().split(40), epochs=epochs, eval_every=1, checkpoints=Checkpoints(path, resume, rollback=rollback), **settings)
 
 
 TRAINER = """
@@ -483,7 +483,7 @@ def test_a_checkpoint_stays_where_it_was_begun(tmp_path, monkeypatch):
     "Though a callback goes to another folder."
     for name in ('here', 'there'): (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / 'here')
-    fit(dense_net(64, 10, K=1, hidden=2), digits().split(20), epochs=2, eval_every=1, checkpoint='run.pt', callbacks=[lambda _: os.chdir(tmp_path / 'there')])
+    fit(dense_net(64, 10, K=1, hidden=2), digits().split(20), epochs=2, eval_every=1, checkpoints='run.pt', callbacks=[lambda _: os.chdir(tmp_path / 'there')])
     assert load_checkpoint(tmp_path / 'here' / 'run.pt')['epoch'] == 2 and names(tmp_path / 'here') == ['run.pt'] and not names(tmp_path / 'there')
 
 

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,9 +21,9 @@ from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import Ensemble, _attached, _made
 from lap_nb.least_action import DualAscent, LeastAction
-from lap_nb.files import CheckpointError, digest, load_checkpoint, save_checkpoint, write_atomically
+from lap_nb.files import CheckpointError, claim, digest, load_checkpoint, save_checkpoint, write_atomically
 from lap_nb.nets import dense_net
-from lap_nb.training import Diverged, fit, train_loop
+from lap_nb.training import Checkpoints, Diverged, TrainConfig, fit, train_loop
 
 PLACES = ("model", "opt", "least_action", "generators", "rng", "points", "step", "epoch", "at")
 
@@ -34,10 +35,10 @@ def net(seed=0):
     return ResidualNet(Flow([velocity() for _ in range(2)]), nn.Linear(64, 10))
 
 
-def train(path, epochs=12, resume=False, seed=0, **settings):
+def train(path, epochs=12, resume=False, seed=0, every=3, **settings):
     model = net(seed)
-    settings = dict(batch_size=25, eval_every=2, optimizer="sgd", lr=.02, schedule="cosine", clip=1., save_every=3) | settings
-    return fit(model, digits().split(100), LeastAction(model, DualAscent(every=3)), epochs=epochs, checkpoint=path, resume=resume, **settings)
+    settings = dict(batch_size=25, eval_every=2, optimizer="sgd", lr=.02, schedule="cosine", clip=1.) | settings
+    return fit(model, digits().split(100), LeastAction(model, DualAscent(every=3)), epochs=epochs, checkpoints=Checkpoints(path, resume, every), **settings)
 
 
 def same(a, b, places=PLACES): return [p for p in places if digest(a[p]) != digest(b[p])]
@@ -60,7 +61,7 @@ def states(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     train(folder / "straight.pt")
     with pytest.raises(Stop): train(folder / "halved.pt", callbacks=[stopper(6)])
-    with pytest.raises(Stop): train(folder / "start.pt", callbacks=[stopper(2)], save_every=None, eval_every=1)
+    with pytest.raises(Stop): train(folder / "start.pt", callbacks=[stopper(2)], every=None, eval_every=1)
     return [load_checkpoint(folder / f"{name}.pt") for name in ("straight", "halved", "start")]
 
 
@@ -77,8 +78,8 @@ def test_every_part_of_the_state_is_needed(tmp_path, states, place):
 def row(resume=False, callbacks=(), path=None, seeds=(0, 1)):
     split = digits().splits(60, seeds)
     ensemble = Ensemble([_made(partial(dense_net, 64, 10, 2, 8), s + 10 * resume) for s in seeds])
-    return train_loop(ensemble, split, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in seeds], epochs=6,
-                      batch_size=25, eval_every=2, checkpoint=path, resume=resume, callbacks=callbacks, clip=.5)
+    return train_loop(ensemble, split, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in seeds],
+                      TrainConfig(epochs=6, batch_size=25, eval_every=2, clip=.5), None, callbacks, path and Checkpoints(path, resume))
 
 
 def test_a_row_resumes_alike(tmp_path):
@@ -106,7 +107,7 @@ def test_another_training_is_refused_unless_forced(tmp_path, change, message):
     def again(resume):
         model = net()
         settings = dict(data=digits().split(100), batch_size=25, epochs=5) | change
-        return fit(model, least_action=LeastAction(model, DualAscent(every=3)), optimizer="sgd", checkpoint=tmp_path / "run.pt", resume=resume, **settings)
+        return fit(model, least_action=LeastAction(model, DualAscent(every=3)), optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume), **settings)
     train(tmp_path / "run.pt", 4)
     with pytest.raises(ValueError, match=message): again(True)
     assert again("force").curves["epoch"][-1] == 5
@@ -115,10 +116,10 @@ def test_another_training_is_refused_unless_forced(tmp_path, change, message):
 def test_another_network_or_no_least_action_is_refused(tmp_path):
     train(tmp_path / "run.pt", 2)
     with pytest.raises(ValueError, match="with least action, this one is not"):
-        fit(net(), digits().split(100), batch_size=25, checkpoint=tmp_path / "run.pt", resume=True)
+        fit(net(), digits().split(100), batch_size=25, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
     other = dense_net(64, 10, 2)
     with pytest.raises(ValueError, match="(?s)of another network.*Missing key"):
-        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimizer="sgd", checkpoint=tmp_path / "run.pt", resume=True)
+        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
 
 
 def test_another_optimiser_is_refused_and_another_precision_goes_on(tmp_path):
@@ -257,12 +258,12 @@ def test_digest_sees_type_shape_and_bits(dtype):
 
 def test_a_full_disk_loses_nothing(tmp_path):
     "For a while no file can grow beyond 5000 bytes: warnings, the old checkpoint, and the end that it would have been anyway."
-    train(tmp_path / "free.pt", save_every=None)
+    train(tmp_path / "free.pt", every=None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     def fill(training): resource.setrlimit(resource.RLIMIT_FSIZE, (5000 if training.epoch < 8 else limits[0], limits[1]))
     try:
         with pytest.warns(UserWarning, match="full.pt could not be written at step .*still holds step 0") as told:
-            train(tmp_path / "full.pt", save_every=None, callbacks=[fill])
+            train(tmp_path / "full.pt", every=None, callbacks=[fill])
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(told) == 3
     assert not same(load_checkpoint(tmp_path / "free.pt"), load_checkpoint(tmp_path / "full.pt"))
@@ -294,15 +295,42 @@ def test_an_earlier_checkpoint_is_not_replaced(tmp_path):
     assert (tmp_path / "run.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("settings", [dict(resume=True), dict(save_every=2), dict(rollback=1)])
-def test_rescue_needs_a_file(settings):
-    with pytest.raises(ValueError, match="need a file"): fit(net(), digits().split(100), **settings)
+@pytest.mark.parametrize("settings, message", [(dict(resume="yes"), "resume is 'yes', expected"), (dict(resume=2), "resume is 2, expected"),
+                                               (dict(resume=None), "resume is None, expected"), (dict(every=0), "every is 0, expected"),
+                                               (dict(every=1.5), "every is 1.5, expected"), (dict(rollback=-1), "rollback is -1, expected"),
+                                               (dict(rollback="3"), "rollback is '3', expected"), (dict(path=None), "path is None, expected"),
+                                               (dict(path=3), "path is 3, expected"), (dict(path=b"run.pt"), "path is b'run.pt', expected"),
+                                               (dict(path="run\0.pt"), "path is .*, expected")])
+def test_checkpoints_that_cannot_be_meant(settings, message):
+    with pytest.raises(ValueError, match=message): Checkpoints(**dict(path="run.pt") | settings)
 
 
-@pytest.mark.parametrize("settings, message", [(dict(resume="yes"), "resume is 'yes'"), (dict(save_every=0), "save_every is 0"),
-                                               (dict(rollback=-1), "rollback is -1")])
-def test_rescue_settings_that_cannot_work(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message): fit(net(), digits().split(100), checkpoint=tmp_path / "run.pt", **settings)
+def test_settings_of_checkpoints_are_plain():
+    kept = Checkpoints("run.pt", np.True_, np.int32(2), torch.tensor(3))
+    assert [type(v) for v in (kept.resume, kept.every, kept.rollback)] == [bool, int, int] and kept == Checkpoints("run.pt", True, 2, 3)
+
+
+@pytest.mark.parametrize("path", [str, Path, partial(Checkpoints, every=1)])
+def test_a_path_alone_is_a_file_for_checkpoints(tmp_path, path):
+    fit(net(), digits().split(100), epochs=1, checkpoints=path(tmp_path / "run.pt"))
+    assert load_checkpoint(tmp_path / "run.pt")["epoch"] == 1
+
+
+def test_a_file_is_free_for_another_training_whatever_ended_the_last(tmp_path):
+    "Refused, stopped by an error, diverged, or done."
+    path = tmp_path / "run.pt"
+    for error, settings in ((None, dict(epochs=2)), (FileExistsError, dict(epochs=2)), (ValueError, dict(epochs=4, resume=True, batch_size=20)),
+                            (Stop, dict(epochs=4, resume=True, callbacks=[stopper(4)])), (Diverged, dict(epochs=6, resume=True, lr=1e30))):
+        with pytest.raises(error) if error else nullcontext(): train(path, **settings)
+        claim(path)()   # raises if it is not free
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_by_name(tmp_path):
+    train(tmp_path / "run.pt", 2)
+    content = torch.load(tmp_path / "run.pt", weights_only=True)
+    torch.save(content | dict(format=2), tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="has format 2, expected 3: read it with the version of lap_nb that wrote it"):
+        train(tmp_path / "run.pt", resume=True)
 
 
 # Divergence
@@ -312,7 +340,7 @@ def test_the_last_good_checkpoint_is_good(tmp_path, clip):
     "A gradient that overflows at the very step of a save is found before it is saved; clipping by its norm does not carry it to other blocks."
     def spoil(training): training.model.head.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(Diverged, match=r"at step 9, first in head: .*run.pt \(step \d+\)") as e:
-        train(tmp_path / "run.pt", callbacks=[spoil], save_every=1, clip=clip)
+        train(tmp_path / "run.pt", callbacks=[spoil], every=1, clip=clip)
     saved = load_checkpoint(tmp_path / "run.pt")
     assert all(v.isfinite().all() for v in saved["model"].values()) and saved["step"] == 8
     assert e.value.step == 9 and e.value.block == "head"
@@ -341,7 +369,7 @@ def test_an_infinite_lambda_stops():
 def test_roll_back_halves_the_rate_until_it_holds(tmp_path):
     def rescued(path, rollback):
         torch.manual_seed(0)
-        return fit(dense_net(64, 10), digits().split(300), optimizer="sgd", lr=3., epochs=20, checkpoint=path, rollback=rollback)
+        return fit(dense_net(64, 10), digits().split(300), optimizer="sgd", lr=3., epochs=20, checkpoints=Checkpoints(path, rollback=rollback))
     with pytest.warns(UserWarning, match="0.5 of the learning rate") as told: run = rescued(tmp_path / "run.pt", 12)
     assert run.last["loss"].isfinite() and load_checkpoint(tmp_path / "run.pt")["lr_scale"] == .5 ** len(told)
     with pytest.warns(UserWarning), pytest.raises(Diverged): rescued(tmp_path / "other.pt", len(told) - 1)
@@ -352,10 +380,10 @@ def test_roll_back_halves_the_rate_until_it_holds(tmp_path):
 def test_a_refused_checkpoint_changes_nothing(tmp_path):
     torch.manual_seed(0)
     narrow, wide = dense_net(64, 10, K=2, hidden=32), dense_net(64, 10, K=2, hidden=64)
-    fit(narrow, digits().split(100), epochs=1, checkpoint=tmp_path / "run.pt")
+    fit(narrow, digits().split(100), epochs=1, checkpoints=tmp_path / "run.pt")
     before = {name: t.clone() for name, t in wide.state_dict().items()}
     with pytest.raises(ValueError, match="the checkpoint is of another network"):
-        fit(wide, digits().split(100), epochs=2, checkpoint=tmp_path / "run.pt", resume=True)
+        fit(wide, digits().split(100), epochs=2, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
     assert all(torch.equal(t, before[name]) for name, t in wide.state_dict().items())
 
 
@@ -363,9 +391,9 @@ def test_a_refused_checkpoint_changes_nothing(tmp_path):
 def test_resuming_takes_the_settings_that_are_given(tmp_path, before, after):
     model, seen = dense_net(64, 10, K=2), {}
     split, key = digits().split(100), list(after)[-1]
-    fit(model, split, epochs=1, checkpoint=tmp_path / "run.pt", **before)
+    fit(model, split, epochs=1, checkpoints=tmp_path / "run.pt", **before)
     def note(training): seen.update({k: v for k, v in training.opt.param_groups[0].items() if k != "params"})
-    run = fit(model, split, epochs=2, checkpoint=tmp_path / "run.pt", resume=True, callbacks=[note], **after)
+    run = fit(model, split, epochs=2, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True), callbacks=[note], **after)
     assert seen[key] == run.provenance[key] == after[key]
 
 

@@ -24,7 +24,7 @@ from lap_nb.least_action import DualAscent, LeastAction
 from lap_nb.checks import number
 from lap_nb.nets import dense_net
 from lap_nb.state import Memory, capture, restore
-from lap_nb.training import TrainConfig, Training, fit
+from lap_nb.training import Checkpoints, TrainConfig, Training, fit
 
 SPLIT = digits().split(60)
 GLOBAL = torch.Generator()   # of a script or notebook
@@ -93,8 +93,8 @@ def test_a_training_with_settings_of_any_kind_resumes(tmp_path):
         return fit(dense_net(64, 10, 2, 8), SPLIT, **settings, **more)
     def cut(training):
         if training.epoch == 2: raise Stop
-    with pytest.raises(Stop): run(checkpoint=tmp_path / "a.pt", callbacks=[cut], save_every=np.int32(2), rollback=np.int64(1))
-    check_same(run(), run(checkpoint=tmp_path / "a.pt", resume=np.True_))
+    with pytest.raises(Stop): run(checkpoints=Checkpoints(tmp_path / "a.pt", every=np.int32(2), rollback=np.int64(1)), callbacks=[cut])
+    check_same(run(), run(checkpoints=Checkpoints(tmp_path / "a.pt", resume=np.True_)))
     plain = load_checkpoint(tmp_path / "a.pt")["config"]
     assert {type(v) for v in plain.values()} <= {int, float, str, bool, tuple, type(None)} and {type(m) for m in plain["milestones"]} == {float}
 
@@ -208,7 +208,8 @@ KINDS = {
 class Stop(Exception): "Ends a training between two steps."
 
 
-def trained(make, path=None, stop=None, least_action=LeastAction, callbacks=lambda: [], seed=0, epochs=4, **settings):
+def trained(make, path=None, stop=None, least_action=LeastAction, callbacks=lambda: [], seed=0, epochs=4, every=None, rollback=0, **settings):
+    kept = path and Checkpoints(path, stop is None, every, rollback)
     torch.manual_seed(seed); random.seed(seed); np.random.seed(seed)
     model = make()
     la, step, old = least_action and least_action(model), [0], Training.train_step
@@ -218,7 +219,7 @@ def trained(make, path=None, stop=None, least_action=LeastAction, callbacks=lamb
         return old(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Training, "train_step", train_step)
-        try: return fit(model, SPLIT, la, epochs=epochs, batch_size=25, eval_every=2, optimizer="sgd", lr=.05, checkpoint=path, resume=path is not None and stop is None, callbacks=callbacks(), **settings)
+        try: return fit(model, SPLIT, la, epochs=epochs, batch_size=25, eval_every=2, optimizer="sgd", lr=.05, checkpoints=kept, callbacks=callbacks(), **settings)
         finally: m.undo()
 
 
@@ -229,10 +230,10 @@ def check_same(a, b):
 
 
 def stopped_and_resumed(make, path, stop, **settings):
-    with pytest.raises(Stop): trained(make, path, stop, save_every=1, **settings)
+    with pytest.raises(Stop): trained(make, path, stop, every=1, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error")   # nothing is left behind
-        return trained(make, path, seed=9, save_every=1, **settings)
+        return trained(make, path, seed=9, every=1, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,7 +268,7 @@ def test_a_stop_by_a_callback_is_remembered(tmp_path):
     with pytest.warns(UserWarning, match='a callback has stopped this training after epoch 2.*resume="force" goes on'): resumed = trained(Remembers, tmp_path / "run.pt", seed=9, callbacks=stop)
     check_same(straight, resumed)
     model = Remembers()
-    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimizer="sgd", checkpoint=tmp_path / "run.pt", resume="force").curves["epoch"].tolist() == [2, 4]
+    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume="force")).curves["epoch"].tolist() == [2, 4]
 
 
 class Patience:
@@ -313,9 +314,9 @@ def test_callbacks_and_what_they_change_go_on(tmp_path, callback, stop):
         warnings.filterwarnings("ignore", message="a callback has stopped")
         straight = trained(Dropping, **kinds)
         try:
-            with pytest.raises(Stop): trained(Dropping, tmp_path / "run.pt", stop, save_every=1, **kinds)
+            with pytest.raises(Stop): trained(Dropping, tmp_path / "run.pt", stop, every=1, **kinds)
         except pytest.fail.Exception: pass   # it had stopped before
-        check_same(straight, trained(Dropping, tmp_path / "run.pt", seed=9, save_every=1, **kinds))
+        check_same(straight, trained(Dropping, tmp_path / "run.pt", seed=9, every=1, **kinds))
 
 
 def test_a_list_that_has_gone_on_is_left_and_said(tmp_path):
@@ -340,7 +341,7 @@ def test_callbacks_that_are_none(wrong):
     (with_state(lambda: (x for x in [.1] * 99), lambda self: next(self.state)), "model.state is an iterator"), (with_state(random.SystemRandom, lambda self: self.state.random()), "model.state draws from the system"),
     (with_state(lambda: {"a": [random.SystemRandom()]}, lambda self: 0.), "model.state draws from the system"), (lambda: hooked(hook_of(random.SystemRandom().random)), "hook 0 of model.net.flow.blocks.0.velocity draws")])
 def test_what_no_checkpoint_can_hold_is_refused_by_name_before_work(tmp_path, make, said):
-    with pytest.raises(ValueError, match=f"{said}.*train without checkpoint"): trained(make, tmp_path / "run.pt", save_every=1)
+    with pytest.raises(ValueError, match=f"{said}.*train without checkpoint"): trained(make, tmp_path / "run.pt", every=1)
     assert trained(make).curves["epoch"][-1] == 4
 
 
@@ -348,7 +349,7 @@ def test_a_callback_whose_state_no_checkpoint_can_hold_is_refused_by_name(tmp_pa
     class Holds(Kept):
         def state_dict(self): return {"n": self.n, "more": [object()]}
     for callback in (Holds(), (lambda it: lambda t: next(it) < 0)(itertools.count())):
-        with pytest.raises(ValueError, match="callback 0, .*train without checkpoint"): trained(Remembers, tmp_path / "run.pt", save_every=1, callbacks=lambda: [callback])
+        with pytest.raises(ValueError, match="callback 0, .*train without checkpoint"): trained(Remembers, tmp_path / "run.pt", every=1, callbacks=lambda: [callback])
 
 
 def test_settings_of_a_module_are_those_that_are_given(tmp_path):
@@ -362,17 +363,6 @@ def test_an_unclear_attribute_stays_and_is_named(tmp_path):
     trained(make(1.), tmp_path / "run.pt", epochs=2)
     with pytest.warns(UserWarning, match="model.state stays as it is now"): run = trained(make(2.), tmp_path / "run.pt")
     assert run.model.state == 2.
-
-
-def test_an_older_checkpoint_goes_on(tmp_path):
-    "One without the newer entries."
-    trained(Remembers, tmp_path / "run.pt", epochs=2)
-    state = load_checkpoint(tmp_path / "run.pt")
-    for point in state["points"]: del point["train_loss"]
-    save_checkpoint(tmp_path / "run.pt", {k: v for k, v in state.items() if k not in ("own", "mean", "stopped", "turned")})
-    straight, resumed = trained(Remembers), trained(Remembers, tmp_path / "run.pt")
-    for name, p in straight.model.state_dict().items(): assert torch.equal(p, resumed.model.state_dict()[name])
-    assert set(straight.curves) - set(resumed.curves) == {"train_loss"}
 
 
 ONCE = []
@@ -404,7 +394,7 @@ def test_a_row_at_random_depth_resumes(tmp_path, mode):
             return old(self, *args)
         with pytest.MonkeyPatch.context() as m:
             m.setattr(Training, "train_step", train_step)
-            return fit_many(at_random_depth, digits().splits(60, [0, 1]), epochs=4, batch_size=25, eval_every=2, mode=mode, checkpoint=folder, resume=resume, save_every=1 if folder else None)
+            return fit_many(at_random_depth, digits().splits(60, [0, 1]), epochs=4, batch_size=25, eval_every=2, mode=mode, checkpoints=folder and Checkpoints(folder, resume, 1))
     straight = run()
     with pytest.raises(Stop): run(tmp_path / "row", 7)
     resumed = run(tmp_path / "row", resume=True)
@@ -509,10 +499,10 @@ def test_a_callback_stops_where_it_would_have_wherever_it_counts(tmp_path, kind)
     def run(**more): return trained(Remembers, callbacks=callbacks, epochs=8, **more)
     straight = run()
     assert straight.curves["epoch"][-1] < 8, "it stops"
-    with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, save_every=1)
+    with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, every=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_same(straight, run(path=tmp_path / "run.pt", seed=9, save_every=1))
+        check_same(straight, run(path=tmp_path / "run.pt", seed=9, every=1))
 
 
 class Counts(nn.Module):
@@ -532,7 +522,7 @@ class Counts(nn.Module):
 def test_what_a_class_keeps_goes_on_after_a_resume(tmp_path):
     def run(**more): return trained(Counts, **more)
     straight = run()
-    with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, save_every=1)
+    with pytest.raises(Stop): run(path=tmp_path / "run.pt", stop=10, every=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_same(straight, run(path=tmp_path / "run.pt", seed=9, save_every=1))
+        check_same(straight, run(path=tmp_path / "run.pt", seed=9, every=1))

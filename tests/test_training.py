@@ -22,7 +22,7 @@ from lap_nb.ensembles import Ensemble, _made, fit_many
 from lap_nb.kinetic import EnergyMeter
 from lap_nb.least_action import AugmentedLagrangian, DualAscent, FixedWeight, LeastAction, ProportionalIntegral, dual_ascent
 from lap_nb.nets import dense_net, init_velocities_
-from lap_nb.training import TrainConfig, evaluate, fit
+from lap_nb.training import Checkpoints, TrainConfig, evaluate, fit
 
 make = partial(dense_net, 64, 10, 3, 16)
 
@@ -500,7 +500,7 @@ def test_frozen_parameters_stay_as_they_are(mode):
 
 def test_a_folder_is_no_checkpoint(tmp_path):
     for resume in (False, True):
-        with pytest.raises(IsADirectoryError, match="is a folder, expected a file"): fit(make(), SMALL, epochs=1, checkpoint=tmp_path, resume=resume)
+        with pytest.raises(IsADirectoryError, match="is a folder, expected a file"): fit(make(), SMALL, epochs=1, checkpoints=Checkpoints(tmp_path, resume))
 
 
 @pytest.mark.parametrize("least_action", [None, LeastAction])
@@ -758,10 +758,11 @@ def calls():
             "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=.1)), "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
             "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)), "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1, steps=5)),
             "make_optimizer": (t.make_optimizer, dict(params=[p], config=TrainConfig())), "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1., row=False)), "TrainConfig": (TrainConfig, config),
-            "fit": (t.fit, dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoint=None, resume=False, save_every=None, rollback=0) | config)}
+            "Checkpoints": (t.Checkpoints, dict(path="run.pt", resume=False, every=None, rollback=0)),
+            "fit": (t.fit, dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoints=None) | config)}
 
 
-@pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimizer", "clip_gradients", "TrainConfig", "fit"])
+@pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimizer", "clip_gradients", "TrainConfig", "Checkpoints", "fit"])
 def test_one_wrong_argument_is_told_in_words_of_ours(name, tmp_path, monkeypatch):
     "It works, or it raises what is documented with words that say what was expected."
     monkeypatch.chdir(tmp_path)
