@@ -263,7 +263,7 @@ def test_two_threads_on_one_file(tmp_path):
 
 def test_a_name_of_a_checkpoint(tmp_path):
     for name in (3, ['run.pt'], b'run.pt', 'a\0b'):
-        with pytest.raises(TypeError, match='checkpoint is .*, expected'): train(name)
+        with pytest.raises(TypeError, match='path is .*, expected'): train(name)
 
 
 # What a state can hold

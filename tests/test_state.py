@@ -255,7 +255,7 @@ class Tightening(DualAscent):
 
 @pytest.mark.parametrize("stop", [1, 5, 10])
 def test_a_controller_of_ones_own(tmp_path, stop):
-    la = partial(LeastAction, controller=Tightening)
+    la = partial(LeastAction, controller=Tightening())
     check_same(trained(Remembers, least_action=la), stopped_and_resumed(Remembers, tmp_path / "run.pt", stop, least_action=la))
 
 
