@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from .checks import Axes, checked, described, number, whole
 from .dynamics import colours, Trajectory
 from .files import as_text
 from .kinetic import _check_reduction
-
 
 # %% ../nbs/04_transport.ipynb #e083da7e
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
@@ -529,22 +529,30 @@ def plot(self:GapCurve,
     return ax
 
 # %% ../nbs/04_transport.ipynb #74d89c53
-PARTS = ("optimal", "assignment", "path")
+class Parts(NamedTuple):
+    "What an action is made of: the three parts, or the share of each."
+    optimal:float    # what the optimal assignment of start to end costs, $W_2^2$
+    assignment:float # what going to other ends than those costs on top
+    path:float       # what is lost on the way, by detours and an uneven pace
+    @property
+    def total(self)->float:
+        "Sum of the three."
+        return sum(self)
 
 # %% ../nbs/04_transport.ipynb #7dd2fc3a
 @dataclass(frozen=True)
 class ActionSplit:
     r"$K \sum_k |x_{k+1}-x_k|^2$ as $W_2^2$, assignment gap and path gap, each zero or more."
-    parts:dict[str, tuple[float, float, float]] # `"all"`, `"class 0"`, ..., `"stage 1"`, ... to (optimal, assignment, path)
+    parts:dict[str, Parts] # `"all"`, `"class 0"`, ..., `"stage 1"`, ... to `optimal`, `assignment` and `path`
     gaps:tuple[Gap, ...]                        # of all samples, one per stage
     reduction:str                               # squared distances over features: `"mean"` or `"sum"`
     notes:tuple[str, ...]=()                    # what the reader must know of single rows
     def total(self, row:str="all")->float:
         "Sum of the three parts: action times time."
-        return sum(self.parts[row])
-    def shares(self, row:str="all")->tuple[float, float, float]:
+        return self.parts[row].total
+    def shares(self, row:str="all")->Parts:
         "Shares of the three parts; they add up to 1 if anything moves."
-        return tuple(part / self.total(row) if self.total(row) else 0. for part in self.parts[row])
+        return Parts(*(part / self.total(row) if self.total(row) else 0. for part in self.parts[row]))
     @property
     def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
@@ -570,10 +578,10 @@ def _split_stage(stage:Trajectory, y:Tensor|None, reduction:str, settings:dict)-
     path = len(steps) * (steps - steps.mean(0)).square().sum((0, 2)) / (x.shape[2] if reduction == "mean" else 1)
     if not (path := _ldexp(path, 2 * power)).isfinite().all(): raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
     x = _ldexp(x, power)
-    rows = {"all": (gap.w2, gap.gap, path.mean().item())}
+    rows = {"all": Parts(gap.w2, gap.gap, path.mean().item())}
     for c in [] if y is None else y.unique().tolist():
         at = y == c
-        rows[f"class {c}"] = (*_ends(x[:, at], reduction, settings), path[at].mean().item())
+        rows[f"class {c}"] = Parts(*_ends(x[:, at], reduction, settings), path[at].mean().item())
     return rows, gap
 
 def _check_trajectory(traj:Trajectory)->Trajectory:
@@ -600,7 +608,7 @@ def action_split(
     stages = _check_trajectory(traj).stages
     y = _check_labels(y, traj.B)
     split = [_split_stage(stage, y, reduction, settings) for stage in stages]
-    parts = {row: tuple(map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
+    parts = {row: Parts(*map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
     if len(split) > 1: parts |= {f"stage {s}" + f", {row}" * (row != "all"): v for s, (rows, _) in enumerate(split, 1) for row, v in rows.items()}
     single = [] if y is None else [c for c, n in zip(*y.unique(return_counts=True)) if n == 1]
     notes = (f"Classes {[int(c) for c in single]} have one sample, hence no assignment gap.",) if single else ()
@@ -609,13 +617,13 @@ def action_split(
 # %% ../nbs/04_transport.ipynb #be7aa6f7
 @patch
 def __repr__(self:ActionSplit):
-    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], PARTS)) + f" = {self.total(row):.4g}"
+    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], Parts._fields)) + f" = {self.total(row):.4g}"
     return "\n".join([f"ActionSplit, {self.reduction} over features", *map(line, self.parts)] + [f"Warning: {self.warning}"] * bool(self.warning))
 
 @patch
 def _repr_markdown_(self:ActionSplit):
     head = ["| " + self.reduction + " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |", "|:--|--:|--:|--:|--:|--:|"]
-    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row)[0]:.1%} |"
+    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row).optimal:.1%} |"
     return "\n".join(head + list(map(line, self.parts))) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 # %% ../nbs/04_transport.ipynb #7a88bf07
@@ -883,7 +891,7 @@ def measure_transport(
     straightness = torch.stack([s.straightness().mean() for s in scaled])
     walks, pairs, rings = mccann(traj, reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
     record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed, warning=split.warning)
-    record |= {f"{row}: {part}": v for row in split.parts for part, v in zip((*PARTS, "total"), (*split.parts[row], split.total(row)))}
+    record |= {f"{row}: {part}": v for row in split.parts for part, v in (*split.parts[row]._asdict().items(), ("total", split.total(row)))}
     for name in ("displacement", "w2", "gap", "relative", "interval", "self_share", "sensitivity", "twins"): record[f"gap: {name}"] = [getattr(g, name) for g in split.gaps]
     return _plain(record | dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs], cyclical_3=[v.rate for v in rings],
         mccann_distance=[(m.distance.max() / m.length).item() if m.length else None for m in walks],
