@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from .checks import Axes, checked, described, number, whole
 from .dynamics import colours, Trajectory
 from .files import as_text
 from .kinetic import _check_reduction
+
 
 # %% ../nbs/04_transport.ipynb #e083da7e
 def _gib(size:float)->str: return f"{size / 2**30:,.3g} GiB"
@@ -528,6 +528,9 @@ def plot(self:GapCurve,
     ax.legend(frameon=False)
     return ax
 
+# %% ../nbs/04_transport.ipynb #04c10001
+from typing import NamedTuple
+
 # %% ../nbs/04_transport.ipynb #74d89c53
 class Parts(NamedTuple):
     "What an action is made of: the three parts, or the share of each."
@@ -547,6 +550,7 @@ class ActionSplit:
     gaps:tuple[Gap, ...]                        # of all samples, one per stage
     reduction:str                               # squared distances over features: `"mean"` or `"sum"`
     notes:tuple[str, ...]=()                    # what the reader must know of single rows
+    def __post_init__(self): object.__setattr__(self, "parts", {row: Parts(*parts) for row, parts in self.parts.items()})
     def total(self, row:str="all")->float:
         "Sum of the three parts: action times time."
         return self.parts[row].total
@@ -578,10 +582,10 @@ def _split_stage(stage:Trajectory, y:Tensor|None, reduction:str, settings:dict)-
     path = len(steps) * (steps - steps.mean(0)).square().sum((0, 2)) / (x.shape[2] if reduction == "mean" else 1)
     if not (path := _ldexp(path, 2 * power)).isfinite().all(): raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
     x = _ldexp(x, power)
-    rows = {"all": Parts(gap.w2, gap.gap, path.mean().item())}
+    rows = {"all": (gap.w2, gap.gap, path.mean().item())}
     for c in [] if y is None else y.unique().tolist():
         at = y == c
-        rows[f"class {c}"] = Parts(*_ends(x[:, at], reduction, settings), path[at].mean().item())
+        rows[f"class {c}"] = (*_ends(x[:, at], reduction, settings), path[at].mean().item())
     return rows, gap
 
 def _check_trajectory(traj:Trajectory)->Trajectory:
@@ -608,7 +612,7 @@ def action_split(
     stages = _check_trajectory(traj).stages
     y = _check_labels(y, traj.B)
     split = [_split_stage(stage, y, reduction, settings) for stage in stages]
-    parts = {row: Parts(*map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
+    parts = {row: tuple(map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
     if len(split) > 1: parts |= {f"stage {s}" + f", {row}" * (row != "all"): v for s, (rows, _) in enumerate(split, 1) for row, v in rows.items()}
     single = [] if y is None else [c for c, n in zip(*y.unique(return_counts=True)) if n == 1]
     notes = (f"Classes {[int(c) for c in single]} have one sample, hence no assignment gap.",) if single else ()
