@@ -509,23 +509,35 @@ def plot(self:GapCurve,
     ax.legend(frameon=False)
     return ax
 
+# %% ../nbs/04_transport.ipynb #04c10001
+from typing import NamedTuple
+
 # %% ../nbs/04_transport.ipynb #74d89c53
-PARTS = ("optimal", "assignment", "path")
+class Parts(NamedTuple):
+    "What an action is made of: the three parts, or the share of each."
+    optimal:float    # what the optimal assignment of start to end costs, $W_2^2$
+    assignment:float # what going to other ends than those costs on top
+    path:float       # what is lost on the way, by detours and an uneven pace
+    @property
+    def total(self)->float:
+        "Sum of the three."
+        return sum(self)
 
 # %% ../nbs/04_transport.ipynb #7dd2fc3a
 @dataclass(frozen=True)
 class ActionSplit:
     r"$K \sum_k |x_{k+1}-x_k|^2$ as $W_2^2$, assignment gap and path gap, each zero or more."
-    parts:dict[str, tuple[float, float, float]] # `"all"`, `"class 0"`, ..., `"stage 1"`, ... to (optimal, assignment, path)
+    parts:dict[str, Parts] # `"all"`, `"class 0"`, ..., `"stage 1"`, ... to `optimal`, `assignment` and `path`
     gaps:tuple[Gap, ...]                        # of all samples, one per stage
     reduction:str                               # squared distances over features: `"mean"` or `"sum"`
     notes:tuple[str, ...]=()                    # what the reader must know of single rows
+    def __post_init__(self): object.__setattr__(self, "parts", {row: Parts(*parts) for row, parts in self.parts.items()})
     def total(self, row:str="all")->float:
         "Sum of the three parts: action times time."
-        return sum(self.parts[row])
-    def shares(self, row:str="all")->tuple[float, float, float]:
+        return self.parts[row].total
+    def shares(self, row:str="all")->Parts:
         "Shares of the three parts; they add up to 1 if anything moves."
-        return tuple(part / self.total(row) if self.total(row) else 0. for part in self.parts[row])
+        return Parts(*(part / self.total(row) if self.total(row) else 0. for part in self.parts[row]))
     @property
     def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
@@ -579,13 +591,13 @@ def action_split(
 # %% ../nbs/04_transport.ipynb #be7aa6f7
 @patch
 def __repr__(self:ActionSplit):
-    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], PARTS)) + f" = {self.total(row):.4g}"
+    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], Parts._fields)) + f" = {self.total(row):.4g}"
     return "\n".join([f"ActionSplit, {self.reduction} over features", *map(line, self.parts)] + [f"Warning: {self.warning}"] * bool(self.warning))
 
 @patch
 def _repr_markdown_(self:ActionSplit):
     head = ["| " + self.reduction + " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |", "|:--|--:|--:|--:|--:|--:|"]
-    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row)[0]:.1%} |"
+    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row).optimal:.1%} |"
     return "\n".join(head + list(map(line, self.parts))) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 # %% ../nbs/04_transport.ipynb #7a88bf07
@@ -844,7 +856,7 @@ def measure_transport(
     straightness = torch.stack([s.straightness().mean() for s in scaled])
     walks, pairs, rings = mccann(traj, reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
     record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed, warning=split.warning)
-    record |= {f"{row}: {part}": v for row in split.parts for part, v in zip((*PARTS, "total"), (*split.parts[row], split.total(row)))}
+    record |= {f"{row}: {part}": v for row in split.parts for part, v in (*split.parts[row]._asdict().items(), ("total", split.total(row)))}
     for name in ("displacement", "w2", "gap", "relative", "interval", "self_share", "sensitivity", "twins"): record[f"gap: {name}"] = [getattr(g, name) for g in split.gaps]
     record["gap: interval"] = [list(g.interval) for g in split.gaps]
     record |= dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs], cyclical_3=[v.rate for v in rings],
