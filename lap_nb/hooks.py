@@ -346,15 +346,19 @@ def check(self:SampleAxes,
 
 # %% ../nbs/02_attach.ipynb #8dc89c3e
 import math
+import random
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import FunctionType, MethodType
 from typing import Any
+
+import numpy as np
 
 from lap_nb.checks import as_given, check_tensor, described, several
 from lap_nb.dynamics import ResidualBlock, call_network
@@ -654,12 +658,63 @@ class Aside:
         if self.stance is not None: torch._dynamo.eval_frame._set_stance(self.stance)
         for w, paused in self.watchers: w.paused = paused
 
+# %% ../nbs/02_attach.ipynb #a1f0d031
+def _package(kind:type)->str: return kind.__module__.partition(".")[0]
+
+class _Kept:
+    "What objects hold in plain attributes, containers, tensors and generators; `back` may be called at any time and twice."
+    def __init__(self): self.seen, self.undo = {}, []   # seen: objects by id, which keeps them alive
+
+    def note(self, value, home:str):
+        "Note a value and what is in it, with objects of a class of package `home`."
+        todo = [value]
+        while todo:
+            v = todo.pop()
+            if id(v) in self.seen or isinstance(v, (str, bytes, int, float, type(None), type, FunctionType, MethodType, nn.Module, nn.Parameter)): continue
+            self.seen[id(v)] = v
+            if isinstance(v, Tensor): self._tensor(v)
+            elif isinstance(v, dict): self.undo.append(partial(_refill_dict, v, dict(v))); todo += v.values()
+            elif isinstance(v, (list, deque)): self.undo.append(partial(_refill, v, list(v), "extend")); todo += v
+            elif isinstance(v, set): self.undo.append(partial(_refill, v, set(v), "update"))
+            elif isinstance(v, tuple): todo += v
+            elif isinstance(v, torch.Generator): self.undo.append(partial(v.set_state, v.get_state()))
+            elif isinstance(v, random.Random): self.undo.append(partial(v.setstate, v.getstate()))
+            elif isinstance(v, np.random.Generator): self.undo.append(partial(setattr, v.bit_generator, "state", v.bit_generator.state))
+            elif _package(type(v)) == home and isinstance(getattr(v, "__dict__", None), dict): todo.append(vars(v))
+
+    def _tensor(self, t:Tensor):
+        if t.is_meta or t.layout != torch.strided: return
+        version, old = version_of(t), t.detach().clone()
+        self.undo.append(lambda: t.data.copy_(old) if version_of(t) != version else None)
+
+    def module(self, module:nn.Module):
+        "Note what a module holds, hooks left out."
+        own = {k: v for k, v in vars(module).items() if "hooks" not in k and k not in ("forward", "training")}
+        for k in own: self.note(own[k], _package(type(module)))
+        kind = type(module)
+        self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
+
+    def back(self):
+        for undo in self.undo: undo()
+
+def _refill_dict(d:dict, old:dict):
+    if d.keys() != old.keys() or any(d[k] is not v for k, v in old.items()): d.clear(); d.update(old)
+
+def _refill(items, old, how:str):
+    if len(items) != len(old) or any(a is not b for a, b in zip(items, old)): items.clear(); getattr(items, how)(old)
+
+def _reset(module:nn.Module, own:dict):
+    now = vars(module)
+    for k in [k for k in now if k not in own and "hooks" not in k and k not in ("forward", "training")]: del now[k]
+    for k, v in own.items():
+        if now.get(k) is not v: now[k] = v
+
 # %% ../nbs/02_attach.ipynb #5295d5c0
 class _Quiet(Aside):
     "A pass on the side of which nothing is left: in evaluation mode, with a graph that keeps no activations; buffers and random state are put back."
     def __init__(self, root:nn.Module):
         super().__init__(root)
-        self.root, self.dropped, self.modes, self.buffers, self.randoms = root, [], [], [], []
+        self.root, self.dropped, self.modes, self.kept, self.weights, self.randoms = root, [], [], _Kept(), [], []
         self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
         drop = self.dropped.append   # returns None: that is what is kept of an activation; a single number may be a factor
         self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() if t.numel() == 1 else drop(None), lambda t: t)
@@ -667,9 +722,13 @@ class _Quiet(Aside):
     def keep(self):
         "Note what `end` puts back."
         self.modes = [(m, m.training) for m in self.root.modules()]
-        self.buffers = [(m, k, b, None if b is None else (version_of(b), b.clone())) for m in self.root.modules() for k, b in m._buffers.items()]
+        own = [m for m in self.root.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]   # they may do more than set a mode
+        self.weights = [(p, p.detach().clone()) for m in own for p in m._parameters.values() if p is not None and not p.is_meta]
+        kept = _Kept()
+        for m in self.root.modules(): kept.module(m)
+        self.kept = kept
         devices = {t.device.index or 0 for t in chain(self.root.parameters(), self.root.buffers()) if t.is_cuda}
-        self.randoms = [(torch.set_rng_state, torch.get_rng_state())]
+        self.randoms = [(torch.set_rng_state, torch.get_rng_state()), (random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
         self.randoms += [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in sorted(devices)]
 
     def begin(self):
@@ -691,10 +750,12 @@ class _Quiet(Aside):
         if self.drops(): self.saved.__exit__()
         if self.inference is not None and not torch.is_inference_mode_enabled(): self.inference.__exit__(None, None, None)
         torch.set_grad_enabled(self.grad)
+        for m, mode in self.modes:
+            if m.training != mode: m.train(mode)   # as the module itself does it, then each part as it was
         for m, mode in self.modes: m.training = mode
-        for m, k, b, old in self.buffers:
-            m._buffers[k] = b
-            if b is not None and version_of(b) != old[0]: b.data.copy_(old[1])
+        self.kept.back()
+        for p, old in self.weights:
+            if not torch.equal(p, old): p.data.copy_(old)
         for put, state in self.randoms: put(state)
         super().end()
 

@@ -488,7 +488,7 @@ def _advice(meter:EnergyMeter, note:_Passes, passes:int, several:bool, sums:dict
     if hidden := [name for name, why in note.idle.items() if why == _CHECKPOINT]:
         return f"; {min(hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
     missing = [name for name in meter.blocks if name not in sums]
-    if passes == 1 and missing and (long := max(meter.takes[sums == {}], 1)) > _PATIENCE: return f"; {missing[0]!r} was not called in {long} passes: leave it out of blocks"
+    if passes == 1 and missing and (long := meter.takes[0 if sums else 1]) > _PATIENCE: return f"; {missing[0]!r} was not called in {long} passes: leave it out of blocks"
     if passes or sums:
         return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
     return "; blocks in a gradient checkpoint need use_reentrant=False, and a pass counts in the thread that made it"

@@ -1,9 +1,14 @@
 "Watching networks that nobody edited: their blocks, and energies equal to residuals computed by hand inside them."
+import collections
+import copy
+import dataclasses
 import gc
+import random
 import threading
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -619,6 +624,112 @@ def test_names_cost_no_more_than_there_are():
             assert len(find_blocks(net, torch.randn(2, 2))) == K
         return count
     assert looks(200) <= 2.1 * looks(100)
+
+
+# The model stays as it was
+
+@dataclasses.dataclass
+class Memory:
+    keys: list
+    last: object = None
+
+
+class Keeps(nn.Module):
+    "A block with everything that modules keep for themselves, written to at each call."
+    def __init__(self):
+        super().__init__()
+        self.f, self.cache, self.calls, self.seen, self.memory = nn.Linear(4, 4), {}, 0, [], Memory([])
+        self.queue, self.names, self.nested = collections.deque(maxlen=2), set(), {"a": [torch.zeros(2)], "b": ([],)}
+        self.stat, self.gone = torch.zeros(4), "soon"
+        self.generator, self.python, self.numpy = torch.Generator(), random.Random(0), np.random.default_rng(0)
+        self.register_buffer("moved", torch.zeros(()))
+
+    def forward(self, x):
+        y = self.f(x)
+        self.cache["mode", self.training] = y
+        self.calls += 1
+        self.seen.append(y); self.memory.keys.append(y); self.memory.last = y; self.queue.append(y); self.names.add(len(self.names)); self.nested["a"].append(y); self.nested["b"][0].append(y); self.nested["a"][0] += 1
+        self.stat += 1; self.moved += 1
+        self.new, self.other = y, {"y": y}
+        if hasattr(self, "gone"): del self.gone
+        self.register_buffer("later", y.detach())
+        torch.rand(1, generator=self.generator); self.python.random(); self.numpy.random(); random.random(); np.random.rand(); torch.rand(1)
+        return x + y
+
+
+def kept(net):
+    "All that it holds, as text."
+    def text(v):
+        if isinstance(v, torch.Tensor): return v.tolist(), v.requires_grad
+        if isinstance(v, torch.Generator): return v.get_state().tolist()
+        if isinstance(v, random.Random): return v.getstate()
+        if isinstance(v, np.random.Generator): return str(v.bit_generator.state)
+        if isinstance(v, dict): return {str(k): text(w) for k, w in v.items()}
+        if isinstance(v, (list, tuple, set, collections.deque)): return type(v).__name__, [text(w) for w in v]
+        if isinstance(v, Memory): return text(vars(v))
+        return v if isinstance(v, (int, str, bool, type(None))) else type(v).__name__
+    return [{k: text(v) for k, v in vars(m).items()} for m in net.modules()] + [torch.get_rng_state().tolist(), random.getstate(), text(np.random.get_state()[1].tolist())]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_all_that_modules_keep_for_themselves_is_as_before(mode, warm, fails):
+    net, x = nn.Sequential(Keeps(), Keeps()).train(mode), torch.randn(3, 4)
+    if warm:
+        with torch.no_grad(): net(x)
+    bad = nn.Sequential(*net, nn.Linear(5, 5)).train(mode)
+    before, objects = kept(net), [(m.cache, m.seen, m.memory, m.queue, m.nested["a"], m.stat) for m in net]
+    if fails:
+        with pytest.raises(RuntimeError): find_blocks(bad, x)
+    else: assert list(find_blocks(net, x)) == ["0", "1"]
+    assert kept(net) == before
+    assert all(a is b for m, old in zip(net, objects) for a, b in zip((m.cache, m.seen, m.memory, m.queue, m.nested["a"], m.stat), old))
+    if not warm: copy.deepcopy(net)
+
+
+class Merges(nn.Module):
+    "Merges a branch into its weight when it is to evaluate, as LoRA layers do; with a counter of changes of mode."
+    def __init__(self): super().__init__(); self.w, self.d, self.merged = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4)), False
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.w.data += (-1. if mode else 1.) * self.d.data
+            self.merged = not mode
+        return super().train(mode)
+    def forward(self, x): return x + x @ (self.w if self.merged else self.w + self.d)
+
+
+class Frozen(nn.Sequential):
+    "Keeps its norms in evaluation mode whatever it is told."
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm1d): m.training = False
+        return self
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_are_set_as_the_modules_set_them(mode):
+    x = torch.randn(3, 4)
+    net = nn.Sequential(Merges(), Frozen(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()), Merges()).train(mode)
+    net[2].eval()
+    modes, weights, want = [(m.training, getattr(m, "merged", None)) for m in net.modules()], [p.clone() for p in net.parameters()], net[0](x)
+    find_blocks(net, x)
+    assert [(m.training, getattr(m, "merged", None)) for m in net.modules()] == modes
+    for p, old in zip(net.parameters(), weights): assert_close(p, old, rtol=0, atol=0)
+    assert_close(net[0](x), want, rtol=0, atol=0)
+
+
+def test_caches_of_an_evaluation_are_not_left(transformers):
+    small = dict(image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[2, 2, 2], key_dim=[8, 8, 8], attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2], drop_path_rate=0)
+    net, x = transformers.LevitModel(transformers.LevitConfig(**small)).train(), torch.randn(2, 3, 64, 64)
+    twin = copy.deepcopy(net)
+    find_blocks(net, x)
+    copy.deepcopy(net)
+    with torch.no_grad():
+        for n in (net, twin):
+            for p in n.parameters(): p += .1
+        assert_close(net.eval()(x).last_hidden_state, twin.eval()(x).last_hidden_state)
 
 
 # Tracing
