@@ -70,7 +70,7 @@ def visit(browser, url, **options):
     page.on('response', lambda response: response.status >= 400 and faults.append(f'{response.status}: {response.url}'))
     page.on('request', lambda request: request.url.startswith((home, 'data:', 'blob:')) or faults.append(f'external: {request.url}'))
     page.goto(url)
-    page.evaluate('Promise.all([window.MathJax?.startup.promise, document.fonts.ready])')
+    page.evaluate('document.fonts.ready')
     if page.query_selector('.cell-widget'): page.wait_for_selector('.cell-widget .jupyter-widgets')
     yield page
     context.close()
@@ -150,6 +150,12 @@ def test_first_page_is_light(browser, address, site):
         page.evaluate('document.fonts.ready')
     sizes = {name: (site / name).stat().st_size for url in loaded if (name := url.removeprefix(address)) and url.startswith(address)}
     assert {'index.html', 'explorable.js'} <= set(sizes) and sum(sizes.values()) < 320_000, f'{sum(sizes.values()):,} bytes: {sizes}'
+
+
+def test_pages_are_below_a_megabyte(site):
+    "Without figures; and formulas need no script."
+    assert not [page for page in PAGES if (site / page).stat().st_size > 1_000_000]
+    assert not list(site.rglob('tex-*.js')) and not [page for page in PAGES if r'\(' in re.sub(r'<(script|pre|code)\b.*?</\1>', '', (site / page).read_text(encoding='utf-8'), flags=re.S)]
 
 
 def test_internal_links(contents, site):
@@ -497,6 +503,17 @@ def test_sidebar_and_notebooks_must_agree(scripts, tmp_path):
     config = {'website': {'sidebar': {'contents': [{'section': 'Part', 'contents': ['old.ipynb']}]}}}
     with pytest.raises(scripts['render'].SiteError, match=r'old.ipynb is listed(.|\n)*new.ipynb is not listed'):
         scripts['render'].check_sidebar(config, tmp_path)
+
+
+def test_a_formula_that_cannot_be_typeset_is_named(scripts, tmp_path):
+    page = tmp_path / 'page.html'
+    for tex, wrong in (('x &lt; y', False), (r'\frac{1}{', True), (r'\nosuchmacro', True)):
+        page.write_text(rf'<main><span class="math inline">\({tex}\)</span></main>', encoding='utf-8')
+        if not wrong:
+            scripts['render'].typeset([page], tmp_path / 'maths.css')
+            assert '<mjx-container' in page.read_text(encoding='utf-8') and (tmp_path / 'maths.css').stat().st_size
+        else:
+            with pytest.raises(scripts['render'].SiteError, match=f'page.html: .*{re.escape(tex)}'): scripts['render'].typeset([page], tmp_path / 'maths.css')
 
 
 def test_missing_assets_have_a_remedy(copy):

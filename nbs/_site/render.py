@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from importlib import import_module
 from pathlib import Path
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FONTS = [f'@fontsource-variable/{name}/files/{name}-latin-wght-{style}.woff2'
          for name in ('source-serif-4', 'source-sans-3', 'source-code-pro') for style in ('normal', 'italic')]
-VENDORED = ['mathjax/es5/tex-svg-full.js', 'requirejs/require.js', '@jupyter-widgets/html-manager/dist/embed-amd.js', *FONTS]
+VENDORED = ['requirejs/require.js', '@jupyter-widgets/html-manager/dist/embed-amd.js', *FONTS]
 MARKDOWN = 'markdown+lists_without_preceding_blankline+autolink_bare_uris'
 
 
@@ -84,6 +84,7 @@ def pandoc_site(processed, out):
     if broken := broken_links(pages, out): raise SiteError('\n  '.join(['broken links', *broken]))
     index = [section for name, page in pages.items() for section in page.search_entries(name)]
     (out / 'search-index.js').write_text(f'searchIndex = {json.dumps(index, ensure_ascii=False)}\n', encoding='utf-8')
+    typeset([out / c.page for c in chapters], out / 'maths.css')
 
 
 def load_config(folder):
@@ -135,13 +136,33 @@ def write_page(config, chapters, number, out):
     if '{.explorable' in chapter.markdown: variables['explorable'] = 'true'
     done = subprocess.run(
         [pypandoc.get_pandoc_path(), '-f', MARKDOWN, '-t', 'html5', '--template', HERE / 'page.html', '--toc',
-         f'--toc-depth={config["format"]["html"]["toc-depth"]}', '--mathjax=vendor/tex-svg-full.js', '--wrap=preserve',
+         f'--toc-depth={config["format"]["html"]["toc-depth"]}', '--mathjax', '--wrap=preserve',
          '-L', HERE / 'quarto.lua', *(f'--variable={name}={value}' for name, value in variables.items())],
         input=chapter.markdown + chapter.widgets, capture_output=True, text=True, encoding='utf-8')
     if done.returncode or done.stderr: raise SiteError(f'{chapter.notebook}: pandoc: {done.stderr.strip()}')
     html = LinkRewriter(website, chapters).rewrite(done.stdout)
     html = re.sub(r' id="toc-[^"]*"', '', html)  # the contents stand on the page twice
     (out / chapter.page).write_text(html, encoding='utf-8')
+
+
+FORMULA = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]]</span>', re.S)
+
+
+def typeset(pages, style):
+    "Put pictures of the formulas into the pages: they need no script then."
+    texts = {page: page.read_text(encoding='utf-8') for page in pages}
+    formulas = [[{'tex': unescape(tex), 'display': kind == 'display'} for _, kind, tex in FORMULA.findall(text)] for text in texts.values()]
+    if not shutil.which('node'): raise SiteError('node is missing: install Node.js, which typesets the formulas')
+    done = subprocess.run(['node', HERE / 'maths.mjs'], input=json.dumps(formulas), capture_output=True, text=True, encoding='utf-8')
+    if done.returncode: raise SiteError(f'maths.mjs: {done.stderr.strip()}')
+    made = json.loads(done.stdout)
+    for (page, text), found, drawn in zip(texts.items(), formulas, made['pages']):
+        if bad := next((f['tex'] for f, picture in zip(found, drawn['typeset']) if 'data-mjx-error' in picture), None):
+            raise SiteError(f'{page.name}: a formula that cannot be typeset: {bad}')
+        pictures = iter(drawn['typeset'])
+        text = FORMULA.sub(lambda formula: f'{formula[1]}{next(pictures)}</span>', text)
+        if found: page.write_text(text.replace('</main>', drawn['glyphs'] + '</main>'), encoding='utf-8')
+    style.write_text(made['style'], encoding='utf-8')
 
 
 def twin(page): return page.replace('.html', '.md')

@@ -13,13 +13,6 @@ function setScheme(scheme) {
 
 setScheme(remembered() ?? (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'))
 
-window.MathJax = {
-  options: {enableMenu: false, ignoreHtmlClass: 'columns', processHtmlClass: 'math'},
-  // The widgets' script speaks to version 2 of MathJax, before this one has loaded or after; what it would ask for is done already.
-  Hub: {Queue() {}},
-  startup: {ready() { MathJax.startup.defaultReady(); MathJax.Hub = {Queue() {}}; MathJax.startup.promise.then(() => dispatchEvent(new Event('resize'))) }},
-}
-
 addEventListener('DOMContentLoaded', () => {
   setScheme(root.dataset.scheme)
   $('#theme').onclick = () => {
