@@ -1,32 +1,54 @@
 "The comparison as users meet it: the command, its files, and its mistakes."
 import gzip
 import hashlib
-import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from lap_nb.lab import compare as module
+from lap_nb.data import digits
+from lap_nb.nets import dense_net, init_velocities_
+from lap_nb.ensembles import fit_many
+from lap_nb.kinetic import block_energies
+from lap_nb.lab import run
+from lap_nb.lab.analysis import Records
+from lap_nb.lab.catalogue import comparison, load_study
 from lap_nb.lab.cli import lap_compare
-from lap_nb.lab.compare import Comparison, METHODS, compare
+from lap_nb.lab.compare import METHODS, Comparison, compare
+from lap_nb.lab.run import run_study
+from lap_nb.least_action import LeastAction
 
 SMALL = dict(seeds=2, epochs=2, n=30)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def result(): return compare(**SMALL)
+def out(tmp_path_factory): return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def result(out): return compare(**SMALL, out=out)
+
+
+@pytest.fixture
+def copy(result, out, tmp_path):
+    "The files of `result`, in a folder of their own."
+    for name in ("lap_compare.jsonl", "lap_compare.png"): shutil.copy(out / name, tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
 def no_training(monkeypatch):
     "Fail if anything is trained."
     def refuse(*args, **kwargs): raise AssertionError("training started before the mistake was found")
-    monkeypatch.setattr(module, "fit_many", refuse)
+    monkeypatch.setattr(run, "fit_many", refuse)
 
 
 def refused(capsys, **settings):
@@ -36,54 +58,94 @@ def refused(capsys, **settings):
     return capsys.readouterr().err
 
 
-def test_rows_are_complete_and_plain_json(result):
+def test_rows_are_complete(result):
     keys = {"method", "seed", "n", "test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness", "lambda"}
-    assert [(r["method"], r["seed"]) for r in result.rows] == [(m, s) for m in METHODS for s in range(2)]
-    for row in result.rows:
-        assert keys <= set(row) and (row["lambda"] is None) == (row["method"] != "least-action")
-        assert row["energy_per_sample"] == pytest.approx(sum(row["energy_per_block"]))
-        assert 0 <= row["straightness"] <= 1 and 0 <= row["test_accuracy_last"] <= 1
-    json.dumps([result.provenance, result.rows, result.example], allow_nan=False)
+    assert [[r["seed"] for r in result.of(m).rows] for m in METHODS] == [[0, 1]] * 3 and len(result.rows) == 6
+    for method in METHODS:
+        for row in result.of(method).rows:
+            assert keys <= set(row) and (row["lambda"] is None) == (method != "least-action")
+            assert row["energy_per_sample"] == pytest.approx(sum(row["energy_per_block"]), rel=1e-5)
+            assert 0 <= row["straightness"] <= 1 and 0 <= row["test_accuracy_last"] <= 1
+
+
+@pytest.mark.parametrize("method, gain, objective", [("plain", None, None), ("gain-0.3", .3, None), ("least-action", None, partial(LeastAction, lambda0=1., tau=1.))])
+def test_rows_are_what_a_training_by_hand_gives(result, method, gain, objective):
+    "With `fit_many`'s own settings; a record keeps six digits."
+    split = digits().splits(SMALL["n"], range(2))
+    make = lambda: dense_net(64, 10) if gain is None else init_velocities_(dense_net(64, 10), gain)
+    runs = fit_many(make, split, range(2), objective, epochs=SMALL["epochs"])
+    for i, row in enumerate(result.tried.where(method=method).rows):
+        with torch.no_grad(): traj = runs[i].model.eval().trajectory(split.x[split.test])
+        mine = [runs[i].last["test_accuracy"].item(), runs[i].best_test_accuracy.item(), block_energies(traj).mean(1).sum().item(), traj.straightness().mean().item()]
+        theirs = [row[k] for k in ("test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness")]
+        torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), rtol=1e-5, atol=1e-6)
 
 
 def test_gain_is_chosen_by_validation(result):
-    tried = result.provenance["validation_accuracy_of_gain"]
-    assert {r["gain"] for r in result.rows if r["method"] == "plain-tuned"} == {float(max(tried, key=tried.get))}
+    tried = {gain: rows.values("val_accuracy_last").mean().item() for gain, rows in result.tried.where(family="plain-tuned").by("gain").items()}
+    assert len(tried) == 5 and {r["gain"] for r in result.of("plain-tuned").rows} == {max(tried, key=tried.get)}
 
 
-def test_same_seeds_give_the_same_table(result): assert compare(**SMALL).table() == result.table()
+def test_same_seeds_give_the_same_table(result, tmp_path): assert compare(**SMALL, out=tmp_path).table() == result.table()
 
 
-def test_more_seeds_leave_the_first_ones_alone(result):
-    more = compare(**SMALL | dict(seeds=3))
-    for method in ("plain", "least-action"):
-        torch.testing.assert_close(more.values(method, "energy_per_sample")[:2], result.values(method, "energy_per_sample"), rtol=1e-3, atol=0)
+def test_more_seeds_are_added_and_the_first_ones_stay(result, copy):
+    before = (copy / "lap_compare.jsonl").read_bytes()
+    more = compare(**SMALL | dict(seeds=3), out=copy, resume=True)
+    for method in METHODS: assert len(more.of(method)) == 3
+    assert more.of("plain").rows[:2] == result.of("plain").rows and (copy / "lap_compare.jsonl").read_bytes().startswith(before)
+
+
+def test_a_record_holds_several_comparisons(result, copy):
+    other = compare(**SMALL | dict(epochs=1), out=copy, resume=True)
+    assert other.table() != result.table() == Comparison.load(copy, comparison(**SMALL)).table()
 
 
 def test_advantage_is_paired(result):
-    by_hand = [100 * (a["test_accuracy_last"] - b["test_accuracy_last"]) for a, b in zip(result.rows[4:], result.rows[:2])]
+    by_hand = [100 * (a["test_accuracy_last"] - b["test_accuracy_last"]) for a, b in zip(result.of("least-action").rows, result.of("plain").rows)]
     assert result.advantage("plain").mean == pytest.approx(sum(by_hand) / 2)
 
 
-def test_saved_record_draws_the_same_table_and_picture(result, tmp_path):
-    record, picture = result.save(tmp_path)
-    again = Comparison.load(record)
-    assert again.table() == result.table() and again.png() == picture.read_bytes()
+def test_saved_record_draws_the_same_table_and_picture(result, out):
+    again = Comparison.load(out, comparison(**SMALL))
+    assert again.table() == result.table() and again.png() == (out / "lap_compare.png").read_bytes()
 
 
-def test_failed_write_leaves_nothing_behind(result, tmp_path, monkeypatch):
-    record, picture = result.save(tmp_path)
-    before = record.read_bytes()
+def test_it_is_a_study_like_the_others(result, copy):
+    study = comparison(**SMALL)
+    assert load_study("lap_compare").grids == comparison().grids and run_study(study, copy, device="cpu") == 0
+
+
+def test_the_demo_is_on_record():
+    "Its means, as `fit_many` gives them by hand from the same seeds, to the digits of a record."
+    recorded = Comparison.load(ROOT / "nbs" / "results")
+    assert [recorded.of(m).confidence_interval().mean for m in METHODS] == pytest.approx([93.475712, 94.162479, 95.778895], abs=1e-4)
+    assert [str(recorded.of(m).confidence_interval()) for m in METHODS] == ["93.5 ± 0.4", "94.2 ± 0.3", "95.8 ± 0.3"]
+
+
+def test_diverged_networks_are_not_averaged_away(result):
+    rows = [row | dict(diverged=True, test_accuracy_last=None) if (row["method"], row["seed"]) == ("least-action", 1) else row for row in result.rows.rows]
+    broken = replace(result, rows=Records(rows, result.rows.runs))
+    for show in (broken.table, broken.plot, broken.advantage):
+        with pytest.raises(FloatingPointError, match="least-action diverged with the seeds 1: there is nothing to compare, lower lambda0 or tau"): show()
+
+
+def test_a_record_that_is_not_complete_is_refused(result, copy):
+    with pytest.raises(ValueError, match="has 18 of 25 networks: go on with it by lap_compare --resume"): Comparison.load(copy, comparison(**SMALL | dict(seeds=3)))
+
+
+def test_failed_write_leaves_nothing_behind(copy, monkeypatch):
+    before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"): result.save(tmp_path, force=True)
-    assert record.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {record.name, picture.name}
+    with pytest.raises(OSError, match="disk full"): compare(**SMALL, out=copy, force=True)
+    assert {p.name: p.read_bytes() for p in copy.iterdir() if not p.name.startswith(".")} == before and not list(copy.glob(".lap_compare-*"))
 
 
-@pytest.mark.parametrize("content, message", [("{", "not a JSON file"), ("[]", "format None"), ('{"format": 99}', "format 99, expected 1")])
-def test_foreign_records_are_refused(content, message, tmp_path):
-    file = tmp_path / "x.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message): Comparison.load(file)
+def test_force_begins_anew(copy):
+    before = (copy / "lap_compare.jsonl").read_bytes()
+    compare(**SMALL, out=copy, force=True)
+    after = (copy / "lap_compare.jsonl").read_bytes()
+    assert after != before and len(after.splitlines()) == len(before.splitlines()) and not list(copy.glob(".lap_compare-*"))
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -97,11 +159,12 @@ def test_mistakes_are_said_before_any_training(settings, message, capsys, no_tra
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_results_are_kept(capsys, no_training, tmp_path):
-    kept = tmp_path / "lap_compare.json"
+@pytest.mark.parametrize("name", ["lap_compare.jsonl", "lap_compare.png"])
+def test_existing_results_are_kept(name, capsys, no_training, tmp_path):
+    kept = tmp_path / name
     kept.write_text("mine")
     said = refused(capsys, out=str(tmp_path))
-    assert str(kept) in said and "--force" in said and kept.read_text() == "mine"
+    assert str(kept) in said and "--force" in said and "--resume" in said and kept.read_text() == "mine"
 
 
 def test_unwritable_folder_is_said_before_training(capsys, no_training, tmp_path):
@@ -130,12 +193,13 @@ def test_command_runs_on_the_plane(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "least-action" in done.stdout and "100%" in done.stderr
-    assert json.loads((tmp_path / "lap_compare.json").read_text())["example"]["data"] == "moons"
+    found = Comparison.load(tmp_path, comparison("moons", 40, 2, 2))
+    assert {row["data"] for row in found.plane.rows} == {"moons"} and (tmp_path / "lap_compare.png").exists()
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_pictures_of_the_real_sets(name):
+def test_pictures_of_the_real_sets(name, tmp_path):
     root = os.environ.get("LAP_NB_DATA") or Path(__file__).parents[2] / "shared" / "data"
     if not all((Path(root) / name).is_dir() for name in ("mnist", "fashion-mnist")): pytest.skip("no folder with the larger data sets: set LAP_NB_DATA")
-    rows = compare(name, n=100, seeds=2, epochs=2, root=str(root)).rows
+    rows = compare(name, n=100, seeds=2, epochs=2, root=str(root), out=tmp_path).rows.rows
     assert len(rows) == 6 and all(len(r["energy_per_block"]) == 9 for r in rows)

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.utils import parameters_to_vector
 
 from conftest import ROOT
-from lap_nb.dynamics import dense_net, Trajectory
+from lap_nb.nets import dense_net
 from lap_nb.kinetic import block_energies
 from lap_nb.least_action import LeastAction
 from lap_nb.transport import action_split

@@ -24,7 +24,6 @@ import torch
 
 from lap_nb import data, files
 from lap_nb.lab import analysis, catalogue, design, store
-from lap_nb.lab.compare import FORMAT, METHODS, Comparison
 from lap_nb.data import file_md5, parse_idx, read_idx, read_npz
 from lap_nb.dynamics import Trajectory
 from lap_nb.ensembles import _read_note
@@ -133,15 +132,6 @@ def checkpoint_file(folder):
     return (folder / 'whole').read_bytes()
 
 
-def comparison_file(folder):
-    rows = [{'method': m, 'seed': s, 'n': 9, 'gain': None, 'test_accuracy_last': .5, 'test_accuracy_best': .6, 'val_accuracy_last': .5,
-             'energy_per_sample': 1.5, 'energy_per_block': [1., .5], 'straightness': .9, 'lambda': 2. if m == 'least-action' else None}
-            for m in METHODS for s in range(2)]
-    paths = {m: [[[0., 1.], [1., 2.]]] * 3 for m in ('plain', 'least-action')}
-    return json.dumps({'format': FORMAT, 'provenance': {'data': 'digits', 'n': 9}, 'rows': rows,
-                       'example': {'data': 'circles', 'labels': [0, 1], 'paths': paths}}).encode()
-
-
 TINY = design.Study('tiny', 'Does it work?', (design.Grid(('circles',), (20,), (design.Method('default'),), seeds=3),))
 
 
@@ -163,12 +153,6 @@ def read_record(path):
         found = load_records('tiny', path.parent, stale=True)
         len(found), found.device, found.where(seed=[0, 1]), repr(found)
         overview(path.parent)
-
-
-def read_comparison(path):
-    found = Comparison.load(path)
-    assert found.table()   # what is accepted can be shown
-    return found
 
 
 def cifar_files(folder):
@@ -233,7 +217,6 @@ READERS = {
     'read_npz': Reader(lambda f: [trajectory_file(f)], read_npz, [damage, repacked]),
     'trajectory': Reader(lambda f: [trajectory_file(f)], Trajectory.load, [damage, repacked]),
     'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint, [damage, repacked], CheckpointError),
-    'comparison': Reader(lambda f: [comparison_file(f)], read_comparison, [damage, twisted_json]),
     'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record], name='tiny.jsonl'),
     'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {}, 'ways': [['batched', 'grouped']], 'rows': [[0]]}).encode()],
                        _read_note, [damage, twisted_json]),
@@ -288,7 +271,7 @@ OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|
 # The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process
 # sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
 # Trainer's own file is whole (`_lacks`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
-OPENING = {'lab.compare.load', 'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics._read', 'ensembles._noted',
+OPENING = {'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics._read', 'ensembles._noted',
            'ensembles._read_note', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
            'lab.store.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'checks.free_memory'}

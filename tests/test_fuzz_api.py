@@ -5,7 +5,6 @@ NaN that was not put in, or an exception that a `raise` of lap_nb raised. Nothin
 LAP_NB_FUZZ sets the number of calls over all names; `python tests/test_fuzz_api.py 100000` runs them and prints what it found.
 """
 import ast
-import collections
 import contextlib
 import dataclasses
 import importlib

@@ -17,7 +17,7 @@ from conftest import ROOT, check, copy_checkout, run
 MODULES = sorted(p.relative_to(ROOT / 'lap_nb').as_posix() for p in (ROOT / 'lap_nb').rglob('*.py'))
 NAMES = ['lap_nb.' + name.removesuffix('.py').replace('/', '.') for name in MODULES if not name.split('/')[-1].startswith('_')]
 DEV_PACKAGES = 'nbdev pytest jupyterlab jupytext playwright'.split()
-OPTIONS = '--data --n --seeds --epochs --device --out --force --lambda0 --tau --every'.split()
+OPTIONS = '--data --n --seeds --epochs --device --out --resume --force --lambda0 --tau --every'.split()
 METHODS = {'plain', 'plain-tuned', 'least-action'}
 MEASURES = ['test_accuracy_last', 'test_accuracy_best', 'energy_per_sample', 'straightness']
 
@@ -124,11 +124,10 @@ def test_commands_work_with_the_next_fastcore(installed, tmp_path):
 
 
 def test_compare_writes_the_record(compared):
-    record = json.loads((compared[0] / 'lap_compare.json').read_text(encoding='utf-8'))
-    assert record['provenance']
-    rows = record['rows']
-    assert {(row['method'], row['seed']) for row in rows} == {(m, s) for m in METHODS for s in {r['seed'] for r in rows}}
-    assert len(rows) == 6
+    lines = [json.loads(line) for line in (compared[0] / 'lap_compare.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert {line['study'] for line in lines} == {'lap_compare'}
+    rows = [line for line in lines if 'seed' in line and line['data'] == 'digits']
+    assert {'plain', 'least-action'} < {row['method'] for row in rows} and {row['seed'] for row in rows} == {0, 1} and len(rows) == 14
     for row in rows:
         assert {'n', 'lambda'} <= row.keys()
         assert all(math.isfinite(row[measure]) for measure in MEASURES), row
@@ -145,12 +144,12 @@ def test_compare_prints_a_row_for_each_method(compared):
 
 def test_compare_overwrites_nothing(installed, compared):
     out = compared[0]
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     again = run(installed / 'lap_compare', '--seeds', '2', '--epochs', '2', '--out', out, cwd=out.parent)
     said = again.stdout + again.stderr
     assert again.returncode != 0
-    assert 'lap_compare.json' in said and '--force' in said and 'Traceback' not in said, said
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert 'lap_compare.jsonl' in said and '--force' in said and 'Traceback' not in said, said
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
 def test_compare_help_explains_every_option(installed, tmp_path):

@@ -245,7 +245,7 @@ def test_no_private_name_crosses_modules():
 
 def test_imports_are_seen_wherever_they_stand():
     assert {('data', 'load'), ('dynamics', 'Flow')} <= set(imports('lab.published'))
-    assert ('lab.compare', 'make_net') in set(imports('lab.bench'))
+    assert ('lab.catalogue', 'comparison') in set(imports('lab.compare'))
 
 
 def public(module):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from lap_nb import files, training
+from lap_nb import files
 from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import Ensemble, _attached, _made

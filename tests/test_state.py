@@ -21,7 +21,6 @@ from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.ensembles import fit_many
 from lap_nb.files import digest, load_checkpoint, save_checkpoint
 from lap_nb.least_action import DualAscent, LeastAction
-from lap_nb.checks import number
 from lap_nb.nets import dense_net
 from lap_nb.state import Memory, capture, restore
 from lap_nb.training import Checkpoints, TrainConfig, Training, fit

@@ -20,17 +20,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_rel
 
 import lap_nb
 from lap_nb.data import digits
 from lap_nb.lab import catalogue, cli, nets, run, store
-from lap_nb.lab.analysis import Records, overview, load_records
+from lap_nb.lab.analysis import decide_together, edge_of, load_records, overview, Records, standings, verdict
 from lap_nb.lab.catalogue import load_study
 from lap_nb.lab.design import Cell, checksum, Grid, Method, Net, Schedule, Study
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import dataset, run_cell, run_study
 from lap_nb.lab.store import append_rows, done, read_lines
 from lap_nb.nets import SkipInit, StochasticDepth
+from lap_nb.stats import confidence_interval, Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(net=Net(K=2, width=8), schedule=Schedule(steps=6, points=2))
@@ -729,3 +731,52 @@ def test_a_description_in_numbers_of_any_library_is_the_same(of):
 def test_sizes_as_an_array():
     grid = Grid(("digits",), np.array([50, 100]), (Method("m"),))
     assert grid.sizes == (50, 100) and all(type(n) is int for n in grid.sizes)
+
+
+def test_what_chapter_depth_says_of_longer_steps():
+    "Longer steps against skipped blocks, by the areas under the depth curves on record."
+    said = {}
+    for (data, net), rows in load_records('depth', ROOT / 'nbs' / 'results').where(diverged=False).by('data', 'net').items():
+        gap = {m: confidence_interval(rows.where(method=m).values('area_lengthened') - rows.where(method=m).values('area_skip')) for m in ('default', 'constant-0.1')}
+        said[data.partition(':')[0], net] = [verdict(gap[m]) for m in gap]
+    constant = {place: word for place, (_, word) in said.items()}
+    assert len(constant) == 8 and {place for place, word in constant.items() if word != 'better'} == {('mnist', 'vit8x32')} and constant['mnist', 'vit8x32'] == 'open'
+    worse = {('cifar10_part', 'dense9x64'), ('mnist', 'conv-bn9x16'), ('mnist', 'staged8x8'), ('mnist', 'vit8x32')}
+    assert {place: word for place, (word, _) in said.items()} == {place: 'worse' if place in worse else 'better' for place in said}
+
+
+@pytest.mark.parametrize('name', ['mnist-low-data', 'fashion-low-data', 'cifar-low-data'])
+def test_decisions_that_stand_together_are_among_those_that_stand_alone(name):
+    "As Holm's rule has it, written once more: with p-values from the differences themselves."
+    found = load_records(name, ROOT / 'nbs' / 'results').where(net='dense9x64')
+    table = [row for row in standings(found) if row['gap'] is not None]
+    ours = {(row['n'], row['family']): row for row in table}
+    chosen = {(n, family): rows for (n, family), rows in found.tuned().by('n', 'family').items()}
+    p = {at: ttest_rel(chosen[at[0], 'least-action'].values('test_accuracy_last'), chosen[at].values('test_accuracy_last')).pvalue for at in ours}
+    ordered = sorted(p, key=p.get)
+    first_open = next((k for k, at in enumerate(ordered) if p[at] > .05 / (len(ordered) - k)), len(ordered))
+    assert {at for at, row in ours.items() if row['decides'] != 'open'} == set(ordered[:first_open])
+    assert all(row['decides'] in ('open', verdict(row['gap'])) for row in table)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(.01, 3)), max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_one_decision_is_its_interval_and_more_are_stricter(gaps):
+    gaps = [Interval(mean, mean - half, mean + half, 12) for mean, half in gaps]
+    words = decide_together(gaps)
+    assert all(decide_together([gap]) == [verdict(gap)] for gap in gaps if abs(abs(gap.mean) - (gap.high - gap.low) / 2) > 1e-6)
+    assert all(word in ('open', verdict(gap)) for word, gap in zip(words, gaps) if abs(abs(gap.mean) - (gap.high - gap.low) / 2) > 1e-6)
+    assert decide_together(gaps[::-1])[::-1] == words or len({abs(g.mean) / (g.high - g.low) for g in gaps}) < len(gaps)
+
+
+def test_edges_of_grids():
+    "One setting varied, two together, a method alone, and a grid of two, which has nothing but edges."
+    def edge(chosen, **methods):
+        run = lambda settings: dict(settings=dict(method=dict(name='m', **settings)))
+        rows = [dict(method=m, run=m) for m in methods]
+        return edge_of(Records(rows, {m: run(settings) for m, settings in methods.items()}), chosen)
+    rates = dict(low=dict(lr=3e-4), middle={}, high=dict(lr=3e-3))   # in the middle the schedule's
+    assert [edge(m, **rates) for m in rates] == ['lr', '', 'lr']
+    least = {f'{lam}': dict(least_action=[['lambda0', lam], ['tau', tau]]) for lam, tau in ((.1, .02), (1., .1), (5., 1.))}
+    assert [edge(m, **least) for m in least] == ['lambda0, tau', '', 'lambda0, tau']
+    assert edge('a', a=dict(gain=.1)) == '' and edge('a', a=dict(gain=.1), b=dict(gain=.2)) == 'gain' and edge('a', a=dict(drop=.1), b=dict(drop=.1, skip_init=True)) == ''

@@ -8,6 +8,7 @@ __all__ = ['Records', 'load_records', 'standings']
 # %% ../../nbs/95_analysis.ipynb #c2bff395
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ..checks import checked, described, extra
 from ..ensembles import as_python
 from ..files import as_text
 from .catalogue import load_study, STUDIES
-from .design import Net
+from .design import Method, Net, Schedule, Study
 from .store import read_lines, results
 from ..plots import Axes, colours
 from ..stats import confidence_interval, Correlation, Interval, rank_correlation
@@ -151,43 +152,24 @@ def _of_method(run:dict)->dict:
 
 @checked
 def load_records(
-    name:str,                # of a study
+    name:str|Study,          # a study, or the name of one
     out:str|Path|None=None,  # folder of the records, as in `results`
     scale:str="",            # `"cpu"` or `"gpu"`; empty: gpu if there are any, else cpu
     stale:bool=False,        # also rows whose cell is no longer described like that
 )->Records:
     "What is recorded of a study; raises `FileNotFoundError` if nothing is."
+    mine, name = (name, name.name) if isinstance(name, Study) else (None, name)
     path = results(out) / f"{name}.jsonl"
     if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
     lines = read_lines(path)
     runs = {line["id"]: line for line in lines if line.get("kind") == "run"}
     method = {id: _of_method(run) for id, run in runs.items()}
     rows = [line | method[line["run"]] for line in lines if "seed" in line]
-    chosen = scale or ("gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
-    if not stale and name not in STUDIES:
+    chosen = scale or (mine.scale if mine else "gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
+    if not stale and not mine and name not in STUDIES:
         raise ValueError(f"{path} is there, but no description of a study {name!r}: enter yours by STUDIES[{name!r}] = lambda scale: ..., or read all rows with stale=True")
-    current = None if stale else {cell.config for cell, _ in load_study(name, chosen).cells()}
+    current = None if stale else {cell.config for cell, _ in (mine or load_study(name, chosen)).cells()}
     return Records([row for row in rows if row["scale"] == chosen and (stale or row["config"] in current)], runs)
-
-# %% ../../nbs/95_analysis.ipynb #2c686b45
-@checked
-def standings(
-    found:Records,               # of one or more data sets and sizes
-    reference:str="least-action", # family that the others are compared with
-)->list[dict]:                   # per data, size and family: chosen method, `last` and `best` accuracy, `gap` of the reference over it, `energy`, `diverged`
-    "Families side by side, each with the candidate chosen on validation; intervals are None where networks diverged."
-    table, nets = [], list(found.by("net"))
-    if len(nets) > 1: raise ValueError(f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
-    for (data, n), group in sorted(found.tuned().by("data", "n").items()):
-        families = group.by("family")
-        if reference not in families: raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
-        for family, rows in families.items():
-            lost = int(rows.values("test_accuracy_last").isnan().sum())
-            pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
-            table.append(dict(data=data, n=n, family=family, method=rows.frame["method"].iloc[0], seeds=len(rows), diverged=lost,
-                last=None if lost else rows.confidence_interval(), best=None if lost else rows.confidence_interval("test_accuracy_best"),
-                gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
-    return table
 
 # %% ../../nbs/95_analysis.ipynb #59e03e00
 @checked
@@ -198,22 +180,81 @@ def verdict(
     return "better" if gap.low > 0 else "worse" if gap.high < 0 else "open"
 
 # %% ../../nbs/95_analysis.ipynb #e888d78c
+def _candidate(run:dict)->dict[str, float]:
+    "The numbers by which a method may be tuned, by name."
+    method, schedule = run["settings"]["method"], run["settings"].get("schedule", {})
+    common = {name: schedule.get(name, getattr(Schedule, name)) for name in ("lr", "weight_decay")}
+    own = {f.name: f.default for f in fields(Method)} | common | method
+    return {k: v for k, v in (own | dict(own["least_action"]) | dict(own["penalty"])).items() if type(v) in (int, float)}
+
+def edge_of(
+    family:Records, # all candidates of a family
+    chosen:str,     # the method that was chosen
+)->str:             # as `lr` or `lambda0, tau`; empty where there are candidates on both sides
+    "Settings by which a choice lies at the edge of its grid: each candidate has another value, and the chosen one the least or the largest."
+    tried = {method: _candidate(family.runs[rows.frame["run"].iloc[0]]) for method, rows in family.by("method").items()}
+    values = {name: [numbers.get(name) for numbers in tried.values()] for name in tried[chosen]}
+    return ", ".join(name for name, all_ in values.items() if len(all_) > 1 and None not in all_ and len(set(all_)) == len(all_) and tried[chosen][name] in (min(all_), max(all_)))
+
+@checked
+def decide_together(
+    gaps:list[Interval], # Student's t-intervals, as from `advantage`
+    chance:float=.05,    # of one wrong decision or more among them
+)->list[str]:            # `"better"`, `"worse"` or `"open"`
+    "What intervals decide that stand together, by Holm's rule."
+    from scipy.stats import t
+    p = []
+    for gap in gaps:
+        error = (gap.high - gap.low) / 2 / t.ppf((1 + gap.level) / 2, gap.n - 1)
+        p.append(2 * t.sf(abs(gap.mean) / error, gap.n - 1) if error else float(gap.mean == 0))
+    found, order = ["open"] * len(gaps), sorted(range(len(gaps)), key=p.__getitem__)
+    for rank, at in enumerate(order):
+        if p[at] > chance / (len(gaps) - rank): break
+        found[at] = "better" if gaps[at].mean > 0 else "worse"
+    return found
+
+# %% ../../nbs/95_analysis.ipynb #6491cbc1
+@checked
+def standings(
+    found:Records,               # of one or more data sets and sizes
+    reference:str="least-action", # family that the others are compared with
+)->list[dict]:                   # per data, size and family: chosen method, its `edge`, `last` and `best` accuracy, `gap` of the reference over it, what it `decides` beside the others, `energy`, `diverged`
+    "Families side by side, each with the candidate chosen on validation (`edge_of` its grid?); intervals are None where networks diverged. More than five gaps are decided together, by Holm's rule."
+    table, nets = [], list(found.by("net"))
+    if len(nets) > 1: raise ValueError(f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
+    for (data, n), group in sorted(found.by("data", "n").items()):
+        candidates, families = group.by("family"), group.tuned().by("family")
+        if reference not in families: raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
+        for family, rows in families.items():
+            lost = int(rows.values("test_accuracy_last").isnan().sum())
+            pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
+            chosen = rows.frame["method"].iloc[0]
+            table.append(dict(data=data, n=n, family=family, method=chosen, edge=edge_of(candidates[family], chosen), seeds=len(rows), diverged=lost,
+                last=None if lost else rows.confidence_interval(), best=None if lost else rows.confidence_interval("test_accuracy_best"),
+                gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
+    compared = [row for row in table if row["gap"] is not None]
+    words = decide_together([row["gap"] for row in compared]) if len(compared) > 5 else [verdict(row["gap"]) for row in compared]
+    for row in table: row["decides"] = None
+    for row, word in zip(compared, words): row["decides"] = word
+    return table
+
+# %% ../../nbs/95_analysis.ipynb #5c62ffcc
 @checked
 def standings_table(
     table:list[dict], # from `standings`, of one data set
 )->str:               # Markdown
-    "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, and the difference to the reference with its interval."
+    "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, the difference to the reference with its interval; a dagger and the setting where the choice is at the edge of its grid."
     sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
     at = {(r["family"], r["n"]): r for r in table}
     lines = ["| family | " + " | ".join(f"n = {as_text(n)}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
     return "\n".join(lines + [f"| {as_text(f)} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |" for f in families])
 
 def _standing(r:dict)->str:
-    "One place of the table; a difference that its interval decides is bold."
+    "One place of the table; a difference that its interval decides is in italics, or bold if the whole table bears it."
     if r["last"] is None: return f"{r['diverged']} of {r['seeds']} diverged"
-    text = f"{r['last']} ({r['best'].mean:.1f})"
+    text = f"{r['last']} ({r['best'].mean:.1f})" + (f" †{as_text(r['edge'])}" if r.get("edge") else "")
     if r["gap"] is None: return text
-    mark = "" if verdict(r["gap"]) == "open" else "**"
+    mark = "**" if r["decides"] != "open" else "*" if verdict(r["gap"]) != "open" else ""
     return f"{text}, {mark}{r['gap'].mean:+.1f} [{r['gap'].low:+.1f}, {r['gap'].high:+.1f}]{mark}"
 
 # %% ../../nbs/95_analysis.ipynb #b6402ddf

@@ -33,7 +33,6 @@ from ..ensembles import fit_many, seeded
 from ..files import as_code, write_atomically
 from ..hooks import find_blocks
 from ..kinetic import EnergyMeter
-from .compare import make_net
 from ..least_action import LeastAction
 from ..nets import conv_net, dense_net, resnet18
 from ..stats import median_interval
@@ -226,13 +225,14 @@ def plain_loop(
         if epoch % eval_every == 0 or epoch == epochs: evaluate(net, split, "val"), evaluate(net, split, "test")
 
 # %% ../../nbs/11_performance.ipynb #5a19da67
-def _fresh(shape, classes:int, seed:int, device)->nn.Module:
-    with seeded(seed): return make_net(shape, classes).to(device)
+def _fresh(seed:int, device)->nn.Module:
+    "The dense network of the digits."
+    with seeded(seed): return dense_net(64, 10).to(device)
 
 @benchmark("fit-overhead")
 def _fit_overhead(device, epochs=20):
     data = load("digits")
-    split, make = data.split(1000, 0).to(device), partial(_fresh, (64,), 10, 0, device)
+    split, make = data.split(1000, 0).to(device), partial(_fresh, 0, device)
     def side(train): net = make(); return clock(lambda: train(net), device, own=True)
     return [Sides("fit-overhead", lambda: side(lambda net: fit(net, split, epochs=epochs)), lambda: side(lambda net: plain_loop(net, split, epochs)),
                   f"fit / a loop written by hand, {epochs} epochs of digits, n = 1000", 1.05, least=25)]
@@ -242,8 +242,8 @@ def _fit_overhead(device, epochs=20):
 def _ensemble_speedup(device, members=50, epochs=10):
     split, seeds = load("digits").splits(300, range(members)).to(device), range(members)
     def one_by_one():
-        for seed in seeds: plain_loop(_fresh((64,), 10, seed, device), split.member(seed), epochs, seed)
-    together = lambda: fit_many(partial(make_net, (64,), 10), split, device=device, epochs=epochs)
+        for seed in seeds: plain_loop(_fresh(seed, device), split.member(seed), epochs, seed)
+    together = lambda: fit_many(partial(dense_net, 64, 10), split, device=device, epochs=epochs)
     return [Sides("ensemble-speedup", lambda: clock(one_by_one, device), lambda: clock(together, device),
                   f"{members} runs of a plain loop / {members} networks at once, {epochs} epochs of digits, n = 300", 20 if device.type == "cuda" else 3,
                   better="higher", least=9)]
@@ -354,7 +354,7 @@ def _ode_route(device, steps=60):
 def _moved_digits(n:int)->tuple[Tensor, Tensor]:
     "Start and end, `[n, 64]`, of noisy test digits in a trained network."
     data = load("digits")
-    net, split = _fresh((64,), 10, 0, torch.device("cpu")), data.split(1000, 0)
+    net, split = _fresh(0, torch.device("cpu")), data.split(1000, 0)
     plain_loop(net, split, 20)
     with seeded(0): start = data.x[split.test][torch.randint(len(split.test), (n,))] + .1 * torch.randn(n, 64)
     with torch.no_grad(): return start, net.flow(start)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..checks import checked
+from ..checks import checked, whole
 from .design import Grid, Method, Net, Schedule, Study
 
 # %% ../../nbs/08_replication.ipynb #e057a136
@@ -230,3 +230,27 @@ def _depth_no_norm(scale:str)->Study:
     schedule = replace(PUBLISHED, lr=.01, others=dict(PUBLISHED.others) | dict(clip=5., crop=4, flip=True)) if big else Schedule(300)
     return Study("depth-no-norm", "How deep can a network without normalisation be?", tuple(
         Grid((data,), (n,), methods, 5 if big else 20, Net(kind, K), schedule) for K in blocks), scale)
+
+# %% ../../nbs/08_replication.ipynb #f8bb0ea1
+PICTURES = ("mnist", "fashion_mnist", "cifar10_part")
+
+@checked
+def comparison(
+    data:str="digits",    # as in `dataset`; pictures are averaged to half their side
+    n:int=300,            # training samples of each seed
+    seeds:int=20,         # networks per method
+    epochs:int=120,       # passes through the training samples
+    lambda0:float=1.,     # first multiplier of least action
+    tau:float=1.,         # step of the dual ascent
+    every:int=1,          # training steps between two ascents
+)->Study:
+    "Plain networks, plain networks with the best of five initial gains, and least action."
+    n, epochs = whole("n", n, 1), whole("epochs", epochs, 1)
+    plain, least = Method("plain"), _least("least-action", lambda0, tau, every)
+    tuned = tuple(Method(f"gain-{g:g}", "plain-tuned", init="orthogonal", gain=g) for g in (.1, .3, .5, .7, 1.))
+    shown = tuple(replace(m, name=f"paths-{m.name}") for m in (plain, least))
+    return Study("lap_compare", "Does least action beat a rival that was tuned?", (
+        Grid((f"{data}:pool=2" if data in PICTURES else data,), (n,), (plain, *tuned, least), seeds, schedule=Schedule(epochs=epochs, batch_size=100, points=max(1, epochs // 10))),
+        Grid(("moons" if data == "moons" else "circles",), (300,), shown, 2, schedule=Schedule(epochs=100, batch_size=100), measures=("paths",))))
+
+STUDIES["lap_compare"] = lambda scale: replace(comparison(), scale=scale)

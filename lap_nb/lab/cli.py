@@ -9,6 +9,7 @@ __all__ = ['lap_study', 'lap_compare', 'lap_bench']
 import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -19,7 +20,7 @@ from ..data import pick_device
 from .analysis import overview, text_table
 from .bench import BENCHMARKS, run_benchmarks
 from .catalogue import load_study
-from .compare import compare, output_files
+from .compare import compare, FILES
 from .run import run_study
 from .store import results
 
@@ -80,17 +81,16 @@ def lap_compare(
     lambda0:float=1.,    # first multiplier of least action
     tau:float=1.,        # step of the dual ascent; 0 keeps the multiplier fixed
     every:int=1,         # training steps between two ascents
-    out:str=".",         # folder for lap_compare.json and lap_compare.png
-    force:bool=False,    # overwrite earlier results in that folder
+    out:str=".",         # folder for lap_compare.jsonl and lap_compare.png
+    resume:bool=False,   # go on with a record in that folder, training what it lacks
+    force:bool=False,    # make the record of that folder anew
     root:str=None,       # folder with the files of mnist and fashion_mnist (default: the variable LAP_NB_DATA)
     download:bool=False, # fetch files of mnist or fashion_mnist that are missing
 ):
     "Compare plain, tuned plain and least-action networks on the same seeds; print a table, write a record and a picture."
     with _one_line_errors("lap_compare"):
-        output_files(out, force)
-        result = compare(data, n, seeds, epochs, device, lambda0, tau, every, root, download, progress=True)
-        print(result.table())
-        print("wrote " + " and ".join(str(f) for f in result.save(out, force)))
+        print(compare(data, n, seeds, epochs, device, lambda0, tau, every, out, resume, force, root, download, progress=True).table())
+        print("wrote " + " and ".join(str(Path(out) / name) for name in FILES))
 
 # %% ../../nbs/96_cli.ipynb #f21a282e
 @call_parse

@@ -7,6 +7,7 @@ __all__ = ['run_study']
 
 # %% ../../nbs/94_run.ipynb #8669dac4
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import nn
 from ..checks import checked
 from ..data import Dataset, load, pick_device, Split
 from ..depth import measure_depth, measure_pruning, measure_speed, Penalty
+from ..nets import dense_net
 from ..ensembles import fit_many
 from ..kinetic import block_energies
 from .design import Cell, changed_fields, Method, Study
@@ -102,8 +104,13 @@ def _measured_depth(model:nn.Module, split:Split, ways:tuple[str, ...], columns:
     found = measure_depth(model, split, part, ways)
     return {k: found[k] for k in columns.split()}
 
+def _measured_paths(model:nn.Module, split:Split, points:int=120)->dict:
+    "Paths of test samples in the plane, rounded, with their labels."
+    at = split.test[:points]
+    with torch.no_grad(): return dict(labels=split.y[at].tolist(), paths=model.trajectory(split.x[at]).x.round(decimals=3).tolist())
+
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
-MEASURES = {"transport": _measured_transport, "regularity": _measured_regularity, "pruning": measure_pruning, "speed": measure_speed,
+MEASURES = {"transport": _measured_transport, "paths": _measured_paths, "regularity": _measured_regularity, "pruning": measure_pruning, "speed": measure_speed,
     "depth": partial(_measured_depth, ways=("skip", "lengthened"), columns="counts skip lengthened settled area_skip area_lengthened path_gap largest_share"),
     "best": partial(_measured_depth, ways=("best",), columns="best kept_best"),
     "tuning": partial(_measured_depth, ways=("lengthened",), columns="part counts lengthened settled", part="val"),
@@ -210,6 +217,14 @@ def _check_known(study:Study):
         if g.net.kind not in NETS: raise ValueError(f"no network {g.net.kind!r}; there are {', '.join(NETS)}")
         unknown = [name for name in g.measures if name not in MEASURES]
         if unknown: raise ValueError(f"no measure {', '.join(map(repr, unknown))}; there are {', '.join(MEASURES)}")
+        for objective in filter(None, map(_objective, g.methods)): objective(dense_net(1, 2, K=2))   # raises where its settings cannot be
+
+def _check_folder(folder:Path):
+    "Raise unless files can be written to a folder, made if missing."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as e: raise OSError(f"cannot write to the folder {folder} ({e.strerror or e}): choose a folder you can write to with --out") from e
 
 def _written(path:Path, study:Study, waiting:dict, failed:dict)->int: # rows
     "Write what was measured of cells; what the system refuses stays among the waiting."
@@ -242,6 +257,7 @@ def run_study(
     if path.exists() and not resume: raise FileExistsError(f"{path} exists: go on with it by --resume, or choose another --out")
     with _workers(scheduler, device, root, study.data(only)) as (work, name):
         tasks, written, failed, waiting = _todo(study, path, seeds, only, name), 0, {}, {}
+        if tasks: _check_folder(path.parent)
         with tqdm(total=sum(t.cost for t in tasks), disable=not progress, mininterval=1, smoothing=0, bar_format=BAR) as bar:
             for task, outcome in work(study, tasks, path, bar):
                 if isinstance(outcome, Exception): failed[task.cell.name] = outcome

@@ -64,7 +64,7 @@ def _lacking_settings(run:dict)->list[str]:
     if not isinstance(run["settings"].get("net", {}), dict): return ["settings.net"]
     return [] if 0 <= run["device_seconds"] < 1e12 else ["device_seconds"]
 
-# %% ../../nbs/93_store.ipynb #fd7bd0f1
+# %% ../../nbs/93_store.ipynb #b41d07aa
 def _at_a_glance(lines:list[bytes])->list[dict|None]:
     "The values of lines that are surely as `append_rows` writes them; None where that needs a closer look."
     with extra("lab"): from orjson import loads
@@ -88,6 +88,7 @@ def _is_row(value:dict)->bool:
     try: return "kind" not in value and [*map(type, _columns(value))] == _kinds and 0 <= value["seed"] < 2 ** 63 and 0 <= value["n"] < 2 ** 63
     except KeyError: return False
 
+# %% ../../nbs/93_store.ipynb #b41d07ab
 def _parsed(line:bytes, where:str)->dict:
     "The values of a line, looked at closely; raises `ValueError` if it is not one, or not as it was written."
     try:
@@ -110,6 +111,7 @@ def _once_each(pairs:list)->dict:
 
 def _no_number(name:str): raise ValueError(f"{name} is no number of JSON")
 
+# %% ../../nbs/93_store.ipynb #fd7bd0f1
 @checked
 def read_lines(
     path:str|Path, # of a record; a missing file is an empty record
