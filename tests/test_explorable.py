@@ -264,6 +264,20 @@ def test_slider_changes_the_energy(visit, width):
 
 
 @pytest.mark.browser
+def test_the_price_moves_its_own_slider(visit):
+    "While it sets itself: also under the hand of somebody who turned it by keyboard, and who is told the price in words."
+    page = visit()
+    slider = page.get_by_role('slider', name='Price of motion')
+    slider.press('End')
+    page.wait_for_function('() => +document.activeElement.value < 1.5')
+    assert slider.evaluate('s => s === document.activeElement')
+    page.get_by_role('button', name='Stop').click()
+    page.evaluate('document.querySelector(".explorable").explorable.draw()')
+    said, told = float(slider.get_attribute('aria-valuetext')), page.locator('.first output').inner_text()
+    assert said == float(told) == pytest.approx(10 ** float(slider.input_value()), rel=.03)
+
+
+@pytest.mark.browser
 def test_each_idea_is_drawn(visit):
     "Four captions, four pictures, in both colours of the page."
     page = visit(data='data-idea="energy" data-blocks="5" data-data="moons"')

@@ -79,9 +79,9 @@ export class Explorable {
         + `after ${side.training.steps} steps of training`)
     }
     this.box.dataset.steps = pair.steps
-    if (document.activeElement !== this.price) this.price.value = -Math.log10(lambda)
+    if (!this.grabbed) this.price.value = -Math.log10(lambda)
     this.label(this.price, short(1 / lambda))
-    if (document.activeElement !== this.scrubber || !this.held) this.scrubber.value = layer
+    this.scrubber.value = layer
     this.label(this.scrubber, `${layer.toFixed(1)} of ${pair.blocks}`)
   }
 
@@ -186,6 +186,8 @@ export class Explorable {
     this.caption = made('p', {className: 'caption'})
     this.toggle = button('Train', () => this.running ? this.stop() : this.start(), {className: 'go'})
     this.price = this.slider('Price of motion', -Math.log10(settings.lambda), [-2, 2, .01], value => this.turn(10 ** -value))
+    this.price.onpointerdown = () => { this.grabbed = true }
+    this.price.onpointerup = this.price.onpointercancel = () => { this.grabbed = false }
     this.scrubber = this.slider('Layer', 0, [0, settings.blocks, .1], value => {
       Object.assign(this, {held: true, layer: value})
       this.draw()

@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     out, quarto = args.folder.resolve(), shutil.which('quarto') and not args.pandoc
     os.chdir(ROOT)
-    missing = [name for name in VENDORED if not (HERE / 'node_modules' / name).exists()]
+    missing = [name for name in (*VENDORED, 'mathjax/es5/node-main.js') if not (HERE / 'node_modules' / name).exists()]
     if missing and not quarto: raise SiteError(f'nbs/_site/node_modules lacks {missing[0]}: run `make site`, which installs it with npm')
     (quarto_site if quarto else pandoc_site)(process_notebooks(), out)
 
@@ -129,7 +129,8 @@ def write_page(config, chapters, number, out):
     if number < len(chapters) - 1: variables['next'] = turn_link('next', chapters[number + 1])
     website = config['website']
     variables |= dict(
-        address=website['site-url'].rstrip('/') + '/', page=chapter.page, twin=twin(chapter.page), site=website['title'], css=config['format']['html']['css'], navbar=navbar(website['navbar']),
+        address=website['site-url'].rstrip('/') + '/', page=chapter.page, twin=twin(chapter.page),
+        site=website['title'], css=config['format']['html']['css'], navbar=navbar(website['navbar']),
         sidebar=sidebar(website['sidebar']['contents'], chapters, chapter), footer=website['page-footer']['left'],
         engine=f'pandoc {pypandoc.get_pandoc_version()}', notebook=f'../nbs/{chapter.notebook}')
     if chapter.widgets: variables['widgets'] = 'true'
@@ -229,8 +230,8 @@ class LinkRewriter:
 
     def rewrite_markdown(self, text):
         def link(found):
-            page, hash, anchor = self.target(found[2]).partition('#')
-            return found[1] + (twin(page) if page in self.pages.values() else page) + hash + anchor + ')'
+            page, mark, anchor = self.target(found[2]).partition('#')
+            return found[1] + (twin(page) if page in self.pages.values() else page) + mark + anchor + ')'
         return re.sub(r'(\]\()([^()\s]+)\)', link, text)
 
     def rewrite(self, text): return re.sub(r'(?<= href=")[^"]+', lambda link: self.target(link[0]), text)
