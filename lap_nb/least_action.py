@@ -96,12 +96,18 @@ class _Exact(nn.Module):
             self._buffers[name] = torch.stack([mine, *(each._buffers[name].to(mine) for each in others)], -1)
         for name in [name for name in vars(self) if name[0] != "_"]:
             values = [getattr(each, name) for each in (self, *others)]
-            if any(value != values[0] for value in values): self._beside(name, values)
+            if not all(_is_same(values[0], value) for value in values): self._beside(name, values)
         for name, part in self.named_children(): part.stack([getattr(each, name) for each in others])
 
     def _beside(self, name:str, values:list):
         found = " and ".join(dict.fromkeys(map(described, values)))
-        raise ValueError(f"{name} is {found}, expected one for all networks of a row: train them in rows of their own")
+        raise ValueError(f"{name} is {found}, expected one for all networks of a row: train them in rows of "
+                         "their own, or one by one, with mode='sequential'")
+
+def _is_same(a, b)->bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor): return torch.equal(a, b)
+    try: return bool(a == b)
+    except (TypeError, ValueError, RuntimeError): return False   # as of arrays
 
 # %% ../nbs/05_least_action.ipynb #317e8c83
 class _Sensor(_Exact):

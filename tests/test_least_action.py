@@ -577,6 +577,22 @@ def test_what_does_not_fit_in_a_row_is_refused(net, other, message):
     with pytest.raises(ValueError, match=message): LeastAction(net).stack([other(net)])
 
 
+class Own(DualAscent):
+    "A rule of somebody's, with something of its own."
+    def __init__(self, own): super().__init__(); self.own = own
+
+
+@pytest.mark.parametrize("own", [torch.arange(3.), np.arange(3), [1, 2], "a", None, object()])
+def test_what_a_rule_has_of_its_own_is_one_for_a_row(net, own):
+    la, same, other = (LeastAction(net, Own(value)) for value in (own, own, torch.ones(2, 2)))
+    if isinstance(own, np.ndarray) or type(own) is object:   # who knows whether two of them are the same?
+        with pytest.raises(ValueError, match="own is an .*expected one for all networks of a row.*mode='sequential'"): la.stack([same])
+    else:
+        la.stack([same])
+        assert la.lam.shape == (2,)
+    with pytest.raises(ValueError, match="own is .* and a tensor .*, expected one"): LeastAction(net, Own(own)).stack([other])
+
+
 # Controllers are descriptions
 
 @pytest.mark.parametrize("rule", MOVING)
