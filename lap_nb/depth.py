@@ -30,7 +30,7 @@ from .hooks import (
     BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, surely,
     swap_tensor, unwrap)
 from .kinetic import TrainingHook
-from .training import check_logits, evaluating, fit, is_right, _part
+from .training import check_logits, evaluating, fit, is_right, part_indices
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def calibrate(self:Elastic,
 @torch.no_grad()
 def _score(elastic:Elastic, data:Split, part:str, schedule:DepthSchedule, recompute:bool, chunk:int=2000)->dict:
     "Accuracy, task loss and energies at one schedule, in evaluation mode."
-    index, model, sums = _part(data, part), elastic.model, dict(accuracy=0., loss=0., energies=0.)
+    index, model, sums = part_indices(data, part), elastic.model, dict(accuracy=0., loss=0., energies=0.)
     with _statistics_kept(model), elastic.at(schedule):
         if recompute: recompute_statistics(model, data.x[data.train])
         with _observed(elastic) as steps:
@@ -506,7 +506,7 @@ def depth_curve(
     recompute:bool=True,                   # take batch-norm statistics anew at each depth, if there are any
 )->DepthCurve:
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
-    _part(data, part)
+    part_indices(data, part)
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
     counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in counts})
     for way in ways:
@@ -706,7 +706,7 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
 
 @torch.no_grad()
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
-    index = _part(data, part)
+    index = part_indices(data, part)
     with evaluating(model): right = sum(is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item() for at in index.split(2000))
     return right / len(index)
 

@@ -46,7 +46,7 @@ from .data import pick_device, Split
 from .files import load_checkpoint, read_bounded, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import LeastAction
-from .training import as_checkpoints, _check_split, Checkpoints, configured, fit, _progress, provenance, Run, _share, train_loop, TrainConfig
+from .training import as_checkpoints, check_split, Checkpoints, configured, fit, progress_bar, provenance, Run, process_share, train_loop, TrainConfig
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -684,7 +684,7 @@ def fit_many(
     **kwargs,                             # of the `TrainConfig`, in place of those in `config`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    _check_split(data); _check_maker(make_model, least_action)
+    check_split(data); _check_maker(make_model, least_action)
     for name, value in dict(chunk=chunk, memory=memory, workers=workers).items(): value is None or whole(name, value, 1)
     device = pick_device(device)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
@@ -703,7 +703,7 @@ def fit_many(
         note = provenance(device, data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in kept], members=kept,
                           modes=sorted({job.mode for _, job in plan}), **settings)
         return Runs(ensemble, curves, note | {"seconds": time.perf_counter() - start})
-    try: _run_all(plan, mode, workers, _Bar(_progress(progress, settings["epochs"]), settings["epochs"], len(members)), found)
+    try: _run_all(plan, mode, workers, _Bar(progress_bar(progress, settings["epochs"]), settings["epochs"], len(members)), found)
     except BaseException as e:
         _save_what_is_done(e, trained, len(members))
         raise
@@ -757,7 +757,7 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
     need, probe, x = max(((member_memory(*probe), *probe) for probe in probes), key=lambda found: found[0])   # the largest decides for all
     row = min(chunk or len(members), keys.count(keys[0]))
     way, form = choose_mode(probe, x, row, device) if mode in ("auto", "processes") else (mode, "grouped")
-    abreast = ABREAST if way == "batched" and mode != "processes" and device == "cpu" and torch.get_num_threads() >= ABREAST and _share()[1] == 1 else 1
+    abreast = ABREAST if way == "batched" and mode != "processes" and device == "cpu" and torch.get_num_threads() >= ABREAST and process_share()[1] == 1 else 1
     if mode == "processes": chunk = min(chunk or len(members), -(-keys.count(keys[0]) // (workers or os.cpu_count() or 1)))
     rows = note["rows"] if note and "rows" in note else _rows(keys, need, room, len(members) if way == "sequential" and mode != "processes" else chunk, abreast)
     if any(len({keys[i] for i in row}) > 1 for row in rows):

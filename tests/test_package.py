@@ -235,8 +235,6 @@ def test_nothing_in_the_library_imports_the_laboratory():
 # Private names that still cross from one module of the library into another. The list only gets shorter, and the laboratory is not in it.
 CROSSING = dict(
     attach='dynamics._called dynamics._wide',
-    depth='training._part',
-    ensembles='training._check_split training._progress training._share',
     hooks='dynamics._called dynamics._module dynamics._several dynamics._short dynamics._tensor',
     regularity='transport._cloud transport._costs transport._is_dense transport._ldexp transport._power')
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from lap_nb import files, training
+from lap_nb import files
 from lap_nb.data import digits
 from lap_nb.dynamics import Flow, ResidualNet, dense_net
 from lap_nb.ensembles import Ensemble, _attached, _made
@@ -391,7 +391,7 @@ def test_resuming_takes_the_settings_that_are_given(tmp_path, before, after):
     model, seen = dense_net(64, 10, K=2), {}
     split, key = digits().split(100), list(after)[-1]
     fit(model, split, epochs=1, checkpoints=tmp_path / "run.pt", **before)
-    def note(training): seen.update({k: v for k, v in training.opt.param_groups[0].items() if k != "params"})
+    def note(training): seen.update({k: v for k, v in training.descent.optimizer.param_groups[0].items() if k != "params"})
     run = fit(model, split, epochs=2, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True), callbacks=[note], **after)
     assert seen[key] == run.provenance[key] == after[key]
 

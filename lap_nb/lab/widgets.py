@@ -110,7 +110,7 @@ def train(self:Trial,
     la = LeastAction(self.model, lambda0=s.lambda0, tau=s.tau, target=s.target) if s.least_action else None
 
     def each(training)->bool:
-        self.curves = {name: torch.stack([p[name].cpu() for p in training.points]) for name in training.points[0]}
+        self.curves = training.curves.stacked()
         if watch is not None: watch(training.epoch)
         return stop is not None and stop.is_set()
 
