@@ -28,7 +28,7 @@ def delegated(function, classes):
     return args
 
 
-def bodiless(function, extra=(), classes={}):
+def bodiless(function, extra=(), classes=()):
     "A function without its body; of its decorators only those that change how it is called."
     kept = [d for d in function.decorator_list if name_of(d) in KEPT]
     if 'call_parse' in map(name_of, function.decorator_list):   # annotations are those of the command line

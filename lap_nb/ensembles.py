@@ -410,21 +410,32 @@ class _Job:
     abreast:int                # rows that are trained at the same time
     checkpoints:Checkpoints|None # of the training
 
+@dataclass(frozen=True)
+class _Trained:
+    "What became of a row, or of networks of it that were trained alone."
+    networks:Ensemble|list[nn.Module]
+    curves:dict                # `[E, S, ...]`
+    died:list[int]             # step at which each died, or -1
+
 # %% ../nbs/07_ensembles.ipynb #c7f883f9
-def _alone(job:_Job, bar=None)->Iterator[tuple[nn.Module, dict, int]]: # each network, its curves, the step at which it died or -1
+def _alone(job:_Job, bar=None)->Iterator[_Trained]: # each network
     "The members of the job, trained one after the other."
     models = []
     for i, seed in enumerate(job.seeds):
-        model, split = _made(job.make_model, seed).to(job.device), job.split.member(i) if job.split.train.ndim == 2 else job.split
-        models.append(model); _check_apart(models)
+        model = _made(job.make_model, seed).to(job.device)
+        split = job.split.member(i) if job.split.train.ndim == 2 else job.split
+        models.append(model)
+        _check_apart(models)
         la = _on(job.least_action[i], model).to(job.device) if job.least_action else None
         kept = job.checkpoints and replace(job.checkpoints, path=f"{job.checkpoints.path}-{i:03d}")
         well = _Well(model)
         with seeded(seed):
-            try: points, step = fit(model, split, la, job.config, kept, seed=seed, progress=bar, callbacks=[well]).curves, -1
-            except FloatingPointError as e: points, step = _death(e); well.put_back(kept)
+            try: curves, step = fit(model, split, la, job.config, kept, seed=seed, progress=bar, callbacks=[well]).curves, -1
+            except FloatingPointError as e:
+                curves, step = _death(e)
+                well.put_back(kept)
         if la is not None: la.remove()
-        yield model, points, step
+        yield _Trained([model], {name: c if name == "epoch" else c[:, None] for name, c in curves.items()}, [step])
 
 def _death(error:FloatingPointError, step:int=0)->tuple[dict, int]:
     "The curves up to a death, and its step."
@@ -432,21 +443,24 @@ def _death(error:FloatingPointError, step:int=0)->tuple[dict, int]:
 
 class _Well:
     "A network alone as it was at the last evaluation, which it goes back to when it diverges, like one of a row."
-    def __init__(self, model:nn.Module): self.model, self.seen = model, False; self.copy()
+    def __init__(self, model:nn.Module):
+        self.model, self.seen = model, False
+        self.copy()
     def copy(self): self.kept = [(t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())]
-    def __call__(self, training): self.copy(); self.seen = True
+    def __call__(self, training):
+        self.copy()
+        self.seen = True
     def put_back(self, kept:Checkpoints|None):
         "As last seen; one that diverged before it was seen in this process, as its checkpoint has it."
         if kept and kept.resume and not self.seen: return self.model.load_state_dict(load_checkpoint(kept.path)["model"])
         with torch.no_grad():
             for t, old in self.kept: t.copy_(old)
 
-def _in_order(found:tuple|list[tuple])->tuple: # networks, curves `[E, S, ...]`, steps of death `[S]`
-    "The result of a row, or of so many networks of it that were trained alone."
-    if isinstance(found, tuple): return found
-    models, curves, died = zip(*found)
-    with_axis = [{name: c if name == "epoch" else c[:, None] for name, c in each.items()} for each in curves]
-    return list(models), _end_to_end(with_axis, [1] * len(models)), list(died)
+def _in_order(found:_Trained|list[_Trained])->_Trained:
+    "The result of a row, or of so many networks of it as were trained alone."
+    if isinstance(found, _Trained): return found
+    models, died = [m for each in found for m in each.networks], [step for each in found for step in each.died]
+    return _Trained(models, _end_to_end([each.curves for each in found], [1] * len(models)), died)
 
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _on(make, model:nn.Module)->nn.Module:
@@ -472,17 +486,20 @@ def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
     ensemble = (Graphed if job.mode == "graph" else Ensemble)(models, job.seeds, job.conv).to(job.device)
     return ensemble, _attached(job.least_action, ensemble)
 
-def _trained(job:_Job, ensemble:Ensemble, la:LeastAction|None, bar=None)->tuple[Ensemble, dict, list[int]]:
-    "Train the row; returns the networks, their curves `[E, S, ...]`, and the step at which each died, or -1."
+def _trained(job:_Job, ensemble:Ensemble, la:LeastAction|None, bar=None)->_Trained:
+    "Train the row."
     generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
     try: curves = train_loop(ensemble, job.split.to(job.device), la, generators, job.config, bar, checkpoints=job.checkpoints)
     except FloatingPointError as e:   # none is left
         curves, step = _death(e, ensemble.steps)
-        ensemble.bury(torch.full_like(ensemble.died, step)); ensemble._hold()
-    finally: la is None or la.remove(); ensemble.meters.clear()
-    return ensemble, curves, ensemble.died.tolist()
+        ensemble.bury(torch.full_like(ensemble.died, step))
+        ensemble._hold()
+    finally:
+        if la is not None: la.remove()
+        ensemble.meters.clear()
+    return _Trained(ensemble, curves, ensemble.died.tolist())
 
-def _together(job:_Job, bar=None)->tuple[Ensemble, dict, list[int]]: return _trained(job, *_built(job), bar)
+def _together(job:_Job, bar=None)->_Trained: return _trained(job, *_built(job), bar)
 
 def _networks(found:Ensemble|list[nn.Module])->list[nn.Module]:
     return [found.member(i) for i in range(len(found))] if isinstance(found, Ensemble) else found
@@ -540,17 +557,16 @@ def _live_with(parent:Connection, threads:int):
 def _work(content:bytes)->bytes:
     "A job in a worker: the job comes, and networks, curves and deaths go, as bytes."
     job = pickle.loads(content)
-    models, *found = _in_order(list(_alone(job)) if job.mode == "sequential" else _together(job))
-    out = io.BytesIO()
-    torch.save(([m.state_dict() for m in _networks(models)], *found), out)
+    found, out = _in_order(list(_alone(job)) if job.mode == "sequential" else _together(job)), io.BytesIO()
+    torch.save(dict(states=[m.state_dict() for m in _networks(found.networks)], curves=found.curves, died=found.died), out)
     return out.getvalue()
 
-def _unpacked(job:_Job, content:bytes)->tuple:
+def _unpacked(job:_Job, content:bytes)->_Trained:
     "What a worker sent."
-    states, curves, died = torch.load(io.BytesIO(content), weights_only=True)
+    sent = torch.load(io.BytesIO(content), weights_only=True)
     models = [_made(job.make_model, seed).to(job.device) for seed in job.seeds]
-    for model, state in zip(models, states): model.load_state_dict(state)
-    return models, curves, died
+    for model, state in zip(models, sent["states"]): model.load_state_dict(state)
+    return _Trained(models, sent["curves"], sent["died"])
 
 def _ended(results:Mapping[Future, int])->dict:
     "What those that came to their end have found, by job."
@@ -567,14 +583,17 @@ def _spread(jobs:Sequence[_Job], workers:int, done:Callable, found:dict):
     pool = ProcessPoolExecutor(workers, context, _live_with, (theirs, threads))
     try:
         for r, content in enumerate(packed): results[pool.submit(_work, content)] = r
-        for future in as_completed(results): future.result(); done(len(jobs[results[future]].seeds))
+        for future in as_completed(results):
+            future.result()
+            done(len(jobs[results[future]].seeds))
         pool.shutdown()
     except BrokenProcessPool as e:
         raise RuntimeError("a worker process ended abruptly, perhaps for want of memory: use fewer workers or a smaller chunk; "
                            "with checkpoints call again with resume=True") from e
     finally:
         ours.close()   # whoever is still at work ends
-        pool.shutdown(cancel_futures=True); theirs.close()
+        pool.shutdown(cancel_futures=True)
+        theirs.close()
         found |= {r: _unpacked(jobs[r], content) for r, content in _ended(results).items()}
 
 # %% ../nbs/07_ensembles.ipynb #fa338abd
@@ -683,8 +702,10 @@ def fit_many(
     **kwargs,                             # of the `TrainConfig`, in place of those in `config`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    check_split(data); _check_maker(make_model, least_action)
-    for name, value in dict(chunk=chunk, memory=memory, workers=workers).items(): value is None or whole(name, value, 1)
+    check_split(data)
+    _check_maker(make_model, least_action)
+    for name, value in dict(chunk=chunk, memory=memory, workers=workers).items():
+        if value is not None: whole(name, value, 1)
     device = pick_device(device)
     start, seeds = time.perf_counter(), list(data.seeds if seeds is None else seeds)
     settings = asdict(configured(config, **kwargs))
@@ -696,12 +717,12 @@ def fit_many(
     if checkpoints is not None: plan = _kept(plan, checkpoints, note)
     found = {}
     def trained()->Runs:
-        results = {r: _in_order(result) for r, result in found.items()}
-        part = [(plan[r][0][:len(died)], plan[r][1]) for r, (*_, died) in sorted(results.items())]   # of a row trained one by one, the first
-        ensemble, curves, kept = _joined(part, [result for _, result in sorted(results.items())], members, settings)
-        note = provenance(device, data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in kept], members=kept,
+        results = {r: _in_order(found[r]) for r in sorted(found)}
+        part = [(plan[r][0][:len(each.died)], plan[r][1]) for r, each in results.items()]   # of a row trained one by one, the first
+        row = _joined(part, list(results.values()), members, settings)
+        note = provenance(device, data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in row.members], members=row.members,
                           modes=sorted({job.mode for _, job in plan}), **settings)
-        return Runs(ensemble, curves, note | {"seconds": time.perf_counter() - start})
+        return Runs(row.ensemble, row.curves, note | {"seconds": time.perf_counter() - start})
     try: _run_all(plan, mode, workers, _Bar(progress_bar(progress, settings["epochs"]), settings["epochs"], len(members)), found)
     except BaseException as e:
         _save_what_is_done(e, trained, len(members))
@@ -801,13 +822,20 @@ def _run_all(plan, mode:str, workers:int|None, bar:_Bar, found:dict):
             for one in _alone(job, bar.row(1)): found.setdefault(r, []).append(one)
 
 # %% ../nbs/07_ensembles.ipynb #62805c19
-def _joined(plan, found:list[tuple], members:list[dict], settings:dict)->tuple[Ensemble, dict, list[dict]]:
-    "One row of the members of the plan in their order, their curves, and who diverged when."
+@dataclass(frozen=True)
+class _Joined:
+    "All networks of a plan in one row."
+    ensemble:Ensemble
+    curves:dict         # `[E, S, ...]`
+    members:list[dict]  # settings of each, and the epoch in which it diverged
+
+def _joined(plan, found:list[_Trained], members:list[dict], settings:dict)->_Joined:
+    "The members of the plan in their order."
     at = torch.tensor([i for at, _ in plan for i in at])
     order, members = at.argsort(), [dict(members[i]) for i in sorted(at.tolist())]
-    curves = _end_to_end([c for _, c, _ in found], [len(at) for at, _ in plan], _points(settings))
+    curves = _end_to_end([each.curves for each in found], [len(at) for at, _ in plan], _points(settings))
     if not curves: raise FloatingPointError("all networks diverged: lower lr, or start from a smaller initial gain")
-    died = [step for each in found for step in each[2]]
+    died = [step for each in found for step in each.died]
     curves = {name: c if name == "epoch" else c[:, order] for name, c in curves.items()}
     for i, member in enumerate(members):
         if died[order[i]] < 0: continue
@@ -816,11 +844,15 @@ def _joined(plan, found:list[tuple], members:list[dict], settings:dict)->tuple[E
         for name, c in curves.items():
             if name != "epoch": c[curves["epoch"] >= member["diverged"], i] = math.nan
     if gone := [m for m in members if "diverged" in m]:
-        warnings.warn(f"{len(gone)} of {len(members)} networks diverged and were frozen, the first of them {gone[0]}: lower lr or start from a smaller gain")
-    if len(found) == 1 and type(found[0][0]) is Ensemble: return found[0][0], curves, members
-    if all(type(row) is Ensemble for row, *_ in found): return _one_row([row for row, *_ in found], order, members), curves, members
-    models = [m for each in found for m in _networks(each[0])]
-    return Ensemble([models[i] for i in order], [m["seed"] for m in members]), curves, members
+        warnings.warn(f"{len(gone)} of {len(members)} networks diverged and were frozen, the first of them {gone[0]}: "
+                      "lower lr or start from a smaller gain")
+    return _Joined(_together_again([each.networks for each in found], order, members), curves, members)
+
+def _together_again(rows:list, order:Tensor, members:list[dict])->Ensemble:
+    "The networks of all rows in one, in this order."
+    if all(type(row) is Ensemble for row in rows): return rows[0] if len(rows) == 1 else _one_row(rows, order, members)
+    models = [m for row in rows for m in _networks(row)]
+    return Ensemble([models[i] for i in order], [m["seed"] for m in members])
 
 def _one_row(rows:list[Ensemble], order:Tensor, members:list[dict])->Ensemble:
     "The members of several rows in one, in this order; the first row grows to be that."

@@ -115,15 +115,15 @@ def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path, rank)
 
 
 def test_every_process_needs_a_sample(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "process_share", lambda: (0, 4))
+    monkeypatch.setattr(training, "process_share", lambda: training.Processes(0, 4))
     with pytest.raises(ValueError, match="smallest batch has 1 samples, fewer than the 4 processes"): train(tmp_path / "run.pt", batch_size=89)
 
 
 def test_another_error_is_not_taken_for_a_lost_process(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "_wrapped", lambda model, config: model)
-    monkeypatch.setattr(training, "process_share", lambda: (0, 2))
+    monkeypatch.setattr(training, "process_share", lambda: training.Processes(0, 2))
     monkeypatch.setattr(training, "CheckpointFile", lambda *args: nullcontext())
-    def failing(self, *args, **kwargs):
+    def failing(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    monkeypatch.setattr(training.Training, "run", failing)
+    monkeypatch.setattr(training, "run_epochs", failing)
     with pytest.raises(RuntimeError, match="^mat1 and mat2"): train(tmp_path / "run.pt")

@@ -839,7 +839,9 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
     deaths = [[3, 4], [0, -1], [-1, 4], [9, 2]]
     members = [dict(seed=i, **({} if i < 4 else dict(batch_size=60))) for i in range(8)]
     with pytest.warns(UserWarning, match=r"6 of 8 networks diverged.*the first of them {'seed': 0, 'diverged': 1}"):
-        _, joined, told = lap_nb.ensembles._joined(plan, [(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)], members, dict(batch_size=20, epochs=3, eval_every=1))
+        trained = [lap_nb.ensembles._Trained(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)]
+        found = lap_nb.ensembles._joined(plan, trained, members, dict(batch_size=20, epochs=3, eval_every=1))
+    joined, told = found.curves, found.members
     assert [m.get("diverged") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged" not in m for m in members)
     expected = [0., 10., 20., 30., 1., 11., 21., 31.]
     for i, m in enumerate(told):

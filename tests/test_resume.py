@@ -392,7 +392,7 @@ def test_resuming_takes_the_settings_that_are_given(tmp_path, before, after):
     model, seen = dense_net(64, 10, K=2), {}
     split, key = digits().split(100), list(after)[-1]
     fit(model, split, epochs=1, checkpoints=tmp_path / "run.pt", **before)
-    def note(training): seen.update({k: v for k, v in training.opt.param_groups[0].items() if k != "params"})
+    def note(training): seen.update({k: v for k, v in training.descent.optimizer.param_groups[0].items() if k != "params"})
     run = fit(model, split, epochs=2, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True), callbacks=[note], **after)
     assert seen[key] == run.provenance[key] == after[key]
 

@@ -274,7 +274,7 @@ class Patience:
     "Stops when the loss has not fallen for a while."
     def __init__(self, most=2): self.best, self.wait, self.most = float("inf"), 0, most
     def __call__(self, training):
-        loss = training.points[-1]["train_loss"].item() + training.epoch   # rises in the end
+        loss = training.curves.points[-1]["train_loss"].item() + training.epoch   # rises in the end
         self.best, self.wait = min(self.best, loss), 0 if loss < self.best else self.wait + 1
         return self.wait >= self.most
 
@@ -297,7 +297,7 @@ def unfreeze(training): training.model.net.head.requires_grad_(training.epoch < 
 def sleep(training):
     if training.epoch >= 2: training.model.drop.eval()
 def turn(training):
-    for group in training.opt.param_groups: group["weight_decay"] = .1 * training.epoch
+    for group in training.descent.optimizer.param_groups: group["weight_decay"] = .1 * training.epoch
     training.least_action.controller.tau = 1 / training.epoch
 
 class Dropping(Remembers):

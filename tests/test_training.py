@@ -264,7 +264,7 @@ def test_half_precision_follows_full(precision):
 def test_float16_skips_a_step_that_overflows():
     "The first scale, 65536, is too large for this loss: the steps until it fits are left out, and it is no divergence."
     scales = []
-    run = fitted(None, model=lambda: init_velocities_(make(), 3.), precision="float16", check_every=1, callbacks=[lambda t: scales.append(t.scaler.get_scale())])
+    run = fitted(None, model=lambda: init_velocities_(make(), 3.), precision="float16", check_every=1, callbacks=[lambda t: scales.append(t.descent.scaler.get_scale())])
     assert run.last["loss"].isfinite() and scales[-1] < 65536
 
 
@@ -300,7 +300,7 @@ def test_early_stop_waits_for_validation():
 def test_callbacks_see_the_training_and_may_stop_it():
     seen = []
     def stop(training):
-        seen.append((training.epoch, training.step, training.points[-1]["loss"].item()))
+        seen.append((training.epoch, training.step, training.curves.points[-1]["loss"].item()))
         return training.epoch == 4
     run = fitted(callbacks=[stop, lambda training: "not True, so no stop"])
     assert [s[:2] for s in seen] == [(2, 6), (4, 12)] and run.curves["epoch"].tolist() == [2, 4]
@@ -395,9 +395,9 @@ def test_a_step_on_a_gpu_waits_for_nothing():
     model = conv().cuda()
     split = IMAGES.split(200).to("cuda")
     training = Training(model, split, LeastAction(model), [torch.Generator().manual_seed(0)], TrainConfig(batch_size=50, clip=1.))
-    for x, y in batches(split, training.generators, 50): training.train_step(x, y)
+    for x, y in batches(split, training.draws.generators, 50): training.train_step(x, y)
     training.at = 0
-    found = list(batches(split, training.generators, 50))
+    found = list(batches(split, training.draws.generators, 50))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in found: training.train_step(x, y)

@@ -112,7 +112,7 @@ def train(self:Trial,
     la = LeastAction(self.model, DualAscent(s.lambda0, s.tau, s.target)) if s.least_action else None
 
     def each(training)->bool:
-        self.curves = {name: torch.stack([p[name].cpu() for p in training.points]) for name in training.points[0]}
+        self.curves = training.curves.stacked()
         if watch is not None: watch(training.epoch)
         return stop is not None and stop.is_set()
 
