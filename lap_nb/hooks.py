@@ -528,7 +528,7 @@ def _sways(added:Callable, x:Tensor)->bool:
     rounding = 64 * torch.finfo(x.dtype).eps * max(t.abs().max() for t in (x, other, here))
     return bool((again - here).abs().max() <= rounding < (there - here).abs().max())
 
-# %% ../nbs/02_attach.ipynb #383781fa
+# %% ../nbs/02_attach.ipynb #a1f0d036
 class _Waits(Hook):
     "A hook that holds up the passes that other threads make meanwhile: the network is not in the state in which they expect it."
     def awake(self, module):
@@ -546,6 +546,7 @@ def _inside(probe:Watcher, modules:set)->bool:
             frame = frame.f_back
     return False
 
+# %% ../nbs/02_attach.ipynb #383781fa
 class _Probe(Watcher):
     "Hooks for one pass in which every module is judged."
     hook_kind, ahead = _Waits, True
@@ -682,16 +683,10 @@ class _Kept:
         version, old = version_of(t), t.detach().clone()
         self.undo.append(lambda: t.data.copy_(old) if version_of(t) != version else None)
 
-    def module(self, module:nn.Module):
-        "Note what a module holds, hooks left out."
-        own = {k: v for k, v in vars(module).items() if "hooks" not in k and k not in ("forward", "training")}
-        for k in own: self.note(own[k], _package(type(module)))
-        kind = type(module)
-        self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
-
     def back(self):
         for undo in self.undo: undo()
 
+# %% ../nbs/02_attach.ipynb #a1f0d033
 def _refill_dict(d:dict, old:dict):
     if d.keys() != old.keys() or any(d[k] is not v for k, v in old.items()): d.clear(); d.update(old)
 
@@ -703,6 +698,14 @@ def _reset(module:nn.Module, own:dict):
     for k in [k for k in now if k not in own and "hooks" not in k and k not in ("forward", "training")]: del now[k]
     for k, v in own.items():
         if now.get(k) is not v: now[k] = v
+
+@patch
+def module(self:_Kept, module:nn.Module):
+    "Note what a module holds, hooks left out."
+    own = {k: v for k, v in vars(module).items() if "hooks" not in k and k not in ("forward", "training")}
+    for k in own: self.note(own[k], _package(type(module)))
+    kind = type(module)
+    self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
 
 # %% ../nbs/02_attach.ipynb #5295d5c0
 class _Quiet(Aside):
@@ -807,28 +810,30 @@ class _Judge:
             else: owner |= {s: m for c in self.calls[m] for s in c.way.sums}
         return chains
 
-    def __call__(self, module, named)->tuple[bool, str]:
-        "Whether `module` is a block, and why."
-        if not self.calls:
-            if isinstance(module, ResidualBlock): return True, "a ResidualBlock"
-            return named, "named by a pattern" if named else "cannot be judged without an example input"
-        if module not in self.calls: return False, "not called"
-        call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
-        if named and module not in self.branches: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
-        if module in self.branches and module not in self.residual:
-            return named, "a branch: who calls it adds what it returns to " + ("its input" if self.branches[module] else "the stream from which its input is made") + "; measure it with velocity='branch'"
-        if module in self.chains:
-            own = self.chains[module]
-            return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
-        if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
-            return False, f"the whole network, with blocks inside; {call.why}"
-        if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
-            return False, "inside another block, which calls it"
-        return module in self.residual, call.why
-
 def _size(*modules)->int:
     "Number of parameters."
     return sum(p.numel() for p in {p for m in modules for p in m.parameters()})
+
+# %% ../nbs/02_attach.ipynb #a1f0d034
+@patch
+def __call__(self:_Judge, module, named)->tuple[bool, str]:
+    "Whether `module` is a block, and why."
+    if not self.calls:
+        if isinstance(module, ResidualBlock): return True, "a ResidualBlock"
+        return named, "named by a pattern" if named else "cannot be judged without an example input"
+    if module not in self.calls: return False, "not called"
+    call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
+    if named and module not in self.branches: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
+    if module in self.branches and module not in self.residual:
+        return named, "a branch: who calls it adds what it returns to " + ("its input" if self.branches[module] else "the stream from which its input is made") + "; measure it with velocity='branch'"
+    if module in self.chains:
+        own = self.chains[module]
+        return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
+    if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
+        return False, f"the whole network, with blocks inside; {call.why}"
+    if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
+        return False, "inside another block, which calls it"
+    return module in self.residual, call.why
 
 # %% ../nbs/02_attach.ipynb #a1f0d010
 def _stripped(node):
@@ -981,30 +986,31 @@ def _skipped(blocks:Blocks, reasons:dict)->dict:
 
 # %% ../nbs/02_attach.ipynb #a1f0d014
 def _classes(blocks:Blocks, names:dict, judge:_Judge)->list[dict]:
-    "Rows of the classes that occur several times, outermost first, of which a module keeps its shape: what is covered, and why other modules are not. What holds blocks is no candidate."
-    candidate = lambda m: m in judge.calls and m not in judge.chains and not _layer(m) and not type(m).__module__.startswith("torch.nn.modules.container")
-    holds, kinds = {above for name in blocks for above in _above(name)}, Counter(type(m) for m in names.values())
-    repeated = {name: m for name, m in names.items() if kinds[type(m)] > 1 and name not in holds and candidate(m)}
-    keeps = {m for m in repeated.values() if all(c.shape for c in judge.calls[m])}
-    kept, groups, seen = {type(m) for m in keeps}, {}, set()
-    for name, module in repeated.items():
-        if type(module) in kept and seen.isdisjoint(_above(name)): groups.setdefault(type(module), []).append((name, module)); seen.add(name)
-    return [_class_row(kind, members, blocks, judge, keeps) for kind, members in groups.items() if len(members) > 1]
+    "Rows of the classes that occur several times, outermost first, of which a module keeps its shape: its name, what is covered and why other modules are not."
+    keeps = {m for m, calls in judge.calls.items() if all(c.shape for c in calls) and not _layer(m) and not type(m).__module__.startswith("torch.nn.modules.container")}
+    kinds = Counter(type(m) for m in names.values())
+    groups, seen = {}, set()
+    for name, module in names.items():
+        if module not in judge.calls or kinds[type(module)] < 2 or module in judge.chains or not seen.isdisjoint(_above(name)): continue
+        if module in keeps or any(m in keeps for _, m in groups.get(type(module), ())): groups.setdefault(type(module), []).append((name, module)); seen.add(name)
+    for name, module in names.items():   # those of other shapes that came before
+        if type(module) in groups and module in judge.calls and module not in judge.chains and name not in seen and seen.isdisjoint(_above(name)): groups[type(module)].append((name, module))
+    whole = max(1, _size(judge.root))
+    return [_class_row(kind, members, blocks, judge, keeps, whole) for kind, members in groups.items() if len(members) > 1]
 
-def _class_row(kind, members, blocks:Blocks, judge:_Judge, keeps:set)->dict:
-    found, left, whole = [m for n, m in members if n in blocks], [(n, m) for n, m in members if n not in blocks], max(1, _size(judge.root))
+def _class_row(kind, members, blocks:Blocks, judge:_Judge, keeps:set, whole:int)->dict:
+    found, left = [m for n, m in members if n in blocks], [(n, m) for n, m in members if n not in blocks]
     reasons = Counter(judge(m, False)[1] for _, m in left)
     why = "; ".join(f"{why} ({k} times)" if k > 1 and found else why for why, k in reasons.items() if why)
-    return dict(name=(members if found else left)[0][0], kind=kind.__name__, found=len(found), of=len(members), share=_size(*found) / whole, size=_size(*(m for _, m in members)) / whole,
+    return dict(name=(left if not found else members)[0][0], kind=kind.__name__, found=len(found), of=len(members), share=_size(*found) / whole, size=_size(*(m for _, m in members)) / whole,
                 why=why, missed=sum(m in keeps for _, m in left), names=[n for n, m in left if m in keeps])
 
 def _warn_of_part(blocks:Blocks, root:nn.Module):
-    "Warn if only part of a class is covered, or a class that is not holds more of the weights than those that are."
-    rows = [row for row in blocks.classes if row["missed"]]
-    largest = max((row for row in rows if not row["found"]), key=lambda row: row["size"], default=dict(size=0.))
-    if told := [row for row in rows if row["found"] or row is largest and row["size"] > sum(r["share"] for r in blocks.classes)]:
-        warnings.warn(f"only part of {type(root).__name__} is covered: " + "; ".join(f"of {row['kind']}, {_coverage(row)}" for row in told)
-                      + ". Look at find_blocks(model, x), and name blocks by patterns, blocks=[...]", stacklevel=4)
+    "Warn if only part of a class, or of what holds the weights, is covered."
+    covered = sum(row["share"] for row in blocks.classes)
+    for row in blocks.classes:
+        if row["missed"] and (row["found"] or row["size"] > covered):
+            warnings.warn(f"only part of {type(root).__name__} is covered: of {row['kind']}, {_coverage(row)}. Look at find_blocks(model, x), and name blocks by patterns, blocks=[...]", stacklevel=4)
 
 # %% ../nbs/02_attach.ipynb #b1c00010
 def _wanted(root:nn.Module, names:Mapping[str, nn.Module], blocks)->dict[str, bool]: # empty: nothing was asked for
