@@ -922,7 +922,7 @@ def find_blocks(
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says
     exclude:str|Iterable[str]|None=None,    # patterns of names that are no blocks, nor anything inside them
 )->Blocks:                                  # name to module, with the reasons
-    "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand."
+    "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand, beside something that depends on it. `ValueError` if there is none; a warning if only part of a class is covered."
     root = unwrap(model)
     names, _ = named_parts(root), check_batch(x)
     wanted, barred = _wanted(root, names, blocks), matching(names, exclude)
