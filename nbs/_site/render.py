@@ -81,10 +81,10 @@ def pandoc_site(processed, out):
     lead_to_pages([out / c.page for c in chapters])
     copy_assets(out)
     pages = {c.page: Page((out / c.page).read_text(encoding='utf-8'), c.title) for c in chapters}
-    if broken := broken_links(pages, out): raise SiteError('\n  '.join(['broken links', *broken]))
     index = [section for name, page in pages.items() for section in page.search_entries(name)]
     (out / 'search-index.js').write_text(f'searchIndex = {json.dumps(index, ensure_ascii=False)}\n', encoding='utf-8')
-    typeset([out / c.page for c in chapters], out / 'maths.css')
+    typeset([out / c.page for c in chapters], out / 'maths.css')   # after the index, which is to hold the formulas as they are written
+    if broken := broken_links(pages, out): raise SiteError('\n  '.join(['broken links', *broken]))
 
 
 def load_config(folder):
