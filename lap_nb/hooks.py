@@ -533,7 +533,7 @@ def _sways(added:Callable, x:Tensor)->bool:
     rounding = 64 * torch.finfo(x.dtype).eps * max(t.abs().max() for t in (x, other, here))
     return bool((again - here).abs().max() <= rounding < (there - here).abs().max())
 
-# %% ../nbs/02_attach.ipynb #383781fa
+# %% ../nbs/02_attach.ipynb #a1f0d036
 class _Waits(Hook):
     "A hook that holds up the passes that other threads make meanwhile: the network is not in the state in which they expect it."
     def awake(self, module):
@@ -551,6 +551,7 @@ def _inside(probe:Watcher, modules:set)->bool:
             frame = frame.f_back
     return False
 
+# %% ../nbs/02_attach.ipynb #383781fa
 class _Probe(Watcher):
     "Hooks for one pass in which every module is judged."
     hook_kind, ahead = _Waits, True
@@ -687,16 +688,10 @@ class _Kept:
         version, old = version_of(t), t.detach().clone()
         self.undo.append(lambda: t.data.copy_(old) if version_of(t) != version else None)
 
-    def module(self, module:nn.Module):
-        "Note what a module holds, hooks left out."
-        own = {k: v for k, v in vars(module).items() if "hooks" not in k and k not in ("forward", "training")}
-        for k in own: self.note(own[k], _package(type(module)))
-        kind = type(module)
-        self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
-
     def back(self):
         for undo in self.undo: undo()
 
+# %% ../nbs/02_attach.ipynb #a1f0d033
 def _refill_dict(d:dict, old:dict):
     if d.keys() != old.keys() or any(d[k] is not v for k, v in old.items()): d.clear(); d.update(old)
 
@@ -708,6 +703,14 @@ def _reset(module:nn.Module, own:dict):
     for k in [k for k in now if k not in own and "hooks" not in k and k not in ("forward", "training")]: del now[k]
     for k, v in own.items():
         if now.get(k) is not v: now[k] = v
+
+@patch
+def module(self:_Kept, module:nn.Module):
+    "Note what a module holds, hooks left out."
+    own = {k: v for k, v in vars(module).items() if "hooks" not in k and k not in ("forward", "training")}
+    for k in own: self.note(own[k], _package(type(module)))
+    kind = type(module)
+    self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
 
 # %% ../nbs/02_attach.ipynb #5295d5c0
 class _Quiet(Aside):
@@ -812,28 +815,30 @@ class _Judge:
             else: owner |= {s: m for c in self.calls[m] for s in c.way.sums}
         return chains
 
-    def __call__(self, module, named)->tuple[bool, str]:
-        "Whether `module` is a block, and why."
-        if not self.calls:
-            if isinstance(module, ResidualBlock): return True, "a ResidualBlock"
-            return named, "named by a pattern" if named else "cannot be judged without an example input"
-        if module not in self.calls: return False, "not called"
-        call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
-        if named and module not in self.branches: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
-        if module in self.branches and module not in self.residual:
-            return named, "a branch: who calls it adds what it returns to " + ("its input" if self.branches[module] else "the stream from which its input is made") + "; measure it with velocity='branch'"
-        if module in self.chains:
-            own = self.chains[module]
-            return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
-        if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
-            return False, f"the whole network, with blocks inside; {call.why}"
-        if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
-            return False, "inside another block, which calls it"
-        return module in self.residual, call.why
-
 def _size(*modules)->int:
     "Number of parameters."
     return sum(p.numel() for p in {p for m in modules for p in m.parameters()})
+
+# %% ../nbs/02_attach.ipynb #a1f0d034
+@patch
+def __call__(self:_Judge, module, named)->tuple[bool, str]:
+    "Whether `module` is a block, and why."
+    if not self.calls:
+        if isinstance(module, ResidualBlock): return True, "a ResidualBlock"
+        return named, "named by a pattern" if named else "cannot be judged without an example input"
+    if module not in self.calls: return False, "not called"
+    call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
+    if named and module not in self.branches: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
+    if module in self.branches and module not in self.residual:
+        return named, "a branch: who calls it adds what it returns to " + ("its input" if self.branches[module] else "the stream from which its input is made") + "; measure it with velocity='branch'"
+    if module in self.chains:
+        own = self.chains[module]
+        return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
+    if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
+        return False, f"the whole network, with blocks inside; {call.why}"
+    if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
+        return False, "inside another block, which calls it"
+    return module in self.residual, call.why
 
 # %% ../nbs/02_attach.ipynb #a1f0d010
 def _stripped(node):
@@ -922,7 +927,7 @@ def find_blocks(
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says
     exclude:str|Iterable[str]|None=None,    # patterns of names that are no blocks, nor anything inside them
 )->Blocks:                                  # name to module, with the reasons
-    "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand."
+    "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand, beside something that depends on it. `ValueError` if there is none; a warning if only part of a class is covered."
     root = unwrap(model)
     names, _ = named_parts(root), check_batch(x)
     wanted, barred = _wanted(root, names, blocks), matching(names, exclude)
