@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from lap_nb.checks import check_module, checked, whole
+from lap_nb.checks import check_module, whole
 
 # %% ../nbs/01a_hooks.ipynb #a1f0c2d5
 def surely(body:Callable, undo:Callable):
@@ -1142,12 +1142,13 @@ def pulls(
     action:Tensor,   # of a pass, made with gradients
     model:nn.Module, # that made it
 )->bool:             # False: it is zero, and tells nothing yet
-    "Whether an action has a gradient; `RuntimeError` where it is above zero and no weight that is trained changes it. Takes a backward pass, once; what cannot be asked is believed."
+    "Whether an action has a gradient; `RuntimeError` where it is above zero and no weight that is trained changes it. Takes a backward pass, once; what cannot be asked, or only by waiting for a device, is believed."
     weights = [p for p in model.parameters() if p.requires_grad]
-    if not action.requires_grad or not weights or any(hasattr(p, "placements") for p in weights): return True
+    if action.device.type != "cpu" or not action.requires_grad or not weights or any(hasattr(p, "placements") for p in weights): return True
     if not bool((action.detach() > 0).any()): return False
     try: grads = torch.autograd.grad(action.sum(), weights, retain_graph=True, allow_unused=True)
     except RuntimeError: return True   # compiled graphs and old checkpoints can be walked once only
-    if any(g is not None and bool(g.any()) for g in grads): return True
+    found = [g for g in grads if g is not None]   # none: other tensors stand in for the weights
+    if not found or any(bool(g.any()) for g in found): return True
     raise RuntimeError("the action is above zero and has no gradient: what the blocks add does not depend on anything that is trained, as that of a module that adds a position; "
                        "look at find_blocks(model, x) and name other blocks, blocks=[...]")

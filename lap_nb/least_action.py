@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .checks import checked, described, flag, number, plain, whole, WrongKind
 from .files import as_text
-from .hooks import chosen_blocks, matching
+from .hooks import chosen_blocks, matching, pulls
 from .kinetic import EnergyMeter, graph_nodes
 
 # %% ../nbs/05_least_action.ipynb #3e3b763d
@@ -381,7 +381,7 @@ class _Losses(_Exact):
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     "The model and its blocks; raises `ValueError` if they cannot be driven."
     if isinstance(model, Mapping): model, blocks = nn.ModuleList(model.values()), model
-    blocks = chosen_blocks(model, blocks, x)
+    blocks = chosen_blocks(model, blocks, x, branches=True)
     names = {}
     for name, block in blocks.items():
         if block in names: raise ValueError(f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")
@@ -414,7 +414,7 @@ class _Action(_Exact):
         self.register_buffer("weights", _weights(self.blocks, weights), persistent=False)
         heard = [1.] * len(self.blocks) if weights is None else self.weights.tolist()
         self.left_out = {name for name, weight in zip(self.blocks, heard) if not weight}
-        self.looked = False    # whether the gradient of a loss reaches the model
+        self.looked = self.pulled = False   # does the gradient of a loss reach the model, and does the action have one?
         self.energies = None   # what each block contributed to the last pass, `[..., K]`
         self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
 
@@ -429,6 +429,7 @@ class _Action(_Exact):
         action = (energies if self.weights is None else energies * self.weights.to(energies.dtype)).sum(-1)
         _check_gradients(task, action)
         if not (self.looked or torch.compiler.is_compiling()): _look(self, task, action)
+        if not (self.pulled or torch.compiler.is_compiling()): self.pulled = pulls(action, self.model)
         return energies, action
 
     def forget(self):

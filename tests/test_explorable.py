@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from conftest import ROOT
 from lap_nb.nets import dense_net
 from lap_nb.kinetic import block_energies
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, FixedWeight, LeastAction
 from lap_nb.transport import action_split
 
 SITE = ROOT / 'nbs' / '_site'
@@ -65,7 +65,7 @@ TRAIN = '''
 @pytest.mark.parametrize('K, hidden, n', [(1, 1, 2), (3, 5, 7), (9, 16, 64), (20, 16, 31)])
 def test_gradient_is_the_packages(K, hidden, n, least_action):
     net, x, y = example(K, hidden, n, seed=K)
-    la = LeastAction(net, lambda0=.3, tau=0.) if least_action else None
+    la = LeastAction(net, FixedWeight(1 / .3)) if least_action else None
     loss = F.cross_entropy(net(x), y)
     (la(loss) if la else loss).backward()
     expected = torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -82,7 +82,7 @@ def test_fifty_steps_are_the_packages(settings):
     net, x, y = example(9, 16, 64, seed=1)
     given = as_json(net, x, y, 9, 16, steps=50, settings=settings | {'rate': .01})
     opt, curve = torch.optim.Adam(net.parameters(), lr=.01), []
-    la = LeastAction(net, lambda0=settings['lambda'], tau=settings['tau'], target=settings.get('target', 0.)) if settings else None
+    la = LeastAction(net, DualAscent(settings['lambda'], settings['tau'], settings.get('target', 0.))) if settings else None
     for _ in range(50):
         task = F.cross_entropy(net(x), y)
         loss = la(task) if la else task

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lap_nb import least_action
 from lap_nb.hooks import find_blocks
 from lap_nb.data import digits
-from lap_nb.dynamics import Flow, ResidualNet
+from lap_nb.dynamics import Flow, ResidualNet, ResidualBlock
 from lap_nb.ensembles import fit_many
 from lap_nb.kinetic import block_energies
 from lap_nb.least_action import (ADVICE, AugmentedLagrangian, DualAscent, FixedWeight, LeastAction,
@@ -417,6 +417,7 @@ def test_a_step_reads_no_value_from_the_device(settings):
 def test_on_the_cpu_the_only_read_is_the_sign_of_the_loss(net, batch):
     x, y = batch
     la = LeastAction(net)
+    la(F.cross_entropy(net(x), y))   # the first step looks whether the action has a gradient
     task = F.cross_entropy(net(x), y)
     with Reads() as reads: la(task)
     assert reads.count == 1
@@ -1326,3 +1327,29 @@ def test_decays_and_weights_of_any_library(net, of):
     la = LeastAction(net, ProportionalIntegral(average=of(.5), gain=of(.5), smooth=of(.5), relative=np.True_), weights={"*": of(.5)})
     la.remove()
     assert type(la.controller.sensor.average) is float and la.controller.sensor.average == .5 and set(la.weights.tolist()) == {.5} and la.controller.gain == .5
+
+
+class Shifts(nn.Module):
+    "Adds what no weight that is trained changes."
+    def __init__(self, width=8): super().__init__(); self.register_buffer("by", torch.ones(width))
+    def forward(self, x): return x + self.by
+
+
+@pytest.mark.parametrize("least_action", [LeastAction, lambda net, **k: LeastAction(net, FixedWeight(1.), **k)])
+def test_an_action_without_gradient_is_refused_at_the_first_step(least_action):
+    net = nn.Sequential(nn.Linear(8, 8), Shifts(), nn.Linear(8, 3))
+    la = least_action(net, blocks=["1"])
+    with pytest.raises(RuntimeError, match="above zero and has no gradient"): la(F.cross_entropy(net(torch.randn(4, 8)), torch.zeros(4, dtype=torch.long)))
+
+
+def test_an_action_of_zero_is_looked_at_again():
+    block = ResidualBlock(nn.Linear(8, 8))
+    nn.init.zeros_(block.velocity.weight); nn.init.zeros_(block.velocity.bias)
+    net = nn.Sequential(nn.Linear(8, 8), block, nn.Linear(8, 3))
+    la = LeastAction(net)
+    step = lambda: la(F.cross_entropy(net(torch.randn(4, 8)), torch.zeros(4, dtype=torch.long)))
+    step()
+    assert not la.pulled
+    nn.init.ones_(block.velocity.weight)
+    step()
+    assert la.pulled
