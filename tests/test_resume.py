@@ -133,7 +133,7 @@ def test_another_optimiser_is_refused_and_another_precision_goes_on(tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     "The state of least action alone, as the adapter for Hugging Face keeps it."
     save_checkpoint(tmp_path / "run.pt", LeastAction(net()).state_dict())
-    with pytest.raises(CheckpointError, match="holds no training, only action, lowest"): train(tmp_path / "run.pt", resume=True)
+    with pytest.raises(CheckpointError, match="holds no training, only action, "): train(tmp_path / "run.pt", resume=True)
 
 
 # Killed
