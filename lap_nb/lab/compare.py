@@ -53,7 +53,7 @@ def _rows(
     gain:float|None,    # initial gain, None for the default initialisation
 )->list[dict]:
     "What each network of a row did, measured on the test samples; plain JSON values. Raises `FloatingPointError` if one diverged."
-    if runs.diverged: raise FloatingPointError(f"{method} diverged with the seeds {', '.join(str(runs.members[i]['seed']) for i in runs.diverged)}: there is nothing to compare, lower lambda0 or tau")
+    if runs.diverged_at: raise FloatingPointError(f"{method} diverged with the seeds {', '.join(str(runs.members[i]['seed']) for i in runs.diverged_at)}: there is nothing to compare, lower lambda0 or tau")
     rows = []
     for i, seed in enumerate(runs.provenance["seeds"]):
         run = runs[i]
