@@ -659,9 +659,9 @@ class Runs(Run):
         "Seed and values of the grid of each member."
         return self.provenance["members"]
     @property
-    def diverged(self)->dict[int, int]: # member -> epoch
+    def diverged_at(self)->dict[int, int]: # member -> epoch
         "Members that diverged, with the epoch in which they were frozen; their curves are NaN from there on."
-        return {i: m["diverged"] for i, m in enumerate(self.members) if "diverged" in m}
+        return {i: m["diverged_at"] for i, m in enumerate(self.members) if "diverged_at" in m}
 
     def where(self,
         **settings, # of the grid, or `seed`
@@ -677,7 +677,7 @@ class Runs(Run):
         return Runs(Ensemble([self.model.member(i) for i in at], note["seeds"]), curves, note)
 
     def __repr__(self)->str:
-        gone = f", {len(self.diverged)} diverged" if self.diverged else ""
+        gone = f", {len(self.diverged_at)} diverged" if self.diverged_at else ""
         last = ", ".join(f"{k} {v.float().nanmean():.3g}" for k, v in self.last.items() if k != "energy")
         return f"{len(self)} networks on {self.provenance['device']}{gone}, at the end: {last}"
 
@@ -840,10 +840,10 @@ def _joined(plan, found:list[_Trained], members:list[dict], settings:dict)->_Joi
     for i, member in enumerate(members):
         if died[order[i]] < 0: continue
         steps = -(-plan[0][1].split.train.shape[-1] // member.get("batch_size", settings["batch_size"]))
-        member["diverged"] = max(1, -(-died[order[i]] // steps))
+        member["diverged_at"] = max(1, -(-died[order[i]] // steps))
         for name, c in curves.items():
-            if name != "epoch": c[curves["epoch"] >= member["diverged"], i] = math.nan
-    if gone := [m for m in members if "diverged" in m]:
+            if name != "epoch": c[curves["epoch"] >= member["diverged_at"], i] = math.nan
+    if gone := [m for m in members if "diverged_at" in m]:
         warnings.warn(f"{len(gone)} of {len(members)} networks diverged and were frozen, the first of them {gone[0]}: "
                       "lower lr or start from a smaller gain")
     return _Joined(_together_again([each.networks for each in found], order, members), curves, members)

@@ -779,14 +779,7 @@ class Training:
         force:bool=False,  # accept other samples, batch size, seeds or processes, and begin the epoch anew
     ):
         "Put the training where `state` was; raises `ValueError` if it belongs to another training."
-        anew = _check_state(self, state, force)
-        _load_networks(self, state)
-        self.descent.load_state_dict(state)
-        self.curves.load_state_dict(state, anew)
-        self.step, self.epoch, self.at = state["step"], state["epoch"], 0 if anew else state["at"]
-        self.last, self.stopped, self.watch.trail = dict(state["last"]), state["stopped"] and not force, []
-        self.draws.load_state_dict(state, anew)
-        _remember(self, state["memory"])
+        _restore(self, state, force)
 
 # %% ../nbs/06_training.ipynb #a256fbce
 def _logits(training:Training, x:Tensor, y:Tensor)->Tensor:
@@ -866,6 +859,7 @@ def _fixed(training:Training)->dict:
     return {"data": f"{training.split.name} {training._digest[:12]}", "batch size": training.config.batch_size,
             "seeds": training.draws.seeds, "processes": training.processes.world}
 
+# %% ../nbs/06_training.ipynb #5c1d7e34
 def _check_state(training:Training, state:dict, force:bool)->bool: # are samples, seeds, ... others?
     "Raise unless the training can go on from there."
     if "fixed" not in state:
@@ -895,6 +889,16 @@ def _load_networks(training:Training, state:dict):
         for (part, _), old in zip(parts, before): part.load_state_dict(old)
         if isinstance(e, RuntimeError): raise ValueError(f"the checkpoint is of another network: {e}") from e
         raise
+
+def _restore(training:Training, state:dict, force:bool):
+    anew = _check_state(training, state, force)
+    _load_networks(training, state)
+    training.descent.load_state_dict(state)
+    training.curves.load_state_dict(state, anew)
+    training.step, training.epoch, training.at = state["step"], state["epoch"], 0 if anew else state["at"]
+    training.last, training.stopped, training.watch.trail = dict(state["last"]), state["stopped"] and not force, []
+    training.draws.load_state_dict(state, anew)
+    _remember(training, state["memory"])
 
 # %% ../nbs/06_training.ipynb #5c1d7e21
 @dataclass(frozen=True)
@@ -964,7 +968,7 @@ class CheckpointFile:
 
     def __enter__(self)->"CheckpointFile":
         self.free = self.training.processes.first(lambda: claim(self.path))
-        try: self._begin()
+        try: _begin(self)
         except BaseException:
             self.__exit__()
             raise
@@ -974,24 +978,25 @@ class CheckpointFile:
     def __exit__(self, *_):
         if self.free is not None: self.free()
 
-    def _begin(self):
-        "Go on from the file or write the first state, and see before any work that it can be written and read."
-        training, (rank, world) = self.training, self.training.processes
-        if self.path.exists():
-            if not self.resume:
-                raise FileExistsError(f"{self.path} exists: go on from it with Checkpoints(path, resume=True), or "
-                                      "choose another file")
-            training.load_state_dict(load_checkpoint(self.path), self.resume == "force")
-            self.saved = training.step
-        if world > 1: dist.barrier()
-        if rank == 0: tidy(self.path)
-        if self.saved is None:
-            training.draws.start_epoch()
-            self.save()
-            if rank == 0: load_checkpoint(self.path)
-        else:
-            state = training.state_dict()
-            if rank == 0: check_storable(state)
+# %% ../nbs/06_training.ipynb #5c1d7e35
+def _begin(file:CheckpointFile):
+    "Go on from the file or write the first state, and see before any work that it can be written and read."
+    training, (rank, world) = file.training, file.training.processes
+    if file.path.exists():
+        if not file.resume:
+            raise FileExistsError(f"{file.path} exists: go on from it with Checkpoints(path, resume=True), or "
+                                  "choose another file")
+        training.load_state_dict(load_checkpoint(file.path), file.resume == "force")
+        file.saved = training.step
+    if world > 1: dist.barrier()
+    if rank == 0: tidy(file.path)
+    if file.saved is None:
+        training.draws.start_epoch()
+        file.save()
+        if rank == 0: load_checkpoint(file.path)
+    else:
+        state = training.state_dict()
+        if rank == 0: check_storable(state)
 
 # %% ../nbs/06_training.ipynb #08cfe11d
 def run_epochs(

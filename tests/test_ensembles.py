@@ -89,7 +89,7 @@ def test_one_diverged_network_does_not_touch_the_others(mode, least_action):
     with pytest.warns(UserWarning, match="1 of 2 networks diverged.*'seed': 0"):
         runs = fit_many(explosive, digits().splits(60, [0, 1]), **settings)
     healthy = fit_many(explosive, digits().splits(60, [1]), **settings)
-    assert runs.diverged == {0: 1}
+    assert runs.diverged_at == {0: 1}
     assert not runs[0].curves["loss"].isfinite().any() and not runs[0].curves["test_accuracy"].isfinite().any()
     for name in healthy.curves: torch.testing.assert_close(runs[1].curves[name], healthy[0].curves[name], rtol=1e-4, atol=1e-6)
     assert all(p.isfinite().all() for p in runs[1].model.parameters())
@@ -157,7 +157,7 @@ def test_a_network_dies_at_the_same_step_in_every_mode(deaths, settings):
     whole = mortals((0,) * len(deaths), "batched", **settings)
     for i, member in enumerate(alone.members):
         death = deaths[member["seed"]]
-        assert member.get("diverged") == (-(-death // 3) if death else None)
+        assert member.get("diverged_at") == (-(-death // 3) if death else None)
         reached = [death == 0 or epoch < -(-death // 3) for epoch in (2, 4, 6)]
         assert alone.curves["loss"][:, i].isfinite().tolist() == reached
         torch.testing.assert_close(alone.curves["test_accuracy"][reached, i], whole.curves["test_accuracy"][reached, i])
@@ -193,7 +193,7 @@ def test_deaths_are_the_same_after_interruptions(mode, tmp_path):
     for after in (1, 2, 3, 4):
         with pytest.raises(KeyboardInterrupt): mortals(deaths, mode, progress=Stop(after), checkpoints=keep)
     resumed, straight = mortals(deaths, mode, checkpoints=keep), mortals(deaths, mode)
-    assert resumed.members == straight.members and resumed.diverged == {0: 3, 2: 5}
+    assert resumed.members == straight.members and resumed.diverged_at == {0: 3, 2: 5}
     for name in straight.curves: torch.testing.assert_close(straight.curves[name], resumed.curves[name], rtol=0, atol=0, equal_nan=True)
 
 
@@ -226,7 +226,7 @@ def test_an_interrupt_keeps_whole_rows():
     whole = mortals((0, 7), **settings)
     with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0, 7), progress=Stop(4), **settings)
     runs = interrupt.value.runs
-    assert runs.members == whole.members[:2] and runs.diverged == {1: 3}
+    assert runs.members == whole.members[:2] and runs.diverged_at == {1: 3}
     torch.testing.assert_close(runs.curves["loss"], whole.curves["loss"][:, :2], rtol=0, atol=0, equal_nan=True)
     with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0, 7), progress=Stop(2), **settings)
     assert not hasattr(interrupt.value, "runs") and not hasattr(interrupt.value, "__notes__")
@@ -574,7 +574,7 @@ def test_a_row_abreast_may_diverge_as_a_whole(two_threads):
     def maker(): return init_velocities_(make(), 1e30 if torch.initial_seed() >= 10 else 1.)
     with pytest.warns(UserWarning, match="10 of 20 networks diverged"):
         runs = fit_many(maker, digits().splits(60, range(20)), epochs=2, eval_every=1, mode="batched")
-    assert runs.diverged == dict.fromkeys(range(10, 20), 1)
+    assert runs.diverged_at == dict.fromkeys(range(10, 20), 1)
     assert runs.curves["loss"][:, :10].isfinite().all() and runs.curves["loss"][:, 10:].isnan().all()
 
 
@@ -616,7 +616,7 @@ def test_parameters_without_axes_train_and_freeze():
         def __init__(self): super().__init__(); self.gain, self.layer = nn.Parameter(torch.tensor(.5)), nn.Linear(64, 10)
         def forward(self, x): return self.gain * self.layer(x)
     runs = fit_many(Scaled, digits().splits(60, range(2)), epochs=2, mode="batched")
-    assert runs.diverged == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5
+    assert runs.diverged_at == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5
 
 
 # Faults that the tests above let pass, found by `make mutants`
@@ -838,14 +838,14 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
     plan = [([at, at + 4], SimpleNamespace(split=split)) for at in (2, 0, 1, 3)]
     deaths = [[3, 4], [0, -1], [-1, 4], [9, 2]]
     members = [dict(seed=i, **({} if i < 4 else dict(batch_size=60))) for i in range(8)]
-    with pytest.warns(UserWarning, match=r"6 of 8 networks diverged.*the first of them {'seed': 0, 'diverged': 1}"):
+    with pytest.warns(UserWarning, match=r"6 of 8 networks diverged.*the first of them {'seed': 0, 'diverged_at': 1}"):
         trained = [lap_nb.ensembles._Trained(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)]
         found = lap_nb.ensembles._joined(plan, trained, members, dict(batch_size=20, epochs=3, eval_every=1))
     joined, told = found.curves, found.members
-    assert [m.get("diverged") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged" not in m for m in members)
+    assert [m.get("diverged_at") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged_at" not in m for m in members)
     expected = [0., 10., 20., 30., 1., 11., 21., 31.]
     for i, m in enumerate(told):
-        last = m.get("diverged", 9)
+        last = m.get("diverged_at", 9)
         assert [None if v != v else v for v in joined["loss"][:, i].tolist()] == [expected[i] if epoch < last else None for epoch in (1, 2, 3)]
     assert joined["epoch"].tolist() == [1, 2, 3]
 
