@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from lap_nb.checks import check_module, whole
+from lap_nb.checks import check_module, checked, whole
 
 # %% ../nbs/01a_hooks.ipynb #a1f0c2d5
 def surely(body:Callable, undo:Callable):
