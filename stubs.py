@@ -108,7 +108,7 @@ def stub(source, classes=None):
         elif isinstance(node, ast.Assign):
             plain = isinstance(node.value, ast.Constant)
             kind = type(node.value.value).__name__ if plain and node.value.value is not None else '_Any'
-            for target in (t for t in node.targets if not isinstance(t, ast.Attribute)):
+            for target in (t for t in node.targets if not isinstance(t, ast.Attribute | ast.Subscript)):
                 if ast.unparse(target) == '__all__': lines.append(ast.unparse(node))
                 else: lines += [f'{n.id}: {kind}' for n in ast.walk(target) if isinstance(n, ast.Name) and n.id not in defined]
     return '\n'.join(lines) + '\n'
