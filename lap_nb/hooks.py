@@ -477,6 +477,7 @@ def _pieces(found:list[_Arrival], code:Tensor)->list[_Arrival]: # none, if they 
         if _same(sum(a.code for a in own), code): return own
     return []
 
+# %% ../nbs/02_attach.ipynb #451cd0c2
 def _joined(ways:list[_Arrival])->dict: # node to the nodes of what is added there
     "The sums of an input that came in one piece or several; where the pieces only meet, nothing is added."
     listed = [one for a in ways for one in _listed(a.sums)]
@@ -595,6 +596,7 @@ class _Probe(Watcher):
         for call, y, version in self.outs: call.written |= (y := y()) is not None and version_of(y) != version
         self.outs, self.last = [o for o in self.outs if o[1]() is not None and not o[0].written], None
 
+# %% ../nbs/02_attach.ipynb #1490a27f
 def _floats(value)->list[Tensor]:
     "All floating-point tensors in a nest of sequences and mappings."
     if isinstance(value, Tensor): return [value] if value.is_floating_point() else []
@@ -712,6 +714,23 @@ def module(self:_Kept, module:nn.Module):
     kind = type(module)
     self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
 
+# %% ../nbs/02_attach.ipynb #5295d5bf
+def _own_weights(root:nn.Module)->list[tuple[Tensor, Tensor]]: # as they are, with a copy
+    "Of the modules that do more in `train` and `eval` than set a mode."
+    own = [m for m in root.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+    return [(p, p.detach().clone()) for m in own for p in m._parameters.values() if p is not None and not p.is_meta]
+
+def _kept_of(root:nn.Module)->_Kept:
+    kept = _Kept()
+    for m in root.modules(): kept.module(m)
+    return kept
+
+def _random_states(root:nn.Module)->list[tuple[Callable, Any]]: # what puts each back, and what it is
+    devices = {t.device.index or 0 for t in chain(root.parameters(), root.buffers()) if t.is_cuda}
+    return [(torch.set_rng_state, torch.get_rng_state()), (random.setstate, random.getstate()),
+            (np.random.set_state, np.random.get_state()),
+            *((partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in sorted(devices))]
+
 # %% ../nbs/02_attach.ipynb #5295d5c0
 class _Quiet(Aside):
     "A pass on the side of which nothing is left: in evaluation mode, with a graph that keeps no activations; buffers and random state are put back."
@@ -725,14 +744,7 @@ class _Quiet(Aside):
     def keep(self):
         "Note what `end` puts back."
         self.modes = [(m, m.training) for m in self.root.modules()]
-        own = [m for m in self.root.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]   # they may do more than set a mode
-        self.weights = [(p, p.detach().clone()) for m in own for p in m._parameters.values() if p is not None and not p.is_meta]
-        kept = _Kept()
-        for m in self.root.modules(): kept.module(m)
-        self.kept = kept
-        devices = {t.device.index or 0 for t in chain(self.root.parameters(), self.root.buffers()) if t.is_cuda}
-        self.randoms = [(torch.set_rng_state, torch.get_rng_state()), (random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
-        self.randoms += [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+        self.weights, self.kept, self.randoms = _own_weights(self.root), _kept_of(self.root), _random_states(self.root)
 
     def begin(self):
         super().begin()
@@ -974,6 +986,7 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
                      + ("take find_blocks(model, x, blocks=...) with the names of the branches, and measure them with EnergyMeter(..., velocity='branch')" if branches
                         else "name the blocks by patterns, blocks=[...]"))
 
+# %% ../nbs/02_attach.ipynb #5bf8b27f
 def _skipped(blocks:Blocks, reasons:dict)->dict:
     "What is worth a row: the outermost modules without a block inside, chains, and what is residual in a block."
     mute = ("not called", "no floating-point tensor goes")   # they say nothing of what is inside

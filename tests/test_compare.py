@@ -23,7 +23,7 @@ from lap_nb.lab.catalogue import comparison, load_study
 from lap_nb.lab.cli import lap_compare
 from lap_nb.lab.compare import METHODS, Comparison, compare
 from lap_nb.lab.run import run_study
-from lap_nb.least_action import LeastAction
+from lap_nb.least_action import DualAscent, LeastAction
 
 SMALL = dict(seeds=2, epochs=2, n=30)
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def test_rows_are_complete(result):
             assert 0 <= row["straightness"] <= 1 and 0 <= row["test_accuracy_last"] <= 1
 
 
-@pytest.mark.parametrize("method, gain, objective", [("plain", None, None), ("gain-0.3", .3, None), ("least-action", None, partial(LeastAction, lambda0=1., tau=1.))])
+@pytest.mark.parametrize("method, gain, objective", [("plain", None, None), ("gain-0.3", .3, None), ("least-action", None, partial(LeastAction, controller=DualAscent(1., tau=1.)))])
 def test_rows_are_what_a_training_by_hand_gives(result, method, gain, objective):
     "With `fit_many`'s own settings; a record keeps six digits."
     split = digits().splits(SMALL["n"], range(2))

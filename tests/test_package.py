@@ -35,7 +35,6 @@ LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask pandas orjson lightning 
 EXPORTED = {'export', 'exports', 'exporti'}
 DIRECTIVE = re.compile(r'#\|\s*([\w-]+):?\s*(.*)')
 MAX_BYTES, MAX_STATEMENTS = 1_000_000, 40
-TO_SPLIT = {'93_store.ipynb'}   # holds cells that are longer
 
 
 python = partial(check, sys.executable)   # modules are taken from `cwd`
@@ -211,9 +210,8 @@ def statements(lines):
 def test_exported_cells_are_short():
     long = {where: count for where, _, directives, lines in code_cells()
             if EXPORTED & directives.keys() and (count := statements(lines)) > MAX_STATEMENTS}
-    no((f'{where}: {count} statements' for where, count in long.items() if where.split()[0] not in TO_SPLIT),
+    no((f'{where}: {count} statements' for where, count in long.items()),
        f'an exported cell has at most {MAX_STATEMENTS} statements')
-    no(TO_SPLIT - {where.split()[0] for where in long}, 'split by now: take it out of TO_SPLIT')
 
 
 # The package

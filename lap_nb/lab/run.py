@@ -237,6 +237,7 @@ def _written(path:Path, study:Study, waiting:dict, failed:dict)->int: # rows
         del waiting[cell]
     return written
 
+# %% ../../nbs/94_run.ipynb #d3943d36
 @checked
 def run_study(
     study:Study,                    # what to run

@@ -179,6 +179,15 @@ def done(
     device = {line["id"]: line["device_name"] for line in lines if line.get("kind") == "run"}
     return {(line["config"], line["seed"]): device[line["run"]] for line in lines if "seed" in line}
 
+# %% ../../nbs/93_store.ipynb #494a9b3e
+def _networks(lines:bytes, before:int, name:str)->set[tuple[str, int]]: # (config of the cell, seed)
+    """Of the rows among these lines, which follow `before` others in the record `name`. As `append_rows` writes them
+    they are found by their look; lines of another form are parsed, which takes ten times as long."""
+    found = re.findall(rb'"config":"(\w+)","seed":(\d{1,19}),', lines)
+    if len(found) == lines.count(b'"seed":'): return {(config.decode(), int(seed)) for config, seed in found}
+    parsed = [_parsed(line, f"line {before + i} of {name}") for i, line in enumerate(lines.split(b"\n"), 1) if line]
+    return {(line["config"], line["seed"]) for line in parsed if "seed" in line}
+
 # %% ../../nbs/93_store.ipynb #494a9b3f
 class _Index:
     "Which networks a record holds, and where it ends, kept up to date by reading what was added; to be used under the lock of the record."
@@ -197,7 +206,7 @@ class _Index:
             new = new[:end]
             lines, last = self.lines + new.count(b"\n"), new[new.rfind(b"\n", 0, end - 1) + 1:]
             if last.strip(): _parsed(last, f"line {lines} of {self.path.name}")
-            self.known |= self._networks(new)
+            self.known |= _networks(new, self.lines, self.path.name)
             self.end, self.lines, self.last = self.end + end, lines, new[-4096:]
         return self.known
 
@@ -207,13 +216,6 @@ class _Index:
         if status.st_ino != self.file or status.st_size < self.end: return False
         file.seek(self.end - len(self.last))
         return file.read(len(self.last)) == self.last
-
-    def _networks(self, lines:bytes)->set[tuple[str, int]]:
-        "Of the rows among these lines. As `append_rows` writes them they are found by their look; lines of another form are parsed, which takes ten times as long."
-        found = re.findall(rb'"config":"(\w+)","seed":(\d{1,19}),', lines)
-        if len(found) == lines.count(b'"seed":'): return {(config.decode(), int(seed)) for config, seed in found}
-        parsed = [_parsed(line, f"line {self.lines + i} of {self.path.name}") for i, line in enumerate(lines.split(b"\n"), 1) if line]
-        return {(line["config"], line["seed"]) for line in parsed if "seed" in line}
 
     def append(self, text:bytes):
         "Write at the end, in place of a half-written line; all of it or nothing."
@@ -227,6 +229,7 @@ class _Index:
                 with suppress(OSError): file.truncate(self.end)
                 raise
 
+# %% ../../nbs/93_store.ipynb #494a9b40
 _index = lru_cache(maxsize=64)(_Index)
 
 def networks_in(path:Path)->set[tuple[str, int]]:
