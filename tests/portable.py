@@ -340,10 +340,11 @@ def main():
     if args.run: return run_unit(args.run[0], Path(args.run[1]))
     units = [unit for unit in NOTEBOOKS + TESTS if unit.startswith(tuple(args.only))]
     if not args.report:
-        with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(lambda each: run_apart(*each), product(args.under, units)))
+        with ThreadPoolExecutor(args.jobs) as pool:   # one chapter after the other, so that what was stopped has finished some
+            list(pool.map(lambda unit_name: run_apart(*reversed(unit_name)), product(units, args.under)))
     rows = report()
     if not args.report: record(rows, units)
-    left = [f'{unit} ({name})' for name in args.under for unit in units if not done(FOUND / name / f'{unit}.json', unit)]
+    left = [f'{unit} ({name})' for unit in units for name in args.under if not done(FOUND / name / f'{unit}.json', unit)]
     if left: print('Not run to the end:', ', '.join(left))
     sys.exit(bool(left) or any(r['failed'] or r['room'] < ROOM for r in rows))
 

@@ -393,7 +393,7 @@ def test_an_interrupt_at_the_end_of_a_with_block(kind):
     (lambda: trace(net(), net()), TypeError, 'the network comes first, then its input'),
     (lambda: trace(net(), X[:, :0]), ValueError, 'the samples have no features'),
     (lambda: trace_energies(net(), X.to('meta')), ValueError, 'meta device'),
-    (lambda: find_blocks(net(), X[:, :2]), RuntimeError, r'ResidualNet cannot be called on a tensor of shape \(8, 2\)'),
+    (lambda: find_blocks(net(), X[:, :2]), RuntimeError, r'ResidualNet cannot be called on a tensor \[8, 2\]'),
     (lambda: trace(net(), X, [1]), TypeError, 'blocks is a list of 1, expected'),
     (lambda: find_blocks(net(), X, blocks=3), TypeError, 'blocks is 3, expected')])
 def test_bad_input_is_refused_in_words(call, error, words):
