@@ -25,7 +25,7 @@ from .checks import (
     as_given, check_labels, check_module, check_tensor, checked, described, extra, positive, several, whole)
 from .data import read_npz
 from .files import write_atomically
-from .plots import Axes, colours, own_axes
+from .plots import Axes, colors, own_axes
 
 # %% ../nbs/01_dynamics.ipynb #b2d0f1a1
 def call_network(
@@ -201,10 +201,10 @@ class Trajectory:
         until:int|None=None, # last layer drawn; None: the end
         ax:Axes|None=None,   # matplotlib axes; None: a new figure
         paths:bool=True,     # draw the way there, too
-        coloured:bool=False, # paths in the colour of their class, not in grey
+        colored:bool=False, # paths in the colour of their class, not in grey
     ):                       # the axes
         "Draw the first two coordinates: paths, and positions at layer `until` coloured by class."
-        return _draw(self, y, until, ax, paths, coloured)
+        return _draw(self, y, until, ax, paths, colored)
 
     @checked
     def slider(self,
@@ -466,16 +466,16 @@ def residual_blocks(
     return found
 
 # %% ../nbs/01_dynamics.ipynb #d9f22ec8
-def _draw(traj:Trajectory, y, until, ax, paths:bool, coloured:bool):
+def _draw(traj:Trajectory, y, until, ax, paths:bool, colored:bool):
     x = traj.x.detach().cpu().float().flatten(2)[..., :2]
     until = traj.K if until is None else whole("until", until, 0, most=traj.K)
     groups = [slice(None)] if y is None else [(y == c).cpu() for c in check_labels(y, traj.B).unique()]
     ax = own_axes(ax, 4.2, 4.2)
     for c, at in enumerate(groups):
-        colour = colours()[c % 10]
+        color = colors()[c % 10]
         ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn faster than many
-        if paths: ax.plot(*ways.T, color=colour if coloured else "0.7", alpha=.5 if coloured else 1, lw=.5, zorder=1)
-        ax.scatter(*x[until, at].T, s=9, color=colour, marker="os^Dv"[c % 5], zorder=2)
+        if paths: ax.plot(*ways.T, color=color if colored else "0.7", alpha=.5 if colored else 1, lw=.5, zorder=1)
+        ax.scatter(*x[until, at].T, s=9, color=color, marker="os^Dv"[c % 5], zorder=2)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {traj.K}")
     return ax
 
@@ -483,7 +483,7 @@ def _draw(traj:Trajectory, y, until, ax, paths:bool, coloured:bool):
 def _draw_field(flow:Flow, traj:Trajectory, y, k:int, ax, arrows:int, whole:bool):
     if traj.x[0, 0].shape != (2,): raise ValueError(f"samples have shape {list(traj.x.shape[2:])}, expected [2]: only a plane can be drawn")
     low, high = _box(traj.x if whole else traj.x[:k + 2])
-    ax = traj.plot(y, until=k, ax=ax, coloured=True)
+    ax = traj.plot(y, until=k, ax=ax, colored=True)
     if k < len(flow.blocks):
         grid = torch.cartesian_prod(*(torch.linspace(a, b, arrows) for a, b in zip(low, high))).to(traj.x)
         with torch.no_grad(): v = deepcopy(flow.blocks[k].velocity).eval()(grid)   # the grid is no data: no statistics of it, no dropout

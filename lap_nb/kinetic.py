@@ -20,7 +20,7 @@ from .dynamics import ResidualBlock, Trajectory
 from .files import as_code
 from .hooks import (
     BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
-from .plots import Axes, colours
+from .plots import Axes, colors
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
 REDUCTIONS = ("mean", "sum")
@@ -158,9 +158,9 @@ def plot(self:EnergyLedger,
     axes[0].figure.colorbar(picture, ax=axes[0], label="energy per sample of the class")
     step = max(1, len(self.names) // 12)
     axes[0].set(xticks=range(0, len(self.names), step), yticks=range(len(labels)), yticklabels=labels, xlabel="block", ylabel="class")
-    for c, (label, colour) in enumerate(zip(labels, colours() * 10)):
+    for c, (label, color) in enumerate(zip(labels, colors() * 10)):
         energy = self.samples[self.y == c].sort().values
-        axes[1].plot(torch.linspace(0, 1, len(energy)), energy, color=colour, ls=("-", "--", "-.", ":")[c % 4], label=f"class {label}")
+        axes[1].plot(torch.linspace(0, 1, len(energy)), energy, color=color, ls=("-", "--", "-.", ":")[c % 4], label=f"class {label}")
     axes[1].set(xlabel="share of the samples of a class, in order", ylabel="energy of the sample", ylim=0)
     axes[1].legend(frameon=False, ncols=1 + len(labels) // 6, fontsize=8)
     return axes

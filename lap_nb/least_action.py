@@ -116,7 +116,7 @@ class _Sensor(_Exact):
         super().__init__()
         self.every = None if every is None else whole("every", every, 1, "of steps, or None")
         self.warmup_steps = whole("warmup_steps", warmup_steps)
-        self.accumulate = whole("accumulate", accumulate, 1, "of batches per step of the optimiser")
+        self.accumulate = whole("accumulate", accumulate, 1, "of batches per step of the optimizer")
         named = isinstance(average, str) and average in ("batch", "mean")
         if not named and not (isinstance(average, float) and 0 < average < 1):
             raise ValueError(f"average is {average!r}, expected 'batch', 'mean' or a decay between 0 and 1")
@@ -168,7 +168,7 @@ class Controller(_Exact):
         every:int|None=1,          # steps between two updates; None: only by `LeastAction.ascend`
         average:str|float="batch", # loss that counts: `"batch"`, `"mean"` since the last update, or a decay
         warmup_steps:int=0,        # first steps, which count for nothing
-        accumulate:int=1,          # batches per step of the optimiser
+        accumulate:int=1,          # batches per step of the optimizer
     ):
         super().__init__()
         lam = _multipliers("lambda0", lambda0)

@@ -28,7 +28,7 @@ def own_axes(
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 # %% ../nbs/90b_plots.ipynb #90b0000a
-def colours()->list[str]: # ten, as hexadecimal codes
+def colors()->list[str]: # ten, as hexadecimal codes
     "The colour-blind safe colours of all figures: Tableau's, as matplotlib has them."
     import matplotlib.pyplot as plt
     return plt.style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
@@ -37,15 +37,15 @@ def mark(
     i:int,    # number of the line
 )->dict:      # settings `color` and `marker` of matplotlib
     "How the points of the `i`-th line look; after ten colours and five marks they come again."
-    return dict(color=colours()[i % 10], marker="os^Dv"[i % 5])
+    return dict(color=colors()[i % 10], marker="os^Dv"[i % 5])
 
 def shades(
-    colour, # of matplotlib
+    color, # of matplotlib
     n:int,  # how many
 )->list[tuple]:
     "The colour and ever paler ones, `n` in all."
     from matplotlib.colors import to_rgb
-    return [tuple(c + (1 - c) * .6 * k / max(1, n - 1) for c in to_rgb(colour)) for k in range(n)]
+    return [tuple(c + (1 - c) * .6 * k / max(1, n - 1) for c in to_rgb(color)) for k in range(n)]
 
 # %% ../nbs/90b_plots.ipynb #90b0000e
 def fit_scale(

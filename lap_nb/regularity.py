@@ -20,7 +20,7 @@ from .checks import check_memory, checked, described, is_dense, number, whole
 from .files import as_text
 from .hooks import chosen_blocks, first_tensor, swap_tensor
 from .nets import StochasticDepth
-from .plots import Axes, colours, mark, own_axes
+from .plots import Axes, colors, mark, own_axes
 from .transport import as_points, ldexp, squared_distances, unit_power
 
 # %% ../nbs/04a_regularity.ipynb #442f385f
@@ -225,18 +225,18 @@ def lipschitz_profile(
 def plot(self:LipschitzProfile,
     ax:Axes|None=None,   # matplotlib axes; None: a new figure
     label="blocks",    # name in the legend
-    colour:int=0,      # which of `colours()`
+    color:int=0,      # which of `colours()`
 ):                     # the axes
     "Median over samples with the range from 5 to 95 %; the whole flow stands at the right, behind a line."
     ax = own_axes(ax, 5.4, 3.4)
     blocks, whole = self.blocks.cpu(), self.whole.cpu()
     shares = torch.tensor([.05, .5, .95], dtype=blocks.dtype)
     low, middle, high = blocks.quantile(shares, dim=1)
-    K, c = len(self.names), colours()[colour]
+    K, c = len(self.names), colors()[color]
     k = range(1, K + 1)
-    ax.plot(k, middle, **mark(colour), label=label); ax.fill_between(k, low, high, color=c, alpha=.2, lw=0)
+    ax.plot(k, middle, **mark(color), label=label); ax.fill_between(k, low, high, color=c, alpha=.2, lw=0)
     low, middle, high = whole.quantile(shares).tolist()
-    ax.errorbar(K + 1.4 + .3 * colour, middle, [[middle - low], [high - middle]], **mark(colour), capsize=3)
+    ax.errorbar(K + 1.4 + .3 * color, middle, [[middle - low], [high - middle]], **mark(color), capsize=3)
     ax.axvline(K + .8, color="0.85", lw=.8, zorder=0)
     ax.set_xticks([*k[::-(-K // 12)], K + 1.55], [*map(str, k[::-(-K // 12)]), "whole\nflow"])
     ax.set(xlabel="block", ylabel="local Lipschitz constant", yscale="log")
@@ -339,12 +339,12 @@ def _fit(logs:Tensor, at:Tensor, change:Tensor, bins:int, halves:int, g)->tuple[
 def plot(self:Holder,
     ax:Axes|None=None, # matplotlib axes; None: a new figure
     label=None,    # name in the legend; None: the exponent
-    colour:int=0,  # which of `colours()`
+    color:int=0,  # which of `colours()`
 ):                 # the axes
     "The modulus of continuity on logarithmic axes."
     from matplotlib.ticker import LogLocator
     ax = own_axes(ax, 5.4, 3.4)
-    ax.plot(self.r, self.modulus, **mark(colour), label=label or f"exponent {self.exponent:.2f}")
+    ax.plot(self.r, self.modulus, **mark(color), label=label or f"exponent {self.exponent:.2f}")
     ax.set(xscale="log", yscale="log", xlabel="distance of two inputs (feature units)", ylabel="largest distance of their images (feature units)")
     for axis in (ax.xaxis, ax.yaxis): axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     ax.legend(frameon=False)

@@ -21,7 +21,7 @@ from .checks import check_labels, check_memory, checked, described, is_dense, nu
 from .dynamics import Trajectory
 from .files import as_text
 from .kinetic import check_reduction
-from .plots import Axes, colours, own_axes
+from .plots import Axes, colors, own_axes
 from .stats import bootstrap_mean, wilson
 
 # %% ../nbs/04_transport.ipynb #b10a0544
@@ -503,8 +503,8 @@ def plot(self:GapCurve,
     "Mean over the subsets, with the range of the middle 80 %."
     ax = own_axes(ax, 5.4, 3.4)
     for values, name, c, style in ((self.gaps, label, 0, dict(marker="o", ms=9, mfc="none", zorder=3)), (self.placebo, "placebo", 1, dict(marker="s", ms=4))):
-        ax.plot(self.n, values.mean(1), color=colours()[c], label=name, **style)
-        ax.fill_between(self.n, *values.quantile(torch.tensor([.1, .9]), dim=1), color=colours()[c], alpha=.25, lw=0)
+        ax.plot(self.n, values.mean(1), color=colors()[c], label=name, **style)
+        ax.fill_between(self.n, *values.quantile(torch.tensor([.1, .9]), dim=1), color=colors()[c], alpha=.25, lw=0)
     ax.set(xscale="log", xlabel="samples $n$", ylabel="gap / displacement cost", title=f"{self.dim} dimensions")
     ax.legend(frameon=False)
     return ax
@@ -613,7 +613,7 @@ def plot_splits(
     left = [0.] * len(splits)
     for p, (part, hatch) in enumerate(zip(("optimal, $W_2^2$", "assignment gap", "path gap"), ("", "//", ".."))):
         width = [(s.shares(row) if shares else s.parts[row])[p] for s in splits.values()]
-        ax.barh(names, width, left=left, label=part, color=colours()[p], hatch=hatch, edgecolor="white", lw=0)
+        ax.barh(names, width, left=left, label=part, color=colors()[p], hatch=hatch, edgecolor="white", lw=0)
         left = [a + b for a, b in zip(left, width)]
     ax.invert_yaxis()
     ax.set(xlabel=r"share of $K\sum_k|\delta_k|^2$" if shares else r"$K\sum_k|\delta_k|^2$, squared feature units")
@@ -750,7 +750,7 @@ def plot(self:McCannFit,
     ax = own_axes(ax, 4.6, 3.2)
     k, unit = torch.arange(len(self.distance)), self.length or 1.
     for values, name, marker, c in ((self.from_start, "clock", "o", 0), (self.distance, "from McCann", "s", 1), (self.detour, "detour", "^", 3)):
-        ax.plot(k, values / unit, marker=marker, color=colours()[c], label=name)
+        ax.plot(k, values / unit, marker=marker, color=colors()[c], label=name)
     ax.plot(k, k / k[-1], color="0.6", ls=":", label="even clock")
     ax.set(xlabel="layer", ylabel=r"length / $W_2$ of the ends" if self.length else "length, feature units")
     ax.legend(frameon=False)

@@ -218,7 +218,7 @@ class Sam:
 
 
 @pytest.mark.parametrize("make", [lambda params: torch.optim.LBFGS(params, max_iter=4), Sam])
-def test_an_optimiser_of_several_passes_and_its_remedies(make):
+def test_an_optimizer_of_several_passes_and_its_remedies(make):
     def step(**clock):
         model = net()
         la, opt = LeastAction(model, DualAscent(**clock)), make(model.parameters())

@@ -349,7 +349,7 @@ def test_velocity_of_the_branch_is_the_same_action(net, batch):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_several_optimisers_and_a_scaler(net, batch, chunks):
+def test_several_optimizers_and_a_scaler(net, batch, chunks):
     "Also with gradients added up over batches: the three together."
     x, y = batch
     reference = lams_after = None
@@ -1244,7 +1244,7 @@ def test_weights_that_leave_nothing(net):
     with pytest.raises(ValueError, match="all blocks weigh zero"): LeastAction(net, weights={"*": 0.})
 
 
-# Sharpness-aware steps: two passes, one step of the optimiser
+# Sharpness-aware steps: two passes, one step of the optimizer
 
 def test_two_passes_per_step_move_lambda_once(net, batch):
     x, y = batch

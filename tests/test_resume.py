@@ -122,7 +122,7 @@ def test_another_network_or_no_least_action_is_refused(tmp_path):
         fit(other, digits().split(100), LeastAction(other), batch_size=25, optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
 
 
-def test_another_optimiser_is_refused_and_another_precision_goes_on(tmp_path):
+def test_another_optimizer_is_refused_and_another_precision_goes_on(tmp_path):
     for name, change in (("adamw", dict(optimizer="adamw")), ("half", dict(precision="float16"))):
         train(tmp_path / name, 2, **change)
         if name == "half": assert train(tmp_path / name, 4, resume=True).curves["epoch"].tolist() == [2, 4]

@@ -359,7 +359,7 @@ def test_playground_is_scrubbed_without_a_kernel(browser, address):
 
 @pytest.mark.browser
 @pytest.mark.parametrize('preferred', ['light', 'dark'])
-def test_colour_scheme(browser, address, preferred):
+def test_color_scheme(browser, address, preferred):
     def background(page): return page.evaluate('getComputedStyle(document.body).backgroundColor')
     def brightness(page): return sum(map(int, re.findall(r'\d+', background(page))[:3]))
 

@@ -24,7 +24,7 @@ from .analysis import load_records, Records, text_table
 from .catalogue import comparison
 from .design import Study
 from .run import dataset, run_study
-from ..plots import colours
+from ..plots import colors
 from ..stats import confidence_interval, Interval
 
 # %% ../../nbs/12_compare.ipynb #74a20dfe
@@ -83,15 +83,15 @@ def table(self:Comparison
 
 # %% ../../nbs/12_compare.ipynb #236ba826
 MARKERS = dict(zip(METHODS, "os^"))
-def _colour(method:str)->str: return colours()[(0, 3, 1)[METHODS.index(method)]]
+def _color(method:str)->str: return colors()[(0, 3, 1)[METHODS.index(method)]]
 
 def _draw_accuracy(c:Comparison, ax):
     "Accuracy of every seed, with the interval of the mean."
     for at, method in enumerate(METHODS):
         values = 100 * c.of(method).values("test_accuracy_last")
         mean = confidence_interval(values)
-        ax.scatter(torch.linspace(at - .15, at + .15, len(values)), values, s=9, color=_colour(method), alpha=.6)
-        ax.errorbar(at + .3, mean.mean, mean.high - mean.mean, fmt=MARKERS[method], capsize=4, color=_colour(method))
+        ax.scatter(torch.linspace(at - .15, at + .15, len(values)), values, s=9, color=_color(method), alpha=.6)
+        ax.errorbar(at + .3, mean.mean, mean.high - mean.mean, fmt=MARKERS[method], capsize=4, color=_color(method))
     row = c.rows.rows[0]
     ax.set(xticks=range(3), xticklabels=METHODS, ylabel="test accuracy, last epoch (%)", title=f"{row['data']}, n = {row['n']}")
 
@@ -99,7 +99,7 @@ def _draw_energy(c:Comparison, ax):
     "Mean energy of every block, over test samples and seeds."
     for method in METHODS:
         energy = torch.tensor([row["energy_per_block"] for row in c.of(method).rows]).mean(0)
-        ax.semilogy(range(1, len(energy) + 1), energy, marker=MARKERS[method], color=_colour(method), label=method)
+        ax.semilogy(range(1, len(energy) + 1), energy, marker=MARKERS[method], color=_color(method), label=method)
     ax.set(xlabel="block", ylabel="energy per sample (mean over features)", title="motion"); ax.legend(frameon=False)
 
 def _draw_paths(c:Comparison, method:str, ax):

@@ -25,7 +25,7 @@ from lap_nb.files import digest, load_checkpoint, save_checkpoint
 from lap_nb.lab.store import append_rows, done, read_lines
 from lap_nb.least_action import DualAscent, FixedWeight, LeastAction
 from lap_nb.nets import MOST_BLOCKS
-from lap_nb.plots import colours
+from lap_nb.plots import colors
 from lap_nb.stats import confidence_interval
 from lap_nb.training import provenance
 
@@ -333,11 +333,11 @@ def plot_published(
     for k, objective in enumerate(objectives):
         for i, start in enumerate(STARTS):
             own = [100 * r["test_accuracy_last"] for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n)]
-            left.plot([i + .22 * (k - 1)] * len(own), own, "o", color=colours()[k], alpha=.5, ms=4, label=objective if i == 0 else None)
+            left.plot([i + .22 * (k - 1)] * len(own), own, "o", color=colors()[k], alpha=.5, ms=4, label=objective if i == 0 else None)
             gap = paired_points(rows, start, objective, n=n)
             if k and len(gap) > 1:
                 found = confidence_interval(gap)
-                right.errorbar(i + .22 * (k - 1.5), found.mean, [[found.mean - found.low], [found.high - found.mean]], fmt="o", capsize=4, color=colours()[k])
+                right.errorbar(i + .22 * (k - 1.5), found.mean, [[found.mean - found.low], [found.high - found.mean]], fmt="o", capsize=4, color=colors()[k])
     right.axhline(0, color="gray", lw=.8)
     for ax, label in ((left, "test accuracy (%)"), (right, "minus plain, same start (points)")):
         ax.set(xticks=range(3), xticklabels=STARTS, xlabel="start", ylabel=label, xlim=(-.5, 2.5))

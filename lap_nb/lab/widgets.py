@@ -27,7 +27,7 @@ from ..ensembles import seeded
 from ..kinetic import block_energies
 from ..least_action import DualAscent, LeastAction
 from ..nets import dense_net, init_velocities_
-from ..plots import colours
+from ..plots import colors
 from ..training import evaluate, fit
 from ..transport import action_split
 
@@ -158,14 +158,14 @@ def draw_regions(
     with torch.no_grad():
         p = trial.model(torch.cartesian_prod(u, v)).softmax(1)[:, 1].view(grid, grid).T
     ax.contourf(u, v, p, levels=[0, .1, .3, .5, .7, .9, 1], cmap="cividis", alpha=.7)
-    for c in (0, 1): ax.scatter(*x[y == c].T, s=8, color=colours()[c], marker="os"[c], edgecolors="white", linewidths=.3)
+    for c in (0, 1): ax.scatter(*x[y == c].T, s=8, color=colors()[c], marker="os"[c], edgecolors="white", linewidths=.3)
     ax.set(xlabel="x₁", ylabel="x₂", title="P(class 1)")
 
 def _draw_recall(trial:Trial, ax):
     at = trial.split.test
     with torch.no_grad(): right = (trial.model(trial.split.x[at]).argmax(1) == trial.split.y[at]).double()
     share = [right[trial.split.y[at] == c].mean().item() for c in range(trial.split.classes)]
-    ax.bar(range(len(share)), share, color=colours()[0])
+    ax.bar(range(len(share)), share, color=colors()[0])
     ax.set(xlabel="class", ylabel="share recognised", ylim=(0, 1), title="test samples, by class")
 
 # %% ../../nbs/10_playground.ipynb #9aeeab55
@@ -176,7 +176,7 @@ def draw_energies(
 ):
     "Energy of each block on the sample."
     energy = block_energies(trial.trajectory()).mean(1)
-    ax.bar(range(1, len(energy) + 1), energy.tolist(), color=[colours()[k == layer] for k in range(1, len(energy) + 1)])
+    ax.bar(range(1, len(energy) + 1), energy.tolist(), color=[colors()[k == layer] for k in range(1, len(energy) + 1)])
     ax.locator_params(nbins=4)
     ax.locator_params(axis="x", integer=True)
     ax.ticklabel_format(axis="y", scilimits=(-2, 3))   # short numbers, whatever the size
@@ -190,10 +190,10 @@ def draw_price(
     c = trial.curves
     ax.set(xlabel="epoch", title="training" if c else "not trained yet")
     if not c: return
-    ax.semilogy(c["epoch"], c["loss"], color=colours()[0], label="task loss (nats)")
+    ax.semilogy(c["epoch"], c["loss"], color=colors()[0], label="task loss (nats)")
     if "lambda" in c:
-        ax.semilogy(c["epoch"], c["lambda"], "--", color=colours()[1], label="$\\lambda$")
-        ax.semilogy(c["epoch"], c["action"] / c["lambda"], ":", color=colours()[3], label="action / $\\lambda$")
+        ax.semilogy(c["epoch"], c["lambda"], "--", color=colors()[1], label="$\\lambda$")
+        ax.semilogy(c["epoch"], c["action"] / c["lambda"], ":", color=colors()[3], label="action / $\\lambda$")
     low, high = (math.log10(limit) for limit in ax.get_ylim())
     ax.set_ylim(top=10 ** (high + .6 * (high - low)))   # room for the legend
     ax.legend(frameon=False, fontsize=7, loc="upper left")
@@ -205,8 +205,8 @@ def draw_split(
 ):
     "The action of the sample in three parts, as shares: what transport needs, wrong assignment, crooked paths."
     split, left = action_split(trial.trajectory()), 0.
-    for share, name, colour in zip(split.shares(), ("transport $W_2^2$", "assignment gap", "path gap"), (0, 1, 3)):
-        ax.barh(0, share, left=left, color=colours()[colour], label=f"{name}: {100 * share:.0f} %")
+    for share, name, color in zip(split.shares(), ("transport $W_2^2$", "assignment gap", "path gap"), (0, 1, 3)):
+        ax.barh(0, share, left=left, color=colors()[color], label=f"{name}: {100 * share:.0f} %")
         left += share
     ax.set(xlabel="share of $K\\Sigma_k|x_{k+1}-x_k|^2$", xlim=(0, 1), ylim=(-.6, 1.6), yticks=[], title=f"in all {split.total():.3g}")
     ax.set_xticks((0, .5, 1), ("0", "0.5", "1"))
@@ -220,7 +220,7 @@ def draw_depth(
     curve = depth_curve(trial.model, trial.split, ways=("skip", "lengthened"))
     for way, marker in (("skip", "o"), ("lengthened", "s")):
         rows = curve.of(way)
-        ax.plot([r["blocks"] for r in rows], [100 * r["accuracy"] for r in rows], marker=marker, label=way, color=colours()[way == "skip"])
+        ax.plot([r["blocks"] for r in rows], [100 * r["accuracy"] for r in rows], marker=marker, label=way, color=colors()[way == "skip"])
     ax.set(xlabel="blocks kept", ylabel="test accuracy (%)", ylim=(0, 103), title="other depths")
     ax.locator_params(axis="x", nbins=5, integer=True)
     ax.legend(frameon=False, fontsize=7)
