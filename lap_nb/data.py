@@ -425,7 +425,9 @@ def _opener(seconds: float):
     timer = threading.Timer(seconds, cut)
     timer.daemon = True; timer.start()
     try: yield build_opener(_Redirects, _Handler(connected))
-    except Exception as error: raise late if over.is_set() else error
+    except Exception as error:
+        if over.is_set(): raise late from error
+        raise
     finally: timer.cancel()
     if over.is_set(): raise late
 

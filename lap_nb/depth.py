@@ -577,8 +577,8 @@ def _cut_flow(flow:Flow):
     steps = [(g.block, g.block.h * g.scale) if isinstance(g, Stretch) else (g, g.h) for g in flow.blocks]
     steps = [(block, time) for block, time in steps if time > 0]
     h = sum(time for _, time in steps) / len(steps)
-    for block, time in steps:
-        if abs(time / h - 1) > 1e-9: block.velocity = Scaled(block.velocity, time / h)
+    for block, length in steps:
+        if abs(length / h - 1) > 1e-9: block.velocity = Scaled(block.velocity, length / h)
         block.h = h
     flow.blocks = nn.ModuleList(block for block, _ in steps)
 

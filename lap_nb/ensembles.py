@@ -375,7 +375,7 @@ def member_memory(
     def weigh(t):
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
-    with seeded(0), torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t): out = model(x)
+    with seeded(0), torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t): out = model(x)  # noqa: F841 - what it keeps is alive as long
     for p in model.parameters(): seen.pop(p.untyped_storage().data_ptr(), None)
     return 5 * state + sum(seen.values()) + 3 * max(seen.values(), default=0) + 2 * x.numel() * x.element_size()
 

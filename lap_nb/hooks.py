@@ -352,7 +352,7 @@ import time
 import warnings
 from collections import Counter, deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import FunctionType, MethodType
@@ -860,7 +860,7 @@ def _stripped(node):
 
 def _branches_in(calls:dict, ends:Iterable)->dict[nn.Module, bool]:
     "Modules that keep the shape and whose output is added, by who calls them, to something from which their input was made; whether that is their input itself."
-    made, found = {}, {}   # node of an output to the calls that end there
+    made = {}   # node of an output to the calls that end there
     for module, its in calls.items():
         for call in its:
             if call.shape and call.way is None and call.ends[1] is not None: made.setdefault(_stripped(call.ends[1]), []).append((module, call))

@@ -499,7 +499,7 @@ def test_a_thread_that_trains_the_network_meanwhile_is_not_disturbed(look):
         thread.join()
         assert hook_count(net) == 0 and all(m.training for m in net.modules())
         return net, torch.stack(energies)
-    (net, got), (alone, want) = run(True), run(False)
+    (net, got), (_, want) = run(True), run(False)
     assert all(m.seen == [True] * 60 for m in net.modules() if isinstance(m, Moded))
     if look not in (trace, trace_energies):   # these run the network in the mode it is in: statistics move
         assert all(m.num_batches_tracked == 60 for m in net.modules() if isinstance(m, nn.BatchNorm1d))

@@ -250,7 +250,7 @@ def test_two_trainings_on_one_file(tmp_path):
 
 
 def test_two_threads_on_one_file(tmp_path):
-    inside, end, errors = threading.Event(), threading.Event(), []
+    inside, end = threading.Event(), threading.Event()
     def hold(training): inside.set(); end.wait(60)
     thread = threading.Thread(target=train, args=(tmp_path / 'run.pt',), kwargs=dict(callbacks=[hold]))
     thread.start()

@@ -720,8 +720,8 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
     net = nn.Sequential(Attends())
     with pytest.raises(ValueError, match="'attention' in block '0' takes time first.*give batch_axis"): EnergyMeter(net, {"0": net[0]}, "sum")
     assert hook_count(net) == 0
-    for net, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")), (nn.Sequential(Attends(batch_first=True)), {})):
-        EnergyMeter(net, {"0": net[0]}, **{"reduction": "sum"} | kw).remove()
+    for each, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")), (nn.Sequential(Attends(batch_first=True)), {})):
+        EnergyMeter(each, {"0": each[0]}, **{"reduction": "sum"} | kw).remove()
     for axis in (True, -1, 1.5, "1"):
         with pytest.raises(ValueError, match="batch_axis is"): EnergyMeter(net, {"0": net[0]}, "sum", batch_axis=axis)
 

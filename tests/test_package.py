@@ -207,6 +207,11 @@ def statements(lines):
     return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in found)
 
 
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '.'], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+
+
 def test_exported_cells_are_short():
     long = {where: count for where, _, directives, lines in code_cells()
             if EXPORTED & directives.keys() and (count := statements(lines)) > MAX_STATEMENTS}

@@ -439,7 +439,7 @@ def test_shared_configurations_are_looked_at_once():
 # One at a time
 
 def test_one_network_is_trained_by_one_call_at_a_time():
-    model, inside, done, errors = Remembers(), threading.Event(), threading.Event(), []
+    model, inside, done = Remembers(), threading.Event(), threading.Event()
     def wait(training): inside.set(); done.wait(60)
     thread = threading.Thread(target=lambda: fit(model, SPLIT, epochs=1, callbacks=[wait]))
     thread.start(); inside.wait(60)

@@ -691,8 +691,8 @@ def test_descriptions_that_cannot_be_meant(tmp_path):
         with pytest.raises(ValueError, match=says): replace(TINY, grids=(replace(grid, **changed),))
     for changed, says in ((dict(measures=("transports",)), "no measure 'transports'"), (dict(net=Net("densee")), "no network 'densee'")):
         with pytest.raises(ValueError, match=says): run_study(replace(TINY, grids=(replace(grid, **changed),)), tmp_path, device="cpu")
-    for settings, says in ((dict(gain=.1), "which the default initialisation does not take"), (dict(h=0.), "expected a positive number"), (dict(lr=0.), "expected a positive number")):
-        with pytest.raises(ValueError, match=says): Method("mine", **settings)
+    for described, says in ((dict(gain=.1), "which the default initialisation does not take"), (dict(h=0.), "expected a positive number"), (dict(lr=0.), "expected a positive number")):
+        with pytest.raises(ValueError, match=says): Method("mine", **described)
 
 
 def test_columns_that_there_are_not():

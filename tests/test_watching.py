@@ -100,7 +100,7 @@ def test_looks_and_changes_between_compiled_steps(fresh, way):
         for each in (least, plain): each.step()
     least.la.remove()
     assert hook_count(least.net) == 0 and not own(least.net)
-    out = least.run(X)
+    least.run(X)
     assert least.la.meter.seen == []
     again = LeastAction(least.net, FixedWeight(.5))
     least.la = again
@@ -375,7 +375,7 @@ def test_an_interrupt_at_any_bytecode_leaves_nothing_behind(name, call):
 @pytest.mark.parametrize('kind', [Tracer, EnergyMeter])
 def test_an_interrupt_at_the_end_of_a_with_block(kind):
     "Once it has begun: before its first bytecode nothing of ours runs."
-    model, x = net(1), X
+    model = net(1)
     def closing(at=None):
         watcher = kind(model)
         watcher.__enter__()
