@@ -360,7 +360,7 @@ from typing import Any
 
 import numpy as np
 
-from lap_nb.checks import as_given, check_tensor, described, several
+from lap_nb.checks import as_given, check_tensor, described, flag, several
 from lap_nb.dynamics import ResidualBlock, call_network
 from lap_nb.files import as_code, as_text
 
@@ -1052,7 +1052,7 @@ def chosen_blocks(
     branches:bool=False, # take modules that only return what is added, too; otherwise they are refused
 )->Mapping[str, nn.Module]: # name to module, at least one; a mapping as it was given
     "What an argument `blocks` means; `TypeError` for what are no blocks, `ValueError` if there are none or they are not in `model`."
-    root = unwrap(model)
+    root, branches = unwrap(model), flag("branches", branches)
     if isinstance(blocks, Mapping): _wanted(root, named_parts(root), blocks)
     else: blocks = find_blocks(root, x, blocks)
     if not branches and (lost := next(iter(getattr(blocks, "branches", ())), None)):

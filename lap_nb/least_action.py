@@ -444,6 +444,8 @@ class _Action(_Exact):
     def __exit__(self, *exc): self.remove()
 
     def stack(self, others):
+        if not isinstance(others, (list, tuple)) or not all(type(other) is type(self) for other in others):
+            raise WrongKind(f"others is {described(others)}, expected a list of {type(self).__name__} objects")
         for other in others:
             other.remove()
             _check_alike(self, other)

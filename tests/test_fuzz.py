@@ -218,7 +218,7 @@ READERS = {
     'trajectory': Reader(lambda f: [trajectory_file(f)], Trajectory.load, [damage, repacked]),
     'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint, [damage, repacked], CheckpointError),
     'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record], name='tiny.jsonl'),
-    'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {}, 'ways': [['batched', 'grouped']], 'rows': [[0]]}).encode()],
+    'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {'epochs': 1}, 'ways': [['batched', 'grouped']], 'rows': [[0]]}).encode()],
                        _read_note, [damage, twisted_json]),
     'modes': Reader(lambda f: [modes_file(f)], read_measured, [damage, twisted_json]),
     'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]),
@@ -272,7 +272,7 @@ OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|
 # sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
 # Trainer's own file is whole (`_lacks`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
 OPENING = {'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics._read', 'ensembles._noted',
-           'ensembles._read_note', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
+           'files.read_json', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
            'lab.store.read_lines', 'files._check_archive',
            'training._processor', 'files.load_checkpoint', 'checks.free_memory'}
 

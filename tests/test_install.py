@@ -90,7 +90,7 @@ def test_the_description_holds_outside_the_repository(dists):
     targets = re.findall(r'\]\(([^)\s]*)', text)
     assert not [target for target in targets if not target.startswith(('https://', 'http://', '#'))]
     files = [re.fullmatch(rf'{re.escape(home)}/(blob|raw)/main/(.*)', target) for target in targets if target.startswith(home + '/')]
-    assert len(files) > 20 and not [found[0] for found in files if not (ROOT / found[2]).exists() or (found[1] == 'raw') != found[2].endswith('.png')]
+    assert len(files) > 20 and not [found[0] for found in files if not (ROOT / found[2].partition('#')[0]).exists() or (found[1] == 'raw') != found[2].endswith(('.png', '.svg'))]
 
 
 def test_sdist_builds_the_same_wheel(dists):

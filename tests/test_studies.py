@@ -345,8 +345,8 @@ def test_a_frame_of_rows_and_back(tmp_path):
 def test_an_append_reads_what_was_added_and_no_more(tmp_path, monkeypatch):
     "Counted, not timed: bytes looked through and lines parsed, in records of 30 and 3,000 rows."
     counts = {}
-    original, parse = store._Index._networks, store._parsed
-    monkeypatch.setattr(store._Index, '_networks', lambda self, lines: (counts.update(bytes=counts['bytes'] + len(lines)), original(self, lines))[1])
+    original, parse = store._networks, store._parsed
+    monkeypatch.setattr(store, '_networks', lambda lines, *where: (counts.update(bytes=counts['bytes'] + len(lines)), original(lines, *where))[1])
     monkeypatch.setattr(store, '_parsed', lambda *args: (counts.update(lines=counts['lines'] + 1), parse(*args))[1])
     cost = {}
     for n in (30, 3000):

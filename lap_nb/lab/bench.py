@@ -166,7 +166,10 @@ class _Steps:
     def _watch(self, net, way):
         if way == "plain": return None
         blocks = {name: net.get_submodule(name) for name in self.blocks}
-        return EnergyMeter(net, blocks) if way == "trace" else LeastAction(net, blocks=blocks)
+        if way == "trace": return EnergyMeter(net, blocks)
+        la = LeastAction(net, blocks=blocks)
+        la.looked = la.pulled = True   # what the first step of a training alone looks at is no part of a step
+        return la
 
     def __call__(self, way:str, cost=partial(clock, own=True))->float:
         "Cost of one step."
