@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .checks import checked, described, extra, number, several, whole
+from .checks import checked, described, extra, in_room, number, several, whole
 from .files import in_words, open_plain, room_for
 
 # %% ../nbs/00_data.ipynb #868cd597
@@ -268,6 +268,7 @@ def with_test(
 
 # %% ../nbs/00_data.ipynb #9f83949c
 @checked
+@in_room("so many points")
 def circles(
     n: int = 2000, # points, test points included
     noise: float = .1, # standard deviation of the noise on each coordinate
@@ -282,6 +283,7 @@ def circles(
 
 # %% ../nbs/00_data.ipynb #4449b301
 @checked
+@in_room("so many points")
 def moons(
     n: int = 2000, # points, test points included
     noise: float = .1, # standard deviation of the noise on each coordinate

@@ -814,16 +814,13 @@ def deepen(
 @checked
 class RandomDepth:
     "Training at all depths at once: each training pass runs a random number of blocks, spread evenly, with lengthened steps."
-    def __new__(cls, *args, **kwargs):   # also of a copy
-        _keep_eager()
-        return super().__new__(cls)
-
     def __init__(self,
         model:nn.Module,                          # hooks are put on it and on its blocks
         seed:int=0,                               # of the numbers of blocks
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # in the order of a pass, as in `chosen_blocks`; None: its `ResidualBlock`s
         sizes:Sequence[int]|None=None,            # blocks in each stage; None: by container
     ):
+        _keep_eager()
         blocks = chosen_blocks(model, blocks)
         self.sizes = _by_container(blocks) if sizes is None else list(sizes)
         if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
@@ -851,6 +848,10 @@ class RandomDepth:
         if self.schedule is None or not block.training: return None
         x, y = coming_out(self.names[k], self._open.pop(), out)
         return swap_tensor(out, y, x + self.schedule.get(k, 0.) * (y - x))
+
+    def __setstate__(self, state):   # of a copy
+        _keep_eager()
+        vars(self).update(state)
 
     def state_dict(self)->dict:
         "Where its random numbers are; a checkpoint of `fit` holds it."
