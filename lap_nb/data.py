@@ -19,7 +19,6 @@ from filelock import FileLock
 import numpy as np
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from .checks import checked, described, extra, in_room, number, several, whole
 from .files import in_words, open_plain, room_for
 
@@ -135,34 +134,40 @@ class Split:
                              f"{described(self.train)}, val {described(self.val)}, test {described(self.test)} and "
                              f"{len(self.seeds)} seeds")
 
+    def __repr__(self): return _parts_in_words(self)
+
+    @checked
+    def to(self,
+        device: str | torch.device, # as in `pick_device`, or any other that PyTorch has
+    ) -> "Split": # all tensors there
+        "The same split on `device`; raises `ValueError` if this PyTorch has none such"
+        return _moved(self, device)
+
+    @checked
+    def member(self,
+        i: int, # row of `train` and `val`
+    ) -> "Split": # with `train` [n] and `val` [n_val]
+        "The split of one member of a stacked split"
+        return _member(self, i)
+
 # %% ../nbs/00_data.ipynb #bd497e67
-@patch
-def __repr__(self: Split):
-    rows = f", {len(self.seeds)} members" if self.train.ndim == 2 else ""
-    return (f"{self.name}: {self.train.shape[-1]:,} training, {self.val.shape[-1]:,} validation, "
-            f"{len(self.test):,} test samples{rows}")
+def _parts_in_words(split: Split) -> str:
+    rows = f", {len(split.seeds)} members" if split.train.ndim == 2 else ""
+    return (f"{split.name}: {split.train.shape[-1]:,} training, {split.val.shape[-1]:,} validation, "
+            f"{len(split.test):,} test samples{rows}")
 
 # %% ../nbs/00_data.ipynb #1499a99a
-@patch
-@checked
-def to(self:Split,
-    device: str | torch.device, # as in `pick_device`, or any other that PyTorch has
-) -> Split: # all tensors there
-    "The same split on `device`; raises `ValueError` if this PyTorch has none such"
+def _moved(split: Split, device) -> Split:
     try: device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error: raise ValueError(f"device is {str(device)!r}, expected one that PyTorch has here ({error})") from error
-    return replace(self, **{k: getattr(self, k).to(device) for k in ("x", "y", "train", "val", "test")})
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device is {str(device)!r}, expected one that PyTorch has here ({error})") from error
+    return replace(split, **{k: getattr(split, k).to(device) for k in ("x", "y", "train", "val", "test")})
 
 # %% ../nbs/00_data.ipynb #d9414398
-@patch
-@checked
-def member(self:Split,
-    i: int, # row of `train` and `val`
-) -> Split: # with `train` [n] and `val` [n_val]
-    "The split of one member of a stacked split"
-    if self.train.ndim == 1: raise ValueError("this split is not stacked; `Dataset.splits` makes stacked ones")
-    if not 0 <= whole("i", i) < len(self.seeds): raise IndexError(f"member {i} of {len(self.seeds)}")
-    return replace(self, train=self.train[i], val=self.val[i], seeds=self.seeds[i:i + 1])
+def _member(split: Split, i: int) -> Split:
+    if split.train.ndim == 1: raise ValueError("this split is not stacked; `Dataset.splits` makes stacked ones")
+    if not 0 <= whole("i", i) < len(split.seeds): raise IndexError(f"member {i} of {len(split.seeds)}")
+    return replace(split, train=split.train[i], val=split.val[i], seeds=split.seeds[i:i + 1])
 
 # %% ../nbs/00_data.ipynb #19dd820b
 @dataclass(frozen=True, eq=False, repr=False)
@@ -191,39 +196,52 @@ class Dataset:
         return (f"{self.name}: {len(self.x):,} samples of shape {tuple(self.x.shape[1:])} in {self.classes} classes, "
                 f"{len(self.test):,} of them for testing")
 
+    @checked
+    def split_sizes(self,
+        n: int, # training samples wanted
+        n_val: int | None = None, # validation samples wanted; None: as many as `n`, or what is left
+    ) -> tuple[int, int]: # training and validation samples
+        "The sizes of a split, checked against what the pool holds"
+        return _split_sizes(self, n, n_val)
+
+    @checked
+    def split(self,
+        n: int, # training samples
+        seed: int = 0, # decides which
+        n_val: int | None = None, # validation samples; None: as many as `n`, or what is left
+    ) -> Split: # with `train` [n] and `val` [n_val]
+        "Draw a stratified training and a disjoint stratified validation part from the pool; warns of classes that are too rare for both"
+        return _split(self, n, seed, n_val)
+
+    @checked
+    def splits(self,
+        n: int, # training samples of each member
+        seeds: Iterable[int], # one whole number for each member
+        n_val: int | None = None, # validation samples of each member; None: as in `Dataset.split`
+    ) -> Split: # with `train` [S, n] and `val` [S, n_val]
+        "One split for each seed, stacked; member `i` is `split(n, seeds[i], n_val)`"
+        return _stacked(self, n, seeds, n_val)
+
 # %% ../nbs/00_data.ipynb #0c92dfc7
-@patch
-@checked
-def split_sizes(self:Dataset,
-    n: int, # training samples wanted
-    n_val: int | None = None, # validation samples wanted; None: as many as `n`, or what is left
-) -> tuple[int, int]: # training and validation samples
-    "The sizes of a split, checked against what the pool holds"
-    each = f"one sample for each of the {self.classes} classes of {self.name}"
-    n, pool = whole("n", n, self.classes, each), len(self.x) - len(self.test)
-    if n_val is None: n_val = max(min(n, pool - n), self.classes)
-    n_val = whole("n_val", n_val, self.classes, each)
+def _split_sizes(data: Dataset, n: int, n_val: int | None) -> tuple[int, int]:
+    each = f"one sample for each of the {data.classes} classes of {data.name}"
+    n, pool = whole("n", n, data.classes, each), len(data.x) - len(data.test)
+    if n_val is None: n_val = max(min(n, pool - n), data.classes)
+    n_val = whole("n_val", n_val, data.classes, each)
     if n + n_val > pool:
         raise ValueError(f"more samples asked for than exist: {n:,} for training and {n_val:,} for validation, but "
-                         f"{self.name} has {pool:,} outside its test part; ask for n of at most {max(pool - n_val, 0):,}")
-    empty = (self.y[self.pool].bincount(minlength=self.classes) == 0).nonzero()[:, 0].tolist()
-    if empty: raise ValueError(f"classes {empty} of {self.name} have no sample outside the test part")
+                         f"{data.name} has {pool:,} outside its test part; ask for n of at most {max(pool - n_val, 0):,}")
+    empty = (data.y[data.pool].bincount(minlength=data.classes) == 0).nonzero()[:, 0].tolist()
+    if empty: raise ValueError(f"classes {empty} of {data.name} have no sample outside the test part")
     return n, n_val
 
 # %% ../nbs/00_data.ipynb #df689b70
-@patch
-@checked
-def split(self:Dataset,
-    n: int, # training samples
-    seed: int = 0, # decides which
-    n_val: int | None = None, # validation samples; None: as many as `n`, or what is left
-) -> Split: # with `train` [n] and `val` [n_val]
-    "Draw a stratified training and a disjoint stratified validation part from the pool; warns of classes that are too rare for both"
-    n, n_val = self.split_sizes(n, n_val)
-    train, rest = draw(shuffled(self.pool, seed), self.y, n, self.classes)
-    val, _ = draw(rest, self.y, n_val, self.classes)
-    _warn_of_absent(self, train, val)
-    return Split(self.x, self.y, train, val, self.test, self.name, self.classes, (int(seed),))
+def _split(data: Dataset, n: int, seed: int, n_val: int | None) -> Split:
+    n, n_val = data.split_sizes(n, n_val)
+    train, rest = draw(shuffled(data.pool, seed), data.y, n, data.classes)
+    val, _ = draw(rest, data.y, n_val, data.classes)
+    _warn_of_absent(data, train, val)
+    return Split(data.x, data.y, train, val, data.test, data.name, data.classes, (int(seed),))
 
 def _warn_of_absent(data: Dataset, *parts: Tensor):
     "Say which classes have no sample in a part: what is chosen on it knows nothing of them."
@@ -232,18 +250,11 @@ def _warn_of_absent(data: Dataset, *parts: Tensor):
         if not len(absent): continue
         counts = data.y[data.pool].bincount(minlength=data.classes)[absent].tolist()
         warnings.warn(f"the {name} part of {data.name} has no sample of classes {absent.tolist()}, which have {counts} outside the test "
-                      "part: it says nothing about them; take fewer training samples, or leave these classes out", stacklevel=3)
+                      "part: it says nothing about them; take fewer training samples, or leave these classes out", stacklevel=4)
 
 # %% ../nbs/00_data.ipynb #628dc325
-@patch
-@checked
-def splits(self:Dataset,
-    n: int, # training samples of each member
-    seeds: Iterable[int], # one whole number for each member
-    n_val: int | None = None, # validation samples of each member; None: as in `Dataset.split`
-) -> Split: # with `train` [S, n] and `val` [S, n_val]
-    "One split for each seed, stacked; member `i` is `split(n, seeds[i], n_val)`"
-    each = [self.split(n, seed, n_val) for seed in several("seeds", seeds, whole)]
+def _stacked(data: Dataset, n: int, seeds: Iterable[int], n_val: int | None) -> Split:
+    each = [data.split(n, seed, n_val) for seed in several("seeds", seeds, whole)]
     if not each: raise ValueError("seeds is empty: one seed for each member, at least one")
     train, val = (torch.stack([getattr(s, part) for s in each]) for part in ("train", "val"))
     return replace(each[0], train=train, val=val, seeds=tuple(s.seeds[0] for s in each))

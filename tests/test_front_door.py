@@ -50,10 +50,11 @@ def test_listed_alike_for_all():
     with pytest.raises(AttributeError, match='nonsense'): lap.nonsense
 
 
-def test_a_type_checker_finds_no_fault_with_the_lines_of_the_readme(tmp_path):
+def test_a_type_checker_finds_no_fault_with_the_lines_of_the_readme(tmp_path, monkeypatch):
     pytest.importorskip('mypy', reason='mypy is missing: run `make test`, which installs it')
     lines = re.findall(r'``` python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.S)
     (tmp_path / 'readme.py').write_text('\n'.join(lines), encoding='utf-8')
+    monkeypatch.setenv('MYPYPATH', str(ROOT))   # the sources, as in an editable install
     found = run(sys.executable, '-m', 'mypy', '--config-file', ROOT / 'pyproject.toml', '--cache-dir', tmp_path / 'cache', 'readme.py', cwd=tmp_path)
     assert 'readme.py' not in found.stdout.replace('checked 1 source file', ''), found.stdout
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from ..checks import checked, one_of
 from ..data import load
@@ -53,6 +52,20 @@ class Comparison:
         "Least action minus the rival, seed by seed."
         return self.of("least-action").advantage(self.of(over))
 
+    def table(self
+    )->str: # of fixed-width lines
+        "Means over seeds with 95 % intervals, energy per sample; the paired difference is least action minus the row's method, in points."
+        return _table(self)
+
+    def plot(self):
+        "Accuracy beside energy per block, and the paths of a 2-D example; returns the figure."
+        return _draw(self)
+
+    def png(self
+    )->bytes: # a file
+        "The picture as a PNG file."
+        return _png(self)
+
     @classmethod
     def load(cls,
         out:str|Path=".",      # folder of the record
@@ -68,17 +81,17 @@ class Comparison:
         return cls(tried.tuned(), tried, plane)
 
 # %% ../../nbs/12_compare.ipynb #d1cb6c4f
-@patch
-def table(self:Comparison
-)->str: # of fixed-width lines
-    "Means over seeds with 95 % intervals, energy per sample; the paired difference is least action minus the row's method, in points."
+def _table(c:Comparison)->str:
     rows = []
     for method in METHODS:
-        found, gap = self.of(method), None if method == "least-action" else self.advantage(method)
+        found, gap = c.of(method), None if method == "least-action" else c.advantage(method)
         mean, gain = lambda key: found.values(key).mean().item(), found.rows[0]["gain"]
-        rows.append({"method": method, "gain": "default" if gain is None else f"{gain:g}", "test acc. %": found.confidence_interval(),
-            "best epoch %": found.confidence_interval("test_accuracy_best"), "paired difference": f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else "",
-            "energy": f"{mean('energy_per_sample'):.3g}", "straightness": f"{mean('straightness'):.2f}", "lambda": "" if gap else f"{mean('lambda'):.3g}"})
+        paired = f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else ""
+        rows.append({"method": method, "gain": "default" if gain is None else f"{gain:g}",
+                     "test acc. %": found.confidence_interval(),
+                     "best epoch %": found.confidence_interval("test_accuracy_best"), "paired difference": paired,
+                     "energy": f"{mean('energy_per_sample'):.3g}", "straightness": f"{mean('straightness'):.2f}",
+                     "lambda": "" if gap else f"{mean('lambda'):.3g}"})
     return text_table(rows)
 
 # %% ../../nbs/12_compare.ipynb #236ba826
@@ -108,23 +121,18 @@ def _draw_paths(c:Comparison, method:str, ax):
     Trajectory(torch.tensor(row["paths"])).plot(torch.tensor(row["labels"]), ax=ax).set_title(f"{row['data']}, {method}")
 
 # %% ../../nbs/12_compare.ipynb #d4cf0243
-@patch
-def plot(self:Comparison):
-    "Accuracy beside energy per block, and the paths of a 2-D example; returns the figure."
+def _draw(c:Comparison):
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, 2, figsize=(9, 7.6), layout="constrained")
-    _draw_accuracy(self, axes[0, 0]); _draw_energy(self, axes[0, 1])
-    for ax, method in zip(axes[1], ("plain", "least-action")): _draw_paths(self, method, ax)
+    _draw_accuracy(c, axes[0, 0]); _draw_energy(c, axes[0, 1])
+    for ax, method in zip(axes[1], ("plain", "least-action")): _draw_paths(c, method, ax)
     return fig
 
-@patch
-def png(self:Comparison
-)->bytes: # a file
-    "The picture as a PNG file."
+def _png(c:Comparison)->bytes:
     import io
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     import matplotlib.pyplot as plt
-    fig, file = self.plot(), io.BytesIO()
+    fig, file = c.plot(), io.BytesIO()
     FigureCanvasAgg(fig).print_png(file); plt.close(fig)
     return file.getvalue()
 
