@@ -181,8 +181,11 @@ def _cost(cell:Cell, seeds:int)->float:
 class _Share:
     "The part of a progress bar that one cell fills, one step per epoch."
     def __init__(self, bar, cost:float, epochs:int): self.bar, self.each, self.left = bar, cost / epochs, cost
-    def update(self, n:int=1): self.bar.update(self.each * n); self.left -= self.each * n
-    def finish(self): self.bar.update(self.left)
+    def update(self, n:int=1):
+        self.left -= self.each * n
+        self.bar.update(min(self.each * n, self.bar.total - self.bar.n))   # rounding must not fill more than all
+
+    def finish(self): self.bar.update(min(self.left, self.bar.total - self.bar.n))
 
 # %% ../../nbs/94_run.ipynb #400eb5c8
 @dataclass(frozen=True)
