@@ -10,7 +10,7 @@ import pytest
 
 import lap_nb as lap
 from conftest import ROOT, run
-from test_package import modules, no, public
+from test_package import modules, no
 
 STUB = ast.parse((ROOT / 'lap_nb' / '__init__.pyi').read_text(encoding='utf-8'))
 OFFERED = {alias.asname or alias.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
@@ -60,7 +60,7 @@ def test_a_type_checker_finds_no_fault_with_the_lines_of_the_readme(tmp_path, mo
 
 
 def test_public_names_are_few_and_differ_in_more_than_case():
-    names = [(name, module) for module in modules() for name in public(importlib.import_module(f'lap_nb.{module}'))]
+    names = [(name, module) for module in modules() for name in importlib.import_module(f'lap_nb.{module}').__all__]
     assert len(names) <= MOST_PUBLIC, f'{len(names)} public names, at most {MOST_PUBLIC}'
     seen = {}
     for name, module in names: seen.setdefault(name.lower(), []).append(f'{module}.{name}')
