@@ -225,7 +225,7 @@ def lipschitz_profile(
 def plot(self:LipschitzProfile,
     ax:Axes|None=None,   # matplotlib axes; None: a new figure
     label="blocks",    # name in the legend
-    color:int=0,      # which of `colours()`
+    color:int=0,      # which of `colors()`
 ):                     # the axes
     "Median over samples with the range from 5 to 95 %; the whole flow stands at the right, behind a line."
     ax = own_axes(ax, 5.4, 3.4)
@@ -339,7 +339,7 @@ def _fit(logs:Tensor, at:Tensor, change:Tensor, bins:int, halves:int, g)->tuple[
 def plot(self:Holder,
     ax:Axes|None=None, # matplotlib axes; None: a new figure
     label=None,    # name in the legend; None: the exponent
-    color:int=0,  # which of `colours()`
+    color:int=0,  # which of `colors()`
 ):                 # the axes
     "The modulus of continuity on logarithmic axes."
     from matplotlib.ticker import LogLocator
