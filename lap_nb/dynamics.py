@@ -25,7 +25,7 @@ from .checks import (
     as_given, check_labels, check_module, check_tensor, checked, described, extra, positive, several, whole)
 from .data import read_npz
 from .files import write_atomically
-from .plots import Axes, colors, own_axes
+from .plots import Axes, mark, own_axes
 
 # %% ../nbs/01_dynamics.ipynb #b2d0f1a1
 def call_network(
@@ -472,10 +472,10 @@ def _draw(traj:Trajectory, y, until, ax, paths:bool, colored:bool):
     groups = [slice(None)] if y is None else [(y == c).cpu() for c in check_labels(y, traj.B).unique()]
     ax = own_axes(ax, 4.2, 4.2)
     for c, at in enumerate(groups):
-        color = colors()[c % 10]
+        look = mark(c)
         ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn faster than many
-        if paths: ax.plot(*ways.T, color=color if colored else "0.7", alpha=.5 if colored else 1, lw=.5, zorder=1)
-        ax.scatter(*x[until, at].T, s=9, color=color, marker="os^Dv"[c % 5], zorder=2)
+        if paths: ax.plot(*ways.T, color=look["color"] if colored else "0.7", alpha=.5 if colored else 1, lw=.5, zorder=1)
+        ax.scatter(*x[until, at].T, s=9, **look, zorder=2)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {traj.K}")
     return ax
 
