@@ -111,7 +111,6 @@ def rank_correlation(
     least = np.bincount(groups).min(initial=len(a))
     if least < 3: raise ValueError(f"found {least} values in a group, expected at least three in each")
     clusters = np.arange(len(a)) if clusters is None else _parts("clusters", clusters, len(a))
-    level = float(level)
     times = _resampled(clusters.max() + 1, resamples, seed)[:, clusters]
     found = np.array([_spearman(a[at], b[at], times[:, at]) for at in (groups == g for g in range(groups.max() + 1))])
     varied = np.isfinite(found[:, 0])
