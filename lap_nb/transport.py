@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -508,9 +509,6 @@ def plot(self:GapCurve,
     ax.set(xscale="log", xlabel="samples $n$", ylabel="gap / displacement cost", title=f"{self.dim} dimensions")
     ax.legend(frameon=False)
     return ax
-
-# %% ../nbs/04_transport.ipynb #04c10001
-from typing import NamedTuple
 
 # %% ../nbs/04_transport.ipynb #74d89c53
 class Parts(NamedTuple):
