@@ -19,7 +19,7 @@ from filelock import FileLock
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import checked, described, extra, in_room, number, several, whole
+from .checks import checked, described, extra, in_room, is_dense, number, several, whole
 from .files import in_words, open_plain, room_for
 
 # %% ../nbs/00_data.ipynb #868cd597
@@ -29,10 +29,9 @@ def check_samples(
     classes: int, # labels run from 0 to `classes - 1`
 ):
     "Raise unless `x` and `y` are finite samples and their labels"
-    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
-    if not (dense and x.is_floating_point() and x.ndim > 1 and x.numel()):
+    if not (is_dense(x) and x.is_floating_point() and x.ndim > 1 and x.numel()):
         raise ValueError(f"samples must be a floating-point tensor [N, ...] with N > 0, found {described(x)}")
-    if not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]):
+    if not (is_dense(y) and y.dtype == torch.int64 and y.shape == x.shape[:1]):
         raise ValueError(f"labels must be int64 [{len(x)}], one for each sample, found {described(y)}")
     if not torch.isfinite(torch.stack(x.aminmax())).all(): # one pass; NaN reaches both ends
         bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()[:, 0]
@@ -50,7 +49,7 @@ def check_index(
     size: int, # number of samples pointed into
 ) -> int: # number of rows
     "Raise unless `index` points at samples"
-    if not (isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim in (1, 2) and index.numel()):
+    if not (is_dense(index) and index.dtype == torch.int64 and index.ndim in (1, 2) and index.numel()):
         raise ValueError(f"{name} indices must be int64 [M] or [S, M] and not empty, found {described(index)}")
     if index.min() < 0 or index.max() >= size:
         raise ValueError(f"{name} indices must lie in 0..{size - 1}, found {index.min()} to {index.max()}")

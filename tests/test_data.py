@@ -966,8 +966,13 @@ def test_packed_zeros_are_refused(tmp_path):
     with pytest.raises(ValueError, match='announces 209,715,200 bytes, expected no more than'): data.read_idx(path, data.file_md5(path), 3)
 
 
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
 def test_samples_without_values_and_seeds_without_end_are_refused():
     x, y = torch.randn(8, 4), torch.arange(8) % 2
-    for bad in (x.to_sparse(), x.to('meta')):
+    nested = torch.nested.nested_tensor(list(x))
+    for bad in (x.to_sparse(), x.to('meta'), nested):
         with pytest.raises(ValueError, match='samples must be a floating-point tensor'): Dataset(bad, y, torch.arange(6, 8), 's', 2)
+    for bad in (y.to_sparse(), y.to('meta'), nested):
+        with pytest.raises(ValueError, match='labels must be int64'): Dataset(x, bad, torch.arange(6, 8), 's', 2)
+        with pytest.raises(ValueError, match='test indices must be int64'): Dataset(x, y, bad, 's', 2)
     with pytest.raises(ValueError, match='seeds has 1,000,000,000 values'): Dataset(x, y, torch.arange(6, 8), 's', 2).splits(2, range(10 ** 9))
