@@ -747,7 +747,7 @@ def early_exit(self:Elastic,
     if not x.ndim: raise ValueError(f"x is {described(x)}, expected inputs [B, ...]")
     net, times, doors = self._exits(slack), [g.block.h for g in self.gates], self._doors(after)
     with torch.no_grad(), evaluating(net), _in_one_dtype(net, x):
-        z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]", finite=False), torch.arange(len(x), device=x.device)
+        z, alive = real_tensor("the encoded batch", net.encoder(x), "[B, ...]"), torch.arange(len(x), device=x.device)
         pairs, blocks, logits = slack * self._margins(z), torch.full_like(alive, self.K), None
         for k, gate in enumerate(self.gates):
             start, z = z, gate(z)
