@@ -134,8 +134,8 @@ def test_bad_sizes_are_refused(digits, n, n_val, error, words):
 
 @pytest.mark.parametrize('seed, error', [(1.5, TypeError), ('0', TypeError), (None, TypeError), (-1, ValueError)])
 def test_bad_seeds_are_refused(digits, seed, error):
-    with pytest.raises(error, match='seeds? is'): digits.split(20, seed=seed)
-    with pytest.raises(error, match='seeds? is'): digits.splits(20, seeds=[0, seed])
+    with pytest.raises(error, match=f'^seed is {seed!r}, expected'): digits.split(20, seed=seed)
+    with pytest.raises(error, match='seeds is .*, expected'): digits.splits(20, seeds=[0, seed])
 
 
 def test_class_only_in_the_test_part_is_named():
