@@ -922,7 +922,7 @@ def _noted(checkpoints:Checkpoints, members:list[dict], settings:dict, least_act
         raise ValueError(f"{folder} holds checkpoints of a training of {before} epochs, now they are {begun}: "
                          "choose at least as many, or another folder")
     then["settings"]["epochs"] = begun   # it may be lengthened
-    differ = [name for name in this if this[name] != then.get(name, this[name] if name == "least_action" else None)]   # older notes have none
+    differ = [name for name in this if this[name] != then.get(name)]
     if differ:
         raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
