@@ -47,7 +47,7 @@ from .files import in_words, load_checkpoint, read_json, write_atomically
 from .kinetic import EnergyMeter
 from .least_action import Controller, DualAscent, LeastAction
 from .training import (
-    as_checkpoints, check_split, Checkpoints, configured, fit, progress_bar, provenance, Run, process_share, train_loop, TrainConfig)
+    as_checkpoints, Checkpoints, configured, fit, progress_bar, provenance, Run, process_share, train_loop, TrainConfig)
 
 # %% ../nbs/07_ensembles.ipynb #ed6eac0f
 class _Row(torch.autograd.Function):
@@ -702,7 +702,6 @@ def fit_many(
     **kwargs,                             # of the `TrainConfig`, in place of those in `config`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
     "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
-    check_split(data)
     _check_maker(make_model, least_action)
     for name, value in dict(chunk=chunk, memory=memory, workers=workers).items():
         if value is not None: whole(name, value, 1)
@@ -742,10 +741,8 @@ def _save_what_is_done(error:BaseException, trained:Callable[[], Runs], members:
 MODES = ("auto", "sequential", "batched", "graph", "processes")
 
 def _check_maker(make_model, least_action):
-    if isinstance(make_model, nn.Module) or not callable(make_model):
+    if isinstance(make_model, nn.Module):
         raise TypeError(f"make_model is of type {type(make_model).__name__}, expected what makes a network for each seed: a class, or partial(dense_net, 2, 2)")
-    if not (least_action is None or callable(least_action)):
-        raise TypeError(f"least_action is {least_action!r}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
     if isinstance(least_action, nn.Module):
         raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
 

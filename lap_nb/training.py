@@ -1200,7 +1200,6 @@ def fit(
 )->Run:                                  # the trained network with its curves, and how it was trained
     """Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers
     are no longer finite."""
-    check_split(data)
     _check_model(model)
     if data.train.ndim > 1:
         raise ValueError(f"data has rows for {len(data.train)} networks, expected those of one: take data.member(i), "
