@@ -70,7 +70,7 @@ def shrink_pictures(nb):
         before, after = base64.b64decode(output.data['image/png']), io.BytesIO()
         picture = Image.open(io.BytesIO(before))
         few, many = (picture.convert('RGB').quantize(n, dither=Image.Dither.NONE) for n in (64, 128))
-        off = ImageStat.Stat(ImageChops.difference(few.convert('RGB'), picture.convert('RGB'))).rms  # of 255, by channel
+        off = ImageStat.Stat(ImageChops.difference(few.convert('RGB'), picture.convert('RGB'))).rms  # of 255
         (few if max(off) < 3 else many).save(after, 'PNG', optimize=True)
         if picture.mode != 'P' and len(after.getvalue()) < len(before):
             output.data['image/png'] = base64.b64encode(after.getvalue()).decode() + '\n'
