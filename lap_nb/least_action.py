@@ -739,7 +739,7 @@ def kkt(
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()
     return KKTReport(verdict, float(target), mean(loss), mean(lam), mean(action), mean(loss) - target, mean(lam * (loss - target)),
-               mean(action / lam) / (mean(loss) or math.nan), drift, swing, curves=curves, **more)
+                     mean(action / lam) / (mean(loss) or math.nan), drift, swing, curves=curves, **more)
 
 # %% ../nbs/05_least_action.ipynb #05c10005
 def _judged(c:Controller, curves, tolerance:float, **more)->KKTReport:

@@ -798,16 +798,16 @@ def _check_training(model:nn.Module, split:Split, least_action:nn.Module|None, c
     _check_fits(split, config)
     _check_attached(model, least_action, split.train.shape[:-1])
 
-def _check_fits(split:Split, r:TrainConfig):
+def _check_fits(split:Split, c:TrainConfig):
     "Raise if the configuration asks for what these samples, or so many processes, cannot have."
     shape, n, world = tuple(split.x.shape[1:]), split.train.shape[-1], process_share()[1]
-    if (r.crop or r.flip or r.channels_last) and len(shape) != 3:
+    if (c.crop or c.flip or c.channels_last) and len(shape) != 3:
         raise ValueError(f"crop, flip and channels_last are for pictures [C, H, W], and samples of {split.name} have "
                          f"shape {list(shape)}")
-    if r.channels_last and split.train.ndim == 2:
+    if c.channels_last and split.train.ndim == 2:
         raise ValueError("channels_last is for one network: pictures of a row have five axes")
-    if 0 < n % r.batch_size < world or r.batch_size < world:
-        raise ValueError(f"the smallest batch has {min(n % r.batch_size or r.batch_size, r.batch_size)} samples, "
+    if 0 < n % c.batch_size < world or c.batch_size < world:
+        raise ValueError(f"the smallest batch has {min(n % c.batch_size or c.batch_size, c.batch_size)} samples, "
                          f"fewer than the {world} processes: choose another batch_size")
 
 def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple):
@@ -825,10 +825,10 @@ def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple
                          "per network: give a single one; for values that differ from network to network, fit_many(..., "
                          "least_action=lambda model, lambda0: LeastAction(model, DualAscent(lambda0)), grid=dict(lambda0=[...]))")
 
-def _wrapped(model:nn.Module, r:TrainConfig)->nn.Module:
+def _wrapped(model:nn.Module, c:TrainConfig)->nn.Module:
     "The model as it is called in training: compiled, and with gradients averaged over processes."
     call = model
-    if r.compile: call = torch.compile(call, backend=r.compile if isinstance(r.compile, str) else "inductor")
+    if c.compile: call = torch.compile(call, backend=c.compile if isinstance(c.compile, str) else "inductor")
     if process_share()[1] == 1: return call
     device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(call, device_ids=[device.index] if device.type == "cuda" else None)
@@ -1200,7 +1200,6 @@ def fit(
 )->Run:                                  # the trained network with its curves, and how it was trained
     """Train one network; raises `TypeError` or `ValueError` on bad data or settings and `Diverged` if the numbers
     are no longer finite."""
-    check_split(data)
     _check_model(model)
     if data.train.ndim > 1:
         raise ValueError(f"data has rows for {len(data.train)} networks, expected those of one: take data.member(i), "

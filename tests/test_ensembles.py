@@ -296,7 +296,7 @@ def test_workers_end_with_their_parent(sign, code, tmp_path):
     if sign == signal.SIGINT: assert "KeyboardInterrupt" in errors
 
 
-def test_a_worker_ends_when_its_pipe_closes(tmp_path):
+def test_a_worker_ends_when_its_pipe_closes():
     "The way that works where the system does not help."
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     worker = multiprocessing.get_context("spawn").Process(target=living, args=(reader,))
@@ -858,7 +858,7 @@ def test_a_damaged_note_in_a_folder_of_checkpoints_is_told(content, tmp_path):
     assert (tmp_path / "members.json").read_text() == content
 
 
-SOUND = dict(format=2, members=[dict(seed=s) for s in range(2)], settings={}, rows=[[0, 1]], ways=[["batched", "grouped"]])
+SOUND = dict(format=2, members=[dict(seed=s) for s in range(2)], rows=[[0, 1]], ways=[["batched", "grouped"]])
 
 
 @pytest.mark.parametrize("change", [
@@ -873,7 +873,7 @@ def test_a_note_that_was_edited_is_told(change, tmp_path):
     assert sound.keys() >= SOUND.keys() and sound["rows"] == SOUND["rows"] and sound["ways"] == SOUND["ways"]
     content = json.dumps(sound | change)
     (tmp_path / "members.json").write_text(content)
-    with pytest.raises(ValueError, match="members.json is damaged|they differ in"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
+    with pytest.raises(ValueError, match="members.json is damaged"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
     assert (tmp_path / "members.json").read_text() == content
 
 
@@ -1023,7 +1023,7 @@ def test_members_have_their_own_buffers_even_if_those_are_not_saved():
     for i, m in enumerate(models): torch.testing.assert_close(row.member(i)(x), m.eval()(x))
 
 
-def test_values_of_a_grid_as_a_tensor(tmp_path):
+def test_values_of_a_grid_as_a_tensor():
     members = grid_members([0], dict(lambda0=torch.tensor([1., 2.])))
     assert [m["lambda0"] for m in members] == [1., 2.] and json.dumps(members)
 

@@ -201,6 +201,7 @@ KINDS = {
     "nested": with_state(lambda: {"a": (1, []), "rng": random.Random(1)}, nested), "object": with_state(Own, lambda self: self.state.draw()), "protocol": with_state(WithProtocol, lambda self: self.state.draw()),
     "fraction": with_state(lambda: Fraction(1), lambda self: (setattr(self, "state", self.state / 2), float(self.state))[1]), "numpy number": with_state(lambda: np.float32(1), lambda self: (setattr(self, "state", self.state * np.float32(.9)), float(self.state))[1]),
     "closure": lambda: Remembers(None, cells()), "method": lambda: Remembers(None, partial(lambda own, self: own.draw(), Own())), "global generator": lambda: (GLOBAL.manual_seed(4), Remembers(None, drawn_globally))[1],
+    "global NumPy generator": lambda: (setattr(GLOBAL_NUMPY.bit_generator, "state", np.random.default_rng(4).bit_generator.state), Remembers(None, drawn_from_numpy))[1],
     "hook of a closure": lambda: hooked(hook_of(np.random.default_rng(5).random)), "hook of an object": lambda: hooked(hook_of(Own().draw)), "hook with a protocol": lambda: hooked(hook_of(WithProtocol().draw)), "gradient hook": gradient_noise}
 
 
