@@ -203,8 +203,9 @@ def code(unit):
 def claims_of(chapter):
     "The assertions of a chapter's own cells, and those among them that compare numbers by order."
     claims, compared = set(), set()
-    for source in (''.join(c['source']) for c in json.loads((ROOT / 'nbs' / f'{chapter}.ipynb').read_text())['cells'] if c['cell_type'] == 'code'):
-        if re.match(r'\s*#\| (export|eval: false|gpu|notest|slow)', source): continue
+    for cell in json.loads((ROOT / 'nbs' / f'{chapter}.ipynb').read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or re.match(r'\s*#\| (export|eval: false|gpu|notest|slow)', source): continue
         watch = Watch(source)
         watch.visit(ast.parse(re.sub(r'^[%!].*', '', source, flags=re.M)))
         claims |= set(watch.claims)
@@ -318,8 +319,9 @@ def tell_untried(units):
     "Print what the record has no room for: comparisons of chapters, files of tests."
     rooms = json.loads(RECORD.read_text(encoding='utf-8'))['rooms'] if RECORD.exists() else {}
     new = {unit: len(claims_of(unit)[1] - set(rooms.get(unit, {}))) for unit in units if unit in NOTEBOOKS}
-    told = [f'{unit} ({count})' for unit, count in new.items() if count] + [unit for unit in units if unit in TESTS and unit not in rooms]
-    if told: print(f'Not in {RECORD.relative_to(ROOT)} yet, of chapters with the number of comparisons:', ', '.join(told))
+    told = [f'{unit} ({count})' for unit, count in new.items() if count]
+    told += [unit for unit in units if unit in TESTS and unit not in rooms]
+    if told: print(f'{RECORD.name} lacks (of chapters: so many comparisons):', ', '.join(told))
 
 
 def room_of(distances):

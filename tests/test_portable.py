@@ -35,7 +35,8 @@ def test_recorded_claims_still_stand(chapter, note):
     "What is new since the record is told by `make portable`; what is gone makes the record of its chapter stale."
     if chapter not in note['rooms']: pytest.skip('not in the record')
     gone = set(note['rooms'][chapter]) - claims_of(chapter)[0]
-    assert not gone, f'{chapter}: no longer asserted there; renew the record by `python tests/portable.py --only {chapter}` (some minutes) and commit {RECORD.name}'
+    again = f'`python tests/portable.py --only {chapter}` (some minutes)'
+    assert not gone, f'{chapter}: no longer asserted there; renew the record by {again} and commit {RECORD.name}'
 
 
 def watched(source):
