@@ -97,7 +97,7 @@ CLOSE = {'assert_close', 'test_eq', 'test_close'}
 
 class Watch(ast.NodeTransformer):
     "Turns `assert` and calls of `assert_close` and `test_eq` into calls of the recorder, which go on after a failure."
-    def __init__(self, source): self.lines, self.compared = source.splitlines(), []
+    def __init__(self, source): self.lines, self.claims, self.compared = source.splitlines(), [], []
 
     def call(self, name, node, *args):
         f = ast.Attribute(ast.Name('__portable__', ast.Load()), name, ast.Load())
@@ -108,6 +108,7 @@ class Watch(ast.NodeTransformer):
     def visit_Assert(self, node):
         if SHIFT and self.says(node, '# these seeds'): return ast.copy_location(ast.Pass(), node)
         site = ast.Constant(ast.unparse(node.test))
+        self.claims.append(site.value)
         test = node.test if self.says(node, '# a bound') else self.decisive(node.test, site)
         return ast.copy_location(ast.Expr(self.call('claim', node, site, test)), node)
 
@@ -115,7 +116,8 @@ class Watch(ast.NodeTransformer):
         f = getattr(node.value, 'func', None)
         if getattr(f, 'attr', getattr(f, 'id', None)) not in CLOSE: return self.generic_visit(node)
         if SHIFT and self.says(node, '# these seeds'): return ast.copy_location(ast.Pass(), node)
-        node.value.args.insert(0, ast.Constant(ast.unparse(node.value)))
+        self.claims.append(ast.unparse(node.value))
+        node.value.args.insert(0, ast.Constant(self.claims[-1]))
         node.value.args.insert(1, f)
         node.value.func = self.call('close', node).func
         return ast.fix_missing_locations(node)
@@ -198,15 +200,17 @@ def code(unit):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def compared(notebook):
-    "The assertions of a chapter's own cells that compare numbers by order."
-    found = []
-    for source in (''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code'):
-        if re.match(r'\s*#\| (export|eval: false|gpu|notest|slow)', source): continue
+def claims_of(chapter):
+    "The assertions of a chapter's own cells, and those among them that compare numbers by order."
+    claims, compared = set(), set()
+    for cell in json.loads((ROOT / 'nbs' / f'{chapter}.ipynb').read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or re.match(r'\s*#\| (export|eval: false|gpu|notest|slow)', source): continue
         watch = Watch(source)
         watch.visit(ast.parse(re.sub(r'^[%!].*', '', source, flags=re.M)))
-        found += watch.compared
-    return found
+        claims |= set(watch.claims)
+        compared |= set(watch.compared)
+    return claims, compared
 
 
 def done(path, unit): return path.exists() and json.loads(path.read_text())['code'] == code(unit)
@@ -301,7 +305,7 @@ def record(rows, units):
     if not whole: return
     note = json.loads(RECORD.read_text()) if RECORD.exists() else dict(rooms={})
     for unit in whole:
-        wanted = set(compared(ROOT / 'nbs' / f'{unit}.ipynb')) if unit in NOTEBOOKS else set()
+        wanted = claims_of(unit)[1] if unit in NOTEBOOKS else set()
         note['rooms'][unit] = {r['claim']: f"fails: {', '.join(r['failed'])}" if r['failed'] else round(r['room'], 2) if math.isfinite(r['room']) else None
                                for r in rows if r['unit'] == unit and (r['failed'] or math.isfinite(r['room']) or r['claim'] in wanted)}
     import torch
@@ -309,6 +313,15 @@ def record(rows, units):
     note |= dict(date=time.strftime('%Y-%m-%d'), processor=machine[1] if machine else platform.processor(), torch=torch.__version__,
                  trained={name: fingerprint(name) for name in CONFIGURATIONS if not name.startswith('seeds')})
     RECORD.write_text(json.dumps(note, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def tell_untried(units):
+    "Print what the record has no room for: comparisons of chapters, files of tests."
+    rooms = json.loads(RECORD.read_text(encoding='utf-8'))['rooms'] if RECORD.exists() else {}
+    new = {unit: len(claims_of(unit)[1] - set(rooms.get(unit, {}))) for unit in units if unit in NOTEBOOKS}
+    told = [f'{unit} ({count})' for unit, count in new.items() if count]
+    told += [unit for unit in units if unit in TESTS and unit not in rooms]
+    if told: print(f'{RECORD.name} lacks (of chapters: so many comparisons):', ', '.join(told))
 
 
 def room_of(distances):
@@ -344,6 +357,7 @@ def main():
             list(pool.map(lambda unit_name: run_apart(*reversed(unit_name)), product(units, args.under)))
     rows = report()
     if not args.report: record(rows, units)
+    tell_untried(units)
     left = [f'{unit} ({name})' for unit in units for name in args.under if not done(FOUND / name / f'{unit}.json', unit)]
     if left: print('Not run to the end:', ', '.join(left))
     sys.exit(bool(left) or any(r['failed'] or r['room'] < ROOM for r in rows))

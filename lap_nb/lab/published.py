@@ -115,7 +115,6 @@ OTHERS = (dict(lambda0=5., tau=1., every=5), dict(lambda0=3.), dict(lambda0=300.
 
 # %% ../../nbs/08a_published.ipynb #406051b9
 def published_cells(
-    data:str="mnist", # data set
 )->list[tuple[int, Arm, int]]: # (training samples, arm, seed), in the order in which they are trained
     "All networks of the study: at each size first what decides the hypotheses, ten seeds of each start, then the other arms."
     cells = []
@@ -247,7 +246,7 @@ def run_published(
         raise ValueError(f"a convolution in bfloat16 takes {ratio:.2f} of its time in float32 here, expected less than 0.95: run with precision='float32'")
     path, found = Path(out) / f"published-{data}.jsonl", load(data)
     _check_precision(path, precision)
-    todo = [c for c in published_cells(data) if only in c[1].name and (not sizes or c[0] in sizes)]
+    todo = [c for c in published_cells() if only in c[1].name and (not sizes or c[0] in sizes)]
     trained = 0
     for n, arm, seed in todo:
         if trained == limit: break

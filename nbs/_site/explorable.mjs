@@ -5,14 +5,14 @@ import {Pair, short, START} from './flow.mjs'
 import {drawFlow, drawStrip, frame, plane} from './drawing.mjs'
 
 const IDEAS = {
-  flow: ['It flows', `Each dot is a sample. Every block moves it a little, and in the end one straight cut, dashed, must part
-    the classes.`],
+  flow: ['It flows', `Each dot is a sample. Block by block it moves, and in the end one straight cut, dashed, must part the
+    classes.`],
   energy: ['How much it moves', `What a block adds to each sample, squared and averaged, is its energy: violet, on one scale
     for both. Turn the price of motion and watch.`],
-  straight: ['How straight', `Violet lines lead from each start, hollow, to the end that the cheapest matching gives it. Where a
-    sample ends elsewhere, or on a crooked way, motion is spent for nothing.`],
+  straight: ['How straight', `Violet lines lead from each start, hollow, to the end that the cheapest matching gives it. Where
+    samples end elsewhere, or their ways are crooked or uneven, they move more than these ends cost.`],
   price: ['The price sets itself', `While the loss is above its target, λ rises and motion, at the price 1/λ, gets cheaper. Below it
-    motion gets dearer, until the task is just solved.`],
+    λ falls, and motion gets dearer.`],
 }
 const NAMES = {circles: 'Circles', moons: 'Moons', spirals: 'Two spirals', own: 'Your own points'}
 const SPEEDS = [5, 15, 30, 60, 180]   // training steps per second
