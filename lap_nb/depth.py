@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .checks import checked, counts, described, number, real_tensor, several, whole
 from .data import apportion, Split
-from .dynamics import Flow, ResidualBlock, ResidualNet
+from .dynamics import Flow, ResidualBlock, ResidualNet, widen
 from .files import as_text
 from .hooks import (
     BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, surely,
@@ -881,7 +881,7 @@ def sliced_wasserstein(
     largest:bool=False, # the largest over the directions instead of the mean
 )->Tensor:              # `[]`; zero for equal clouds
     "Squared sliced 2-Wasserstein distance of two clouds: the mean squared distance after sorting along random directions."
-    x, y = (z.flatten(1).to(torch.promote_types(z.dtype, torch.float32)) for z in (x, y))   # squares leave half precision
+    x, y = (widen(z.flatten(1)) for z in (x, y))   # squares leave half precision
     way = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
     way = way / way.norm(dim=0)
     squares = ((x @ way).sort(0).values - (y @ way).sort(0).values).square().mean(0)

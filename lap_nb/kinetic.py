@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checks import check_labels, checked, one_of
-from .dynamics import ResidualBlock, Trajectory
+from .dynamics import ResidualBlock, Trajectory, widen
 from .files import as_code
 from .hooks import (
     BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
@@ -52,7 +52,7 @@ def kinetic_energy(
 # %% ../nbs/03_kinetic_bias.ipynb #459dd61d
 def _reduce(step:Tensor, reduction:str)->Tensor:
     "Squared length of the last axis, as its mean or its sum."
-    square = step.to(torch.promote_types(step.dtype, torch.float32)).square()
+    square = widen(step).square()
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 # %% ../nbs/03_kinetic_bias.ipynb #b7ee4e68
@@ -373,7 +373,7 @@ def _branch(self:EnergyMeter, name, module, args, out):
     if is_late(self.note): return
     v = first_tensor(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
-    self._keep(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
+    self._keep(name, v, widen(v, copy=True).square().mean(), _step(self.blocks[name]))
 
 # %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
 @patch
