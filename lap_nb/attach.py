@@ -81,7 +81,7 @@ def trajectory(self:EnergyTrace,
 # %% ../nbs/02_attach.ipynb #d6e60da5
 @patch
 def __repr__(self:EnergyTrace):
-    return f"Trace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {'energies' if self.energies_only else 'positions'} kept"
+    return f"EnergyTrace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {'energies' if self.energies_only else 'positions'} kept"
 
 @patch
 def _repr_markdown_(self:EnergyTrace):
@@ -189,6 +189,6 @@ def trace_energies(
     x:Any,                                    # as for `trace`
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as for `trace`
     batch_axis:int|None=None,                 # as for `trace`
-)->EnergyTrace:                                     # with `energies()`, `names` and the model's `output`
+)->EnergyTrace:                               # with `energies()`, `names` and the model's `output`
     "As `trace`, but only the energies are kept: without gradients, no more than one block's activations are alive."
     return _pass(model, x, blocks, energies_only=True, batch_axis=batch_axis)
