@@ -79,9 +79,6 @@ class EnergyLedger:
         reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
     ):
         check_reduction(reduction)
-        if any(stage.x.is_meta for stage in traj.stages):
-            raise ValueError("positions are on the meta device, expected one with values: trace the model on a CPU or "
-                             "a GPU")
         with torch.no_grad(): self.energies = block_energies(traj.to("cpu", torch.float64), reduction)   # `[K, B]`
         B = self.energies.shape[1]
         y = torch.zeros(B, dtype=torch.long) if y is None else _labels(y, B)
