@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked
+from .checks import checked, one_of
 from .dynamics import call_network, ResidualBlock, Trajectory, widen
 from .files import as_code
 from .hooks import (
@@ -54,7 +54,7 @@ class EnergyTrace:
         reduction:str="mean", # over the features of a sample: `"mean"` or `"sum"`
     )->Tensor:                # `[K, B]`, float32 or wider
         "Energy of each step and sample, $|x_{k+1}-x_k|^2/h$."
-        if reduction not in ("mean", "sum"): raise ValueError(f"reduction is {reduction!r}, expected one of mean, sum")
+        one_of("reduction", reduction, ("mean", "sum"))
         if len({len(s.squares) for s in self.steps}) > 1:
             raise ValueError(f"blocks see batches of {sorted({len(s.squares) for s in self.steps})} samples, expected one size: "
                              "name blocks whose first axis is the batch with blocks=[...]")

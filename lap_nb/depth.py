@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked, counts, described, number, real_tensor, several, whole
+from .checks import checked, counts, described, number, one_of, real_tensor, several, whole
 from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet, widen
 from .files import as_text
@@ -452,7 +452,7 @@ class DepthCurve:
     )->list[dict]: # rows of that way, from few blocks to all
         "Rows of one way to leave blocks out; raises `ValueError` on a way that was not measured."
         ways = list(dict.fromkeys(r["way"] for r in self.rows))
-        if way not in ways: raise ValueError(f"way is {way!r}, expected one of {', '.join(ways)}")
+        one_of("way", way, ways)
         return sorted((r for r in self.rows if r["way"] == way), key=lambda r: r["blocks"])
 
     def area(self,
@@ -510,8 +510,7 @@ def depth_curve(
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
     counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
     if not counts: raise ValueError("counts is empty, expected at least one number of blocks")
-    for way in ways:
-        if way not in WAYS: raise ValueError(f"way is {way!r}, expected one of {', '.join(WAYS)}")
+    for way in ways: one_of("way", way, WAYS)
     recompute = recompute and bool(_norms(elastic.model))
     table = {way: _schedules(elastic, data, way, counts, recompute) for way in ways}
     rows, seen = [], {}
@@ -940,7 +939,7 @@ class Penalty(nn.Module):
     ):
         super().__init__()
         if not weight > 0: raise ValueError(f"weight is {weight!r}, expected positive; without a penalty, leave it out")
-        if kind not in PENALTIES: raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PENALTIES)}")
+        one_of("kind", kind, PENALTIES)
         self.weight, self.kind, self.meter = weight, kind, _Steps(model, blocks, *PENALTIES[kind])
         device = next((p.device for p in model.parameters()), None)
         self.register_buffer("lam", torch.tensor(1 / weight, device=device))
