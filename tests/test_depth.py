@@ -858,13 +858,6 @@ def wild():
     return net
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize('first', [0, 1, 2], ids=['nothing before', 'a plain one before', 'itself before'])
 @pytest.mark.parametrize('make', [lambda net: Penalty(net, .1), lambda net: LeastAction(net)], ids=['penalty', 'least action'])
 def test_what_is_attached_to_a_compiled_network_is_seen(fresh_compiler, make, first):

@@ -428,13 +428,6 @@ def test_models_with_a_meter_can_be_copied():
 
 # Compiled
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("velocity", ["displacement", pytest.param("branch", marks=pytest.mark.skipif(
     TORCH < (2, 7), reason="PyTorch before 2.7 stops at a guard of its own on the hook of a branch"))])
 def test_compiled_without_a_graph_break(fresh_compiler, velocity):
