@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checks import checked, one_of
-from .dynamics import call_network, ResidualBlock, Trajectory, widen
+from .dynamics import call_network, Trajectory, widen
 from .files import as_code
 from .hooks import (
-    Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, surely, unwrap, watchers_of)
+    Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, step_time,
+    surely, unwrap, watchers_of)
 
 # %% ../nbs/02_attach.ipynb #3e2979bf
 @dataclass
@@ -126,9 +127,7 @@ def every_step(self:Tracer, name, before, after):
     before, after = (self.axes.first(name, t) for t in (before, after))
     branch = name in self.branches   # it returns the step itself
     squares = (widen(after) if branch else widen(after) - widen(before)).square().sum(tuple(range(1, after.ndim)))
-    block = self.blocks[name]
-    h = block.h if isinstance(block, ResidualBlock) else 1.
-    step = _Step(name, squares, tuple(after.shape[1:]), h)
+    step = _Step(name, squares, tuple(after.shape[1:]), step_time(self.blocks[name]))
     if not self.energies_only: step.before, step.after = before, before + after if branch else widen(after, copy=True)
     if not recomputing(): self.note.seen.append(step)
 

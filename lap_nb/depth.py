@@ -27,8 +27,8 @@ from .data import apportion, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet, widen
 from .files import as_text
 from .hooks import (
-    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, surely,
-    swap_tensor, unwrap)
+    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, step_time,
+    surely, swap_tensor, unwrap)
 from .kinetic import TrainingHook
 from .plots import Axes, own_axes
 from .training import check_logits, evaluating, fit, is_right, part_indices
@@ -416,7 +416,7 @@ def _observed(elastic:Elastic):
     "Inside, in evaluation mode, the gates note the energy of each step, `[B]`: its squared length per feature over its time."
     steps = []
     def note(gate, x, y, out):
-        time = gate.scale * (gate.block.h if isinstance(gate.block, ResidualBlock) else 1.)
+        time = gate.scale * step_time(gate.block)
         steps.append((y - x).flatten(1).float().square().mean(1) / time)
     with evaluating(elastic.model), _noted(elastic.gates, note): yield steps
 

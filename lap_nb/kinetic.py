@@ -19,7 +19,8 @@ from .checks import check_labels, checked, one_of
 from .dynamics import ResidualBlock, Trajectory, widen
 from .files import as_code
 from .hooks import (
-    BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
+    BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes,
+    step_time, unwrap)
 from .plots import Axes, colors
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -363,14 +364,14 @@ def _in_function()->bool:
 def every_step(self:EnergyMeter, name, before, after):
     "Keep the energy of the step."
     copy = self.copy or name in getattr(self.blocks, "written", ())
-    self._keep(name, after, _mean_square(after, before, copy), 1 / _step(self.blocks[name]))
+    self._keep(name, after, _mean_square(after, before, copy), 1 / step_time(self.blocks[name]))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
     if is_late(self.note): return
     v = first_tensor(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
-    self._keep(name, v, widen(v, copy=True).square().mean(), _step(self.blocks[name]))
+    self._keep(name, v, widen(v, copy=True).square().mean(), step_time(self.blocks[name]))
 
 # %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
 @patch
@@ -383,8 +384,6 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
     if recomputing(): return
     if not torch.compiler.is_compiling(): note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))
-
-def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db
 @patch
