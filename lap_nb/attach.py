@@ -15,11 +15,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked
-from .dynamics import call_network, ResidualBlock, Trajectory, widen
+from .checks import checked, one_of
+from .dynamics import call_network, Trajectory, widen
 from .files import as_code
 from .hooks import (
-    Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, surely, unwrap, watchers_of)
+    Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, step_time,
+    surely, unwrap, watchers_of)
 
 # %% ../nbs/02_attach.ipynb #3e2979bf
 @dataclass
@@ -54,7 +55,7 @@ class EnergyTrace:
         reduction:str="mean", # over the features of a sample: `"mean"` or `"sum"`
     )->Tensor:                # `[K, B]`, float32 or wider
         "Energy of each step and sample, $|x_{k+1}-x_k|^2/h$."
-        if reduction not in ("mean", "sum"): raise ValueError(f"reduction is {reduction!r}, expected one of mean, sum")
+        one_of("reduction", reduction, ("mean", "sum"))
         if len({len(s.squares) for s in self.steps}) > 1:
             raise ValueError(f"blocks see batches of {sorted({len(s.squares) for s in self.steps})} samples, expected one size: "
                              "name blocks whose first axis is the batch with blocks=[...]")
@@ -81,7 +82,7 @@ def trajectory(self:EnergyTrace,
 # %% ../nbs/02_attach.ipynb #d6e60da5
 @patch
 def __repr__(self:EnergyTrace):
-    return f"Trace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {'energies' if self.energies_only else 'positions'} kept"
+    return f"EnergyTrace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {'energies' if self.energies_only else 'positions'} kept"
 
 @patch
 def _repr_markdown_(self:EnergyTrace):
@@ -126,9 +127,7 @@ def every_step(self:Tracer, name, before, after):
     before, after = (self.axes.first(name, t) for t in (before, after))
     branch = name in self.branches   # it returns the step itself
     squares = (widen(after) if branch else widen(after) - widen(before)).square().sum(tuple(range(1, after.ndim)))
-    block = self.blocks[name]
-    h = block.h if isinstance(block, ResidualBlock) else 1.
-    step = _Step(name, squares, tuple(after.shape[1:]), h)
+    step = _Step(name, squares, tuple(after.shape[1:]), step_time(self.blocks[name]))
     if not self.energies_only: step.before, step.after = before, before + after if branch else widen(after, copy=True)
     if not recomputing(): self.note.seen.append(step)
 
@@ -189,6 +188,6 @@ def trace_energies(
     x:Any,                                    # as for `trace`
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as for `trace`
     batch_axis:int|None=None,                 # as for `trace`
-)->EnergyTrace:                                     # with `energies()`, `names` and the model's `output`
+)->EnergyTrace:                               # with `energies()`, `names` and the model's `output`
     "As `trace`, but only the energies are kept: without gradients, no more than one block's activations are alive."
     return _pass(model, x, blocks, energies_only=True, batch_axis=batch_axis)

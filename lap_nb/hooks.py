@@ -355,7 +355,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -962,7 +961,7 @@ def find_blocks(
     return found
 
 # %% ../nbs/02_attach.ipynb #8707c6ce
-def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
+def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module):
     "Fill in what was measured and skipped; raises `ValueError` if there is no block."
     for name, module in blocks.items():
         calls = judge.calls.get(module, [])
@@ -974,7 +973,7 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module)->Blocks:
         if module in judge.branches: blocks.branches[name] = judge.branches[module]
     if any(c.inplace for calls in judge.calls.values() for c in calls): blocks.written |= set(blocks)   # it was to a copy that they wrote
     blocks.skipped = _skipped(blocks, reasons)
-    if blocks: return blocks
+    if blocks: return
     reasons = {c["name"]: f"{c['why']}, as in {c['of'] - 1} more of this class" for c in blocks.classes if c["why"]}
     listed = {name for c in blocks.classes for name in c["names"]}
     others = {name: why for name, why in blocks.skipped.items() if name not in listed}
@@ -1133,6 +1132,12 @@ def close(self:BlockHooks, name, root, args, out):
     if recomputing(): return
     self.note.end()
     self.on_end(out)
+
+def step_time(
+    block:nn.Module, # a residual block
+)->float:            # `h` of a `ResidualBlock`, 1 of any other
+    "The time that its step takes."
+    return block.h if isinstance(block, ResidualBlock) else 1.
 
 # %% ../nbs/02_attach.ipynb #b1c00026
 def _saved(t:Tensor): return t.detach(), version_of(t)

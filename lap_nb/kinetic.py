@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checks import check_labels, checked, one_of
-from .dynamics import ResidualBlock, Trajectory
+from .dynamics import ResidualBlock, Trajectory, widen
 from .files import as_code
 from .hooks import (
-    BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes, unwrap)
+    BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes,
+    step_time, unwrap)
 from .plots import Axes, colors
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -52,7 +53,7 @@ def kinetic_energy(
 # %% ../nbs/03_kinetic_bias.ipynb #459dd61d
 def _reduce(step:Tensor, reduction:str)->Tensor:
     "Squared length of the last axis, as its mean or its sum."
-    square = step.to(torch.promote_types(step.dtype, torch.float32)).square()
+    square = widen(step).square()
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 # %% ../nbs/03_kinetic_bias.ipynb #b7ee4e68
@@ -79,9 +80,6 @@ class EnergyLedger:
         reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
     ):
         check_reduction(reduction)
-        if any(stage.x.is_meta for stage in traj.stages):
-            raise ValueError("positions are on the meta device, expected one with values: trace the model on a CPU or "
-                             "a GPU")
         with torch.no_grad(): self.energies = block_energies(traj.to("cpu", torch.float64), reduction)   # `[K, B]`
         B = self.energies.shape[1]
         y = torch.zeros(B, dtype=torch.long) if y is None else _labels(y, B)
@@ -366,14 +364,14 @@ def _in_function()->bool:
 def every_step(self:EnergyMeter, name, before, after):
     "Keep the energy of the step."
     copy = self.copy or name in getattr(self.blocks, "written", ())
-    self._keep(name, after, _mean_square(after, before, copy), 1 / _step(self.blocks[name]))
+    self._keep(name, after, _mean_square(after, before, copy), 1 / step_time(self.blocks[name]))
 
 @patch
 def _branch(self:EnergyMeter, name, module, args, out):
     if is_late(self.note): return
     v = first_tensor(out)
     if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
-    self._keep(name, v, v.to(torch.promote_types(v.dtype, torch.float32), copy=True).square().mean(), _step(self.blocks[name]))
+    self._keep(name, v, widen(v, copy=True).square().mean(), step_time(self.blocks[name]))
 
 # %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
 @patch
@@ -386,8 +384,6 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
     if recomputing(): return
     if not torch.compiler.is_compiling(): note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))
-
-def _step(block)->float: return block.h if isinstance(block, ResidualBlock) else 1.
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db
 @patch

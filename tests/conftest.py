@@ -91,6 +91,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_compiler():
+    "A compiler that knows no network yet; afterwards none of this test."
+    import torch
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope='session')
 def transformers():
     "The library of that name, where it works with the PyTorch that is installed."

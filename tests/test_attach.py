@@ -1109,7 +1109,7 @@ def test_integer_inputs():
     flow, x = Flow([One(), One()]), torch.arange(6).reshape(2, 3)
     assert find_blocks(flow, x).skipped["blocks.0"] == "no floating-point tensor goes in"   # the second sees the floats of the first
     with pytest.raises(ValueError, match="block 'blocks.0': convert"): trace(flow, x, find_blocks(flow))
-    with pytest.raises(ValueError, match="expected one of mean, sum"): trace_energies(flow, x.float()).energies("max")
+    with pytest.raises(ValueError, match="expected one of 'mean', 'sum'"): trace_energies(flow, x.float()).energies("max")
 
 
 # Real architectures, built from configuration

@@ -44,7 +44,7 @@ HOME = Path(lap_nb.__file__).parent
 SECONDS, MEMORY = 10, 1 << 30
 COUNT = int(os.environ.get('LAP_NB_FUZZ', 1500))
 # Started from a shell or a browser, or drivers of whole studies: their own tests give them bad values.
-ELSEWHERE = {'lap_compare', 'lap_bench', 'lap_study', 'playground', 'Explorer', 'scrub', 'compare', 'run_benchmarks', 'record_modes'}
+ELSEWHERE = {'lap_compare', 'lap_bench', 'lap_study', 'playground', 'scrub', 'compare', 'run_benchmarks'}
 # What functions give back; nobody makes one by hand.
 RESULTS = {'EnergyTrace', 'Correlation', 'Gap', 'ActionSplit', 'Violations', 'McCannFit', 'Bound', 'LocalLipschitz', 'LipschitzProfile', 'Holder', 'KKTReport', 'Run', 'Runs',
            'Interval', 'DepthCurve', 'Records', 'Comparison', 'Blocks'}
@@ -101,28 +101,25 @@ def least_action():
 # What a parameter of this name can be given; of a function, where a name means something else there.
 NAMED = {
     'x': lambda: torch.randn(8, 4), 'y': lambda: torch.arange(8) % 2, 'start': lambda: torch.randn(8, 4), 'end': lambda: torch.randn(8, 4),
-    'model': net, 'module': net, 'flow': lambda: net().flow, 'velocity': lambda: nn.Linear(4, 4), 'velocities': lambda: [nn.Linear(4, 4)] * 2,
+    'model': net, 'flow': lambda: net().flow, 'velocity': lambda: nn.Linear(4, 4), 'velocities': lambda: [nn.Linear(4, 4)] * 2,
     'head': lambda: nn.Linear(4, 2), 'data': split, 'split': split, 'traj': trajectory, 'least_action': lambda: None, 'f': lambda: torch.sin,
-    'make_model': lambda: net, 'block': lambda: nn.Linear(4, 4), 'models': lambda: {'a': net()}, 'loss': lambda: torch.tensor(1.),
-    'task': lambda: torch.tensor(1., requires_grad=True), 'lam': lambda: torch.tensor(1.), 'logits': lambda: torch.randn(8, 2),
+    'make_model': lambda: net, 'models': lambda: {'a': net()}, 'loss': lambda: torch.tensor(1.),
+    'task': lambda: torch.tensor(1., requires_grad=True), 'lam': lambda: torch.tensor(1.),
     'dim': lambda: 4, 'classes': lambda: 2, 'K': lambda: 2, 'hidden': lambda: 4, 'width': lambda: 2, 'shape': lambda: (1, 4, 4), 'n': lambda: 8,
-    'sizes': lambda: [1, 1], 'm': lambda: 1, 'seed': lambda: 0, 'seeds': lambda: [0, 1], 'epochs': lambda: 1, 'batch_size': lambda: 10,
-    'resamples': lambda: 20, 'directions': lambda: 5, 'repeats': lambda: 2, 'steps': lambda: 2, 'samples': lambda: 20, 'cycles': lambda: 50,
+    'sizes': lambda: [1, 1], 'seed': lambda: 0, 'seeds': lambda: [0, 1], 'epochs': lambda: 1, 'batch_size': lambda: 10,
+    'resamples': lambda: 20, 'directions': lambda: 5, 'repeats': lambda: 2, 'steps': lambda: 2, 'cycles': lambda: 50,
     'iterations': lambda: 5, 'gain': lambda: .5, 'drop': lambda: .1, 'h': lambda: 1., 'weight': lambda: .1, 'name': lambda: 'sample',
-    'a': lambda: torch.rand(8), 'b': lambda: torch.rand(8), 'index': lambda: torch.arange(8), 'order': lambda: torch.arange(8), 'size': lambda: 8,
-    'values': lambda: torch.randn(8), 'step': lambda: 1, 'limit': lambda: 1., 'generators': lambda: [torch.Generator().manual_seed(0)],
-    'moves': lambda: torch.zeros(8, 3, dtype=torch.long), 'value': lambda: 1, 'device': lambda: 'cpu', 'members': lambda: 2, 'ndim': lambda: 1,
+    'a': lambda: torch.rand(8), 'b': lambda: torch.rand(8), 'values': lambda: torch.randn(8), 'limit': lambda: 1.,
+    'generators': lambda: [torch.Generator().manual_seed(0)], 'device': lambda: 'cpu',
     'kept': lambda: [0], 'at': lambda: [0, 1], 'curves': lambda: {k: torch.rand(20) for k in ('loss', 'lambda', 'action')},
-    'energies': lambda: torch.rand(8, 2), 'projections': lambda: 5, 'chunk': lambda: 100, 'factor': lambda: .5, 'noise': lambda: .1,
-    'ax': lambda: None, 'axes': lambda: None, 'progress': lambda: False, 'verbose': lambda: False, 'gap': lambda: None,
+    'energies': lambda: torch.rand(8, 2), 'chunk': lambda: 100, 'factor': lambda: .5, 'noise': lambda: .1,
+    'ax': lambda: None, 'progress': lambda: False, 'verbose': lambda: False,
 }
 SPECIAL = {
-    ('conv_net', 'x'): lambda: torch.randn(2, 1, 4, 4), ('Trajectory', 'x'): lambda: torch.randn(3, 8, 4), ('shift_flip', 'x'): lambda: torch.randn(8, 1, 4, 4),
-    ('with_test', 'n_test'): lambda: 2, ('draw', 'n'): lambda: 4, ('apportion', 'sizes'): lambda: [5, 5], ('Split', 'train'): lambda: torch.arange(4),
+    ('Trajectory', 'x'): lambda: torch.randn(3, 8, 4), ('Split', 'train'): lambda: torch.arange(4),
     ('Split', 'val'): lambda: torch.arange(4, 6), ('Split', 'test'): lambda: torch.arange(6, 8), ('Dataset', 'test'): lambda: torch.arange(6, 8),
     ('circles', 'n'): lambda: 40, ('moons', 'n'): lambda: 40, ('gap_curve', 'sizes'): lambda: [4, 8], ('Elastic', 'x'): lambda: None,
-    ('fit_many', 'least_action'): lambda: None, ('shorten', 'blocks'): lambda: 1, ('stationarity', 'task'): lambda: lambda: torch.tensor(1.),
-    ('check_parts', 'parts'): lambda: {'train': torch.arange(4), 'test': torch.arange(4, 8)}, ('read_npz', 'path'): lambda: 'nowhere.npz',
+    ('fit_many', 'least_action'): lambda: None, ('shorten', 'n_blocks'): lambda: 1, ('stationarity', 'task'): lambda: lambda: torch.tensor(1.),
 }
 METHODS = {'Trajectory': trajectory, 'Dataset': lambda: Dataset(torch.randn(20, 4), torch.arange(20) % 2, torch.arange(10, 20), 'd', 2),
            'Split': split, 'LeastAction': least_action, 'EnergyMeter': lambda: EnergyMeter(net()),
@@ -131,7 +128,7 @@ METHODS = {'Trajectory': trajectory, 'Dataset': lambda: Dataset(torch.randn(20, 
 
 
 # Called by hooks, with what hooks give.
-BY_HOOKS = {'also', 'every_step', 'on_begin', 'on_step', 'on_end', 'watch', 'prepare', 'copied', 'begin_note', 'check_thread'}
+BY_HOOKS = {'also', 'every_step', 'on_end'}
 
 
 def subjects():

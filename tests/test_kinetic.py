@@ -428,13 +428,6 @@ def test_models_with_a_meter_can_be_copied():
 
 # Compiled
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("velocity", ["displacement", pytest.param("branch", marks=pytest.mark.skipif(
     TORCH < (2, 7), reason="PyTorch before 2.7 stops at a guard of its own on the hook of a branch"))])
 def test_compiled_without_a_graph_break(fresh_compiler, velocity):
@@ -774,8 +767,11 @@ def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
     odd_calls(*CALLS[name], ODD)
 
 
-def test_a_ledger_of_positions_without_values():
-    with pytest.raises(ValueError, match="on meta"): EnergyLedger(Trajectory(torch.empty(3, 4, 5, device="meta")))
+def test_positions_without_values_make_no_trajectory():
+    whole = Trajectory(torch.ones(3, 4, 5))
+    for make, words in ((lambda: Trajectory(whole.x.to("meta")), "on meta, which has no values"), (lambda: whole.to("meta"), "cannot go to 'meta'"),
+                        (lambda: Trajectory([whole.x, whole.x.to("meta")]), "x is a list of 2, expected")):
+        with pytest.raises(ValueError, match=words): make()
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])

@@ -66,30 +66,23 @@ class Least(Plain):
         assert_close([p.grad for p in self.net.parameters()], [p.grad for p in twin.parameters()])
 
 
-@pytest.fixture
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize('order, way, backend', [
     *((order, way, 'eager') for way in ('function', 'method') for order in ('PL', 'LP', 'PLPL', 'PPLL', 'LL')),
     *(('PLPL', way, 'eager') for way in ('blocks', 'step')), ('LP', 'function', 'aot_eager'), ('PLL', 'method', 'aot_eager')])
-def test_plain_and_measured_networks_compile_in_any_order(fresh, order, way, backend):
+def test_plain_and_measured_networks_compile_in_any_order(fresh_compiler, order, way, backend):
     made = [{'P': Plain, 'L': Least}[kind](way, backend=backend, fullgraph=way != 'step', dynamic=order == 'LP') for kind in order]
     for _ in range(2):
         for each in made: each.step()
 
 
-def test_plain_and_measured_networks_with_inductor(fresh):
+def test_plain_and_measured_networks_with_inductor(fresh_compiler):
     plain, least = Plain('function', backend='inductor'), Least('function', backend='inductor')
     for each in (plain, least, plain): each.step()
 
 
 @pytest.mark.skipif(not WHOLE, reason='compiled networks need PyTorch 2.6 or later')
 @pytest.mark.parametrize('way', ['function', 'method'])
-def test_looks_and_changes_between_compiled_steps(fresh, way):
+def test_looks_and_changes_between_compiled_steps(fresh_compiler, way):
     plain, least = Plain(way, backend='eager'), Least(way, backend='eager')
     looks = {'eval': lambda n: n.eval()(X), 'no_grad': lambda n: n(X), 'find': lambda n: find_blocks(n, X), 'trace': lambda n: trace(n, X),
              'energies': lambda n: trace_energies(n, X), 'copy': copy.deepcopy, 'other batch': lambda n: n(X[:3])}
@@ -107,7 +100,7 @@ def test_looks_and_changes_between_compiled_steps(fresh, way):
     for each in (least, plain, least): each.step()
 
 
-def test_nothing_is_compiled_anew_in_each_step(fresh):
+def test_nothing_is_compiled_anew_in_each_step(fresh_compiler):
     made = []
     def backend(graph, inputs): made.append(graph); return graph.forward
     plain, least = Plain('function', backend=backend), Least('function', backend=backend)
@@ -119,7 +112,7 @@ def test_nothing_is_compiled_anew_in_each_step(fresh):
     assert len(made) == count <= 4
 
 
-def test_a_forward_that_is_not_the_class_s(fresh):
+def test_a_forward_that_is_not_the_class_s(fresh_compiler):
     "As accelerate sets it: it stays, and measured networks are told apart all the same."
     def patched(net):
         for b in net.flow.blocks: b.forward = MethodType(lambda self, x: type(self).forward(self, x), b)
@@ -271,7 +264,7 @@ def test_threads_and_checkpoints():
         for got, grads in zip(in_threads(*(partial(work, x) for x in data)), want): assert_close(list(got), grads)
 
 
-def test_a_second_thread_of_a_compiled_network_is_refused(fresh):
+def test_a_second_thread_of_a_compiled_network_is_refused(fresh_compiler):
     n = net()
     compiled = torch.compile(n, backend='eager')
     with EnergyMeter(n) as meter:
