@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked, counts, described, number, real_tensor, several, whole
+from .checks import checked, counts, described, number, one_of, real_tensor, several, whole
 from .data import apportion, Split
-from .dynamics import Flow, ResidualBlock, ResidualNet
+from .dynamics import Flow, ResidualBlock, ResidualNet, widen
 from .files import as_text
 from .hooks import (
-    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, surely,
-    swap_tensor, unwrap)
+    BlockHooks, Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, recomputing, run_on, step_time,
+    surely, swap_tensor, unwrap)
 from .kinetic import TrainingHook
 from .plots import Axes, own_axes
 from .training import check_logits, evaluating, fit, is_right, part_indices
@@ -416,7 +416,7 @@ def _observed(elastic:Elastic):
     "Inside, in evaluation mode, the gates note the energy of each step, `[B]`: its squared length per feature over its time."
     steps = []
     def note(gate, x, y, out):
-        time = gate.scale * (gate.block.h if isinstance(gate.block, ResidualBlock) else 1.)
+        time = gate.scale * step_time(gate.block)
         steps.append((y - x).flatten(1).float().square().mean(1) / time)
     with evaluating(elastic.model), _noted(elastic.gates, note): yield steps
 
@@ -452,7 +452,7 @@ class DepthCurve:
     )->list[dict]: # rows of that way, from few blocks to all
         "Rows of one way to leave blocks out; raises `ValueError` on a way that was not measured."
         ways = list(dict.fromkeys(r["way"] for r in self.rows))
-        if way not in ways: raise ValueError(f"way is {way!r}, expected one of {', '.join(ways)}")
+        one_of("way", way, ways)
         return sorted((r for r in self.rows if r["way"] == way), key=lambda r: r["blocks"])
 
     def area(self,
@@ -510,8 +510,7 @@ def depth_curve(
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
     counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
     if not counts: raise ValueError("counts is empty, expected at least one number of blocks")
-    for way in ways:
-        if way not in WAYS: raise ValueError(f"way is {way!r}, expected one of {', '.join(WAYS)}")
+    for way in ways: one_of("way", way, WAYS)
     recompute = recompute and bool(_norms(elastic.model))
     table = {way: _schedules(elastic, data, way, counts, recompute) for way in ways}
     rows, seen = [], {}
@@ -881,7 +880,7 @@ def sliced_wasserstein(
     largest:bool=False, # the largest over the directions instead of the mean
 )->Tensor:              # `[]`; zero for equal clouds
     "Squared sliced 2-Wasserstein distance of two clouds: the mean squared distance after sorting along random directions."
-    x, y = (z.flatten(1).to(torch.promote_types(z.dtype, torch.float32)) for z in (x, y))   # squares leave half precision
+    x, y = (widen(z.flatten(1)) for z in (x, y))   # squares leave half precision
     way = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
     way = way / way.norm(dim=0)
     squares = ((x @ way).sort(0).values - (y @ way).sort(0).values).square().mean(0)
@@ -940,7 +939,7 @@ class Penalty(nn.Module):
     ):
         super().__init__()
         if not weight > 0: raise ValueError(f"weight is {weight!r}, expected positive; without a penalty, leave it out")
-        if kind not in PENALTIES: raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PENALTIES)}")
+        one_of("kind", kind, PENALTIES)
         self.weight, self.kind, self.meter = weight, kind, _Steps(model, blocks, *PENALTIES[kind])
         device = next((p.device for p in model.parameters()), None)
         self.register_buffer("lam", torch.tensor(1 / weight, device=device))
