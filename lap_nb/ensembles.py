@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from .checks import checked, described, free_memory, whole, WrongKind
+from .checks import checked, described, free_memory, one_of, whole, WrongKind
 from .data import pick_device, Split
 from .files import in_words, load_checkpoint, read_json, write_atomically
 from .kinetic import EnergyMeter
@@ -158,7 +158,7 @@ def _check_alike(models:Sequence[nn.Module], conv:str):
     if not models: raise ValueError("found no model, expected at least one to put in a row")
     odd = [m for m in models if not isinstance(m, nn.Module)]
     if odd: raise WrongKind(f"models holds {described(odd[0])}, expected modules")
-    if conv not in list(CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
+    one_of("conv", conv, CONVS)
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
     if not devices: raise ValueError("the networks have no parameters, expected some to train")
     if len(devices) > 1: raise ValueError(f"the networks lie on {' and '.join(devices)}, expected one device: move them before they are put in a row")
@@ -750,8 +750,8 @@ def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv):
     if data.train.ndim != 2 or len(data.train) != len(seeds):
         raise ValueError(f"training indices have shape {tuple(data.train.shape)}, expected [{len(seeds)}, n], one row per seed: "
                          "make the split with data.splits(n, seeds)")
-    if mode not in MODES: raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-    if conv not in (None, *CONVS): raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVS)}")
+    one_of("mode", mode, MODES)
+    one_of("conv", conv, (None, *CONVS))
     if settings["patience"] is not None:
         raise ValueError("patience would stop each network at another epoch: leave it out, and read best_test_accuracy")
     if settings["compile"] and mode != "sequential": raise ValueError("compile is for single networks: leave it out, or choose mode='sequential'")

@@ -41,7 +41,7 @@ def panel():
 # Logic
 
 @pytest.mark.parametrize('wrong, says', [
-    (dict(data='squares'), 'circles, moons, digits'), (dict(blocks=0), 'whole number'), (dict(blocks=2.5), 'whole number'),
+    (dict(data='squares'), "'circles', 'moons', 'digits'"), (dict(blocks=0), 'whole number'), (dict(blocks=2.5), 'whole number'),
     (dict(steps=0), 'whole number'), (dict(gain=-1.), 'zero or more'), (dict(gain=float('nan')), 'zero or more'),
     (dict(lambda0=0.), 'positive'), (dict(tau=-.1), 'zero or more'), (dict(target=-1.), 'zero or more'),
     (dict(gain='much'), 'zero or more'), (dict(tau=None), 'zero or more'), (dict(lambda0=[1.]), 'positive'), (dict(lambda0=float('inf')), 'positive')])

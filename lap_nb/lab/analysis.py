@@ -21,7 +21,7 @@ from ..files import as_text
 from .catalogue import load_study, STUDIES
 from .design import Method, Net, Schedule, Study
 from .store import read_lines, results
-from ..plots import Axes, colors
+from ..plots import Axes, mark
 from ..stats import confidence_interval, Correlation, Interval, rank_correlation
 
 # %% ../../nbs/95_analysis.ipynb #56178303
@@ -289,8 +289,8 @@ def plot(self:Records,
         values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
         lost = sum(bool(diverged) for at, diverged in zip(group._column(x), group._column("diverged")) if at is not None)
         points = {at: confidence_interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
-        ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()], color=colors()[i % 10],
-                    marker="os^Dv"[i % 5], ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
+        ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()], **mark(i),
+                    ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
     ax.set(xlabel=x, ylabel=y.replace("_", " ")); ax.legend(frameon=False)
     return ax
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 from fastcore.basics import patch
 
-from ..checks import check_fields, checked, counts, described, whole
+from ..checks import check_fields, checked, counts, described, one_of, whole
 from ..ensembles import as_python
 
 # %% ../../nbs/91_design.ipynb #ff0e7b80
@@ -46,7 +46,7 @@ class Method:
         for name in ("least_action", "penalty"): object.__setattr__(self, name, _frozen(getattr(self, name)))
         check_fields(self)
         if self.least_action and self.penalty: raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
-        if self.init not in INITS: raise ValueError(f"init of {self.name} is {self.init!r}, expected one of {', '.join(INITS)}")
+        one_of(f"init of {self.name}", self.init, INITS)
         if self.init == "default" and self.gain != 1: raise ValueError(f"{self.name} has gain {self.gain:g}, which the default initialisation does not take: choose init='orthogonal' or 'normal'")
         for name in ("h", "lr"):
             if not (getattr(self, name) is None or getattr(self, name) > 0): raise ValueError(f"{name} of {self.name} is {getattr(self, name)!r}, expected a positive number")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from lap_nb.checks import checked, counts, in_room, whole
+from lap_nb.checks import checked, counts, in_room, one_of, whole
 from lap_nb.data import Dataset, load, Split
 from lap_nb.dynamics import Flow, ResidualNet
 from lap_nb.files import digest, load_checkpoint, save_checkpoint
@@ -76,7 +76,7 @@ def start_from_(
     gain:float=.01,  # of the orthogonal matrices; Kaiming's start has none
 )->nn.Module:        # the same network
     "Draw the weights of a start from the global generator; biases are zero where the start draws the layer. Raises `ValueError` on an unknown one."
-    if start not in STARTS: raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}")
+    one_of("start", start, STARTS)
     for layer in (model.flow if start == "blocks" else model).modules():
         if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
         if start == "kaiming": nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..checks import checked, extra
+from ..checks import checked, extra, one_of
 from ..data import circles, digits, moons, Split
 from ..depth import depth_curve
 from ..dynamics import Trajectory
@@ -48,7 +48,7 @@ class Setting:
     seed:int=0                # of the weights, the samples and the batches
 
     def __post_init__(self):
-        if self.data not in DATA: raise ValueError(f"data is {self.data!r}, expected one of {', '.join(DATA)}")
+        one_of("data", self.data, DATA)
         for name, low in dict(blocks=1, steps=1, seed=0).items():
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= low): raise ValueError(f"{name} is {value!r}, expected a whole number from {low} on")
@@ -273,7 +273,7 @@ def picture(self:Trial,
     layer:int|None=None, # of the paths, and of the block marked among the energies; None: the last
 )->str:                  # HTML with the picture inside
     "One picture; raises `ValueError` for an unknown name."
-    if name not in PICTURES: raise ValueError(f"picture is {name!r}, expected one of {', '.join(PICTURES)}")
+    one_of("picture", name, PICTURES)
     draw, alt = PICTURES[name]
     args = (self.setting.blocks if layer is None else layer,) if name in BY_LAYER else ()
     return picture(lambda ax: draw(self, ax, *args), alt)
