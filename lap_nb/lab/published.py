@@ -340,5 +340,8 @@ def plot_published(
     right.axhline(0, color="gray", lw=.8)
     for ax, label in ((left, "test accuracy (%)"), (right, "minus plain, same start (points)")):
         ax.set(xticks=range(3), xticklabels=STARTS, xlabel="start", ylabel=label, xlim=(-.5, 2.5))
+    if not right.containers:
+        right.set_yticks([])
+        right.text(.5, .5, "no interval yet:\nit takes two seeds", transform=right.transAxes, ha="center", va="center", color="gray")
     left.legend(frameon=False, fontsize="small")
     return fig

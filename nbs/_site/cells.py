@@ -19,6 +19,8 @@ LINKS = 'links'  # where execute.py keeps the models of links between widgets
 PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg'}
 RICHEST_FIRST = [VIEW, 'text/html', 'image/svg+xml', *PICTURES, 'text/markdown', 'text/latex', 'text/plain']
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
+GAP = re.compile(r'\S {2,}\S')  # between two columns of a printed table
+WRAPS, WIDEST = 88, 105  # characters in a line: more are broken, and more even when set smaller
 MACHINE_PATH = re.compile(r'(?<![\w.+-])/(?:work|root|tmp|home|Users|private|opt|mnt|usr|var)/[^\s"\']*|[A-Za-z]:\\+Users[^\s"\']*')
 
 
@@ -65,16 +67,23 @@ def folded(code, options):
 
 
 def output_markdown(nb, output, options, path):
-    if output['output_type'] == 'stream': return fence(ANSI.sub('', ''.join(output['text'])), '.cell-output')
-    if output['output_type'] == 'error': return fence(ANSI.sub('', '\n'.join(output['traceback'])), '.cell-output')
+    if output['output_type'] == 'stream': return printed(ANSI.sub('', ''.join(output['text'])))
+    if output['output_type'] == 'error': return printed(ANSI.sub('', '\n'.join(output['traceback'])))
     kind = next((k for k in RICHEST_FIRST if k in output['data']), None)
     if kind is None: raise ValueError(f'no way to show an output of type {", ".join(output["data"])}')
     content = output['data'][kind]
     if kind == VIEW: return widget(nb, content)
     if kind in PICTURES: return picture(content, options, path.with_suffix('.' + PICTURES[kind]))
     content = ''.join(content)
-    if kind == 'text/plain': return fence(content, '.cell-output')
+    if kind == 'text/plain': return printed(content)
     return html(f'<div class="cell-output-display">{content}</div>') if 'ml' in kind else content
+
+
+def printed(text):
+    "Text as it was printed; a table a little wider than the page is marked, to be set smaller."
+    columned = [line for line in text.split('\n') if GAP.search(line.strip())]
+    wide = 2 * len(columned) > text.count('\n') and WRAPS < max(map(len, columned), default=0) <= WIDEST
+    return fence(text, '.cell-output .wide-table' if wide else '.cell-output')
 
 
 def widget(nb, view):

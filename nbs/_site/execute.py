@@ -42,7 +42,7 @@ def execute(path, skip):
     "Run, check, write and clean one notebook."
     nb = nbformat.read(path, as_version=4)
     runner = Runner(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
-                    extra_arguments=['--IPKernelApp.log_level=40'])
+                    coalesce_streams=True, extra_arguments=['--IPKernelApp.log_level=40'])
     runner.skip = skip
     runner.execute()
     if faults := list(unpresentable(nb)): sys.exit('\n  '.join([f'{path.name} is not written, its outputs show', *faults]))

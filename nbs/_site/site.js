@@ -22,6 +22,7 @@ addEventListener('DOMContentLoaded', () => {
   $('#book [aria-current]')?.scrollIntoView({block: 'nearest'})
   markSectionInView()
   enableSearch($('#search'), $('#search-results'))
+  markWidePictures()
   openToKeyboard()
   nameSliders()
   linkHeadings()
@@ -49,9 +50,16 @@ function offerCopies() {
   }
 }
 
+// Pictures too wide for a phone: style.css lets them be scrolled there.
+function markWidePictures() {
+  const mark = () => document.querySelectorAll('main :is(figure, p) > img').forEach(img => img.classList.toggle('wide', img.naturalWidth > 700))
+  addEventListener('load', mark, true)
+  mark()
+}
+
 // What is wider than its box can be scrolled with the arrow keys, once it can be reached with the tab key.
 function openToKeyboard() {
-  const mark = () => document.querySelectorAll('main pre, main table, main .math').forEach(box => {
+  const mark = () => document.querySelectorAll('main pre, main table, main .math, main :is(figure, p):has(> img)').forEach(box => {
     for (let e = box; e && e.tagName !== 'MAIN'; e = e.parentElement) {
       const scrolls = e.scrollWidth > e.clientWidth && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)
       if (scrolls) e.tabIndex = 0
