@@ -1,9 +1,8 @@
 """Signatures of the package for type checkers: `.pyi` files, written when a wheel is built.
 
-Methods added to a class with `@patch`, as chapters do, are invisible to a type checker. Here they stand in their class. What a
-checker then takes for granted: that the module that adds a method is imported where the method is used. Nor does a checker know
-`@delegates`: here a function that takes the fields of a dataclass as keywords names them one by one.
-"""
+Methods added to a class with `@patch`, as chapters do, are invisible to a type checker. Here they stand in their class.
+What a checker then takes for granted: that the module that adds a method is imported where the method is used. Nor does
+a checker know `@delegates`: here a function that takes the fields of a dataclass as keywords names them one by one."""
 import ast
 import copy
 from pathlib import Path
@@ -40,7 +39,8 @@ def bodiless(function, extra=(), classes=()):
 
 
 def attributes(cls):
-    "Declarations of what the methods of a class set on `self`: of the parameter's type where it is a parameter, else of any."
+    """Declarations of what the methods of a class set on `self`: of the parameter's type where it is a parameter, else
+    of any."""
     known = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)} | {getattr(n, 'name', '') for n in cls.body}
     for method in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'):
         types = {a.arg: a.annotation for a in (*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs)}
@@ -115,7 +115,8 @@ def stub(source, classes=None):
 
 
 def write_stubs(package, to):
-    "Write a stub for each module of the folder `package`, and of its packages, in the folder `to`; one that is there already is taken as it is."
+    """Write a stub for each module of the folder `package`, and of its packages, in the folder `to`; one that is there
+    already is taken as it is."""
     modules = {path: path.read_text(encoding='utf-8') for path in sorted(Path(package).rglob('*.py')) if path.name != '_modidx.py'}
     classes = classes_of(modules.values())
     for path, source in modules.items():

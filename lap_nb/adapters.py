@@ -34,7 +34,10 @@ class _WithAction:
         if out is None: return None
         loss = out.get("loss") if isinstance(out, Mapping) else out
         if not isinstance(loss, torch.Tensor):
-            raise TypeError(f"training_step returned {type(out).__name__} without a loss, expected a tensor, a dictionary with one under 'loss', or None to skip the batch")
+            raise TypeError(
+                f"training_step returned {type(out).__name__} without a loss, expected a tensor, a dictionary with "
+                f"one under 'loss', or None to skip the batch"
+            )
         loss = global_mean(loss)
         objective = self.parts[0](loss)
         for la in self.parts[1:]: objective = objective + (la(loss) - loss)
@@ -60,9 +63,14 @@ def _detach(module, least_action:LeastAction):
 def lightning_callback(
     least_action:LeastAction, # attached to the network in your `LightningModule`
 ):                            # for `Trainer(callbacks=[...])`; one for each network, if there are several
-    "A Lightning `Callback` that adds the action to the loss of `training_step`, logs lambda and action, and keeps lambda in checkpoints."
+    """A Lightning `Callback` that adds the action to the loss of `training_step`, logs lambda and action, and keeps
+    lambda in checkpoints."""
     from lightning.pytorch import Callback
-    if not isinstance(least_action, LeastAction): raise TypeError(f"least_action is of type {type(least_action).__name__}, expected one that is attached: LeastAction(network)")
+    if not isinstance(least_action, LeastAction):
+        raise TypeError(
+            f"least_action is of type {type(least_action).__name__}, expected one that is attached: "
+            f"LeastAction(network)"
+        )
 
     class LeastActionCallback(Callback):
         where, modes = None, ()   # the blocks' names in the module, and its modes, once it is known
@@ -70,13 +78,18 @@ def lightning_callback(
         @property
         def state_key(self): return f"LeastActionCallback of {self.where or id(self)}"
         @property
-        def _legacy_state_key(self): return "lightning_callback.<locals>.LeastActionCallback"   # before there could be several
+        # before there could be several
+        def _legacy_state_key(self): return "lightning_callback.<locals>.LeastActionCallback"
 
-        def setup(self, trainer, module, stage): self.where, self.modes = _where(module, least_action), [(m, m.training) for m in module.modules()]
+        def setup(self, trainer, module, stage):
+            self.where, self.modes = _where(module, least_action), [(m, m.training) for m in module.modules()]
         def on_fit_start(self, trainer, module): least_action.to(module.device)
         def on_train_start(self, trainer, module):
             if not module.automatic_optimization:
-                raise TypeError("this module has manual optimisation, expected automatic: call least_action(loss) in training_step yourself, without this callback")
+                raise TypeError(
+                    "this module has manual optimisation, expected automatic: call least_action(loss) in "
+                    "training_step yourself, without this callback"
+                )
             _attach(module, least_action)
         def on_train_batch_end(self, trainer, module, *args):
             of = "" if len(module.training_step.parts) == 1 else f" of {self.where.split(', ')[0]}"
@@ -94,20 +107,28 @@ def _where(module, least_action:LeastAction)->str:
     "Names of the blocks in the module."
     names = {m: name for name, m in module.named_modules()}
     if lost := [name for name, block in least_action.blocks.items() if block not in names]:
-        raise ValueError(f"block {lost[0]!r} is not in {type(module).__name__}, expected a part of the module that is trained: attach to its network, LeastAction(module.net)")
+        raise ValueError(
+            f"block {lost[0]!r} is not in {type(module).__name__}, expected a part of the module that is trained: "
+            f"attach to its network, LeastAction(module.net)"
+        )
     return ", ".join(names[block] for block in least_action.blocks.values())
 
 # %% ../nbs/06a_adapters.ipynb #bdb6a364
 @checked
 class LeastActionMixin:
-    "Least action for a Hugging Face trainer: `class MyTrainer(LeastActionMixin, Trainer): pass`, then `MyTrainer(..., least_action=LeastAction(model))`."
+    """Least action for a Hugging Face trainer: `class MyTrainer(LeastActionMixin, Trainer): pass`, then `MyTrainer(...,
+    least_action=LeastAction(model))`."""
     def __init__(self,
         *args,                     # as for the trainer
         least_action:LeastAction,  # attached to the model
         **kwargs,                  # as for the trainer
     ):
         super().__init__(*args, **kwargs)
-        if not isinstance(least_action, LeastAction): raise TypeError(f"least_action is of type {type(least_action).__name__}, expected one that is attached: LeastAction(model)")
+        if not isinstance(least_action, LeastAction):
+            raise TypeError(
+                f"least_action is of type {type(least_action).__name__}, expected one that is attached: "
+                f"LeastAction(model)"
+            )
         self.least_action = least_action.to(self.args.device)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False # each batch has its mean
 
@@ -115,7 +136,8 @@ class LeastActionMixin:
         "The trainer's model; into a checkpoint, lambda before it."
         if _internal_call and output_dir is not None and self.args.should_save:
             (folder := Path(output_dir)).mkdir(parents=True, exist_ok=True)
-            (folder / THEIRS).unlink(missing_ok=True)   # of an earlier run: the folder is not whole until it is written anew
+            # of an earlier run: the folder is not whole until it is written anew
+            (folder / THEIRS).unlink(missing_ok=True)
             save_checkpoint(folder / OURS, self.least_action.state_dict())
         super().save_model(output_dir, _internal_call)
 
@@ -127,14 +149,19 @@ class LeastActionMixin:
 
     def log(self, logs, *args, **kwargs):
         "Lambda and action beside the trainer's own numbers."
-        return super().log(logs | {"lambda": self.least_action.lam.item(), "action": self.least_action.action.item()}, *args, **kwargs)
+        return super().log(logs | {"lambda": self.least_action.lam.item(), "action": self.least_action.action.item()},
+                           *args, **kwargs)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         "Train; on resuming, lambda goes on from the checkpoint, too. True: from the newest that is whole."
         self.least_action.meter.forget()   # passes of a cell that was interrupted
         if resume_from_checkpoint is True: resume_from_checkpoint = str(_newest_whole(self.args.output_dir))
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            if why := _lacks(folder := Path(resume_from_checkpoint)): raise ValueError(f"{folder} {why}: take an earlier checkpoint, or resume_from_checkpoint=True for the newest that is whole")
+            if why := _lacks(folder := Path(resume_from_checkpoint)):
+                raise ValueError(
+                    f"{folder} {why}: take an earlier checkpoint, or resume_from_checkpoint=True for the newest that "
+                    f"is whole"
+                )
             self.least_action.load_state_dict(load_checkpoint(folder / OURS))
             resume_from_checkpoint = str(folder)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -154,11 +181,16 @@ def _lacks(folder:Path)->str:
 
 def _newest_whole(folder)->Path:
     "The checkpoint with the most steps that is whole; a warning names those that are newer and not."
-    steps = {int(p.name.rpartition("-")[2]): p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdecimal()}
+    steps = {
+        int(p.name.rpartition("-")[2]): p for p in Path(folder).glob("checkpoint-*")
+        if p.is_dir() and p.name.rpartition("-")[2].isdecimal()}
     broken = []
     for _, found in sorted(steps.items(), reverse=True):
         if not (why := _lacks(found)):
             if broken: warnings.warn(f"going on from {found}, the newest whole checkpoint: {'; '.join(broken)}")
             return found
         broken.append(f"{found.name} {why}")
-    raise ValueError(f"no checkpoint in {folder} is whole, expected one to resume from: {'; '.join(broken) or 'there is none'}. Train without resume_from_checkpoint")
+    raise ValueError(
+        f"no checkpoint in {folder} is whole, expected one to resume from: {'; '.join(broken) or 'there is none'}. "
+        f"Train without resume_from_checkpoint"
+    )

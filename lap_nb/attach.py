@@ -57,8 +57,9 @@ class EnergyTrace:
         "Energy of each step and sample, $|x_{k+1}-x_k|^2/h$."
         one_of("reduction", reduction, ("mean", "sum"))
         if len({len(s.squares) for s in self.steps}) > 1:
-            raise ValueError(f"blocks see batches of {sorted({len(s.squares) for s in self.steps})} samples, expected one size: "
-                             "name blocks whose first axis is the batch with blocks=[...]")
+            raise ValueError(
+                f"blocks see batches of {sorted({len(s.squares) for s in self.steps})} samples, expected one size: "
+                "name blocks whose first axis is the batch with blocks=[...]")
         features = [max(1, torch.Size(s.shape).numel()) if reduction == "mean" else 1 for s in self.steps]
         return torch.stack([s.squares / (n * s.h) for s, n in zip(self.steps, features)])
 
@@ -71,7 +72,8 @@ def _continues(last:_Step, step:_Step)->bool:
 def trajectory(self:EnergyTrace,
 )->Trajectory: # in float32 or wider, with the names of the blocks and the model's output
     "The positions of the pass; raises `RuntimeError` if they were not kept."
-    if self.energies_only: raise RuntimeError("only energies were kept, expected positions: trace again with energies_only=False")
+    if self.energies_only:
+        raise RuntimeError("only energies were kept, expected positions: trace again with energies_only=False")
     stages = [[self.steps[0]]]
     for step in self.steps[1:]:
         if _continues(stages[-1][-1], step): stages[-1].append(step)
@@ -92,17 +94,21 @@ def _repr_markdown_(self:EnergyTrace):
 
 # %% ../nbs/02_attach.ipynb #91906f45
 class Tracer(BlockHooks):
-    "Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, the end of `with`, or while it is referenced."
+    """Hooks on the residual blocks of a model that note each forward pass; on the model until `remove`, the end of
+    `with`, or while it is referenced."""
     def __init__(self,
         model:nn.Module,                          # measured in place; an earlier tracer on it is replaced
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: its `ResidualBlock`s
         energies_only:bool=False,                 # keep no positions
-        batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
+        # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
+        batch_axis:int|None=None,
     ):
         root = unwrap(model)
         plan = self.prepare(root, chosen_blocks(root, blocks, branches=True), None, energies_only, batch_axis)
         for other in watchers_of(root):
-            if isinstance(other, Tracer) and other.thread is None and not other.paused: other.replaced = True; other.remove()
+            if isinstance(other, Tracer) and other.thread is None and not other.paused:
+                other.replaced = True
+                other.remove()
         self.watch(plan)
 
     def prepare(self, root, blocks, thread=None, energies_only=False, batch_axis=None)->list: # of hooks
@@ -112,7 +118,10 @@ class Tracer(BlockHooks):
         if not energies_only:
             self.copies = set(blocks)
             if lost := [n for n, own in self.branches.items() if not own]:
-                raise ValueError(f"block {lost[0]!r} is a branch that sees something made from the stream, so that positions are not known: take trace_energies, which needs none")
+                raise ValueError(
+                    f"block {lost[0]!r} is a branch that sees something made from the stream, so that positions are "
+                    f"not known: take trace_energies, which needs none"
+                )
         return plan
 
 # %% ../nbs/02_attach.ipynb #09a95cf0
@@ -134,7 +143,8 @@ def every_step(self:Tracer, name, before, after):
 @patch
 def on_end(self:Tracer, output):
     "Look whether the right axis was taken for that of the samples."
-    if not torch.compiler.is_compiling(): self.axes.check({s.name: (len(s.squares), *s.shape) for s in self.note.seen}, output)
+    if not torch.compiler.is_compiling():
+        self.axes.check({s.name: (len(s.squares), *s.shape) for s in self.note.seen}, output)
 
 # %% ../nbs/02_attach.ipynb #ec40d5b7
 @patch
@@ -145,8 +155,10 @@ def take(self:Tracer,
     note = self.left
     steps, note.seen = note.seen, []
     if steps: return EnergyTrace(steps, self.energies_only)
-    if self.replaced: raise RuntimeError("this tracer was replaced by a later one on the same model: take from that one")
-    raise RuntimeError(f"no step of the {len(self.blocks)} blocks was noted: call the model first, in the same thread, then take once")
+    if self.replaced:
+        raise RuntimeError("this tracer was replaced by a later one on the same model: take from that one")
+    raise RuntimeError(
+        f"no step of the {len(self.blocks)} blocks was noted: call the model first, in the same thread, then take once")
 
 # %% ../nbs/02_attach.ipynb #94530cca
 def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->EnergyTrace:
@@ -168,16 +180,20 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
     finite = [bool(s.squares.isfinite().all()) for s in noted.steps]
     if all(finite): return noted
     k = finite.index(False)
-    raise ValueError(f"block {k} ({noted.names[k]}) is the first whose step is not finite: its weights or its input hold NaN, infinity or "
-                     "values too large for their precision; look at this block's input and weights, or trace in float32")
+    raise ValueError(
+        f"block {k} ({noted.names[k]}) is the first whose step is not finite: its weights or its input hold NaN, "
+        f"infinity or "
+        "values too large for their precision; look at this block's input and weights, or trace in float32")
 
 # %% ../nbs/02_attach.ipynb #b27f2b2b
 @checked
 def trace(
     model:nn.Module,                          # called once, in the mode it is in, by itself if wrapped or compiled
     x:Any,                                    # its input: a tensor, a tuple of arguments or a mapping of named ones
-    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found with `x`, by a probing pass before
-    batch_axis:int|None=None,                 # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
+    # as in `chosen_blocks`; None: found with `x`, by a probing pass before
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
+    # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
+    batch_axis:int|None=None,
 )->Trajectory:                                # in float32 or wider, with `names` of the blocks and the model's `output`
     "Follow `x` through the residual blocks of `model`; differentiable unless gradients are off."
     return _pass(model, x, blocks, energies_only=False, batch_axis=batch_axis).trajectory

@@ -31,7 +31,8 @@ from torch import nn, Tensor
 def described(
     value, # anything
 )->str:    # in a few words
-    "What `value` is, for an error message: a tensor by type and shape, something short by itself, all else by its type."
+    """What `value` is, for an error message: a tensor by type and shape, something short by itself, all else by its
+    type."""
     if isinstance(value, Tensor):
         kind = "nested " if value.is_nested else "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
         place = " on meta, which has no values" if value.is_meta else ""
@@ -39,7 +40,8 @@ def described(
         return f"a {kind}tensor {shape} of {str(value.dtype).removeprefix('torch.')}{place}"
     if isinstance(value, np.ndarray): return f"an array {list(value.shape)} of {value.dtype}"
     if value is None or isinstance(value, (bool, np.bool_, int, float, complex, np.number, str, bytes, os.PathLike)):
-        text = repr(value) if not isinstance(value, int) or abs(value) < 10 ** 30 else f"a whole number of {value.bit_length()} bits"
+        text = repr(value) if not isinstance(
+            value, int) or abs(value) < 10 ** 30 else f"a whole number of {value.bit_length()} bits"
         return text if len(text) <= 60 else f"{text[:50]}... of type {type(value).__name__}"
     if isinstance(value, type): return f"the class {value.__name__}"
     if isinstance(value, (list, tuple, dict, set, range)): return f"a {type(value).__name__} of {_length(value)}"
@@ -63,20 +65,24 @@ def whole(
     "`value` as an int; raises `TypeError` if it is not one whole number, `ValueError` if it is out of bounds."
     found = plain(value)
     if isinstance(found, float) and _is_whole(found): found = int(found)
-    if not isinstance(found, int): raise WrongKind(f"{name} is {described(value)}, expected a whole number" + (why and f": {why}"))
+    if not isinstance(found, int):
+        raise WrongKind(f"{name} is {described(value)}, expected a whole number" + (why and f": {why}"))
     if not least <= found <= most:
-        bounds = f"at least {least}" + ", below 2**63" * (found >= 2 ** 63) if most == 2 ** 63 - 1 else f"from {least} to {most}"
+        bounds = f"at least {least}" + ", below 2**63" * (found >= 2 **
+                                                          63) if most == 2 ** 63 - 1 else f"from {least} to {most}"
         raise ValueError(f"{name} is {described(found)}, expected a whole number, {bounds}" + (why and f": {why}"))
     return found
 
-def _is_whole(value)->bool: return isinstance(value, int) or isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53
+def _is_whole(value) -> bool:
+    return isinstance(value, int) or isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53
 
 def plain(
     value,           # anything
 )->int|float|None:   # one number, of whatever kind it came; None for all else
     "A number of NumPy, PyTorch, or exact, as Python's own."
     if isinstance(value, (Tensor, np.ndarray)):
-        if value.ndim or getattr(value, "is_meta", False) or getattr(value, "layout", torch.strided) != torch.strided: return None
+        if value.ndim or getattr(value, "is_meta", False) or getattr(value, "layout", torch.strided) != torch.strided:
+            return None
         value = value.item()
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, (bool, Enum)): return None
@@ -108,7 +114,8 @@ def number(
         high = f"below {below:g}" if below is not None else f"at most {most:g}" if most < math.inf else ""
         limits = " and ".join(filter(None, (low, high)))
         kind = "a number" if infinite else "a finite number"
-        raise ValueError(f"{name} is {described(value)}, expected {kind}" + (limits and f" {limits}") + (why and f": {why}"))
+        raise ValueError(f"{name} is {described(value)}, expected {kind}" + (limits and f" {limits}") +
+                         (why and f": {why}"))
     return found
 
 def counts(
@@ -140,12 +147,15 @@ def flag(
 )->bool:
     "`value` as `True` or `False`; raises `TypeError` if it is neither."
     if isinstance(value, bool): return value
-    if isinstance(value, (Tensor, np.ndarray)) and not value.ndim and not getattr(value, "is_meta", False): value = value.item()
+    if isinstance(value, (Tensor, np.ndarray)) and not value.ndim and not getattr(value, "is_meta", False):
+        value = value.item()
     if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1): return bool(value)
     raise WrongKind(f"{name} is {described(value)}, expected True or False")
 
 # %% ../nbs/90_checks.ipynb #90a0c021
-def _rows(value)->bool: return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided
+def _rows(value) -> bool:
+    return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout",
+                                                                               torch.strided) == torch.strided
 
 def is_row(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
 
@@ -164,8 +174,10 @@ def several(
 )->tuple:
     "`values` one by one; raises `TypeError` if they are no row, `ValueError` if there are too many."
     row = isinstance(values, collections.abc.Iterable) and not isinstance(values, (str, bytes, collections.abc.Mapping))
-    if not row or isinstance(values, (Tensor, np.ndarray)) and not is_row(values): raise WrongKind(f"{name} is {described(values)}, expected {what}")
-    if isinstance(values, collections.abc.Sized) and len(values) > 2 ** 20: raise ValueError(f"{name} has {len(values):,} values, expected no more than a million")
+    if not row or isinstance(values, (Tensor, np.ndarray)) and not is_row(values):
+        raise WrongKind(f"{name} is {described(values)}, expected {what}")
+    if isinstance(values, collections.abc.Sized) and len(values) > 2 ** 20:
+        raise ValueError(f"{name} has {len(values):,} values, expected no more than a million")
     return tuple(each(f"a value of {name}", value) for value in values)
 
 # %% ../nbs/90_checks.ipynb #93e6c66e
@@ -184,9 +196,11 @@ def one_of(
 def free_memory(
     device:str|torch.device="cpu", # where
 )->int:                            # bytes
-    "What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's; 2**62 where the system does not say."
+    """What can still be had: on a GPU of its memory, elsewhere of the machine's or the container's; 2**62 where the
+    system does not say."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device)
     read = lambda name: Path(name).read_text()
     try: found = [int(read("/proc/meminfo").split("MemAvailable:")[1].split()[0]) << 10]
     except (OSError, IndexError):
@@ -204,12 +218,14 @@ def check_memory(
     do:str="bound the value with sliced_w2, which needs no matrix", # what else helps; ends the message
 ):
     "Raise `MemoryError` if so many matrices do not fit."
-    if max_bytes is not None: number("max_bytes", max_bytes, 0, infinite=True, why="in bytes, or None for the memory that is free")
+    if max_bytes is not None:
+        number("max_bytes", max_bytes, 0, infinite=True, why="in bytes, or None for the memory that is free")
     need, free = 8. * n * m * matrices, free_memory() if max_bytes is None else max_bytes
     gib = lambda size: f"{size / 2**30:,.3g} GiB"
     if need > free:
-        raise MemoryError(f"{n:,} by {m:,} points need {gib(need)} for {matrices:g} matrices of costs, {gib(free)} are free: "
-                          f"take a subset of the samples, or {do}")
+        raise MemoryError(
+            f"{n:,} by {m:,} points need {gib(need)} for {matrices:g} matrices of costs, {gib(free)} are free: "
+            f"take a subset of the samples, or {do}")
 
 # %% ../nbs/90_checks.ipynb #90a0c003
 @contextlib.contextmanager
@@ -220,7 +236,8 @@ def in_room(
     try: yield
     except (MemoryError, RuntimeError, TypeError) as error:
         said = str(error).split("\n")[0]
-        if not isinstance(error, MemoryError) and not re.search("bad_alloc|t allocate|[Oo]verflow|out of memory", said): raise
+        if not isinstance(error, MemoryError) and not re.search("bad_alloc|t allocate|[Oo]verflow|out of memory", said):
+            raise
         raise MemoryError(f"there is no room for {what}, expected less of it" + (said and f" ({said})")) from error
 
 # %% ../nbs/90_checks.ipynb #90a0c010
@@ -239,23 +256,27 @@ def check_tensor(
 )->Tensor:
     "`value`; raises `TypeError` if it is no tensor, or a nested one."
     if isinstance(value, Tensor) and not value.is_nested: return value
-    convert = "a padded one: convert with .to_padded_tensor(0.)" if isinstance(value, Tensor) else "a tensor: convert with torch.as_tensor"
+    convert = "a padded one: convert with .to_padded_tensor(0.)" if isinstance(
+        value, Tensor) else "a tensor: convert with torch.as_tensor"
     raise WrongKind(f"{name} is {described(value)}, expected {convert}")
 
 def is_dense(
     value, # anything
 )->bool:
     "Is `value` a tensor with values of its own, each at its place?"
-    return isinstance(value, Tensor) and not (value.is_nested or value.is_quantized or value.layout != torch.strided or value.is_meta)
+    return isinstance(
+        value, Tensor) and not (value.is_nested or value.is_quantized or value.layout != torch.strided or value.is_meta)
 
 def check_labels(
     y,     # labels
     n:int, # samples
 )->Tensor: # `y` itself
     "`y` if it is a dense tensor with a finite value for each sample; raises `TypeError` or `ValueError`."
-    if not is_dense(y) or y.is_complex(): raise WrongKind(f"labels are {described(y)}, expected a dense tensor ({n},) of numbers")
+    if not is_dense(y) or y.is_complex():
+        raise WrongKind(f"labels are {described(y)}, expected a dense tensor ({n},) of numbers")
     if y.shape != (n,): raise ValueError(f"labels have shape {tuple(y.shape)}, expected one for each sample: ({n},)")
-    if not y.isfinite().all(): raise ValueError("labels have values that are no numbers, expected a class for each sample")
+    if not y.isfinite().all():
+        raise ValueError("labels have values that are no numbers, expected a class for each sample")
     return y
 
 # %% ../nbs/90_checks.ipynb #14d73e08
@@ -283,19 +304,26 @@ def _fits(value, hint)->bool:
     if hint is float: return plain(value) is not None
     if hint is int: return _is_whole(plain(value))
     if hint is bool: return isinstance(value, (bool, np.bool_))
-    if hint is Tensor: return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)
+    if hint is Tensor:
+        return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_complex()
+                                                                                    or value.is_quantized)
     if origin is None: return isinstance(value, hint) if isinstance(hint, type) else True
     if origin is collections.abc.Callable: return callable(value)
     if isinstance(value, (str, bytes)): return False   # letters are not elements
     if isinstance(value, (Tensor, np.ndarray)) and not _rows(value): return False
-    if isinstance(value, collections.abc.Mapping): return issubclass(origin, collections.abc.Mapping) and _inside_fits(value, origin, inside)
-    row = is_row(value) and issubclass(origin, collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping)
+    if isinstance(value, collections.abc.Mapping):
+        return issubclass(origin, collections.abc.Mapping) and _inside_fits(value, origin, inside)
+    row = is_row(value) and issubclass(origin,
+                                       collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping)
     return (isinstance(value, origin) or row) and _inside_fits(value, origin, inside)
 
 def _inside_fits(value, origin, inside)->bool:
-    if isinstance(value, collections.abc.Mapping): return len(inside) < 2 or all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
-    if not isinstance(value, (list, tuple, Tensor, np.ndarray)) or not inside: return True   # an iterator is not used up
-    if origin is tuple and inside[-1] is not Ellipsis: return len(value) == len(inside) and all(map(_fits, value, inside))
+    if isinstance(value, collections.abc.Mapping):
+        return len(inside) < 2 or all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+    # an iterator is not used up
+    if not isinstance(value, (list, tuple, Tensor, np.ndarray)) or not inside: return True
+    if origin is tuple and inside[-1] is not Ellipsis:
+        return len(value) == len(inside) and all(map(_fits, value, inside))
     return all(_fits(v, inside[0]) for v in value[:1000])
 
 # %% ../nbs/90_checks.ipynb #c4ec0004
@@ -304,7 +332,8 @@ def _plainly(value, options:tuple):
     if isinstance(value, (bool, np.bool_)) and bool in options: return bool(value)
     if isinstance(value, Tensor) and Tensor in options: return value
     if int in options and float not in options and _is_whole(found := plain(value)): return int(found)
-    return float(found) if float in options and type(value) not in (int, float) and (found := plain(value)) is not None else value
+    return float(found) if float in options and type(value) not in (int, float) and (
+        found := plain(value)) is not None else value
 
 def _expected(f, name:str, hint)->str:
     "What an argument is for, in the words of its comment."
@@ -320,7 +349,8 @@ F = typing.TypeVar("F")
 def checked(
     f:F, # a function, a method, or a class, of which `__init__` is meant
 )->F:   # the same, refusing arguments of a wrong kind
-    "Raise `TypeError` for arguments that do not fit the annotations; numbers arrive plain. Inside a compiled graph nothing is checked."
+    """Raise `TypeError` for arguments that do not fit the annotations; numbers arrive plain. Inside a compiled graph
+    nothing is checked."""
     if isinstance(f, type):
         if "__init__" in vars(f): f.__init__ = checked(f.__init__)
         return f
@@ -330,8 +360,11 @@ def checked(
     def call(*args, **kwargs):
         if torch.compiler.is_compiling(): return f(*args, **kwargs)
         if not positional: _read_signature(f, kinds, positional)
-        try: args = [_argument(f, name, value, *kinds[name]) for name, value in zip(positional, args)] + list(args[len(positional):])
-        except WrongKind as e: raise WrongKind(f"{e}{_swapped(kinds, positional, args)}") from None
+        try:
+            args = [_argument(f, name, value, *kinds[name])
+                    for name, value in zip(positional, args)] + list(args[len(positional):])
+        except WrongKind as e:
+            raise WrongKind(f"{e}{_swapped(kinds, positional, args)}") from None
         for name in kwargs.keys() & kinds.keys(): kwargs[name] = _argument(f, name, kwargs[name], *kinds[name])
         return f(*args, **kwargs)
     return call
@@ -342,18 +375,22 @@ def _read_signature(f, kinds:dict, positional:list):
     for name, p in inspect.signature(f).parameters.items():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
         hint = hints.get(name, typing.Any)
-        kinds[name] = hint, {type(None) if h is None else h for h in _options(hint)} & {int, float, bool, str, type(None)} | ({int} if hint is float else set())
+        kinds[name] = hint, {type(None) if h is None else h
+                             for h in _options(hint)} & {int, float, bool, str, type(None)} | ({int} if hint is float
+                                                                                               else set())
         if p.kind != p.KEYWORD_ONLY: positional.append(name)
 
 def _swapped(kinds:dict, positional:list, args)->str:
     "Which two arguments would fit if they changed places."
     for (a, v), (b, w) in itertools.combinations(zip(positional, args), 2):
         here, there = kinds[a][0], kinds[b][0]
-        if not (_fits(v, here) and _fits(w, there)) and _fits(w, here) and _fits(v, there): return f"; are {a} and {b} swapped?"
+        if not (_fits(v, here) and _fits(w, there)) and _fits(w, here) and _fits(v, there):
+            return f"; are {a} and {b} swapped?"
     return ""
 
 # %% ../nbs/90_checks.ipynb #da0fbbcf
-def _options(hint)->tuple: return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+def _options(hint) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint, )
 
 def _argument(f, name:str, value, hint, quick:set):
     "`value` if it fits the annotation, as a plain number where that says so."

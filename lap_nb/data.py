@@ -39,8 +39,9 @@ def check_samples(
                          "remove or repair them")
     bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
     if len(bad):
-        raise ValueError(f"labels must lie in 0..{classes - 1}, found {y[bad[0]]} at index {bad[0]}: number the classes from 0, "
-                         "and let classes say how many there are")
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1}, found {y[bad[0]]} at index {bad[0]}: number the classes from 0, "
+            "and let classes say how many there are")
 
 # %% ../nbs/00_data.ipynb #ae604fc3
 def check_index(
@@ -209,7 +210,8 @@ class Dataset:
         seed: int = 0, # decides which
         n_val: int | None = None, # validation samples; None: as many as `n`, or what is left
     ) -> Split: # with `train` [n] and `val` [n_val]
-        "Draw a stratified training and a disjoint stratified validation part from the pool; warns of classes that are too rare for both"
+        """Draw a stratified training and a disjoint stratified validation part from the pool; warns of classes that are
+        too rare for both"""
         return _split(self, n, seed, n_val)
 
     @checked
@@ -228,8 +230,9 @@ def _split_sizes(data: Dataset, n: int, n_val: int | None) -> tuple[int, int]:
     if n_val is None: n_val = max(min(n, pool - n), data.classes)
     n_val = whole("n_val", n_val, data.classes, each)
     if n + n_val > pool:
-        raise ValueError(f"more samples asked for than exist: {n:,} for training and {n_val:,} for validation, but "
-                         f"{data.name} has {pool:,} outside its test part; ask for n of at most {max(pool - n_val, 0):,}")
+        raise ValueError(
+            f"more samples asked for than exist: {n:,} for training and {n_val:,} for validation, but "
+            f"{data.name} has {pool:,} outside its test part; ask for n of at most {max(pool - n_val, 0):,}")
     empty = (data.y[data.pool].bincount(minlength=data.classes) == 0).nonzero()[:, 0].tolist()
     if empty: raise ValueError(f"classes {empty} of {data.name} have no sample outside the test part")
     return n, n_val
@@ -248,8 +251,10 @@ def _warn_of_absent(data: Dataset, *parts: Tensor):
         absent = (data.y[part].bincount(minlength=data.classes) == 0).nonzero()[:, 0]
         if not len(absent): continue
         counts = data.y[data.pool].bincount(minlength=data.classes)[absent].tolist()
-        warnings.warn(f"the {name} part of {data.name} has no sample of classes {absent.tolist()}, which have {counts} outside the test "
-                      "part: it says nothing about them; take fewer training samples, or leave these classes out", stacklevel=4)
+        warnings.warn(
+            f"the {name} part of {data.name} has no sample of classes {absent.tolist()}, which have {counts} outside "
+            f"the test "
+            "part: it says nothing about them; take fewer training samples, or leave these classes out", stacklevel=4)
 
 # %% ../nbs/00_data.ipynb #628dc325
 def _stacked(data: Dataset, n: int, seeds: Iterable[int], n_val: int | None) -> Split:
@@ -269,7 +274,10 @@ def with_test(
     "A `Dataset` of arrays that come without a test part"
     x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
     if y.ndim != 1 or len(y) == 0 or y.is_floating_point() or y.min() < 0:
-        raise ValueError(f"labels must be whole numbers 0, 1, ... [N], one for each sample, found {described(y)}: class numbers in floats become whole with .long(), a regression needs a loop of your own with LeastAction")
+        raise ValueError(
+            f"labels must be whole numbers 0, 1, ... [N], one for each sample, found {described(y)}: class numbers in "
+            f"floats become whole with .long(), a regression needs a loop of your own with LeastAction"
+        )
     y, n_test = y.long(), whole("n_test", n_test, len(y.unique()), "one sample for each class")
     if n_test >= len(y): raise ValueError(f"n_test is {n_test}, expected fewer than the {len(y)} samples")
     classes = int(y.max()) + 1
@@ -324,7 +332,9 @@ def parse_idx(
         raise ValueError(f"{name} is not an IDX file of {ndim} axes: magic number {expected.hex()} and {head} bytes of "
                          f"header expected, {magic.hex() or 'nothing'} and {min(len(data), head)} found")
     shape = struct.unpack_from(f">{ndim}I", data, 4)
-    if not all(shape): raise ValueError(f"{name}: the header announces {list(shape)}, an axis without anything on it; the file is damaged")
+    if not all(shape):
+        raise ValueError(
+            f"{name}: the header announces {list(shape)}, an axis without anything on it; the file is damaged")
     if len(data) - head != math.prod(shape):
         raise ValueError(f"{name}: the header announces {list(shape)}, {math.prod(shape):,} bytes, but "
                          f"{len(data) - head:,} follow; the file is damaged")
@@ -354,8 +364,9 @@ def read_idx(
             start = f.read(head)
             wanted = math.prod(struct.unpack_from(f">{ndim}I", start, 4)) if len(start) == head else 0
             if wanted > most:
-                raise ValueError(f"{path} announces {wanted:,} bytes, expected no more than {most:,} in a file of its size: "
-                                 "fetch it again")
+                raise ValueError(
+                    f"{path} announces {wanted:,} bytes, expected no more than {most:,} in a file of its size: "
+                    "fetch it again")
             content = start + f.read(wanted + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
@@ -378,7 +389,8 @@ class IdxSource:
 
 # %% ../nbs/00_data.ipynb #64bed61d
 def data_root(
-    root: str | os.PathLike | None = None, # folder that holds `mnist/`, `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    # folder that holds `mnist/`, `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None,
 ) -> Path:
     "The folder in which data sets are looked for and to which they are downloaded"
     return Path(root or os.environ.get("LAP_NB_DATA") or "~/.cache/lap_nb").expanduser()
@@ -392,8 +404,11 @@ def read_source(
     folder = data_root(root) / source.folder
     with in_words(folder): missing = [name for name in source.md5 if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{source.name}: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
-                                f"to the folder that holds {source.folder}/, or fetch the files with {source.name}(download=True), on a command line lap_compare --download")
+        raise FileNotFoundError(
+            f"{source.name}: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
+            f"to the folder that holds {source.folder}/, or fetch the files with {source.name}(download=True), on a "
+            f"command line lap_compare --download"
+        )
     x, y, x_test, y_test = (read_idx(folder / name, md5, ndim)
                             for (name, md5), ndim in zip(source.md5.items(), (3, 1, 3, 1)))
     for a, b in ((x, y), (x_test, y_test)):
@@ -418,7 +433,8 @@ class _Handler(HTTPHandler, HTTPSHandler):
     "Opens connections that `connected` is told of"
     def __init__(self, connected):
         super().__init__()
-        def told(kind): return type(kind.__name__, (kind,), {"connect": lambda self: (kind.connect(self), connected(self.sock))})
+        def told(kind):
+            return type(kind.__name__, (kind, ), {"connect": lambda self: (kind.connect(self), connected(self.sock))})
         self.http_open = lambda request: self.do_open(told(HTTPConnection), request)
         self.https_open = lambda request: self.do_open(told(HTTPSConnection), request)
 
@@ -456,7 +472,8 @@ def _kept(part: Path) -> int: # bytes
 def _opened(part: Path, new: bool):
     "The part, open at its end, or made anew; no link in its place is followed"
     flags = os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(part, flags | (os.O_CREAT | os.O_EXCL if new else os.O_APPEND), 0o666), "wb" if new else "ab")
+    return os.fdopen(os.open(part, flags | (os.O_CREAT | os.O_EXCL if new else os.O_APPEND), 0o666),
+                     "wb" if new else "ab")
 
 # %% ../nbs/00_data.ipynb #b1a66041
 def fetch_part(
@@ -466,7 +483,8 @@ def fetch_part(
     progress: bool, # show a progress bar?
     size: int | None = None, # bytes of the whole file; None: unknown, no more than `LARGEST`
 ):
-    "Fetch the rest of `part` from `url`, or all of it where the server offers no rest; raises `OSError` or `HTTPException`"
+    """Fetch the rest of `part` from `url`, or all of it where the server offers no rest; raises `OSError` or
+    `HTTPException`"""
     from tqdm.auto import tqdm
     most, have = LARGEST if size is None else size, _kept(part)
     if have >= most: have = 0
@@ -482,8 +500,9 @@ def fetch_part(
             if total is not None and (total > most or size not in (None, total)):
                 raise OSError(f"the server offers {total:,} bytes, expected {'' if size else 'no more than '}{most:,}")
             if not have: part.unlink(missing_ok=True)
-            with (_opened(part, new=not have) as f,
-                  tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=not progress) as bar):
+            with (_opened(part, new=not have) as
+                  f, tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True,
+                          disable=not progress) as bar):
                 while have <= most and (chunk := reply.read1(1 << 16)): bar.update(f.write(chunk)); have += len(chunk)
     if have > most: part.unlink(); raise OSError(f"the server sends more than the {most:,} bytes expected")
     if total and have < total: raise ConnectionError(f"the connection ended after {have:,} of {total:,} bytes")
@@ -510,8 +529,9 @@ def download_file(
         try: fetch_part(url, part, timeout, progress, size)
         except (OSError, HTTPException, ValueError) as error:
             said = "".join(c if c.isprintable() else " " for c in str(error))[:300].strip() # perhaps the server's words
-            raise OSError(f"could not fetch {url}: {said or 'no answer'} ({type(error).__name__}). Call again to resume, "
-                          f"or put the file at {path} by other means") from error
+            raise OSError(
+                f"could not fetch {url}: {said or 'no answer'} ({type(error).__name__}). Call again to resume, "
+                f"or put the file at {path} by other means") from error
     found = file_md5(part)
     if found == md5: os.replace(part, path)
     else: part.unlink()
@@ -576,7 +596,8 @@ def mnist(
 # %% ../nbs/00_data.ipynb #3904cc31
 @checked
 def fashion_mnist(
-    root: str | os.PathLike | None = None, # folder that holds `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    # folder that holds `fashion-mnist/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None,
     download: bool = False, # fetch missing files (30.9 MB) into that folder?
 ) -> Dataset: # x [70000, 1, 28, 28] in [0, 1]
     "Fashion-MNIST: pictures of clothes, the official 10,000 for testing"
@@ -590,24 +611,30 @@ def read_array(
     "The array in `content`; raises `ValueError` before any memory is set aside if it is not whole"
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read_header is None: raise ValueError(f"an array has format {version}, expected (1, 0) or (2, 0)")
     shape, fortran, dtype = read_header(file)
     count, follow = math.prod(shape), len(content) - file.tell()
     if dtype.hasobject or any(n < 0 for n in shape) or count * dtype.itemsize != follow:
-        raise ValueError(f"an array announces {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes, but {follow:,} follow")
+        raise ValueError(
+            f"an array announces {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes, but {follow:,} follow")
     return np.frombuffer(content, dtype, count, file.tell()).reshape(shape, order="F" if fortran else "C").copy()
 
 def read_npz(
     path, # an `.npz` file
 ) -> dict[str, np.ndarray]: # by name
-    "The arrays in an `.npz` file; raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it is missing"
+    """The arrays in an `.npz` file; raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it
+    is missing"""
     try:
         with open_plain(path) as file, zipfile.ZipFile(file) as archive:
             most, nbytes = room_for(os.path.getsize(path)), sum(i.file_size for i in archive.infolist())
             if nbytes > most:
-                raise ValueError(f"its arrays take {nbytes:,} bytes, expected no more than {most:,} in a file of its size")
-            other = [i.filename for i in archive.infolist() if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+                raise ValueError(
+                    f"its arrays take {nbytes:,} bytes, expected no more than {most:,} in a file of its size")
+            other = [
+                i.filename for i in archive.infolist()
+                if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
             if other: raise ValueError(f"{other[0]} is packed in an unknown way")
             return {name.removesuffix(".npy"): read_array(archive.read(name)) for name in archive.namelist()}
     except (FileNotFoundError, IsADirectoryError, PermissionError): raise
@@ -635,17 +662,20 @@ CIFAR10_PART = {"train.webp": "4cc42e708736e481f02a6a74c0e07215", "test.webp": "
 # %% ../nbs/00_data.ipynb #42d80263
 @checked
 def cifar10_part(
-    root: str | os.PathLike | None = None, # folder that holds `cifar10-lossless-subset/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    # folder that holds `cifar10-lossless-subset/`; None: `LAP_NB_DATA`, else `~/.cache/lap_nb`
+    root: str | os.PathLike | None = None,
 ) -> Dataset: # x [9085, 3, 32, 32] in [0, 1]; 1,017 of the official test part for testing, and nothing else of it
     "The part of CIFAR-10 whose exact pixels are available; needs Pillow with WebP"
     with extra("lab"): from PIL import Image
     folder = data_root(root) / "cifar10-lossless-subset"
     with in_words(folder): missing = [name for name in CIFAR10_PART if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"cifar10_part: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
-                                "to the folder that holds cifar10-lossless-subset/; there is no download")
+        raise FileNotFoundError(
+            f"cifar10_part: {', '.join(missing)} not found in {folder}. Pass root= or set LAP_NB_DATA "
+            "to the folder that holds cifar10-lossless-subset/; there is no download")
     for name, md5 in CIFAR10_PART.items():
-        if (found := file_md5(folder / name)) != md5: raise ValueError(f"{folder / name} is truncated or altered: md5 {md5} expected, {found} found")
+        if (found := file_md5(folder / name)) != md5:
+            raise ValueError(f"{folder / name} is truncated or altered: md5 {md5} expected, {found} found")
     index, parts = read_npz(folder / "index.npz"), ("train", "test")
     try:
         labels = [torch.from_numpy(index[f"{part}_labels"]).long() for part in parts]
@@ -654,7 +684,8 @@ def cifar10_part(
             if grid.width * grid.height > 32 * (32 * len(y) + grid.width):
                 raise ValueError(f"a grid of {grid.height} by {grid.width} pixels for {len(y)} pictures")
         pictures = [cut_grid(np.asarray(grid.convert("RGB")), len(y)) for grid, y in zip(grids, labels)]
-    except Exception as error: raise ValueError(f"{folder} holds no whole pictures with their labels ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{folder} holds no whole pictures with their labels ({error})") from error
     test = torch.arange(len(labels[0]), len(labels[0]) + len(labels[1]))
     return Dataset(torch.cat(pictures).float().div_(255), torch.cat(labels), test, "cifar10_part", 10)
 

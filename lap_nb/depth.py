@@ -42,13 +42,19 @@ class DepthSchedule:
     def __post_init__(self):
         object.__setattr__(self, "kept", several("kept", self.kept, whole))
         object.__setattr__(self, "scale", several("scale", self.scale, partial(number, infinite=True)))
-        if not self.kept or len(self.kept) != len(self.scale) or list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0:
-            raise ValueError(f"kept is {self.kept} and scale {self.scale}, expected rising indices of at least one block and a factor for each")
+        if not self.kept or len(self.kept) != len(self.scale) or list(self.kept) != sorted(set(
+                self.kept)) or self.kept[0] < 0:
+            raise ValueError(
+                f"kept is {self.kept} and scale {self.scale}, expected rising indices of at least one block and a "
+                f"factor for each"
+            )
         if not all(0 < s < float("inf") for s in self.scale):
-            raise ValueError(f"scale is {self.scale}, expected positive factors: a block that shall not run is left out of kept")
+            raise ValueError(
+                f"scale is {self.scale}, expected positive factors: a block that shall not run is left out of kept")
 
     def __len__(self)->int: return len(self.kept)
-    def __str__(self)->str: return " ".join(f"{k}" if s == 1 else f"{k} (x{s:.3g})" for k, s in zip(self.kept, self.scale))
+    def __str__(self) -> str:
+        return " ".join(f"{k}" if s == 1 else f"{k} (x{s:.3g})" for k, s in zip(self.kept, self.scale))
 
 # %% ../nbs/09_depth.ipynb #e62071fa
 def _spans(sizes:Sequence[int])->list[tuple[int, int]]:
@@ -61,11 +67,14 @@ def stretched(
     kept:Iterable[int],   # indices of the blocks that run, rising
     sizes:Sequence[int],  # blocks in each stage
 )->DepthSchedule:
-    "Each block steps to where the next kept block of its stage begins, the first from the start and the last to the end."
+    """Each block steps to where the next kept block of its stage begins, the first from the start and the last to the
+    end."""
     kept, scale = tuple(kept), []
     for low, high in _spans(sizes):
         mine = [k for k in kept if low <= k < high]
-        if not mine: raise ValueError(f"kept is {kept}, expected at least one of the blocks {low} to {high - 1} of the same stage")
+        if not mine:
+            raise ValueError(
+                f"kept is {kept}, expected at least one of the blocks {low} to {high - 1} of the same stage")
         ends = [low, *mine[1:], high]
         scale += [b - a for a, b in zip(ends, ends[1:])]
     return DepthSchedule(kept, scale)
@@ -75,8 +84,11 @@ def _check_count(m:int, sizes:Sequence[int])->int:
     K, S = sum(sizes), len(sizes)
     with suppress(ValueError):
         return whole("blocks", m, S, most=K)
-    raise ValueError(f"found {m!r} blocks, expected a whole number from {S} to {K}: the network has {K} residual blocks that can be left out, in "
-                     f"{S} stage{'s' * (S > 1)} of constant shape ({', '.join(map(str, sizes))}), and at least one of each stage stays")
+    raise ValueError(
+        f"found {m!r} blocks, expected a whole number from {S} to {K}: the network has {K} residual blocks that can "
+        f"be left out, in "
+        f"{S} stage{'s' * (S > 1)} of constant shape ({', '.join(map(str, sizes))}), and at least one of each stage stays"
+    )
 
 def even(
     m:int,                 # blocks that run, at least one for each stage
@@ -85,7 +97,9 @@ def even(
 )->DepthSchedule:
     "Blocks spread evenly over each stage, its first block among them."
     m = _check_count(m, sizes)
-    kept = [low + j * (high - low) // n for n, (low, high) in zip(apportion(m, sizes).tolist(), _spans(sizes)) for j in range(n)]
+    kept = [
+        low + j * (high - low) // n for n, (low, high) in zip(apportion(m, sizes).tolist(), _spans(sizes))
+        for j in range(n)]
     return stretched(kept, sizes) if lengthen else DepthSchedule(kept, [1.] * m)
 
 # %% ../nbs/09_depth.ipynb #a4a53d18
@@ -122,19 +136,26 @@ def coarsening(
 def lipschitz(
     velocity:nn.Module, # linear layers and activations in a row
 )->float:
-    "Product of the spectral norms of the linear layers and the largest slopes between: at least the Lipschitz constant; raises `ValueError` for other layers."
+    """Product of the spectral norms of the linear layers and the largest slopes between: at least the Lipschitz
+    constant; raises `ValueError` for other layers."""
     known, bound = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Identity, nn.Flatten, nn.Softplus, nn.Sigmoid), 1.
     for layer in velocity if isinstance(velocity, nn.Sequential) else [velocity]:
         if isinstance(layer, nn.Linear): bound *= torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
-        elif isinstance(layer, known): bound *= max(1., abs(getattr(layer, "alpha", 1.)), abs(getattr(layer, "negative_slope", 1.)))
-        else: raise ValueError(f"found a {type(layer).__name__}, expected Linear layers and activations in a row: pass constants=[...]")
+        elif isinstance(layer, known):
+            bound *= max(1., abs(getattr(layer, "alpha", 1.)), abs(getattr(layer, "negative_slope", 1.)))
+        else:
+            raise ValueError(
+                f"found a {type(layer).__name__}, expected Linear layers and activations in a row: pass constants=[...]"
+            )
     return bound
 
 # %% ../nbs/09_depth.ipynb #cc509297
 class Stretch(nn.Module):
     r"A residual block whose step is `scale` times as long, $x + s\,(f(x) - x)$; with `scale` 0 it is not run."
     def __init__(self,
-        block:nn.Module,    # output of the input's shape; a tuple's first tensor counts, the rest is passed on, `None` for each where the block is not run
+        # output of the input's shape; a tuple's first tensor counts, the rest is passed on, `None` for each where the
+        # block is not run
+        block:nn.Module,
         scale:float=1.,     # factor on its step
         copies:bool=False,  # the block writes to its input, so keep a copy
     ):
@@ -172,7 +193,9 @@ def recompute_statistics(
     try:
         with evaluating(model):
             for m in norms:
-                m.running_mean, m.running_var, m.num_batches_tracked = (t.clone() for t in (m.running_mean, m.running_var, m.num_batches_tracked))
+                m.running_mean, m.running_var, m.num_batches_tracked = (t.clone()
+                                                                        for t in (m.running_mean, m.running_var,
+                                                                                  m.num_batches_tracked))
                 m.reset_running_stats(); m.momentum, m.training = None, True   # a plain average over the chunks
             for part in x.tensor_split(max(1, len(x) // chunk)) if norms else (): model(part)
     except BaseException:   # all as it was
@@ -190,7 +213,9 @@ class _Gone:
 def _ours(hook)->bool:
     "Whether a hook was put on by this package: a meter, a tracer, random depth."
     owner = getattr(hook, "__self__", getattr(hook, "func", hook))
-    return isinstance(owner, _Gone) or not isinstance(owner, nn.Module) and str(getattr(owner, "__module__", "")).startswith("lap_nb.")
+    return isinstance(
+        owner,
+        _Gone) or not isinstance(owner, nn.Module) and str(getattr(owner, "__module__", "")).startswith("lap_nb.")
 
 def _copy(model:nn.Module)->nn.Module:
     "A copy of the network inside wrappers, without this package's hooks."
@@ -218,15 +243,22 @@ def _gate(root:nn.Module, blocks:Blocks)->dict[str, Stretch]:
     gates = {}
     for name in blocks:
         block = root.get_submodule(name)
-        if block is root: raise ValueError("the network as a whole is the residual block, expected blocks inside it: there is nothing to leave out")
+        if block is root:
+            raise ValueError(
+                "the network as a whole is the residual block, expected blocks inside it: there is nothing to leave out"
+            )
         here = [(m, key) for m, key, child in places if child is block]
         if len(here) > 1: raise ValueError(_shared(name, len(here)))
         gates[name] = here[0][0]._modules[here[0][1]] = Stretch(block, copies=name in blocks.inplace)
     return gates
 
 def _shared(name:str, times:int)->str:
-    return (f"block {name!r} runs {times} times per pass with the same parameters, so its runs cannot be left out one by one, expected a block of its "
-            "own for each step: wrap the shared velocity in one ResidualBlock per step (parameters stay shared), or name other blocks")
+    return (
+        f"block {name!r} runs {times} times per pass with the same parameters, so its runs cannot be left out one by "
+        f"one, expected a block of its "
+        "own for each step: wrap the shared velocity in one ResidualBlock per step (parameters stay shared), or name "
+        "other blocks"
+    )
 
 # %% ../nbs/09_depth.ipynb #486ec035
 @contextmanager
@@ -262,12 +294,15 @@ def _stages(model:nn.Module, gates:dict[str, Stretch], x)->tuple[dict[str, Stret
     for g, name in names.items():
         times = sum(c[0] is g for c in calls)
         if times > 1: raise ValueError(_shared(name, times))
-        if times == 0: raise ValueError(f"block {name!r} is not called for this input, expected one call: leave it out of blocks")
+        if times == 0:
+            raise ValueError(f"block {name!r} is not called for this input, expected one call: leave it out of blocks")
     sizes = []
     for i, (gate, start, end) in enumerate(calls):
         if start.shape != end.shape:
-            raise ValueError(f"block {names[gate]!r} changes the shape of a sample from {tuple(start.shape[1:])} to {tuple(end.shape[1:])}, so it is never "
-                             "left out, expected blocks that keep it: leave it out of blocks")
+            raise ValueError(
+                f"block {names[gate]!r} changes the shape of a sample from {tuple(start.shape[1:])} to "
+                f"{tuple(end.shape[1:])}, so it is never "
+                "left out, expected blocks that keep it: leave it out of blocks")
         joined = i > 0 and _joined(names[calls[i-1][0]], names[gate], calls[i-1], calls[i])
         if joined: sizes[-1] += 1
         else: sizes.append(1)
@@ -279,7 +314,8 @@ class Elastic(nn.Module):
     @checked
     def __init__(self,
         model:nn.Module,                       # copied, never changed
-        x=None,                                # a few samples, for finding blocks and stages; None: only for `ResidualBlock`s, stages by container
+        # a few samples, for finding blocks and stages; None: only for `ResidualBlock`s, stages by container
+        x=None,
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
         schedules:Iterable[DepthSchedule]=(),       # used for their number of blocks instead of the even ones
     ):
@@ -318,7 +354,10 @@ def check(self:Elastic,
     if depth is None: depth = self.K
     if not isinstance(depth, DepthSchedule):
         return self.schedules[_check_count(depth, self.sizes)]
-    if depth.kept[-1] >= self.K: raise ValueError(f"the schedule names block {depth.kept[-1]}, expected at most {self.K - 1}: the network has {self.K} blocks")
+    if depth.kept[-1] >= self.K:
+        raise ValueError(
+            f"the schedule names block {depth.kept[-1]}, expected at most {self.K - 1}: the network has {self.K} blocks"
+        )
     stretched(depth.kept, self.sizes)   # at least one of each stage
     return depth
 
@@ -337,7 +376,8 @@ def _set(self:Elastic, schedule:DepthSchedule):
     scale = dict(zip(schedule.kept, schedule.scale))
     for k, gate in enumerate(self.gates): gate.scale = scale.get(k, 0.)
     try:
-        for norm, values in stats: norm.running_mean, norm.running_var, values[:] = values[0], values[1], [norm.running_mean, norm.running_var]
+        for norm, values in stats:
+            norm.running_mean, norm.running_var, values[:] = values[0], values[1], [norm.running_mean, norm.running_var]
         yield schedule
     finally:
         for norm, values in stats: norm.running_mean, norm.running_var = values
@@ -353,15 +393,18 @@ def _try_shortest(self:Elastic, x):
         with torch.no_grad(), evaluating(self.model), self.at(len(self.sizes)): run_on(self.model, x)
     except (TypeError, AttributeError) as e:
         name, width = next(iter(wide.items()))
-        raise ValueError(f"block {name!r} returns {width} values, and all but the first are None where it is left out, which the network does not take ({e}): "
-                         "leave such blocks out of blocks") from e
+        raise ValueError(
+            f"block {name!r} returns {width} values, and all but the first are None where it is left out, which the "
+            f"network does not take ({e}): "
+            "leave such blocks out of blocks") from e
 
 @patch
 def _statistics(self:Elastic, schedule:DepthSchedule)->list:
     "Each batch norm, and the statistics it has at this schedule where they were taken."
     m = len(schedule)
     if self.schedules.get(m) != schedule or f"mean_{m}_0" not in self._buffers: return []
-    return [(norm, [self._buffers[f"mean_{m}_{i}"], self._buffers[f"var_{m}_{i}"]]) for i, norm in enumerate(_norms(self.model))]
+    return [(norm, [self._buffers[f"mean_{m}_{i}"], self._buffers[f"var_{m}_{i}"]])
+            for i, norm in enumerate(_norms(self.model))]
 
 @contextmanager
 def _statistics_kept(model:nn.Module):
@@ -413,7 +456,8 @@ def _logits(out, y:Tensor, classes:int)->Tensor:
 
 @contextmanager
 def _observed(elastic:Elastic):
-    "Inside, in evaluation mode, the gates note the energy of each step, `[B]`: its squared length per feature over its time."
+    """Inside, in evaluation mode, the gates note the energy of each step, `[B]`: its squared length per feature over
+    its time."""
     steps = []
     def note(gate, x, y, out):
         time = gate.scale * step_time(gate.block)
@@ -444,7 +488,8 @@ class DepthCurve:
     energies:Tensor     # mean energy of each block at full depth, `[K]`
     path_gap:float      # share of the action that does not carry samples from start to end, in [0, 1)
     part:str            # part of the data that was measured
-    recomputed:bool     # whether batch-norm statistics were taken anew at each depth but the full one, which stays as it was trained
+    # whether batch-norm statistics were taken anew at each depth but the full one, which stays as it was trained
+    recomputed:bool
     settled:float       # accuracy at full depth with statistics taken anew, too: like beside like
 
     def of(self,
@@ -470,12 +515,16 @@ class DepthCurve:
 @patch
 def _repr_markdown_(self:DepthCurve)->str:
     ways = list(dict.fromkeys(r["way"] for r in self.rows))
-    lines = [f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |", "|---" * (len(ways) + 3) + "|"]
+    lines = [
+        f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |",
+        "|---" * (len(ways) + 3) + "|"]
     for group in zip(*(self.of(w) for w in ways)):
         last = f"{as_text(group[-1]['schedule'])} | {group[-1]['energy']:.3g}"
-        lines.append(f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
-    return "\n".join(lines) + (f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
-                                f"would give {100 * self.settled:.1f} %.*") * self.recomputed
+        lines.append(
+            f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
+    return "\n".join(lines) + (
+        f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
+        f"would give {100 * self.settled:.1f} %.*") * self.recomputed
 
 @patch
 def __repr__(self:DepthCurve)->str:
@@ -490,7 +539,8 @@ def plot(self:DepthCurve,
     "Accuracy against the number of blocks, a line for each way."
     ax = own_axes(ax, 5.4, 3.2)
     for way, marker in zip(dict.fromkeys(r["way"] for r in self.rows), "osD"):
-        ax.plot([r["blocks"] for r in self.of(way)], [100 * r["accuracy"] for r in self.of(way)], marker=marker, ms=4, label=way)
+        ax.plot([r["blocks"] for r in self.of(way)], [100 * r["accuracy"] for r in self.of(way)], marker=marker, ms=4,
+                label=way)
     ax.set(xlabel="blocks that run", ylabel=f"accuracy on the {self.part} part (%)"); ax.legend(frameon=False)
     return ax
 
@@ -508,7 +558,8 @@ def depth_curve(
     "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
     part_indices(data, part)
     elastic = Elastic(model, data.x[data.val[:8]], blocks)
-    counts = sorted(elastic.schedules if counts is None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
+    counts = sorted(elastic.schedules if counts is
+                    None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
     if not counts: raise ValueError("counts is empty, expected at least one number of blocks")
     for way in ways: one_of("way", way, WAYS)
     recompute = recompute and bool(_norms(elastic.model))
@@ -518,7 +569,9 @@ def depth_curve(
         for m in counts:
             s = schedules[m]
             if s not in seen: seen[s] = _score(elastic, data, part, s, recompute and m < elastic.K)
-            rows.append(dict(way=way, blocks=m, schedule=s, accuracy=seen[s]["accuracy"], energy=seen[s]["energies"].sum().item()))
+            rows.append(
+                dict(way=way, blocks=m, schedule=s, accuracy=seen[s]["accuracy"],
+                     energy=seen[s]["energies"].sum().item()))
     full = seen.get(even(elastic.K, elastic.sizes)) or _score(elastic, data, part, elastic.check(None), False)
     gap = _path_gap(elastic, data.x[getattr(data, part)[:2000]])
     settled = _score(elastic, data, part, elastic.check(None), True)["accuracy"] if recompute else full["accuracy"]
@@ -612,7 +665,8 @@ def latency(
     repeats:int=20,                 # timed passes of each, in turn, after three that are not timed
     clock:Callable=time.perf_counter, # seconds; `time.process_time` counts the processor's alone, of all threads
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
-    "How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed least."
+    """How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed
+    least."""
     counts(repeats=repeats)
     times = {name: [] for name in models}
     devices = {p.device for net in models.values() for p in net.parameters() if p.is_cuda}
@@ -641,12 +695,14 @@ def shorten(
     batch_size:int=256,             # samples of the timed pass
     verbose:bool=True,              # print what was chosen, with measured times
 )->nn.Module:                       # its attribute `shortened` holds what was chosen, as plain values
-    "An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that can."
+    """An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that
+    can."""
     _check_goal(n_blocks, accuracy_drop, budget_ms)
     if not isinstance(blocks, (str, Mapping)) and blocks is not None: blocks = list(blocks)   # they are read twice
     elastic, index = Elastic(model, data.x[data.val[:8]], blocks), data.val[:batch_size]
     if n_blocks is not None: n_blocks = _check_count(n_blocks, elastic.sizes)
-    curve = depth_curve(model, data, "val", [way], None if n_blocks is None else [n_blocks, elastic.K], blocks, recompute)
+    curve = depth_curve(model, data, "val", [way], None if n_blocks is None else [n_blocks, elastic.K], blocks,
+                        recompute)
     _warn(curve)
     rows, x = curve.of(way), data.x[index]
     if n_blocks is not None: row = rows[0]
@@ -665,20 +721,30 @@ def shorten(
 def _check_goal(n_blocks, accuracy_drop, budget_ms):
     goals = dict(n_blocks=n_blocks, accuracy_drop=accuracy_drop, budget_ms=budget_ms)
     given = [name for name, value in goals.items() if value is not None]
-    if len(given) != 1: raise ValueError(f"found {', '.join(given) or 'no goal'}, expected exactly one of {', '.join(goals)}")
+    if len(given) != 1:
+        raise ValueError(f"found {', '.join(given) or 'no goal'}, expected exactly one of {', '.join(goals)}")
     if accuracy_drop is not None and not 0 <= accuracy_drop < 1:
         raise ValueError(f"accuracy_drop is {accuracy_drop!r}, expected a share in [0, 1): .005 is half a point")
-    if budget_ms is not None and not budget_ms > 0: raise ValueError(f"budget_ms is {budget_ms!r}, expected a positive number of milliseconds")
+    if budget_ms is not None and not budget_ms > 0:
+        raise ValueError(f"budget_ms is {budget_ms!r}, expected a positive number of milliseconds")
 
 def _by_accuracy(rows:list[dict], drop:float)->dict:
     "The shortest row within `drop` of the full network; raises `ValueError` with the best there is."
     full, shorter = rows[-1]["accuracy"], rows[:-1]
-    if not shorter: raise ValueError(f"the network has only one depth, {rows[-1]['blocks']} blocks: at least one of each stage stays, there is nothing to leave out")
+    if not shorter:
+        raise ValueError(
+            f"the network has only one depth, {rows[-1]['blocks']} blocks: at least one of each stage stays, there is "
+            f"nothing to leave out"
+        )
     fit = [r for r in shorter if r["accuracy"] >= full - drop - 1e-9]
     if fit: return fit[0]
     best = max(shorter, key=lambda r: r["accuracy"])
-    raise ValueError(f"no shorter network keeps the validation accuracy within {100 * drop:g} points of {100 * full:.1f} %: the best has "
-                     f"{best['blocks']} blocks and {100 * best['accuracy']:.1f} %; allow accuracy_drop={full - best['accuracy']:.3f}, or choose n_blocks and fine-tune")
+    raise ValueError(
+        f"no shorter network keeps the validation accuracy within {100 * drop:g} points of {100 * full:.1f} %: the "
+        f"best has "
+        f"{best['blocks']} blocks and {100 * best['accuracy']:.1f} %; allow "
+        f"accuracy_drop={full - best['accuracy']:.3f}, or choose n_blocks and fine-tune"
+    )
 
 def _by_latency(elastic:Elastic, rows:list[dict], budget:float, x)->dict:
     "The most accurate row that is fast enough; raises `ValueError` with the fastest there is."
@@ -687,33 +753,45 @@ def _by_latency(elastic:Elastic, rows:list[dict], budget:float, x)->dict:
     fit = [r for r in rows if times[r["blocks"]] <= budget]
     if fit: return max(fit, key=lambda r: (r["accuracy"], -r["blocks"]))
     fastest = min(times, key=times.get)
-    raise ValueError(f"no depth runs {len(x)} samples within {budget:g} ms: the fastest has {fastest} blocks and takes {times[fastest]:.3g} ms; "
-                     "raise budget_ms, or lower batch_size")
+    raise ValueError(
+        f"no depth runs {len(x)} samples within {budget:g} ms: the fastest has {fastest} blocks and takes "
+        f"{times[fastest]:.3g} ms; "
+        "raise budget_ms, or lower batch_size")
 
 # %% ../nbs/09_depth.ipynb #657d81f9
 def _warn(curve:DepthCurve):
     if curve.path_gap <= .5: return
-    warnings.warn(f"the path gap is {100 * curve.path_gap:.0f} %: more than half of this network's action does not carry samples from start to end, "
-                  "so its blocks are not interchangeable and shortening will cost accuracy; train with LeastAction, or fine-tune (epochs=...)", stacklevel=3)
+    warnings.warn(
+        f"the path gap is {100 * curve.path_gap:.0f} %: more than half of this network's action does not carry "
+        f"samples from start to end, "
+        "so its blocks are not interchangeable and shortening will cost accuracy; train with LeastAction, or "
+        "fine-tune (epochs=...)",
+        stacklevel=3)
 
 def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
     "What `shorten` chose, and what it gained, as plain values."
     count = lambda net: sum(p.numel() for p in net.parameters())
     ms = latency(dict(before=model, after=small), x)
-    return dict(kept=list(row["schedule"].kept), scale=list(row["schedule"].scale), blocks=[full["blocks"], row["blocks"]],
-                val_accuracy=[full["accuracy"], _accuracy(small, data)], parameters=[count(model), count(small)],
-                ms=list(ms.values()), samples=len(x), device=str(x.device))
+    return dict(kept=list(row["schedule"].kept), scale=list(row["schedule"].scale),
+                blocks=[full["blocks"], row["blocks"]], val_accuracy=[full["accuracy"],
+                                                                      _accuracy(small, data)],
+                parameters=[count(model), count(small)], ms=list(ms.values()), samples=len(x), device=str(x.device))
 
 @torch.no_grad()
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = part_indices(data, part)
-    with evaluating(model): right = sum(is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item() for at in index.split(2000))
+    with evaluating(model):
+        right = sum(
+            is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item()
+            for at in index.split(2000))
     return right / len(index)
 
 def _line(s:dict)->str:
     (K, m), (a, b), (p, q), (slow, fast) = s["blocks"], s["val_accuracy"], s["parameters"], s["ms"]
-    return (f"{K} -> {m} blocks: {DepthSchedule(s['kept'], s['scale'])}; validation accuracy {100 * a:.1f} -> {100 * b:.1f} %; parameters {p:,} -> {q:,}; "
-            f"{slow:.3g} -> {fast:.3g} ms for {s['samples']} samples on {s['device']} ({slow / fast:.1f} times as fast)")
+    return (
+        f"{K} -> {m} blocks: {DepthSchedule(s['kept'], s['scale'])}; validation accuracy {100 * a:.1f} -> "
+        f"{100 * b:.1f} %; parameters {p:,} -> {q:,}; "
+        f"{slow:.3g} -> {fast:.3g} ms for {s['samples']} samples on {s['device']} ({slow / fast:.1f} times as fast)")
 
 # %% ../nbs/09_depth.ipynb #dadbd633
 @dataclass
@@ -726,11 +804,14 @@ def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
     "How fast the difference of two logits can change with the position; raises `ValueError` if the head isn't affine."
     if (wide := torch.promote_types(x.dtype, torch.float32)) != x.dtype: head, x = deepcopy(head).to(wide), x.to(wide)
     A = torch.func.jacrev(lambda z: head(z[None])[0])(torch.zeros_like(x[0])).flatten(1)
-    if (logits := head(x)).ndim != 2: raise ValueError(f"logits have shape {list(logits.shape)}, expected [B, classes], of samples [B, ...]")
+    if (logits := head(x)).ndim != 2:
+        raise ValueError(f"logits have shape {list(logits.shape)}, expected [B, classes], of samples [B, ...]")
     gap = (logits - head(torch.zeros_like(x)) - x.flatten(1) @ A.T).abs().max()
     if gap > 1e-3 * (1 + logits.abs().max()):
-        raise ValueError(f"the head is not affine (off by {gap:.2g}), expected linear layers, pooling or norms with stored statistics: "
-                         "only then the margin bounds the distance to the next decision")
+        raise ValueError(
+            f"the head is not affine (off by {gap:.2g}), expected linear layers, pooling or norms with stored "
+            f"statistics: "
+            "only then the margin bounds the distance to the next decision")
     return torch.cdist(A, A)
 
 # %% ../nbs/09_depth.ipynb #99503ec1
@@ -739,7 +820,8 @@ def _pairs(head:nn.Module, x:Tensor)->Tensor: # `[classes, classes]`
 def early_exit(self:Elastic,
     x:Tensor,           # inputs, `[B, ...]`
     slack:float=.5,     # allowed change of velocity on the rest of the way, as a share of the speed observed last
-    after:Iterable[int]|None=None, # numbers of blocks after which samples may leave; None: each, which costs a head per block
+    # numbers of blocks after which samples may leave; None: each, which costs a head per block
+    after:Iterable[int]|None=None,
 )->Exit:
     "Stop each sample when the rest of its path, within `slack`, cannot change the decision; in evaluation mode."
     slack = float(slack)
@@ -769,21 +851,26 @@ def _in_one_dtype(net:nn.Module, x:Tensor):
     except RuntimeError as e:
         own = next((p.dtype for p in net.parameters()), x.dtype)
         if own == x.dtype or not x.is_floating_point(): raise
-        raise ValueError(f"x is {described(x)}, expected {own} as the parameters of {type(net).__name__} are: call x.to({own})") from e
+        raise ValueError(
+            f"x is {described(x)}, expected {own} as the parameters of {type(net).__name__} are: call x.to({own})"
+        ) from e
 
 @patch
 def _exits(self:Elastic, slack:float)->ResidualNet:
     "The network, if an early exit makes sense for it."
-    if not slack >= 0: raise ValueError(f"slack is {slack!r}, expected zero or more: it is a share of the observed speed")
+    if not slack >= 0:
+        raise ValueError(f"slack is {slack!r}, expected zero or more: it is a share of the observed speed")
     if isinstance(self.model, ResidualNet) and len(self.sizes) == 1: return self.model
-    raise ValueError(f"found {type(self.model).__name__} with {len(self.sizes)} stages, expected a ResidualNet with one: "
-                     "an early exit needs to know where the flow ends and the head begins")
+    raise ValueError(
+        f"found {type(self.model).__name__} with {len(self.sizes)} stages, expected a ResidualNet with one: "
+        "an early exit needs to know where the flow ends and the head begins")
 
 @patch
 def _doors(self:Elastic, after)->set[int]:
     "Numbers of blocks after which samples may leave; the end is always one."
     doors = set(range(1, self.K) if after is None else after)
-    if bad := sorted(doors - set(range(1, self.K + 1))): raise ValueError(f"after holds {bad}, expected numbers of blocks from 1 to {self.K}")
+    if bad := sorted(doors - set(range(1, self.K + 1))):
+        raise ValueError(f"after holds {bad}, expected numbers of blocks from 1 to {self.K}")
     return doors | {self.K}
 
 @patch
@@ -799,11 +886,16 @@ def deepen(
     model:nn.Module, # copied, never changed
     times:int=2,     # how often each block stands in the new network
 )->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
-    "Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network without a `Flow`."
+    """Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network
+    without a `Flow`."""
     times = whole("times", times, 1)
     net = _copy(model)
     flows = [m for m in net.modules() if isinstance(m, Flow)]
-    if not flows: raise ValueError(f"found no Flow in {type(unwrap(model)).__name__}, expected one: whether a block may run twice depends on what it expects")
+    if not flows:
+        raise ValueError(
+            f"found no Flow in {type(unwrap(model)).__name__}, expected one: whether a block may run twice depends on "
+            f"what it expects"
+        )
     for flow in flows:
         flow.blocks = nn.ModuleList(deepcopy(block) for block in flow.blocks for _ in range(times))
         for block in flow.blocks: block.h /= times
@@ -812,23 +904,27 @@ def deepen(
 # %% ../nbs/09_depth.ipynb #bf1bc46a
 @checked
 class RandomDepth:
-    "Training at all depths at once: each training pass runs a random number of blocks, spread evenly, with lengthened steps."
+    """Training at all depths at once: each training pass runs a random number of blocks, spread evenly, with lengthened
+    steps."""
     def __init__(self,
         model:nn.Module,                          # hooks are put on it and on its blocks
         seed:int=0,                               # of the numbers of blocks
-        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # in the order of a pass, as in `chosen_blocks`; None: its `ResidualBlock`s
+        # in the order of a pass, as in `chosen_blocks`; None: its `ResidualBlock`s
+        blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
         sizes:Sequence[int]|None=None,            # blocks in each stage; None: by container
     ):
         _keep_eager()
         blocks = chosen_blocks(model, blocks)
         self.sizes = _by_container(blocks) if sizes is None else list(sizes)
-        if sum(self.sizes) != len(blocks): raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
+        if sum(self.sizes) != len(blocks):
+            raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, expected the {len(blocks)} blocks")
         self.random, self.schedule = random.Random(whole("seed", seed)), None
         self.names, self.inplace, self._open = list(blocks), set(getattr(blocks, "inplace", ())), []
         self.hooks = HookGroup([model, *blocks.values()])
         try:
             self.hooks.put(model, partial(self._draw))
-            for k, b in enumerate(blocks.values()): self.hooks.put(b, partial(self._enter, k), partial(self._stretch, k))
+            for k, b in enumerate(blocks.values()):
+                self.hooks.put(b, partial(self._enter, k), partial(self._stretch, k))
         except BaseException:
             self.remove()
             raise
@@ -869,7 +965,8 @@ class RandomDepth:
 @cache
 def _keep_eager():
     "A compiler would take one number of blocks for all passes. It is imported here, so not before it is needed."
-    for name in ("_draw", "_enter", "_stretch"): setattr(RandomDepth, name, torch.compiler.disable(getattr(RandomDepth, name)))
+    for name in ("_draw", "_enter", "_stretch"):
+        setattr(RandomDepth, name, torch.compiler.disable(getattr(RandomDepth, name)))
 
 # %% ../nbs/09_depth.ipynb #667a8035
 @checked
@@ -879,7 +976,8 @@ def sliced_wasserstein(
     projections:int=50, # random directions, drawn anew on each call
     largest:bool=False, # the largest over the directions instead of the mean
 )->Tensor:              # `[]`; zero for equal clouds
-    "Squared sliced 2-Wasserstein distance of two clouds: the mean squared distance after sorting along random directions."
+    """Squared sliced 2-Wasserstein distance of two clouds: the mean squared distance after sorting along random
+    directions."""
     x, y = (widen(z.flatten(1)) for z in (x, y))   # squares leave half precision
     way = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
     way = way / way.norm(dim=0)
@@ -906,7 +1004,10 @@ class _Steps(BlockHooks):
         self.forget()
         if given is not None: return given
         if len(seen) == len(self.blocks): return self.together(seen)
-        raise RuntimeError(f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training mode, for each penalty")
+        raise RuntimeError(
+            f"found the steps of {len(seen)} blocks, expected {len(self.blocks)}: call the model once, in training "
+            f"mode, for each penalty"
+        )
 
     def put(self, values:Tensor): self.given = values
     def forget(self): self.seen, self.given = [], None
@@ -917,7 +1018,8 @@ class _Steps(BlockHooks):
 
 # %% ../nbs/09_depth.ipynb #667a8036
 def _gap(steps:list[Tensor])->Tensor:
-    "Path gap of each stage, shared out over its steps: $K|\\delta_k|^2 - \\delta_k\\cdot\\sum_j \\delta_j$, mean over features and samples."
+    """Path gap of each stage, shared out over its steps: $K|\\delta_k|^2 - \\delta_k\\cdot\\sum_j \\delta_j$, mean over
+    features and samples."""
     stages = []
     for s in steps:
         if stages and stages[-1][0].shape == s.shape: stages[-1].append(s)
@@ -925,16 +1027,19 @@ def _gap(steps:list[Tensor])->Tensor:
     return torch.stack([(s * (len(stage) * s - sum(stage))).mean() for stage in stages for s in stage])
 
 # %% ../nbs/09_depth.ipynb #59532e26
-PENALTIES = dict(path_gap=(lambda x, y: y - x, _gap), wasserstein=(partial(sliced_wasserstein, largest=True), torch.stack))
+PENALTIES = dict(path_gap=(lambda x, y: y - x, _gap), wasserstein=(partial(sliced_wasserstein,
+                                                                           largest=True), torch.stack))
 
 # %% ../nbs/09_depth.ipynb #685b4541
 class Penalty(nn.Module):
-    "The task's loss plus a constant weight times a penalty on the paths, from one forward pass; used like `LeastAction`."
+    """The task's loss plus a constant weight times a penalty on the paths, from one forward pass; used like
+    `LeastAction`."""
     @checked
     def __init__(self,
         model:nn.Module,                          # the network to train; its residual blocks are measured
         weight:float,                             # positive
-        kind:str="path_gap",                      # `"path_gap"`, or `"wasserstein"`: max-sliced, between input and output of each block
+        # `"path_gap"`, or `"wasserstein"`: max-sliced, between input and output of each block
+        kind:str="path_gap",
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: its `ResidualBlock`s
     ):
         super().__init__()
@@ -966,8 +1071,13 @@ class Penalty(nn.Module):
         "Make room for a row of networks, `[S]`, with the weight of each."
         for other in others:
             other.remove()
-            if other.kind != self.kind: raise ValueError(f"kind is {self.kind!r} and {other.kind!r}, expected one for all networks of a row: train them in rows of their own")
-        self.lam, self.action = (torch.stack([getattr(each, name) for each in (self, *others)]) for name in ("lam", "action"))
+            if other.kind != self.kind:
+                raise ValueError(
+                    f"kind is {self.kind!r} and {other.kind!r}, expected one for all networks of a row: train them in "
+                    f"rows of their own"
+                )
+        self.lam, self.action = (torch.stack([getattr(each, name) for each in (self, *others)])
+                                 for name in ("lam", "action"))
         if any(other.weight != self.weight for other in others): self.weight = 1 / self.lam
     def remove(self):
         "Stop watching the blocks."
@@ -987,17 +1097,20 @@ def measure_depth(
 )->dict: # plain JSON values
     "A `DepthCurve` as a record: `counts`, accuracy and area of each way, energies, path gap."
     curve = depth_curve(model, data, part, ways, counts, blocks, recompute)
-    record = dict(blocks=sum(curve.sizes), sizes=list(curve.sizes), part=part, recomputed=curve.recomputed, settled=curve.settled, path_gap=curve.path_gap,
-                  energy=curve.energies.sum().item(), energies=curve.energies.tolist(), largest_share=curve.largest_share)
+    record = dict(blocks=sum(curve.sizes), sizes=list(curve.sizes), part=part, recomputed=curve.recomputed,
+                  settled=curve.settled, path_gap=curve.path_gap, energy=curve.energies.sum().item(),
+                  energies=curve.energies.tolist(), largest_share=curve.largest_share)
     for way in ways:
         rows = curve.of(way)
-        record |= {"counts": [r["blocks"] for r in rows], way: [r["accuracy"] for r in rows], f"area_{way}": curve.area(way),
-                   f"energy_{way}": [r["energy"] for r in rows], f"kept_{way}": [list(r["schedule"].kept) for r in rows]}
+        record |= {
+            "counts": [r["blocks"] for r in rows], way: [r["accuracy"] for r in rows], f"area_{way}": curve.area(way),
+            f"energy_{way}": [r["energy"] for r in rows], f"kept_{way}": [list(r["schedule"].kept) for r in rows]}
     return record
 
 # %% ../nbs/09_depth.ipynb #f67044c5
 def _removals(times:Sequence[float], sizes:Sequence[int])->dict[DepthSchedule, list[float]]:
-    "Schedules without one of the blocks, its time lost or given to the neighbour, and the times of the blocks that are left."
+    """Schedules without one of the blocks, its time lost or given to the neighbour, and the times of the blocks that
+    are left."""
     found = {}
     for low, high in _spans(sizes):
         for i in range(low, high) if high - low > 1 else ():
@@ -1018,7 +1131,8 @@ def measure_pruning(
     batch_size:int=50,  # samples per step
     samples:int=300,    # of `val` a block is chosen on, and of `train` batch norms see meanwhile
 )->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
-    "Fine-tuned pruning, block by block: the one that is missed least leaves, its time lost or not, and the others are trained on."
+    """Fine-tuned pruning, block by block: the one that is missed least leaves, its time lost or not, and the others are
+    trained on."""
     few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
     scores, times = [_accuracy(net, data, part)], None
     while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:
@@ -1037,7 +1151,8 @@ def measure_speed(
     samples:int=200,   # in one pass
     repeats:int=10,    # timed passes of each depth
 )->dict: # plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, and their `samples`
-    "How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on the machine hardly disturb."
+    """How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on
+    the machine hardly disturb."""
     counts(repeats=repeats)
     elastic, x = Elastic(model, data.x[data.val[:8]]), data.x[data.test[:samples]]
     nets = {m: elastic.cut(m) for m in elastic.schedules}

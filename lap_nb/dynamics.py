@@ -38,9 +38,14 @@ def call_network(
     except torch.OutOfMemoryError: raise
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        ours = frames[-1].f_globals.get("__name__", "").startswith("lap_nb.") or any(hasattr(f.f_locals.get("self"), "watcher") for f in frames)   # a hook's
+        # a hook's
+        ours = frames[-1].f_globals.get("__name__", "").startswith("lap_nb.") or any(
+            hasattr(f.f_locals.get("self"), "watcher") for f in frames)
         if ours or type(error).__module__ not in ("builtins", "torch"): raise
-        raise RuntimeError(f"{type(module).__name__} cannot be called on {_input(x)} ({type(error).__name__}: {error}); expected an input as the network takes it") from error
+        raise RuntimeError(
+            f"{type(module).__name__} cannot be called on {_input(x)} ({type(error).__name__}: {error}); expected an "
+            f"input as the network takes it"
+        ) from error
 
 def _input(x)->str:
     "An input in words, and what is inside."
@@ -76,8 +81,10 @@ class ResidualBlock(nn.Module):
     )->Tensor:    # positions one step later, `[B, ...]`
         v = self.velocity(check_tensor("the input of a block", x))
         if not isinstance(v, Tensor) or v.shape != x.shape:
-            raise ValueError(f"velocity has {f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else f'type {type(v).__name__}'}, its input shape {tuple(x.shape)}; "
-                             "a flow keeps the shape: change width in the encoder or in the head")
+            raise ValueError(
+                f"velocity has {f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else f'type {type(v).__name__}'}, "
+                f"its input shape {tuple(x.shape)}; "
+                "a flow keeps the shape: change width in the encoder or in the head")
         return x + self.h * v
 
     def extra_repr(self)->str: return f"h={self.h:g}"
@@ -87,7 +94,8 @@ class ResidualBlock(nn.Module):
 class Trajectory:
     r"Positions of one batch at the times $0, h, \dots, Kh$, in one stage of constant shape or in several."
     def __init__(self,
-        x:Tensor|Sequence[Tensor],     # positions, `[K+1, B, ...]`, start included; of several stages, one such tensor for each
+        # positions, `[K+1, B, ...]`, start included; of several stages, one such tensor for each
+        x:Tensor|Sequence[Tensor],
         h:float|Sequence[float]=1.,    # time between two positions, the same for all stages or one number for each
         names:Iterable[str]|None=None, # of the `K` blocks, through all stages; None: their numbers
         output=None,                   # what the network returned, if this is a trace of it
@@ -220,17 +228,20 @@ def _stages(x, h)->tuple[tuple[Tensor, float], ...]:
     xs = (x,) if isinstance(x, Tensor) else tuple(x)
     hs = (h,) * len(xs) if isinstance(h, (int, float)) else several("h", h, as_given)
     if not xs or len(xs) != len(hs):
-        raise ValueError(f"found {len(xs)} stages and {len(hs)} steps h, expected one or more stages, and one h for each")
+        raise ValueError(
+            f"found {len(xs)} stages and {len(hs)} steps h, expected one or more stages, and one h for each")
     for x in xs: _check_positions(check_tensor("x", x))
     if len({x.shape[1] for x in xs}) > 1:
         raise ValueError(f"stages hold {[x.shape[1] for x in xs]} samples, expected the same batch in all of them")
     return tuple(zip(xs, map(step_length, hs)))
 
 def _check_positions(x:Tensor):
-    if x.layout != torch.strided: raise ValueError(f"positions are stored as {x.layout}, expected a dense tensor: convert with .to_dense()")
+    if x.layout != torch.strided:
+        raise ValueError(f"positions are stored as {x.layout}, expected a dense tensor: convert with .to_dense()")
     if x.ndim < 3 or len(x) < 2 or x.shape[1] == 0:
         raise ValueError(f"positions have shape {tuple(x.shape)}, expected [K+1, B, ...] with K >= 1 and B >= 1")
-    if not x[0, 0].numel(): raise ValueError(f"positions have shape {tuple(x.shape)}, expected at least one feature for each sample")
+    if not x[0, 0].numel():
+        raise ValueError(f"positions have shape {tuple(x.shape)}, expected at least one feature for each sample")
     if not x.is_floating_point():
         convert = "" if x.is_complex() else ": convert with .float()"
         raise ValueError(f"positions are of type {x.dtype}, expected floating-point numbers{convert}")
@@ -266,7 +277,10 @@ class Flow(nn.Module):
         "The step of all blocks; raises `ValueError` if they differ."
         steps = [block.h for block in self.blocks]
         if len(set(steps)) == 1: return steps[0]
-        raise ValueError(f"the blocks have steps {', '.join(f'{h:g}' for h in steps)}, expected a uniform flow: give all blocks the same h")
+        raise ValueError(
+            f"the blocks have steps {', '.join(f'{h:g}' for h in steps)}, expected a uniform flow: give all blocks "
+            f"the same h"
+        )
 
     def forward(self,
         x:Tensor, # positions at time 0, `[B, ...]`
@@ -291,8 +305,11 @@ class Flow(nn.Module):
 
     def coarsen(self
     )->"Flow": # `K/2` blocks of step `2h`: copies of blocks 0, 2, 4, ...
-        "The same motion in steps of twice the length; raises `ValueError` if the number of blocks is odd or the blocks differ."
-        if len(_uniform(self)) % 2: raise ValueError(f"the flow has {len(self.blocks)} blocks, expected an even number: every other one is kept")
+        """The same motion in steps of twice the length; raises `ValueError` if the number of blocks is odd or the
+        blocks differ."""
+        if len(_uniform(self)) % 2:
+            raise ValueError(
+                f"the flow has {len(self.blocks)} blocks, expected an even number: every other one is kept")
         return Flow([deepcopy(block.velocity) for block in self.blocks[::2]], self.h * 2)
 
     @checked
@@ -315,7 +332,10 @@ def _uniform(flow:Flow)->list[dict]:
     form = lambda state: [(name, value.shape) for name, value in state.items()]
     for k, state in enumerate(states):
         if type(flow.blocks[k].velocity) is not type(flow.blocks[0].velocity) or form(state) != form(states[0]):
-            raise ValueError(f"block {k} has another architecture than block 0, expected a uniform flow: its weights cannot be interpolated")
+            raise ValueError(
+                f"block {k} has another architecture than block 0, expected a uniform flow: its weights cannot be "
+                f"interpolated"
+            )
     return states
 
 def _between(states:list[dict], blocks:Sequence[ResidualBlock])->list[nn.Module]:
@@ -351,8 +371,12 @@ def _some_blocks(traj:Trajectory, blocks:int|slice)->Trajectory:
     try:
         k = index(blocks) if one else 0
         first, last, stride = (slice(k, k + 1 or None) if one else blocks).indices(traj.K)
-    except (TypeError, ValueError): raise TypeError(f"blocks are {described(blocks)}, expected the number of a block or a slice of such numbers") from None
-    if stride != 1: raise ValueError(f"blocks are taken in steps of {stride}, expected neighbours: without the steps between it is no path")
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"blocks are {described(blocks)}, expected the number of a block or a slice of such numbers") from None
+    if stride != 1:
+        raise ValueError(
+            f"blocks are taken in steps of {stride}, expected neighbours: without the steps between it is no path")
     if not first < last or one and not -traj.K <= k < traj.K:
         raise IndexError(f"no block in {blocks}: there are {traj.K}, from 0 to {traj.K - 1}")
     parts, start = [], 0
@@ -366,7 +390,9 @@ def _some_samples(traj:Trajectory, at)->Trajectory:
     at = [at] if isinstance(at, int) else at if isinstance(at, (slice, Tensor)) else list(several("at", at, as_given))
     try: return _each(traj, lambda x: x[:, at])
     except (IndexError, RuntimeError, TypeError) as error:
-        raise IndexError(f"at is {described(at)}, expected numbers from 0 to {traj.B - 1}, a slice, or a mask of {traj.B} ({error})") from error
+        raise IndexError(
+            f"at is {described(at)}, expected numbers from 0 to {traj.B - 1}, a slice, or a mask of {traj.B} ({error})"
+        ) from error
 
 def _each(traj:Trajectory, change)->Trajectory:
     return Trajectory([change(x) for x, _ in traj._stages], [h for _, h in traj._stages], traj.names)
@@ -376,16 +402,19 @@ def _moved(traj:Trajectory, args:tuple, kwargs:dict)->Trajectory:
     try: return _each(traj, lambda x: x.to(*args, **kwargs))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         found = ", ".join(map(described, (*args, *kwargs.values())))
-        raise ValueError(f"positions cannot go to {found}, expected a device or a floating-point type: {error}") from error
+        raise ValueError(
+            f"positions cannot go to {found}, expected a device or a floating-point type: {error}") from error
 
 _KIND = "lap_nb trajectory 1"
 
 def _packed(traj:Trajectory)->memoryview:
     "The file."
     xs = [x.detach().cpu() for x, _ in traj._stages]
-    if any(x.is_meta for x in xs): raise ValueError("positions are on the meta device, expected numbers to write: there are none in such a tensor")
+    if any(x.is_meta for x in xs):
+        raise ValueError("positions are on the meta device, expected numbers to write: there are none in such a tensor")
     note = dict(kind=_KIND, h=[h for _, h in traj._stages], names=traj.names, dtypes=[str(x.dtype) for x in xs])
-    arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}   # numpy has no bfloat16
+    # numpy has no bfloat16
+    arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}
     content = io.BytesIO()
     np.savez(content, note=np.array(json.dumps(note)), **arrays)
     return content.getbuffer()
@@ -398,9 +427,11 @@ def _read(path)->Trajectory:
         if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
         xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
         return Trajectory(xs, note["h"], note["names"])
-    except FileNotFoundError: raise FileNotFoundError(f"there is no file {path}, expected one written by Trajectory.save") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}, expected one written by Trajectory.save") from None
     except Exception as error:   # damage shows in many ways: checksums, headers, sizes
-        raise ValueError(f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
+        raise ValueError(
+            f"{path} is not a whole file of a trajectory ({error}): expected one written by Trajectory.save") from error
 
 # %% ../nbs/01_dynamics.ipynb #7d4cd69f
 @checked
@@ -438,7 +469,10 @@ class StagedFlow(nn.Module):
         self.flows = nn.ModuleList(check_module("a flow", f) for f in flows)
         self.transitions = nn.ModuleList(check_module("a transition", t) for t in transitions)
         if len(self.transitions) != len(self.flows) - 1:
-            raise ValueError(f"found {len(self.flows)} flows and {len(self.transitions)} transitions, expected one transition between each two flows")
+            raise ValueError(
+                f"found {len(self.flows)} flows and {len(self.transitions)} transitions, expected one transition "
+                f"between each two flows"
+            )
 
     def forward(self,
         x:Tensor, # positions at the start, `[B, ...]`
@@ -451,7 +485,8 @@ class StagedFlow(nn.Module):
     )->Trajectory:   # with a stage for each flow
         "The way through all stages."
         stages = [self.flows[0].trajectory(x)]
-        for flow, change in zip(self.flows[1:], self.transitions): stages.append(flow.trajectory(change(stages[-1].x[-1])))
+        for flow, change in zip(self.flows[1:], self.transitions):
+            stages.append(flow.trajectory(change(stages[-1].x[-1])))
         return Trajectory([s.x for s in stages], [s.h for s in stages])
 
 # %% ../nbs/01_dynamics.ipynb #23c96b25
@@ -461,8 +496,9 @@ def residual_blocks(
     "The residual blocks of `model`; raises `ValueError` if there is none."
     found = {name: m for name, m in check_module("model", model).named_modules() if isinstance(m, ResidualBlock)}
     if not found:
-        raise ValueError(f"no residual block found in {type(model).__name__}: expected at least one lap_nb.dynamics.ResidualBlock; "
-                         "write the network as a Flow, or name the modules that keep their input's shape with blocks=[...]")
+        raise ValueError(
+            f"no residual block found in {type(model).__name__}: expected at least one lap_nb.dynamics.ResidualBlock; "
+            "write the network as a Flow, or name the modules that keep their input's shape with blocks=[...]")
     return found
 
 # %% ../nbs/01_dynamics.ipynb #d9f22ec8
@@ -473,20 +509,24 @@ def _draw(traj:Trajectory, y, until, ax, paths:bool, colored:bool):
     ax = own_axes(ax, 4.2, 4.2)
     for c, at in enumerate(groups):
         look = mark(c)
-        ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)   # one line with gaps is drawn faster than many
-        if paths: ax.plot(*ways.T, color=look["color"] if colored else "0.7", alpha=.5 if colored else 1, lw=.5, zorder=1)
+        # one line with gaps is drawn faster than many
+        ways = torch.cat([x[:until+1, at], torch.full_like(x[:1, at], math.nan)]).transpose(0, 1).flatten(0, 1)
+        if paths:
+            ax.plot(*ways.T, color=look["color"] if colored else "0.7", alpha=.5 if colored else 1, lw=.5, zorder=1)
         ax.scatter(*x[until, at].T, s=9, **look, zorder=2)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", title=f"layer {until} of {traj.K}")
     return ax
 
 # %% ../nbs/01_dynamics.ipynb #aca800ca
 def _draw_field(flow:Flow, traj:Trajectory, y, k:int, ax, arrows:int, whole:bool):
-    if traj.x[0, 0].shape != (2,): raise ValueError(f"samples have shape {list(traj.x.shape[2:])}, expected [2]: only a plane can be drawn")
+    if traj.x[0, 0].shape != (2, ):
+        raise ValueError(f"samples have shape {list(traj.x.shape[2:])}, expected [2]: only a plane can be drawn")
     low, high = _box(traj.x if whole else traj.x[:k + 2])
     ax = traj.plot(y, until=k, ax=ax, colored=True)
     if k < len(flow.blocks):
         grid = torch.cartesian_prod(*(torch.linspace(a, b, arrows) for a, b in zip(low, high))).to(traj.x)
-        with torch.no_grad(): v = deepcopy(flow.blocks[k].velocity).eval()(grid)   # the grid is no data: no statistics of it, no dropout
+        # the grid is no data: no statistics of it, no dropout
+        with torch.no_grad(): v = deepcopy(flow.blocks[k].velocity).eval()(grid)
         ax.quiver(*grid.cpu().numpy().T, *v.cpu().numpy().T, color="0.45", width=.004, zorder=3)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     return ax

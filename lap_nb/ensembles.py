@@ -59,7 +59,8 @@ class _Row(torch.autograd.Function):
     def setup_context(ctx, inputs, output): pass
     @staticmethod
     def vmap(info, in_dims, f, *tensors):
-        return f(*(t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[1:]))), 0
+        return f(*(t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+                   for t, d in zip(tensors, in_dims[1:]))), 0
 
 # %% ../nbs/07_ensembles.ipynb #c1f566a9
 DROPOUTS = {F.dropout: None, F.dropout1d: 2, F.dropout2d: 2, F.dropout3d: 2} # axes of the mask; None: all
@@ -78,7 +79,8 @@ class _Inside(TorchFunctionMode):
             like = torch.empty_like(*args, **kwargs) if func.__name__.endswith("like") else torch.empty(*args, **kwargs)
             return self._draw(like, DRAWS[func])
         if func is Tensor.bernoulli_: return args[0].copy_(self._draw(args[0], "bernoulli_", *args[1:], **kwargs))
-        if func is torch.empty: return self._rows(lambda rows: (t := torch.empty(*args, **kwargs)).new_empty(len(rows), *t.shape))
+        if func is torch.empty:
+            return self._rows(lambda rows: (t := torch.empty(*args, **kwargs)).new_empty(len(rows), *t.shape))
         if func is F.conv2d and self.conv != "grouped": return self._convolve(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -92,7 +94,8 @@ def _rows(self:_Inside, f):
 def _draw(self:_Inside, like:Tensor, fill:str, *args, **settings)->Tensor:
     "A tensor of the shape of `like`, filled for each member by its own generator."
     shape, kind = like.shape, dict(dtype=like.dtype, device=like.device)
-    return self._rows(lambda _: torch.stack([getattr(torch.empty(shape, **kind), fill)(*args, generator=g, **settings) for g in self.generators]))
+    return self._rows(lambda _: torch.stack([
+        getattr(torch.empty(shape, **kind), fill)(*args, generator=g, **settings) for g in self.generators]))
 
 @patch
 def _dropout(self:_Inside, axes, x, p=.5, training=True, inplace=False):
@@ -141,7 +144,8 @@ class Ensemble(nn.Module):
         super().__init__()
         _check_alike(models, conv)
         params, buffers = stack_module_state(list(models))
-        self.names, self.stacks = list(params), nn.ParameterList(nn.Parameter(p.detach(), p.requires_grad) for p in params.values())
+        self.names, self.stacks = list(params), nn.ParameterList(
+            nn.Parameter(p.detach(), p.requires_grad) for p in params.values())
         self.buffer_names, self.conv, self.steps, self.frozen = list(buffers), conv, 0, False
         for i, stack in enumerate(buffers.values()): self.register_buffer(f"buffer_{i}", stack)
         for i, stack in enumerate(self._tensors()): self.register_buffer(f"kept_{i}", stack.detach().clone())
@@ -150,7 +154,8 @@ class Ensemble(nn.Module):
         self._seed(range(len(models)) if seeds is None else _check_row_seeds(seeds, len(models)), self.stacks[0].device)
 
     def __len__(self)->int: return len(self.died)
-    def _tensors(self)->list[Tensor]: return [*self.stacks, *(getattr(self, f"buffer_{i}") for i in range(len(self.buffer_names)))]
+    def _tensors(self) -> list[Tensor]:
+        return [*self.stacks, *(getattr(self, f"buffer_{i}") for i in range(len(self.buffer_names)))]
     def _state(self)->dict[str, Tensor]: return dict(zip(self.names + self.buffer_names, self._tensors()))
 
 # %% ../nbs/07_ensembles.ipynb #dfb80428
@@ -161,14 +166,18 @@ def _check_alike(models:Sequence[nn.Module], conv:str):
     one_of("conv", conv, CONVS)
     devices = sorted({str(p.device) for m in models for p in m.parameters()})
     if not devices: raise ValueError("the networks have no parameters, expected some to train")
-    if len(devices) > 1: raise ValueError(f"the networks lie on {' and '.join(devices)}, expected one device: move them before they are put in a row")
+    if len(devices) > 1:
+        raise ValueError(
+            f"the networks lie on {' and '.join(devices)}, expected one device: move them before they are put in a row")
     parts = lambda model: [(name, type(m), m.extra_repr()) for name, m in model.named_modules()]
     first = parts(models[0])
     for i, m in enumerate(models):
-        if parts(m) != first: raise ValueError(f"network {i} is another architecture than network 0, expected {models[0]}, found {m}")
+        if parts(m) != first:
+            raise ValueError(f"network {i} is another architecture than network 0, expected {models[0]}, found {m}")
 
 def _check_row_seeds(seeds, networks:int)->list[int]:
-    if len(seeds) != networks: raise ValueError(f"seeds is {described(seeds)}, expected a whole number for each of the {networks} networks")
+    if len(seeds) != networks:
+        raise ValueError(f"seeds is {described(seeds)}, expected a whole number for each of the {networks} networks")
     return [whole("seed", seed) for seed in seeds]
 
 @patch
@@ -188,7 +197,8 @@ def set_extra_state(self:Ensemble,
     "Go on from there: random numbers, too, unless they come from another kind of device."
     self._seed([g.initial_seed() for g in self.generators], self.stacks[0].device)
     for g, saved in zip(self.generators, state["generators"]):
-        if len(saved) == len(g.get_state()): g.set_state(saved.cpu())   # that of another kind of device cannot go on here
+        # that of another kind of device cannot go on here
+        if len(saved) == len(g.get_state()): g.set_state(saved.cpu())
     self.steps, self.frozen = state["steps"], bool((self.died >= 0).any())
 
 # %% ../nbs/07_ensembles.ipynb #5813daf1
@@ -219,14 +229,20 @@ def _mapped(self:Ensemble, x:Tensor)->tuple[Tensor, list[Tensor]]:
         with _Inside(x, self.generators, self.conv) if watched else nullcontext() as inside:
             out = functional_call(self.skeleton, state, (x,))   # puts back into `state` what the network assigned anew
         lost = next((name for name in self.buffer_names if self.training and state[name] is not before[name]), None)
-        if lost: raise RuntimeError(f"this network assigns its buffer {lost} anew, which a row would lose: write into it, with copy_ or add_, or choose mode='sequential'")
+        if lost:
+            raise RuntimeError(
+                f"this network assigns its buffer {lost} anew, which a row would lose: write into it, with copy_ or "
+                f"add_, or choose mode='sequential'"
+            )
         if watched and self.training: self.draws = inside.drawn
         return out, [meter.take() for meter in meters]
     try: return vmap(one, randomness="error")(self._state(), x)
     except RuntimeError as e:
         if "randomness" not in str(e): raise
-        raise RuntimeError("this network draws random numbers in evaluation, or by an operation whose numbers cannot be given to each member: "
-                           f"use dropout, rand, randn or bernoulli_ in training only, or mode='sequential' ({e})") from e
+        raise RuntimeError(
+            "this network draws random numbers in evaluation, or by an operation whose numbers cannot be given to "
+            "each member: "
+            f"use dropout, rand, randn or bernoulli_ in training only, or mode='sequential' ({e})") from e
 
 # %% ../nbs/07_ensembles.ipynb #87a570ca
 def _place(i, size:int)->int:
@@ -242,7 +258,8 @@ def member(self:Ensemble,
     "Network `i` of the row on its own; raises `IndexError` if there is none."
     i = _place(i, len(self))
     model = deepcopy(self.blank).to(self.stacks[0].device)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())   # a state dict lacks buffers that are not persistent
+    # a state dict lacks buffers that are not persistent
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, stack in self._state().items(): own[name].copy_(stack[i])
     return model.train(self.training)
@@ -259,7 +276,8 @@ def watch(self:Ensemble,
 def train(self:Ensemble,
     mode:bool=True, # training mode, or evaluation mode
 )->Ensemble:        # itself
-    "Choose the mode; where training ends, healthy networks are copied, and those that diverged go back to their copies."
+    """Choose the mode; where training ends, healthy networks are copied, and those that diverged go back to their
+    copies."""
     if self.training and not mode: self._settle()
     self.skeleton.train(mode)
     return nn.Module.train(self, mode)
@@ -294,7 +312,9 @@ def _hold(self:Ensemble):
 # %% ../nbs/07_ensembles.ipynb #38586a4a
 def as_python(value):
     "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
-    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout", torch.strided) == torch.strided: return value.tolist()
+    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout",
+                                                                                     torch.strided) == torch.strided:
+        return value.tolist()
     return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
 
 # %% ../nbs/07_ensembles.ipynb #6929b285
@@ -303,17 +323,26 @@ def grid_members(
     grid:Mapping[str, Iterable]|None=None, # name of a setting to its values; None: nothing but seeds
 )->list[dict]:                             # settings of each member, `seed` among them; seeds run fastest
     "All combinations; raises `ValueError` if something is empty or occurs twice."
-    seeds, grid = [whole("seed", seed) for seed in seeds], {} if grid is None else {n: [as_python(each) for each in v] for n, v in _checked(grid).items()}
+    seeds, grid = [whole("seed", seed) for seed in seeds
+                   ], {} if grid is None else {n: [as_python(each) for each in v] for n, v in _checked(grid).items()}
     for name, values in {"seeds": seeds, **{f"grid[{name!r}]": v for name, v in grid.items()}}.items():
         if not values: raise ValueError(f"{name} is empty, expected at least one value")
         twice = [v for i, v in enumerate(values) if v in values[:i]]
-        if twice: raise ValueError(f"{name} has {twice[0]!r} twice, expected each value once: a copy of a network teaches nothing")
+        if twice:
+            raise ValueError(
+                f"{name} has {twice[0]!r} twice, expected each value once: a copy of a network teaches nothing")
     return [dict(zip(grid, point), seed=int(seed)) for point in itertools.product(*grid.values()) for seed in seeds]
 
 def _checked(grid)->Mapping:
-    if not grid: raise ValueError("grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out")
-    if not isinstance(grid, Mapping): raise ValueError(f"grid is of type {type(grid).__name__}, expected a mapping, as in grid=dict(lr=[1e-3, 1e-2])")
-    if "seed" in grid: raise ValueError("grid has 'seed', but seeds are not a setting: each of seeds=[...] is trained with every combination")
+    if not grid:
+        raise ValueError(
+            "grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out"
+        )
+    if not isinstance(grid, Mapping):
+        raise ValueError(f"grid is of type {type(grid).__name__}, expected a mapping, as in grid=dict(lr=[1e-3, 1e-2])")
+    if "seed" in grid:
+        raise ValueError(
+            "grid has 'seed', but seeds are not a setting: each of seeds=[...] is trained with every combination")
     for name, values in grid.items():
         if isinstance(values, (str, Mapping)) or not hasattr(values, "__iter__"):
             raise ValueError(f"grid[{name!r}] is {values!r}, expected a list of values")
@@ -329,14 +358,18 @@ def _accepted(f, *without:str)->list[str]:
 
 def _owners(names:Sequence[str], make_model, least_action, settings:Mapping)->dict[str, str]:
     "Who takes each setting of the grid: training, the maker of least action or that of the networks."
-    options = {"training": list(settings), "least action": [] if least_action is None else _accepted(least_action, "controller", "blocks")[1:],
-               "make_model": _accepted(make_model)}
+    options = {
+        "training": list(settings),
+        "least action": [] if least_action is None else _accepted(least_action, "controller", "blocks")[1:],
+        "make_model": _accepted(make_model)}
     owners = {name: next((who for who, known in options.items() if name in known), None) for name in names}
     for name, who in owners.items():
         if who is not None: continue
         listed = "; ".join(f"{who}: {', '.join(known) or 'nothing'}" for who, known in options.items())
-        how = (f"; a setting of the controller needs a function that takes it, as in least_action=lambda model, {name}: LeastAction(model, DualAscent({name}={name}))"
-               if least_action is not None and name in _accepted(DualAscent) else "")
+        how = (
+            f"; a setting of the controller needs a function that takes it, as in least_action=lambda model, {name}: "
+            f"LeastAction(model, DualAscent({name}={name}))"
+            if least_action is not None and name in _accepted(DualAscent) else "")
         raise ValueError(f"the grid has {name!r}, which nobody takes; there are {listed}{how}")
     return owners
 
@@ -346,14 +379,17 @@ def seeded(
     seed:int, # of the weights, dropout and whatever else is drawn inside
 ):
     "Inside, the global generator starts at `seed`; afterwards it is as before."
-    elsewhere, started = any(kind.is_available() for kind in (torch.cuda, torch.backends.mps, torch.xpu)), torch.cuda.is_initialized()
-    seed_all = torch.manual_seed if elsewhere else torch.default_generator.manual_seed   # to remember seeds for devices that are not there is slow
+    elsewhere, started = any(kind.is_available()
+                             for kind in (torch.cuda, torch.backends.mps, torch.xpu)), torch.cuda.is_initialized()
+    # to remember seeds for devices that are not there is slow
+    seed_all = torch.manual_seed if elsewhere else torch.default_generator.manual_seed
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count()) if started else []):
             seed_all(seed)
             yield
     finally:
-        if elsewhere and not started: torch.cuda.manual_seed_all(torch.initial_seed())   # it was set, too, for when CUDA starts
+        # it was set, too, for when CUDA starts
+        if elsewhere and not started: torch.cuda.manual_seed_all(torch.initial_seed())
 
 def _made(make_model, seed:int)->nn.Module:
     with seeded(seed): model = make_model()
@@ -361,7 +397,9 @@ def _made(make_model, seed:int)->nn.Module:
     return model
 
 def _check_apart(models:Sequence[nn.Module]):
-    if len(set(map(id, models))) < len(models): raise ValueError("make_model gave the same network twice, expected a new one at each call: lambda: MyNet(), not lambda: net")
+    if len(set(map(id, models))) < len(models):
+        raise ValueError(
+            "make_model gave the same network twice, expected a new one at each call: lambda: MyNet(), not lambda: net")
 
 # %% ../nbs/07_ensembles.ipynb #1e216de1
 @checked
@@ -370,12 +408,14 @@ def member_memory(
     x:Tensor,                           # one batch of one network, `[B, ...]`
 )->int:                                 # bytes
     "An estimate of the memory that one member of a row needs in training."
-    model, x, seen = _made(make_model, 0).to(x.device).train(), x.clone(), {}   # a storage of its own, not that of all samples
+    # a storage of its own, not that of all samples
+    model, x, seen = _made(make_model, 0).to(x.device).train(), x.clone(), {}
     state = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     def weigh(t):
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
-    with seeded(0), torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t): out = model(x)  # noqa: F841 - what it keeps is alive as long
+    with seeded(0), torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
+        out = model(x)   # noqa: F841 - what it keeps is alive as long
     for p in model.parameters(): seen.pop(p.untyped_storage().data_ptr(), None)
     return 5 * state + sum(seen.values()) + 3 * max(seen.values(), default=0) + 2 * x.numel() * x.element_size()
 
@@ -383,11 +423,18 @@ def member_memory(
 SHORTEST = 10 # networks in a row, at least, if rows are to be trained abreast
 
 def _rows(keys:Sequence, need:int, room:int, chunk:int|None, abreast:int=1)->list[list[int]]:
-    "Members with equal keys, in rows of which so many `abreast` have at most `chunk` members, or as many as fit into the room."
+    """Members with equal keys, in rows of which so many `abreast` have at most `chunk` members, or as many as fit into
+    the room."""
     fit, size = room // need, lambda n: f"{n / 2**20:,.0f} MiB"
-    if fit < 1: raise MemoryError(f"one network needs about {size(need)}, and {size(room)} may be used: choose a smaller batch_size or network")
+    if fit < 1:
+        raise MemoryError(
+            f"one network needs about {size(need)}, and {size(room)} may be used: choose a smaller batch_size or network"
+        )
     if chunk is not None and chunk > fit and chunk > 1:
-        raise MemoryError(f"{chunk} networks at once need about {size(chunk * need)}, and {size(room)} may be used: choose chunk={fit} or less, or leave it out")
+        raise MemoryError(
+            f"{chunk} networks at once need about {size(chunk * need)}, and {size(room)} may be used: choose "
+            f"chunk={fit} or less, or leave it out"
+        )
     groups = {}
     for i, key in enumerate(keys): groups.setdefault(key, []).append(i)
     step = chunk or fit
@@ -430,7 +477,9 @@ def _alone(job:_Job, bar=None)->Iterator[_Trained]: # each network
         kept = job.checkpoints and replace(job.checkpoints, path=f"{job.checkpoints.path}-{i:03d}")
         well = _Well(model)
         with seeded(seed):
-            try: curves, step = fit(model, split, la, job.config, kept, seed=seed, progress=bar, callbacks=[well]).curves, -1
+            try:
+                curves, step = fit(model, split, la, job.config, kept, seed=seed, progress=bar,
+                                   callbacks=[well]).curves, -1
             except FloatingPointError as e:
                 curves, step = _death(e)
                 well.put_back(kept)
@@ -452,7 +501,8 @@ class _Well:
         self.seen = True
     def put_back(self, kept:Checkpoints|None):
         "As last seen; one that diverged before it was seen in this process, as its checkpoint has it."
-        if kept and kept.resume and not self.seen: return self.model.load_state_dict(load_checkpoint(kept.path)["model"])
+        if kept and kept.resume and not self.seen:
+            return self.model.load_state_dict(load_checkpoint(kept.path)["model"])
         with torch.no_grad():
             for t, old in self.kept: t.copy_(old)
 
@@ -465,7 +515,11 @@ def _in_order(found:_Trained|list[_Trained])->_Trained:
 # %% ../nbs/07_ensembles.ipynb #d779897e
 def _on(make, model:nn.Module)->nn.Module:
     la = make(model)
-    if not isinstance(la, nn.Module): raise TypeError(f"least_action gave {described(la)}, expected what makes one for each network: LeastAction, or partial(LeastAction, ...)")
+    if not isinstance(la, nn.Module):
+        raise TypeError(
+            f"least_action gave {described(la)}, expected what makes one for each network: LeastAction, or "
+            f"partial(LeastAction, ...)"
+        )
     return la
 
 def _attached(makers:list, ensemble:Ensemble)->nn.Module|None:
@@ -473,7 +527,10 @@ def _attached(makers:list, ensemble:Ensemble)->nn.Module|None:
     if not makers: return None
     first, *others = (_on(make, ensemble.skeleton) for make in makers)
     if not hasattr(first, "stack"):
-        raise TypeError(f"least_action gave {described(first)}, expected one that makes room for a row by stack(others), as LeastAction: or choose mode='sequential'")
+        raise TypeError(
+            f"least_action gave {described(first)}, expected one that makes room for a row by stack(others), as "
+            f"LeastAction: or choose mode='sequential'"
+        )
     first.stack(others)
     ensemble.watch(first.meter)
     return first.to(ensemble.stacks[0].device)
@@ -489,7 +546,9 @@ def _built(job:_Job)->tuple[Ensemble, LeastAction|None]:
 def _trained(job:_Job, ensemble:Ensemble, la:LeastAction|None, bar=None)->_Trained:
     "Train the row."
     generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
-    try: curves = train_loop(ensemble, job.split.to(job.device), la, generators, job.config, bar, checkpoints=job.checkpoints)
+    try:
+        curves = train_loop(ensemble, job.split.to(job.device), la, generators, job.config, bar,
+                            checkpoints=job.checkpoints)
     except FloatingPointError as e:   # none is left
         curves, step = _death(e, ensemble.steps)
         ensemble.bury(torch.full_like(ensemble.died, step))
@@ -523,12 +582,18 @@ class Graphed(Ensemble):
         return out, energies
 
     def _record(self, x:Tensor)->Callable:
-        if x.device.type != "cuda": raise RuntimeError(f"CUDA graphs need a CUDA device, found {x.device}: choose mode='batched'")
+        if x.device.type != "cuda":
+            raise RuntimeError(f"CUDA graphs need a CUDA device, found {x.device}: choose mode='batched'")
         drawn, before = [g.get_state() for g in self.generators], [t.detach().clone() for t in self._tensors()]
         Ensemble._mapped(self, x)
         if any(not torch.equal(g.get_state(), old) for g, old in zip(self.generators, drawn)):
-            raise RuntimeError("this network draws random numbers in training, and a CUDA graph would repeat them: choose mode='batched'")
-        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False):   # a graph cannot use the cache
+            raise RuntimeError(
+                "this network draws random numbers in training, and a CUDA graph would repeat them: choose "
+                "mode='batched'"
+            )
+        # a graph cannot use the cache
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
+                            cache_enabled=False):
             graph = torch.cuda.make_graphed_callables(_Passes(self), (x.clone(),))
         for t, old in zip(self._tensors(), before): t.data.copy_(old)   # running statistics, moved by the recording
         return graph
@@ -558,7 +623,8 @@ def _work(content:bytes)->bytes:
     "A job in a worker: the job comes, and networks, curves and deaths go, as bytes."
     job = pickle.loads(content)
     found, out = _in_order(list(_alone(job)) if job.mode == "sequential" else _together(job)), io.BytesIO()
-    torch.save(dict(states=[m.state_dict() for m in _networks(found.networks)], curves=found.curves, died=found.died), out)
+    torch.save(dict(states=[m.state_dict() for m in _networks(found.networks)], curves=found.curves, died=found.died),
+               out)
     return out.getvalue()
 
 def _unpacked(job:_Job, content:bytes)->_Trained:
@@ -577,7 +643,9 @@ def _spread(jobs:Sequence[_Job], workers:int, done:Callable, found:dict):
     "Put the results of all jobs into `found`, from `workers` processes."
     try: packed = [pickle.dumps(job) for job in jobs]
     except Exception as e:
-        raise ValueError(f"mode 'processes' needs make_model and least_action as functions of a module or partials of such, found {e}") from e
+        raise ValueError(
+            f"mode 'processes' needs make_model and least_action as functions of a module or partials of such, found {e}"
+        ) from e
     context, threads, results = get_context("spawn"), max(1, (os.cpu_count() or 1) // workers), {}
     theirs, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _live_with, (theirs, threads))
@@ -588,8 +656,9 @@ def _spread(jobs:Sequence[_Job], workers:int, done:Callable, found:dict):
             done(len(jobs[results[future]].seeds))
         pool.shutdown()
     except BrokenProcessPool as e:
-        raise RuntimeError("a worker process ended abruptly, perhaps for want of memory: use fewer workers or a smaller chunk; "
-                           "with checkpoints call again with resume=True") from e
+        raise RuntimeError(
+            "a worker process ended abruptly, perhaps for want of memory: use fewer workers or a smaller chunk; "
+            "with checkpoints call again with resume=True") from e
     finally:
         ours.close()   # whoever is still at work ends
         pool.shutdown(cancel_futures=True)
@@ -602,9 +671,11 @@ ABREAST = 2 # rows that are trained at the same time on a CPU
 def _abreast(jobs:Sequence[_Job], bar, found:dict):
     "Put the results of all jobs into `found`, so many at a time, each with its share of PyTorch's threads."
     threads, rows, results = torch.get_num_threads(), [_built(job) for job in jobs], {}
-    pool = ThreadPoolExecutor(jobs[0].abreast, initializer=torch.set_num_threads, initargs=(threads // jobs[0].abreast,))
+    pool = ThreadPoolExecutor(jobs[0].abreast, initializer=torch.set_num_threads,
+                              initargs=(threads // jobs[0].abreast, ))
     try:
-        for r, (job, row) in enumerate(zip(jobs, rows)): results[pool.submit(_trained, job, *row, bar.row(len(job.seeds), show=False))] = r
+        for r, (job, row) in enumerate(zip(jobs, rows)):
+            results[pool.submit(_trained, job, *row, bar.row(len(job.seeds), show=False))] = r
         left = True
         while left:
             done, left = wait(results, .1, FIRST_EXCEPTION)
@@ -640,14 +711,16 @@ def choose_mode(
     "The way that was fastest where it was measured; on other devices, which were not measured, a batched row."
     if members == 1: return "sequential", "grouped"
     try: kind = torch.device(device).type
-    except RuntimeError as e: raise ValueError(f"device is {device!r}, expected the name of one, as 'cpu' or 'cuda:0'") from e
+    except RuntimeError as e:
+        raise ValueError(f"device is {device!r}, expected the name of one, as 'cpu' or 'cuda:0'") from e
     if kind != "cpu": return "batched", "grouped"
     return "batched" if forward_flops(_made(make_model, 0), x.cpu()) <= SMALL else "sequential", "grouped"
 
 # %% ../nbs/07_ensembles.ipynb #170c0fa3
 @dataclass(repr=False)
 class Runs(Run):
-    "What the training of `S` networks did: a `Run` whose curves have a second axis, the networks; `runs[i]` is one of them."
+    """What the training of `S` networks did: a `Run` whose curves have a second axis, the networks; `runs[i]` is one of
+    them."""
     def __len__(self)->int: return len(self.model)
     def __getitem__(self, i:int)->Run:
         i = _place(i, len(self))
@@ -670,7 +743,8 @@ class Runs(Run):
         same = lambda a, b: type(b) in (bool, int, float, str, tuple, list, type(None)) and a == b
         wanted = {k: as_python(v) for k, v in settings.items()}
         at = [i for i, m in enumerate(self.members) if all(k in m and same(m[k], v) for k, v in wanted.items())]
-        if not at: raise ValueError(f"no network has {described(settings)}; there are {self.members[0]} to {self.members[-1]}")
+        if not at:
+            raise ValueError(f"no network has {described(settings)}; there are {self.members[0]} to {self.members[-1]}")
         curves = {name: c if name == "epoch" else c[:, at] for name, c in self.curves.items()}
         members = [self.members[i] for i in at]
         note = self.provenance | {"members": members, "seeds": [m["seed"] for m in members]}
@@ -685,23 +759,29 @@ class Runs(Run):
 @delegates(TrainConfig)
 @checked
 def fit_many(
-    make_model:Callable[..., nn.Module],  # makes a new network from its values of the grid alone, while the global generator stands at the member's seed
-    data:Split,                           # with a row for each seed, as from `Dataset.splits`: training indices `[S, n]`
+    # makes a new network from its values of the grid alone, while the global generator stands at the member's seed
+    make_model:Callable[..., nn.Module],
+    # with a row for each seed, as from `Dataset.splits`: training indices `[S, n]`
+    data:Split,
     seeds:Sequence[int]|None=None,        # of weights, batches and dropout, `S` of them; None: those of the split
-    least_action:Callable[..., LeastAction]|None=None, # makes one from a network and its values of the grid, e.g. `LeastAction`; None: the task's loss alone
+    # makes one from a network and its values of the grid, e.g. `LeastAction`; None: the task's loss alone
+    least_action:Callable[..., LeastAction]|None=None,
     device:str|torch.device="cpu",        # where to train
     config:TrainConfig|None=None,         # how to train each; None: as the settings say that follow, each by its name
-    checkpoints:Checkpoints|str|Path|None=None, # folder for the last good state of each row, and when it is written; None: nowhere
+    # folder for the last good state of each row, and when it is written; None: nowhere
+    checkpoints:Checkpoints|str|Path|None=None,
     progress=False,                       # True: a progress bar; or a bar to `update(1)` after each epoch of all
     grid:Mapping[str, Iterable]|None=None, # name of a setting to its values; each combination is trained with each seed
-    mode:str="auto",                      # `"sequential"`, `"batched"`, `"graph"`, `"processes"`, or as `choose_mode` says
+    # `"sequential"`, `"batched"`, `"graph"`, `"processes"`, or as `choose_mode` says
+    mode:str="auto",
     conv:str|None=None,                   # form of convolutions in a row, as in `Ensemble`; None: as `choose_mode` says
     chunk:int|None=None,                  # networks at once, at most; None: as many as fit
     memory:int|None=None,                 # bytes that may be used; None: four fifths of what is free
     workers:int|None=None,                # processes; None: one per core
     **kwargs,                             # of the `TrainConfig`, in place of those in `config`
 )->Runs:                                  # networks, seeds and combinations in a row, with their curves
-    "Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or interrupt on the way has what was trained to the end in its `runs`."
+    """Train one network per seed and combination, many at once; each does what `fit` would do alone. An error or
+    interrupt on the way has what was trained to the end in its `runs`."""
     _check_maker(make_model, least_action)
     for name, value in dict(chunk=chunk, memory=memory, workers=workers).items():
         if value is not None: whole(name, value, 1)
@@ -712,17 +792,21 @@ def fit_many(
     _check_many(data, seeds, grid, settings, mode, conv)
     checkpoints = _folder(as_checkpoints(checkpoints))
     note = checkpoints and _noted(checkpoints, members, settings, least_action)
-    plan = _plan(make_model, data, least_action, members, settings, str(device), mode, conv, chunk, memory, workers, note)
+    plan = _plan(make_model, data, least_action, members, settings, str(device), mode, conv, chunk, memory, workers,
+                 note)
     if checkpoints is not None: plan = _kept(plan, checkpoints, note)
     found = {}
     def trained()->Runs:
         results = {r: _in_order(found[r]) for r in sorted(found)}
-        part = [(plan[r][0][:len(each.died)], plan[r][1]) for r, each in results.items()]   # of a row trained one by one, the first
+        # of a row trained one by one, the first
+        part = [(plan[r][0][:len(each.died)], plan[r][1]) for r, each in results.items()]
         row = _joined(part, list(results.values()), members, settings)
-        note = provenance(device, data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in row.members], members=row.members,
-                          modes=sorted({job.mode for _, job in plan}), **settings)
+        note = provenance(device, data=data.name, n=data.train.shape[-1], seeds=[m["seed"] for m in row.members],
+                          members=row.members, modes=sorted({job.mode for _, job in plan}), **settings)
         return Runs(row.ensemble, row.curves, note | {"seconds": time.perf_counter() - start})
-    try: _run_all(plan, mode, workers, _Bar(progress_bar(progress, settings["epochs"]), settings["epochs"], len(members)), found)
+    try:
+        _run_all(plan, mode, workers, _Bar(progress_bar(progress, settings["epochs"]), settings["epochs"],
+                                           len(members)), found)
     except BaseException as e:
         _save_what_is_done(e, trained, len(members))
         raise
@@ -735,28 +819,40 @@ def _save_what_is_done(error:BaseException, trained:Callable[[], Runs], members:
     "Give an error that ends a training the networks that had come to their end before."
     with suppress(Exception): error.runs = trained()
     if hasattr(error, "runs"):
-        error.add_note(f"{len(error.runs)} of {members} networks were trained to the end; they are kept in this error as runs: in a notebook, sys.last_value.runs")
+        error.add_note(
+            f"{len(error.runs)} of {members} networks were trained to the end; they are kept in this error as runs: "
+            f"in a notebook, sys.last_value.runs"
+        )
 
 # %% ../nbs/07_ensembles.ipynb #76060e33
 MODES = ("auto", "sequential", "batched", "graph", "processes")
 
 def _check_maker(make_model, least_action):
     if isinstance(make_model, nn.Module):
-        raise TypeError(f"make_model is of type {type(make_model).__name__}, expected what makes a network for each seed: a class, or partial(dense_net, 2, 2)")
+        raise TypeError(
+            f"make_model is of type {type(make_model).__name__}, expected what makes a network for each seed: a "
+            f"class, or partial(dense_net, 2, 2)"
+        )
     if isinstance(least_action, nn.Module):
-        raise TypeError("least_action is attached to one network, expected what makes one for each: LeastAction, or partial(LeastAction, ...)")
+        raise TypeError(
+            "least_action is attached to one network, expected what makes one for each: LeastAction, or "
+            "partial(LeastAction, ...)"
+        )
 
 def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv):
     if data.train.ndim != 2 or len(data.train) != len(seeds):
-        raise ValueError(f"training indices have shape {tuple(data.train.shape)}, expected [{len(seeds)}, n], one row per seed: "
-                         "make the split with data.splits(n, seeds)")
+        raise ValueError(
+            f"training indices have shape {tuple(data.train.shape)}, expected [{len(seeds)}, n], one row per seed: "
+            "make the split with data.splits(n, seeds)")
     one_of("mode", mode, MODES)
     one_of("conv", conv, (None, *CONVS))
     if settings["patience"] is not None:
         raise ValueError("patience would stop each network at another epoch: leave it out, and read best_test_accuracy")
-    if settings["compile"] and mode != "sequential": raise ValueError("compile is for single networks: leave it out, or choose mode='sequential'")
+    if settings["compile"] and mode != "sequential":
+        raise ValueError("compile is for single networks: leave it out, or choose mode='sequential'")
     for name in {"epochs", "eval_every", "patience", "compile"} & set(grid or {}):
-        raise ValueError(f"{name} cannot be in a grid, the curves would have nothing in common: call fit_many for each value")
+        raise ValueError(
+            f"{name} cannot be in a grid, the curves would have nothing in common: call fit_many for each value")
 
 # %% ../nbs/07_ensembles.ipynb #b362460d
 def _plan(make_model, data:Split, least_action, members:list[dict], settings:dict, device:str, mode:str, conv, chunk, memory, workers, note
@@ -768,17 +864,29 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
     chunk = chunk and min(chunk, len(members))
     room = int(.8 * free_memory(torch.device(device))) if memory is None else memory
     kinds = {repr((of(m, "make_model"), m.get("batch_size"))): m for m in members}   # networks and batches that differ
-    probes = [(partial(make_model, **of(m, "make_model")), data.x[:min(m.get("batch_size", settings["batch_size"]), data.train.shape[-1])])
-              for m in kinds.values()]
-    _check_alike([_made(make, 0) for make, _ in probes], "grouped")   # they all end in one row: before anything is trained
-    need, probe, x = max(((member_memory(*probe), *probe) for probe in probes), key=lambda found: found[0])   # the largest decides for all
+    probes = [
+        (partial(make_model,
+                 **of(m,
+                      "make_model")), data.x[:min(m.get("batch_size", settings["batch_size"]), data.train.shape[-1])])
+        for m in kinds.values()]
+    # they all end in one row: before anything is trained
+    _check_alike([_made(make, 0) for make, _ in probes], "grouped")
+    # the largest decides for all
+    need, probe, x = max(((member_memory(*probe), *probe) for probe in probes), key=lambda found: found[0])
     row = min(chunk or len(members), keys.count(keys[0]))
     way, form = choose_mode(probe, x, row, device) if mode in ("auto", "processes") else (mode, "grouped")
-    abreast = ABREAST if way == "batched" and mode != "processes" and device == "cpu" and torch.get_num_threads() >= ABREAST and process_share()[1] == 1 else 1
-    if mode == "processes": chunk = min(chunk or len(members), -(-keys.count(keys[0]) // (workers or os.cpu_count() or 1)))
-    rows = note["rows"] if note and "rows" in note else _rows(keys, need, room, len(members) if way == "sequential" and mode != "processes" else chunk, abreast)
+    abreast = ABREAST if way == "batched" and mode != "processes" and device == "cpu" and torch.get_num_threads(
+    ) >= ABREAST and process_share()[1] == 1 else 1
+    if mode == "processes":
+        chunk = min(chunk or len(members), -(-keys.count(keys[0]) // (workers or os.cpu_count() or 1)))
+    rows = note["rows"] if note and "rows" in note else _rows(
+        keys, need, room,
+        len(members) if way == "sequential" and mode != "processes" else chunk, abreast)
     if any(len({keys[i] for i in row}) > 1 for row in rows):
-        raise ValueError("members.json in the folder of checkpoints has networks of different settings in one row: restore it, or choose another folder")
+        raise ValueError(
+            "members.json in the folder of checkpoints has networks of different settings in one row: restore it, or "
+            "choose another folder"
+        )
     abreast = max(1, min(abreast, len(rows), (chunk or room // need) // max(map(len, rows))))
     plan = []
     for at in rows:
@@ -786,15 +894,17 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
         split = replace(data, train=data.train[rowed], val=data.val[rowed], seeds=tuple(data.seeds[i % S] for i in at))
         makers = [] if least_action is None else [partial(least_action, **of(m, "least action")) for m in mine]
         config = TrainConfig(**settings | of(mine[0], "training"))
-        plan.append((at, _Job(partial(make_model, **of(mine[0], "make_model")), makers, split, tuple(m["seed"] for m in mine), config,
-                              device, way, conv or form, abreast, None)))
+        plan.append((at,
+                     _Job(partial(make_model, **of(mine[0], "make_model")), makers, split,
+                          tuple(m["seed"] for m in mine), config, device, way, conv or form, abreast, None)))
     return plan
 
 # %% ../nbs/07_ensembles.ipynb #40300266
 class _Bar:
     "Counts epochs of members, and moves a bar by one when all together have done one more."
     def __init__(self, bar, epochs:int, members:int):
-        self.bar, self.epochs, self.members, self.done, self.shown, self.stopped, self.lock = bar, epochs, members, 0, 0, False, threading.Lock()
+        self.bar, self.epochs, self.members, self.done, self.shown, self.stopped, self.lock = bar, epochs, members, 0, 0, False, threading.Lock(
+        )
 
     def row(self, members:int, show:bool=True):
         "A bar for a row; in a thread of its own it shows nothing, and ends the row when all are to stop."
@@ -811,7 +921,9 @@ class _Bar:
 def _run_all(plan, mode:str, workers:int|None, bar:_Bar, found:dict):
     "Put the results of all jobs into `found`, by job, each as soon as it is there."
     jobs = [job for _, job in plan]
-    if mode == "processes": return _spread(jobs, min(len(jobs), workers or os.cpu_count() or 1), lambda S: bar.row(S).update(bar.epochs), found)
+    if mode == "processes":
+        return _spread(jobs, min(len(jobs), workers or os.cpu_count() or 1), lambda S: bar.row(S).update(bar.epochs),
+                       found)
     if jobs[0].abreast > 1: return _abreast(jobs, bar, found)
     for r, job in enumerate(jobs):
         if job.mode != "sequential": found[r] = _together(job, bar.row(len(job.seeds)))
@@ -869,7 +981,8 @@ def _points(settings:Mapping)->list[int]:
     return sorted({*range(settings["eval_every"], settings["epochs"] + 1, settings["eval_every"]), settings["epochs"]})
 
 def _end_to_end(curves:Sequence[dict], sizes:Sequence[int], epochs:Sequence[int]=())->dict[str, Tensor]: # `[E, S, ...]`
-    "Curves of all rows over all their epochs and these; what a row did not reach is not a number. Empty if no row has curves."
+    """Curves of all rows over all their epochs and these; what a row did not reach is not a number. Empty if no row has
+    curves."""
     if not any(curves): return {}
     epochs = torch.tensor(sorted({*epochs, *(e for c in curves if c for e in c["epoch"].tolist())}))
     like = {name: value for c in curves for name, value in c.items() if name != "epoch"}
@@ -877,30 +990,40 @@ def _end_to_end(curves:Sequence[dict], sizes:Sequence[int], epochs:Sequence[int]
         whole = torch.full((len(epochs), S, *like[name].shape[2:]), math.nan, dtype=like[name].dtype)
         if name in c: whole[torch.isin(epochs, c["epoch"])] = c[name]
         return whole
-    return {"epoch": epochs} | {name: torch.cat([filled(c, name, S) for c, S in zip(curves, sizes)], 1) for name in like}
+    return {"epoch": epochs} | {
+        name: torch.cat([filled(c, name, S) for c, S in zip(curves, sizes)], 1) for name in like}
 
 # %% ../nbs/07_ensembles.ipynb #c8ca7bec
 NOTE_FORMAT = 2   # 1 had other names of settings
 
 # %% ../nbs/07_ensembles.ipynb #c8ca7bed
 def _told(make):
-    "A maker as plain JSON values: its name, what a `partial` binds, and the constants, names and bound numbers and texts of a lambda."
+    """A maker as plain JSON values: its name, what a `partial` binds, and the constants, names and bound numbers and
+    texts of a lambda."""
     if isinstance(make, partial): return [_told(make.func), repr(make.args), repr(sorted(make.keywords.items()))]
     if make is None: return None
-    if not isinstance(make, LambdaType) or make.__name__ != "<lambda>": return getattr(make, "__qualname__", type(make).__qualname__)
+    if not isinstance(make, LambdaType) or make.__name__ != "<lambda>":
+        return getattr(make, "__qualname__", type(make).__qualname__)
     code, bound = make.__code__, [cell.cell_contents for cell in make.__closure__ or ()]
-    plain = [v for v in (*code.co_consts, *bound, *(make.__defaults__ or ())) if isinstance(v, (bool, int, float, str, Controller))]
+    plain = [
+        v for v in (*code.co_consts, *bound, *(make.__defaults__ or ()))
+        if isinstance(v, (bool, int, float, str, Controller))]
     return [make.__qualname__, repr(code.co_names), repr(plain)]
 
 def _folder(checkpoints:Checkpoints|None)->Checkpoints|None:
     "Checkpoints of rows of networks, which have a folder."
     if checkpoints is None: return None
     if checkpoints.rollback:
-        raise ValueError(f"rollback is {checkpoints.rollback}, expected 0: a network of a row that diverges is frozen, and the others go on")
+        raise ValueError(
+            f"rollback is {checkpoints.rollback}, expected 0: a network of a row that diverges is frozen, and the "
+            f"others go on"
+        )
     if checkpoints.resume == "force":
-        raise ValueError("resume is 'force', expected True or False: for other samples or settings choose another folder")
+        raise ValueError(
+            "resume is 'force', expected True or False: for other samples or settings choose another folder")
     folder = Path(checkpoints.path).absolute()   # wherever the process goes meanwhile
-    if folder.is_file(): raise ValueError(f"{folder} is a file, expected a folder for the checkpoints of all rows: name another one")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, expected a folder for the checkpoints of all rows: name another one")
     return replace(checkpoints, path=folder)
 
 def _noted(checkpoints:Checkpoints, members:list[dict], settings:dict, least_action=None)->dict:
@@ -910,7 +1033,9 @@ def _noted(checkpoints:Checkpoints, members:list[dict], settings:dict, least_act
     note, this = folder / "members.json", json.loads(json.dumps(this))
     if not note.exists(): return this
     if not checkpoints.resume:
-        raise FileExistsError(f"{folder} holds checkpoints: go on from them with Checkpoints(path, resume=True), or choose another folder")
+        raise FileExistsError(
+            f"{folder} holds checkpoints: go on from them with Checkpoints(path, resume=True), or choose another folder"
+        )
     then, begun = _read_note(note), settings["epochs"]
     if (found := then.get("format")) != NOTE_FORMAT:
         raise ValueError(f"{note} has format {found!r}, expected {NOTE_FORMAT}: "
@@ -921,7 +1046,8 @@ def _noted(checkpoints:Checkpoints, members:list[dict], settings:dict, least_act
     then["settings"]["epochs"] = begun   # it may be lengthened
     differ = [name for name in this if this[name] != then.get(name)]
     if differ:
-        raise ValueError(f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
+        raise ValueError(
+            f"{folder} holds checkpoints of other networks, they differ in {', '.join(differ)}: choose another folder")
     return then
 
 # %% ../nbs/07_ensembles.ipynb #c8ca7b01
@@ -930,25 +1056,32 @@ def _read_note(note:Path)->dict:
     try: found = read_json(note)
     except (ValueError, RecursionError): found = None
     if not (isinstance(found, dict) and type(found.get("format")) is int and isinstance(found.get("settings"), dict)
-            and type(found["settings"].get("epochs")) is int and isinstance(found.get("members"), list) and _is_plan(found)):
+            and type(found["settings"].get("epochs")) is int and isinstance(found.get("members"), list)
+            and _is_plan(found)):
         raise ValueError(f"{note} is damaged, or not the note of an ensemble: restore it, or choose another folder")
     return found
 
 def _is_plan(note:dict)->bool:
-    "Does each member of a note stand in one row, and has each row a way in which it is trained? A note from before anything was begun has no rows."
+    """Does each member of a note stand in one row, and has each row a way in which it is trained? A note from before
+    anything was begun has no rows."""
     rows, ways = note.get("rows"), note.get("ways")
     if rows is None and ways is None: return True
     if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)): return False
     if not all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows): return False
     known = [[mode, conv] for mode in MODES for conv in CONVS]
-    return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known for way in ways)
+    return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known
+                                                                                               for way in ways)
 
 def _kept(plan, checkpoints:Checkpoints, note:dict):
     "The plan with a checkpoint for each row, and a note in the folder of what the rows are."
     folder, ways = checkpoints.path, [[job.mode, job.conv] for _, job in plan]
     if note.get("ways", ways) != ways:
-        raise ValueError(f"{folder} holds checkpoints of {note['ways'][0][0]} trainings, now they are {ways[0][0]}: name the mode, or choose another folder")
+        raise ValueError(
+            f"{folder} holds checkpoints of {note['ways'][0][0]} trainings, now they are {ways[0][0]}: name the mode, "
+            f"or choose another folder"
+        )
     with in_words(folder): folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / "members.json", json.dumps(note | {"ways": ways, "rows": [at for at, _ in plan]}).encode()
     if not path.exists() or path.read_bytes() != content: write_atomically(path, content)
-    return [(at, replace(job, checkpoints=replace(checkpoints, path=folder / f"row-{r:03d}"))) for r, (at, job) in enumerate(plan)]
+    return [(at, replace(job, checkpoints=replace(checkpoints, path=folder / f"row-{r:03d}")))
+            for r, (at, job) in enumerate(plan)]

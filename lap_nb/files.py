@@ -30,10 +30,11 @@ from torch import Tensor
 _DISK, _PLACE, _LOCKS = "make room on that disk, or choose a place on another", "choose a place where you may write", \
     "this file system has no locks, choose a place on a disk of this machine"
 _REMEDIES = {
-    errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: _DISK, errno.EACCES: _PLACE, errno.EPERM: _PLACE, errno.EROFS: _PLACE,
-    errno.ENOLCK: _LOCKS, errno.ENOSYS: _LOCKS, errno.ENOTSUP: _LOCKS, errno.ENOENT: "make its folder first",
-    errno.ENOTDIR: "a folder on the way to it is a file, choose another place", errno.EISDIR: "name a file in it",
-    errno.ELOOP: "delete the link, or make it lead to a file", errno.ENAMETOOLONG: "choose a shorter name"}
+    errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: _DISK, errno.EACCES: _PLACE, errno.EPERM: _PLACE,
+    errno.EROFS: _PLACE, errno.ENOLCK: _LOCKS, errno.ENOSYS: _LOCKS, errno.ENOTSUP: _LOCKS,
+    errno.ENOENT: "make its folder first", errno.ENOTDIR: "a folder on the way to it is a file, choose another place",
+    errno.EISDIR: "name a file in it", errno.ELOOP: "delete the link, or make it lead to a file",
+    errno.ENAMETOOLONG: "choose a shorter name"}
 
 @contextmanager
 def in_words(
@@ -106,7 +107,8 @@ def _neighbour(target:Path, mode:int):
 def tidy(
     path:str|Path, # of a file, there or not, or of a link to it
 ):
-    "Delete what killed processes left half-written of this file; nothing of another one, nothing that is being written."
+    """Delete what killed processes left half-written of this file; nothing of another one, nothing that is being
+    written."""
     target = Path(os.path.realpath(path))
     with in_words(path): names = [p.name for p in target.parent.iterdir()]
     for name in filter(re.compile(rf"\.{re.escape(target.name)}\.[^.]+\.partial").fullmatch, names):
@@ -117,17 +119,19 @@ def tidy(
 def claim(
     path:str|Path, # of a file, there or not, or of a link to it
 )->Callable[[], None]: # gives it free
-    """Claim a file for one writer until it is given free or the process ends; raises `BlockingIOError` if another has it,
-    `OSError` if that cannot be known."""
+    """Claim a file for one writer until it is given free or the process ends; raises `BlockingIOError` if another has
+    it, `OSError` if that cannot be known."""
     target = Path(os.path.realpath(path))
     name = target.with_name(f".{target.name}.lock")
     lock = FileLock(name, thread_local=False)
     with in_words(path):
         try: lock.acquire(blocking=False)
         except Timeout:
-            raise BlockingIOError(f"{path} is in use by another training, in this process or in another: wait for its end "
-                                  "or stop it, or choose another file") from None
-        except NotImplementedError as e: raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older filelocks
+            raise BlockingIOError(
+                f"{path} is in use by another training, in this process or in another: wait for its end "
+                "or stop it, or choose another file") from None
+        except NotImplementedError as e:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older filelocks
     def free():
         if not lock.is_locked: return
         with suppress(OSError): name.unlink()
@@ -136,7 +140,8 @@ def claim(
 
 # %% ../nbs/00a_files.ipynb #282473dc
 def _feed(sha, value):
-    say = lambda text: sha.update(f"{len(text)} {text} ".encode())   # with its length, so that no two sequences read alike
+    # with its length, so that no two sequences read alike
+    say = lambda text: sha.update(f"{len(text)} {text} ".encode())
     if isinstance(value, Tensor):
         say(f"{value.dtype} {tuple(value.shape)}")
         plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -200,15 +205,16 @@ def _tensor(storage:_Stored, offset, size, stride, *rest)->_Bytes:
 
 def _latin(text:str="", encoding:str="latin1")->str:
     "Stands for the functions that make bytes of a text."
-    if not isinstance(text, str): raise ValueError("bytes are made of something else than text")   # a number would ask for so many
+    # a number would ask for so many
+    if not isinstance(text, str): raise ValueError("bytes are made of something else than text")
     if encoding not in ("latin1", "latin-1"): raise _Foreign(f"bytes in the encoding {str(encoding)[:20]!r}")
     return text
 
 _MAKERS = {
     "torch._utils _rebuild_tensor_v2": _tensor, "torch._utils _rebuild_tensor_v3": _tensor,
     "torch._utils _rebuild_parameter": lambda data, *_: data, "torch Size": _Tuple, "torch device": lambda *_: None,
-    "collections OrderedDict": OrderedDict, "collections Counter": Counter, "__builtin__ set": set, "__builtin__ complex": complex,
-    "__builtin__ bytearray": _latin, "_codecs encode": _latin}
+    "collections OrderedDict": OrderedDict, "collections Counter": Counter, "__builtin__ set": set,
+    "__builtin__ complex": complex, "__builtin__ bytearray": _latin, "_codecs encode": _latin}
 
 # %% ../nbs/00a_files.ipynb #cd3bc68b
 class _Steps(dict):
@@ -224,12 +230,14 @@ def _counted(step:Callable)->Callable:
 def _attributes(self):
     "Attributes are for dictionaries in order: on a function or a class they would change this process."
     state = self.stack.pop()
-    if type(self.stack[-1]) is not OrderedDict or not isinstance(state, dict): raise ValueError("attributes of something else than a dictionary")
+    if type(self.stack[-1]) is not OrderedDict or not isinstance(state, dict):
+        raise ValueError("attributes of something else than a dictionary")
 
 class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory aside on the word of a number
     "Follows the instructions with stand-ins, as far as PyTorch knows them."
     dispatch = _Steps({code: pickle._Unpickler.dispatch[code] for code, in (getattr(pickle, step) for step in _STEPS)})
-    for _code, in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3): dispatch[_code] = _counted(dispatch[_code])
+    for _code, in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[_code] = _counted(dispatch[_code])
     dispatch[pickle.BUILD[0]] = _attributes
     def __init__(self, code:bytes, sizes:dict):
         super().__init__(io.BytesIO(code))
@@ -245,7 +253,8 @@ class _Plan(pickle._Unpickler):   # the one in Python: that in C sets memory asi
     def persistent_load(self, pid):
         _, width, key, _, count = pid
         _whole(width, count)
-        if not isinstance(key, str) or self.sizes[f"data/{key}"] != count * width: raise ValueError(f"{count} numbers of {width} bytes announced")
+        if not isinstance(key, str) or self.sizes[f"data/{key}"] != count * width:
+            raise ValueError(f"{count} numbers of {width} bytes announced")
         return _Stored(count, width)
 
 # %% ../nbs/00a_files.ipynb #8f1b8cd4
@@ -268,7 +277,10 @@ def _check_size(value, room:int|None=None):
     if values > (most := 100_000 + 4 * sum(places for *_, places in seen.values())):
         raise _Foreign(f"lists that share their parts, more than {most:,} values if each is written out")
     if room is not None and nbytes > room:
-        raise _Foreign(f"tensors that share their numbers, or a text many times over, {nbytes:,} bytes if each is written out, more than {room:,}")
+        raise _Foreign(
+            f"tensors that share their numbers, or a text many times over, {nbytes:,} bytes if each is written out, "
+            f"more than {room:,}"
+        )
 
 # %% ../nbs/00a_files.ipynb #fd782a4e
 def _check_archive(
@@ -306,10 +318,12 @@ def find_unstorable(
     "The first value in a nest that a checkpoint cannot hold."
     try: _packed(state); return None
     except RecursionError: return f"{name[:200] or 'the state'}, nested too deep"
-    except Exception as e: reason = f" ({e})" if isinstance(e, _Foreign) and isinstance(state, (Tensor, list, dict)) else ""
+    except Exception as e:
+        reason = f" ({e})" if isinstance(e, _Foreign) and isinstance(state, (Tensor, list, dict)) else ""
     inside, mine = [], f"{name}." if name else ""
     if type(state) in (dict, OrderedDict):
-        inside = [(key, f"a key of {name or 'the state'}") for key in state] + [(v, f"{mine}{k}") for k, v in state.items()]
+        inside = [(key, f"a key of {name or 'the state'}") for key in state] + [
+            (v, f"{mine}{k}") for k, v in state.items()]
         inside += [(vars(state), f"{name} attributes")] if type(state) is OrderedDict else []
     elif type(state) in (list, tuple, set): inside = [(item, f"{name}[{i}]") for i, item in enumerate(state)]
     found = next((f for value, where in inside if (f := find_unstorable(value, where))), None)
@@ -327,15 +341,17 @@ def check_storable(
     try: return _packed(state)
     except Exception as e:
         if (found := find_unstorable(state)) is None: raise   # no memory, say
-        raise TypeError(f"a checkpoint cannot hold {found}: it holds tensors, numbers, texts, and lists, tuples, sets and "
-                        "dictionaries of them. Turn it into one of these where it is made (for a module, in get_extra_state)") from e
+        raise TypeError(
+            f"a checkpoint cannot hold {found}: it holds tensors, numbers, texts, and lists, tuples, sets and "
+            "dictionaries of them. Turn it into one of these where it is made (for a module, in get_extra_state)"
+        ) from e
 
 def save_checkpoint(
     path:str|Path, # of the file
     state:dict,    # tensors and plain values
 ):
-    """Write a checkpoint; raises `TypeError` for a state that could not be read back and `OSError` if it cannot be written,
-    and then leaves an earlier one untouched."""
+    """Write a checkpoint; raises `TypeError` for a state that could not be read back and `OSError` if it cannot be
+    written, and then leaves an earlier one untouched."""
     write_atomically(path, check_storable(state).getbuffer())
 
 # %% ../nbs/00a_files.ipynb #8496c908
@@ -390,12 +406,14 @@ def load_checkpoint(
         state = found.get("state") if kind == CHECKPOINT else None
         whole = isinstance(state, dict) and digest(state) == found.get("sha256")
     except _Foreign as e:
-        raise CheckpointError(f"{path} is whole, but holds {e}, which is not read back from a checkpoint of lap_nb: choose another "
-                              "file, or, if you trust this one, take what you need from torch.load(path, weights_only=False)") from e
+        raise CheckpointError(
+            f"{path} is whole, but holds {e}, which is not read back from a checkpoint of lap_nb: choose another "
+            "file, or, if you trust this one, take what you need from torch.load(path, weights_only=False)") from e
     except Exception as e:
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # of the system
         raise CheckpointError(f"{path} is damaged, or not a checkpoint ({type(e).__name__}): {advice}") from e
-    if kind != CHECKPOINT: raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
+    if kind != CHECKPOINT:
+        raise CheckpointError(f"{path} is not a checkpoint of a lap_nb training: choose another file")
     if type(version) is not int or version != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} has format {version!r}, expected {CHECKPOINT_FORMAT}: "
                               "read it with the version of lap_nb that wrote it")

@@ -41,8 +41,12 @@ class Hook:
         owner = self.owner()
         if owner is None or not owner.on: return None
         if not torch.compiler.is_compiling() and self.module is not None and self.module() is not module:
-            raise RuntimeError(f"a copy of {f'block {self.name!r}' if self.name else 'the network'} was called that shares its hooks, as nn.DataParallel and copy.copy make: "
-                               "measure on one device or with DistributedDataParallel, copy by copy.deepcopy, or remove what measures first")
+            raise RuntimeError(
+                f"a copy of {f'block {self.name!r}' if self.name else 'the network'} was called that shares its "
+                f"hooks, as nn.DataParallel and copy.copy make: "
+                "measure on one device or with DistributedDataParallel, copy by copy.deepcopy, or remove what "
+                "measures first"
+            )
         return None if owner.paused else owner
 
     def __call__(self, module, *args):
@@ -120,7 +124,8 @@ class Note:
 
     def push(self, entry):
         task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        if task != -1: self.open = [e for e in self.open if e[0] in (-1, task)]   # the recomputation before may have stopped early
+        # the recomputation before may have stopped early
+        if task != -1: self.open = [e for e in self.open if e[0] in (-1, task)]
         self.open.append((task, entry))
 
     def pop(self): return self.open.pop()[1]
@@ -135,7 +140,8 @@ class Watcher:
     def __init__(self,
         thread:int|None=None, # the only one that is watched; None: each
     ):
-        self.on, self.thread, self.compiled, self.taker = True, thread, False, None   # `compiled`: whether compiled code has called a hook, `taker`: from which thread that is measured
+        # `compiled`: whether compiled code has called a hook, `taker`: from which thread that is measured
+        self.on, self.thread, self.compiled, self.taker = True, thread, False, None
         self._threads = threading.local()
         self.last_note = self.own_note()   # where the last pass began
 
@@ -157,7 +163,8 @@ class Watcher:
     @property
     def paused(self)->bool:
         "Whether passes of this thread are not noted."
-        return not torch.compiler.is_compiling() and (self.thread not in (None, threading.get_ident()) or self.own_note().paused)
+        return not torch.compiler.is_compiling() and (self.thread not in (None, threading.get_ident())
+                                                      or self.own_note().paused)
     @paused.setter
     def paused(self, value:bool): self.own_note().paused = value
 
@@ -186,8 +193,10 @@ def check_thread(self:Watcher):
     if not self.compiled: return
     here = threading.get_ident()
     if self.taker not in (None, here) and any(t.ident == self.taker for t in threading.enumerate()):
-        raise RuntimeError("a compiled network was called in one thread and measured in another, expected one thread: compiled code cannot tell them apart; "
-                           "give each thread a copy of the network, or do not compile it")
+        raise RuntimeError(
+            "a compiled network was called in one thread and measured in another, expected one thread: compiled code "
+            "cannot tell them apart; "
+            "give each thread a copy of the network, or do not compile it")
     self.taker = here
 
 # %% ../nbs/01a_hooks.ipynb #a1f0c2dc
@@ -198,7 +207,8 @@ def watch(self:Watcher, plan:list): # of each hook or pair of them: module, what
     weakref.finalize(self, self._hooks.off).atexit = False
     try:
         for module, before, after, name in plan:
-            self._hooks.put(module, before and self.hook_kind(self, before, name), after and self.hook_kind(self, after, name), self.ahead)
+            self._hooks.put(module, before and self.hook_kind(self, before, name), after
+                            and self.hook_kind(self, after, name), self.ahead)
     except BaseException:
         self.remove()
         raise
@@ -267,26 +277,34 @@ def version_of(x:Tensor): return None if torch.compiler.is_compiling() or x.is_i
 
 def going_in(name:str, args, kwargs, copy:Callable|None)->tuple[Tensor, int|None]: # what goes into a block, or a copy of it, and its version
     x = first_tensor((args, kwargs))
-    if x is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
+    if x is None:
+        raise ValueError(
+            f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
     x = x if copy is None else copy(x)
     return x, version_of(x)
 
 def coming_out(name:str, before:tuple[Tensor, int|None], out)->tuple[Tensor, Tensor]:
-    "What went into a block and what comes out of it; raises if they cannot be subtracted, or the block wrote to what went in."
+    """What went into a block and what comes out of it; raises if they cannot be subtracted, or the block wrote to what
+    went in."""
     (x, version), y = before, first_tensor(out)
     if y is None or y.shape != x.shape:
-        raise ValueError(f"block {name!r} gives {None if y is None else tuple(y.shape)} for an input of {tuple(x.shape)}, "
-                         "expected the same shape: leave it out, find_blocks(model, x) does")
+        raise ValueError(
+            f"block {name!r} gives {None if y is None else tuple(y.shape)} for an input of {tuple(x.shape)}, "
+            "expected the same shape: leave it out, find_blocks(model, x) does")
     check_size(name, y)
     if version_of(x) != version:
-        raise RuntimeError(f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input is copied")
+        raise RuntimeError(
+            f"block {name!r} writes to its input: pass blocks=find_blocks(model, x), which notices, so that the input "
+            f"is copied"
+        )
     return x, y
 
 def check_size(name:str, y:Tensor):
     "Raise `ValueError` on what a block gives, if there is nothing in it to measure."
     if y.numel(): return
     what = "the samples have no features" if len(y) else "the batch is empty"
-    raise ValueError(f"{what}: block {name!r} gives {tuple(y.shape)}; give at least one {'feature' if len(y) else 'sample'}")
+    raise ValueError(
+        f"{what}: block {name!r} gives {tuple(y.shape)}; give at least one {'feature' if len(y) else 'sample'}")
 
 # %% ../nbs/01a_hooks.ipynb #b0a7c521
 _SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer) # of which PyTorch says what each axis is
@@ -299,7 +317,8 @@ class SampleAxes:
         summed:bool=False,              # it is for a sum over features, which a mean may replace
     ):
         try: axis = None if given is None else whole("batch_axis", given)
-        except ValueError: raise ValueError(f"batch_axis is {given!r}, expected the number of an axis, from 0 on, or None") from None
+        except ValueError:
+            raise ValueError(f"batch_axis is {given!r}, expected the number of an axis, from 0 on, or None") from None
         self.blocks, self.guessed, self.summed = blocks, given is None, summed
         self.axes = {name: self._guess(name, block) if axis is None else axis for name, block in blocks.items()}
 
@@ -307,16 +326,19 @@ class SampleAxes:
         known = isinstance(block, _SEQUENCES)
         late = [part for part, m in block.named_modules() if getattr(m, "batch_first", True) is False]
         if late and not known and self.summed:
-            raise ValueError(f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
-                             "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
-                             "reduction='mean' needs none")
+            raise ValueError(
+                f"{late[0] or 'the block'!r} in block {name!r} takes time first, the block itself may or may "
+                "not: give batch_axis, 1 if the block returns [time, samples, ...], otherwise 0; "
+                "reduction='mean' needs none")
         return int(bool(late) and known)
 
     def of(self, name, y:Tensor)->int|None: # None: one sequence, without an axis for samples
         "The axis of the samples in what a block returned."
         if self.guessed and y.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES): return None
         if (axis := self.axes[name]) < y.ndim: return axis
-        raise ValueError(f"block {name!r} gives {tuple(y.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples")
+        raise ValueError(
+            f"block {name!r} gives {tuple(y.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples"
+        )
 
 # %% ../nbs/01a_hooks.ipynb #b0a7c522
 @patch
@@ -341,8 +363,10 @@ def check(self:SampleAxes,
     for name, shape in shapes.items():
         doubt = len(shape) > 2 and not self.axes[name] and not isinstance(self.blocks[name], _SEQUENCES)
         if doubt and shape[0] != len(out) == shape[1]:
-            raise ValueError(f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
-                             "seems to count the samples: give batch_axis=1, or 0 if it is the first after all" + "; reduction='mean' needs none" * self.summed)
+            raise ValueError(
+                f"block {name!r} gives {tuple(shape)} and the model {tuple(out.shape)}, so the second axis "
+                "seems to count the samples: give batch_axis=1, or 0 if it is the first after all" +
+                "; reduction='mean' needs none" * self.summed)
 
 # %% ../nbs/02_attach.ipynb #8dc89c3e
 import math
@@ -366,10 +390,13 @@ from lap_nb.files import as_code, as_text
 # %% ../nbs/02_attach.ipynb #399866a1
 _SUMS = {"Add", "Sub", "Rsub"}
 _FUSED = {"Addcmul", "Addcdiv", "Addmm", "Addbmm", "Baddbmm", "Addmv", "Addr"}   # a product is added to the first
-_MOVES = {*_SUMS, *"""Alias Clone Copy ToCopy View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Repeat T Transpose Permute Slice Select AsStrided Diagonal Unfold
+_MOVES = {
+    *_SUMS,
+    *"""Alias Clone Copy ToCopy View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Repeat T Transpose Permute Slice Select AsStrided Diagonal Unfold
     Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Cat Stack Sum Mean Flip Roll Rot90 ConstantPadNd PixelShuffle PixelUnshuffle NativeChannelShuffle
     Mul Div Neg Lerp CopySlices""".split()}
-_ACTIVATIONS = set("Relu LeakyRelu Gelu Silu Elu Celu Selu Mish Hardtanh Hardswish Softplus Threshold Tanh PreluKernel".split())
+_ACTIVATIONS = set(
+    "Relu LeakyRelu Gelu Silu Elu Celu Selu Mish Hardtanh Hardswish Softplus Threshold Tanh PreluKernel".split())
 
 def _operation(node)->str: return node.name().removeprefix("torch::autograd::").split("Backward")[0]
 
@@ -382,7 +409,8 @@ def _ways_back(node, nr:int, g:Tensor)->list|None: # pairs (node and its output,
         try: back = node(*(g if i == nr else None for i in range(len(node._input_metadata))))
         except (RuntimeError, TypeError): return None   # it needs an activation: no constant factor
     back = back if isinstance(back, (tuple, list)) else [back]
-    return [(way, None if way[0] is None or b is None else _fitted(b, way[0]._input_metadata[way[1]])) for way, b in zip(ways, back)]
+    return [(way, None if way[0] is None or b is None else _fitted(b, way[0]._input_metadata[way[1]]))
+            for way, b in zip(ways, back)]
 
 def _fitted(g:Tensor, like)->Tensor:
     "As autograd hands it on: in shape and precision of what came forwards."
@@ -394,7 +422,8 @@ def _fitted(g:Tensor, like)->Tensor:
 class _Way:
     "How an input comes to its output."
     start: Any = None   # node of the input that was reached; None: there is no such way
-    sums: dict = field(default_factory=dict) # additions on the way: node to the nodes of what is added to the input there
+    # additions on the way: node to the nodes of what is added to the input there
+    sums: dict = field(default_factory=dict)
     words: str = ""     # what else is on the way, or why there is none
 
 @dataclass
@@ -414,7 +443,8 @@ def _listed(sums:tuple)->list[tuple]:
     return found
 
 def _code(like:Tensor)->Tensor:
-    "A number from 1 to 127 for each element, which every precision holds; they come again after 65,521, a prime, which no rearrangement meets."
+    """A number from 1 to 127 for each element, which every precision holds; they come again after 65,521, a prime,
+    which no rearrangement meets."""
     n = torch.arange(min(like.numel(), 65521), device=like.device)
     code = (((n * 40503) >> 4) % 127 + 1).to(like.dtype)
     return code.repeat(-(-like.numel() // max(1, len(n))))[:like.numel()].view(like.shape)
@@ -440,7 +470,9 @@ def _arrivals(y:Tensor, code:Tensor, starts, written)->tuple[list[_Arrival], set
         elif (ways := _ways_back(node, nr, g)) is None: bars.add(name)
         else:
             plain = name in _SUMS or name in _FUSED
-            if not plain and len(ways) > 1: ways = [w for w in ways if w[1] is not None and bool(w[1].any())] or ways[:1]   # those by which something comes
+            # those by which something comes
+            if not plain and len(ways) > 1:
+                ways = [w for w in ways if w[1] is not None and bool(w[1].any())] or ways[:1]
             for k, ((way, at), back) in reversed(list(enumerate(ways))):
                 if back is None: continue
                 others = [w for i, ((w, _), _) in enumerate(ways) if i != k]
@@ -456,21 +488,29 @@ def _same(a:Tensor, b:Tensor)->bool:
     return bool(((a.double() - b.double()).abs() <= 8 * eps * b.double().abs()).all())
 
 def _way_in(y:Tensor, starts, written=())->_Way:
-    "How one of several inputs of a module, known by the nodes that made them, gets into its output; `written`: those that the module wrote to."
+    """How one of several inputs of a module, known by the nodes that made them, gets into its output; `written`: those
+    that the module wrote to."""
     if y.grad_fn is None: return _Way(words="its input is no summand of its output")
     code = _code(y)
     found, bars = _arrivals(y, code, starts, written)
-    whole = next(([a] for a in found if a.sums and (not a.before or a.written) and _same(a.code, code)), None) or _pieces(found, code)
+    whole = next(
+        ([a] for a in found if a.sums and (not a.before or a.written) and _same(a.code, code)), None) or _pieces(
+            found, code)
     if sums := _joined(whole):
         first = whole[0]
-        words = f"{first.before} in place, then " * first.written + _counted(len(sums), "addition") + f", then {first.after}" * bool(first.after)
+        words = f"{first.before} in place, then " * first.written + _counted(
+            len(sums), "addition") + f", then {first.after}" * bool(first.after)
         return _Way(first.start, sums, words)
-    if odd := _oddity([a for a in found if a.code.shape == code.shape], code): return _Way(words=f"its input enters its output {odd}, expected unchanged")
-    return _Way(words="its input is no summand of its output" + (f": {', '.join(sorted(bars))} in the way" if bars else ""))
+    if odd := _oddity([a for a in found if a.code.shape == code.shape], code):
+        return _Way(words=f"its input enters its output {odd}, expected unchanged")
+    return _Way(words="its input is no summand of its output" +
+                (f": {', '.join(sorted(bars))} in the way" if bars else ""))
 
 def _pieces(found:list[_Arrival], code:Tensor)->list[_Arrival]: # none, if they do not make up the whole
     "The ways of an input that came in pieces, each where it was."
-    parts = [a for a in found if not a.before and a.code.shape == code.shape and bool(((a.code == 0) | (a.code == code)).all())]
+    parts = [
+        a for a in found
+        if not a.before and a.code.shape == code.shape and bool(((a.code == 0) | (a.code == code)).all())]
     for start in {a.start for a in parts}:
         own = [a for a in parts if a.start is start]
         if _same(sum(a.code for a in own), code): return own
@@ -502,7 +542,8 @@ class _Call:
     "What one call of a module showed."
     why: str                # the verdict in words
     shape: bool = False     # output has the input's shape
-    way: _Way|None = None   # from input to output, if the input is an unchanged summand and something is added that depends on it
+    # from input to output, if the input is an unchanged summand and something is added that depends on it
+    way: _Way|None = None
     inplace: bool = False   # it writes to its input
     moved: float = None     # size of output minus input over size of input
     written: bool = False   # its output is written to later
@@ -535,11 +576,15 @@ def _sways(added:Callable, x:Tensor)->bool:
 
 # %% ../nbs/02_attach.ipynb #a1f0d036
 class _Waits(Hook):
-    "A hook that holds up the passes that other threads make meanwhile: the network is not in the state in which they expect it."
+    """A hook that holds up the passes that other threads make meanwhile: the network is not in the state in which they
+    expect it."""
     def awake(self, module):
         owner = self.owner()
         if owner is not None and owner.on and threading.get_ident() in owner.others and not owner.over.wait(60):
-            raise RuntimeError("the network was called in another thread while find_blocks looked at it, and that took over a minute: call find_blocks before the threads start")
+            raise RuntimeError(
+                "the network was called in another thread while find_blocks looked at it, and that took over a "
+                "minute: call find_blocks before the threads start"
+            )
         return super().awake(module)
 
 def _inside(probe:Watcher, modules:set)->bool:
@@ -559,7 +604,8 @@ class _Probe(Watcher):
         super().__init__(threading.get_ident())
         self.over, self.others = threading.Event(), {t.ident for t in threading.enumerate()} - {self.thread}
         self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
-        self.moving, self.roots = set(), []   # sums that add what depends on an input; nodes that made what the last module returned
+        # sums that add what depends on an input; nodes that made what the last module returned
+        self.moving, self.roots = set(), []
 
     def alone(self, modules):
         "Wait until calls that other threads had begun before the hooks were on have ended."
@@ -582,7 +628,8 @@ class _Probe(Watcher):
         y = first_tensor(out)
         x, mark, *_ = opened = self.open.pop()
         self.calls.setdefault(module, []).append(call := self._judge(*opened, y))
-        made = getattr(x, "grad_fn", None) if mark is None else opened[2].next_functions[0][0]   # for `x` itself may have been written to
+        # for `x` itself may have been written to
+        made = getattr(x, "grad_fn", None) if mark is None else opened[2].next_functions[0][0]
         call.ends = (made, getattr(y, "grad_fn", None))
         if not self.open: self.roots = [t.grad_fn for t in _floats(out) if t.grad_fn is not None]
         if call.shape and not _layer(module):
@@ -602,7 +649,8 @@ def _floats(value)->list[Tensor]:
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
     return [t for item in items for t in _floats(item)]
 
-def _layer(module:nn.Module)->bool: return type(module).__module__.startswith("torch.nn.") and not list(module.children())
+def _layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.") and not list(module.children())
 
 # %% ../nbs/02_attach.ipynb #4c1d09ab
 @patch
@@ -613,15 +661,19 @@ def _judge(self:_Probe,
     again,   # the module as a function of this input
     y,       # output of the module, or None
 )->_Call:    # the verdict, in words and numbers
-    "What one call of a module shows: whether its output contains its input, unchanged, as a summand, beside something that depends on it."
+    """What one call of a module shows: whether its output contains its input, unchanged, as a summand, beside something
+    that depends on it."""
     if x is None or y is None: return _Call("no floating-point tensor goes " + ("in" if x is None else "out"))
     if x.shape != y.shape: return _Call(_shapes(x, y))
     if mark is None: return _Call("a single layer", shape=True)
     inplace = version_of(mark) != 0
     way = _way_in(y, {start}, {start} if inplace else ())
     if way.start is None: return _Call(way.words, True, None, inplace)
-    if not self._moves(way, x, again): return _Call("it adds nothing that depends on its input: a position, noise or a constant", True, None, inplace, still=True)
-    with torch.no_grad(): moved = math.nan if inplace or y.is_meta else ((y - x).float().norm() / x.float().norm()).item()
+    if not self._moves(way, x, again):
+        return _Call("it adds nothing that depends on its input: a position, noise or a constant", True, None, inplace,
+                     still=True)
+    with torch.no_grad():
+        moved = math.nan if inplace or y.is_meta else ((y - x).float().norm() / x.float().norm()).item()
     if math.isfinite(moved): return _Call(way.words, True, way, inplace, moved)
     lost = not inplace and not y.is_meta and not bool(y.isfinite().all())
     return _Call(way.words + "; its output is not finite" * lost, True, way, inplace)
@@ -643,12 +695,14 @@ def _moves(self:_Probe, way:_Way, x:Tensor, again:Callable)->bool:
 
 # %% ../nbs/02_attach.ipynb #5295d5bf
 class Aside:
-    "What a pass on the side changes: compiled parts of `root` run as they were written, what is attached to it rests. `end` may come at any time and twice."
+    """What a pass on the side changes: compiled parts of `root` run as they were written, what is attached to it rests.
+    `end` may come at any time and twice."""
     def __init__(self, root:nn.Module):
         compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in root.modules())
         if compiled and not hasattr(torch.compiler, "set_stance"):
-            raise RuntimeError(f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
-                               "use PyTorch 2.6 or later, or come with the network before torch.compile")
+            raise RuntimeError(
+                f"the network holds compiled parts, which PyTorch {torch.__version__} cannot run as they were written: "
+                "use PyTorch 2.6 or later, or come with the network before torch.compile")
         self.stance = torch._dynamo.eval_frame._stance if compiled else None
         self.watchers = [(w, w.paused) for w in watchers_of(root)]
 
@@ -664,7 +718,8 @@ class Aside:
 def _package(kind:type)->str: return kind.__module__.partition(".")[0]
 
 class _Kept:
-    "What objects hold in plain attributes, containers, tensors and generators; `back` may be called at any time and twice."
+    """What objects hold in plain attributes, containers, tensors and generators; `back` may be called at any time and
+    twice."""
     def __init__(self): self.seen, self.undo = {}, []   # seen: objects by id, which keeps them alive
 
     def note(self, value, home:str):
@@ -672,7 +727,9 @@ class _Kept:
         todo = [value]
         while todo:
             v = todo.pop()
-            if id(v) in self.seen or isinstance(v, (str, bytes, int, float, type(None), type, FunctionType, MethodType, nn.Module, nn.Parameter)): continue
+            if id(v) in self.seen or isinstance(
+                    v, (str, bytes, int, float, type(None), type, FunctionType, MethodType, nn.Module, nn.Parameter)):
+                continue
             self.seen[id(v)] = v
             if isinstance(v, Tensor): self._tensor(v)
             elif isinstance(v, dict): self.undo.append(partial(_refill_dict, v, dict(v))); todo += v.values()
@@ -681,8 +738,10 @@ class _Kept:
             elif isinstance(v, tuple): todo += v
             elif isinstance(v, torch.Generator): self.undo.append(partial(v.set_state, v.get_state()))
             elif isinstance(v, random.Random): self.undo.append(partial(v.setstate, v.getstate()))
-            elif isinstance(v, np.random.Generator): self.undo.append(partial(setattr, v.bit_generator, "state", v.bit_generator.state))
-            elif _package(type(v)) == home and isinstance(getattr(v, "__dict__", None), dict): todo.append(vars(v))
+            elif isinstance(v, np.random.Generator):
+                self.undo.append(partial(setattr, v.bit_generator, "state", v.bit_generator.state))
+            elif _package(type(v)) == home and isinstance(getattr(v, "__dict__", None), dict):
+                todo.append(vars(v))
 
     def _tensor(self, t:Tensor):
         if t.is_meta or t.layout != torch.strided: return
@@ -711,7 +770,8 @@ def module(self:_Kept, module:nn.Module):
     own = {k: v for k, v in vars(module).items() if "hooks" not in k and k not in ("forward", "training")}
     for k in own: self.note(own[k], _package(type(module)))
     kind = type(module)
-    self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)   # a lazy module is of another kind once it has run
+    # a lazy module is of another kind once it has run
+    self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)
 
 # %% ../nbs/02_attach.ipynb #5295d5bf
 def _own_weights(root:nn.Module)->list[tuple[Tensor, Tensor]]: # as they are, with a copy
@@ -732,13 +792,17 @@ def _random_states(root:nn.Module)->list[tuple[Callable, Any]]: # what puts each
 
 # %% ../nbs/02_attach.ipynb #5295d5c0
 class _Quiet(Aside):
-    "A pass on the side of which nothing is left: in evaluation mode, with a graph that keeps no activations; buffers and random state are put back."
+    """A pass on the side of which nothing is left: in evaluation mode, with a graph that keeps no activations; buffers
+    and random state are put back."""
     def __init__(self, root:nn.Module):
         super().__init__(root)
         self.root, self.dropped, self.modes, self.kept, self.weights, self.randoms = root, [], [], _Kept(), [], []
-        self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
-        drop = self.dropped.append   # returns None: that is what is kept of an activation; a single number may be a factor
-        self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() if t.numel() == 1 else drop(None), lambda t: t)
+        self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(
+            False) if torch.is_inference_mode_enabled() else None
+        # returns None: that is what is kept of an activation; a single number may be a factor
+        drop = self.dropped.append
+        self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach()
+                                                              if t.numel() == 1 else drop(None), lambda t: t)
 
     def keep(self):
         "Note what `end` puts back."
@@ -762,7 +826,8 @@ class _Quiet(Aside):
 
     def end(self):
         if self.drops(): self.saved.__exit__()
-        if self.inference is not None and not torch.is_inference_mode_enabled(): self.inference.__exit__(None, None, None)
+        if self.inference is not None and not torch.is_inference_mode_enabled():
+            self.inference.__exit__(None, None, None)
         torch.set_grad_enabled(self.grad)
         for m, mode in self.modes:
             if m.training != mode: m.train(mode)   # as the module itself does it, then each part as it was
@@ -776,15 +841,23 @@ class _Quiet(Aside):
 # %% ../nbs/02_attach.ipynb #579dc64b
 def check_batch(x):
     "Raises on an input that no network can be measured with."
-    if isinstance(x, nn.Module): raise TypeError(f"the input is a {type(x).__name__}, expected tensors: the network comes first, then its input")
-    if isinstance(x, Mapping) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"an input is named {described(odd[0])}, expected names of arguments: strings")
+    if isinstance(x, nn.Module):
+        raise TypeError(f"the input is a {type(x).__name__}, expected tensors: the network comes first, then its input")
+    if isinstance(x, Mapping) and (odd := [k for k in x if not isinstance(k, str)]):
+        raise TypeError(f"an input is named {described(odd[0])}, expected names of arguments: strings")
     for t in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]:
         if not isinstance(t, Tensor): continue
         check_tensor("an input", t)
         if t.numel() == 0:
             what = "the batch is empty" if t.ndim and len(t) == 0 else "the samples have no features"
-            raise ValueError(f"{what}: an input has shape {tuple(t.shape)}; give at least one {'sample' if t.ndim and len(t) == 0 else 'feature'}")
-        if t.is_meta: raise ValueError(f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a pass")
+            raise ValueError(
+                f"{what}: an input has shape {tuple(t.shape)}; give at least one "
+                f"{'sample' if t.ndim and len(t) == 0 else 'feature'}"
+            )
+        if t.is_meta:
+            raise ValueError(
+                f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a pass"
+            )
 
 _PROBING = threading.RLock()   # one at a time, or two would wait for each other
 
@@ -813,11 +886,14 @@ class _Judge:
         self.residual = {m for m, its in calls.items() if all(c.way for c in its)}
         self.owner = {}   # addition to the block that makes it
         self.chains = self._chained()   # module to the number of additions that it makes itself
-        self.branches = _branches_in(calls, ends)   # module whose output somebody else adds to the stream; whether that is its input
+        # module whose output somebody else adds to the stream; whether that is its input
+        self.branches = _branches_in(calls, ends)
 
     def _chained(self)->dict:
-        "Modules in which the input runs through blocks inside: these are the blocks, unless most of what the module adds is its own."
-        chains, owner, ends = {}, self.owner, {m: k for k, m in enumerate(self.calls)}   # a module is noted when its first call ends
+        """Modules in which the input runs through blocks inside: these are the blocks, unless most of what the module
+        adds is its own."""
+        # a module is noted when its first call ends
+        chains, owner, ends = {}, self.owner, {m: k for k, m in enumerate(self.calls)}
         for m in sorted(self.residual, key=ends.get):
             inner = {owner[s] for c in self.calls[m] for s in c.way.sums if s in owner}
             own = [(s, c) for c in self.calls[m] for s in c.way.sums if s not in owner]
@@ -839,12 +915,17 @@ def __call__(self:_Judge, module, named)->tuple[bool, str]:
         return named, "named by a pattern" if named else "cannot be judged without an example input"
     if module not in self.calls: return False, "not called"
     call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
-    if named and module not in self.branches: return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(c.shape for c in self.calls[module]) else (False, call.why)
+    if named and module not in self.branches:
+        return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(
+            c.shape for c in self.calls[module]) else (False, call.why)
     if module in self.branches and module not in self.residual:
-        return named, "a branch: who calls it adds what it returns to " + ("its input" if self.branches[module] else "the stream from which its input is made") + "; measure it with velocity='branch'"
+        return named, "a branch: who calls it adds what it returns to " + (
+            "its input" if self.branches[module] else
+            "the stream from which its input is made") + "; measure it with velocity='branch'"
     if module in self.chains:
         own = self.chains[module]
-        return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them" if own else "")
+        return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them"
+                                                           if own else "")
     if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
         return False, f"the whole network, with blocks inside; {call.why}"
     if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
@@ -854,15 +935,18 @@ def __call__(self:_Judge, module, named)->tuple[bool, str]:
 # %% ../nbs/02_attach.ipynb #a1f0d010
 def _stripped(node):
     "The node behind what leaves all numbers where they are."
-    while node is not None and _operation(node) in ("Alias", "Clone", "ToCopy", "View", "UnsafeView", "ReshapeAlias"): node = node.next_functions[0][0]
+    while node is not None and _operation(node) in ("Alias", "Clone", "ToCopy", "View", "UnsafeView", "ReshapeAlias"):
+        node = node.next_functions[0][0]
     return node
 
 def _branches_in(calls:dict, ends:Iterable)->dict[nn.Module, bool]:
-    "Modules that keep the shape and whose output is added, by who calls them, to something from which their input was made; whether that is their input itself."
+    """Modules that keep the shape and whose output is added, by who calls them, to something from which their input was
+    made; whether that is their input itself."""
     made = {}   # node of an output to the calls that end there
     for module, its in calls.items():
         for call in its:
-            if call.shape and call.way is None and call.ends[1] is not None: made.setdefault(_stripped(call.ends[1]), []).append((module, call))
+            if call.shape and call.way is None and call.ends[1] is not None:
+                made.setdefault(_stripped(call.ends[1]), []).append((module, call))
     todo, seen, added = list(ends), set(), {}
     while todo:
         if (node := todo.pop()) in seen: continue
@@ -872,38 +956,50 @@ def _branches_in(calls:dict, ends:Iterable)->dict[nn.Module, bool]:
         if _operation(node) not in ("Add", "Sub") or len(ways) < 2: continue
         for way, other in ((ways[0], ways[1]), (ways[1], ways[0])):
             for module, call in made.get(_stripped(way), ()):
-                if _reaches([call.ends[1]], other): added.setdefault(module, []).append(call.ends[0] is not None and _stripped(call.ends[0]) is _stripped(other))
+                if _reaches([call.ends[1]], other):
+                    added.setdefault(module, []).append(call.ends[0] is not None
+                                                        and _stripped(call.ends[0]) is _stripped(other))
     return {m: all(own) for m, own in added.items() if len(own) == len(calls[m])}
 
 # %% ../nbs/02_attach.ipynb #a0407b1f
 class Blocks(dict):
-    "Residual blocks by name, in order of registration, with the reasons; a table in a notebook. `inplace`, `written`: those whose input, whose output is written to."
+    """Residual blocks by name, in order of registration, with the reasons; a table in a notebook. `inplace`, `written`:
+    those whose input, whose output is written to."""
     def __init__(self,
         blocks:Mapping|tuple=(), # name to module
     ):
         try: super().__init__(blocks)
-        except (TypeError, ValueError): raise TypeError(f"blocks are {described(blocks)}, expected a mapping of names to modules") from None
+        except (TypeError, ValueError):
+            raise TypeError(f"blocks are {described(blocks)}, expected a mapping of names to modules") from None
         self.why, self.skipped, self.moved, self.inplace, self.written = {}, {}, {}, set(), set()
-        self.branches, self.classes, self.ran = {}, [], set()   # branches: those that only return what is added, and whether it is added to their input; classes: rows of the repeated ones; ran: in the probing pass
+        # branches: those that only return what is added, and whether it is added to their input; classes: rows of the
+        # repeated ones; ran: in the probing pass
+        self.branches, self.classes, self.ran = {}, [], set()
 
     def table(self)->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
         "How much of each repeated class is covered; matched blocks; what was skipped, with the reasons."
-        classes = [dict(name=c["name"], kind=c["kind"], verdict="class", moved=None, why=_coverage(c)) for c in self.classes]
-        rows = [dict(name=n, kind=type(m).__name__, verdict="branch" if n in self.branches else "matched", moved=self.moved.get(n), why=self.why.get(n, ""))
-                for n, m in self.items()]
-        return classes + rows + [dict(name=n, kind="", verdict="skipped", moved=None, why=why) for n, why in self.skipped.items()]
+        classes = [
+            dict(name=c["name"], kind=c["kind"], verdict="class", moved=None, why=_coverage(c)) for c in self.classes]
+        rows = [
+            dict(name=n, kind=type(m).__name__, verdict="branch" if n in self.branches else "matched",
+                 moved=self.moved.get(n), why=self.why.get(n, "")) for n, m in self.items()]
+        return classes + rows + [
+            dict(name=n, kind="", verdict="skipped", moved=None, why=why) for n, why in self.skipped.items()]
 
     def _repr_markdown_(self)->str:
         size = lambda moved: "" if moved is None else f"{moved:.2f}"
-        rows = [f"| {as_code(r['name'])} | {as_text(r['kind'])} | {r['verdict']} | {size(r['moved'])} | {as_text(r['why'])} |" for r in self.table()]
+        rows = [
+            f"| {as_code(r['name'])} | {as_text(r['kind'])} | {r['verdict']} | {size(r['moved'])} | "
+            f"{as_text(r['why'])} |"
+            for r in self.table()]
         return "\n".join(["| name | kind | verdict | moved | why |", "|---|---|---|---|---|", *rows])
 
     def __repr__(self)->str: return f"Blocks: {len(self)} matched ({', '.join(self)}), {len(self.skipped)} skipped"
 
 def _coverage(row:dict)->str:
     "A row of a class in words."
-    return (f"{row['found']} of {row['of']} modules of this class, {row['share']:.0%} of the parameters, covered"
-            + (f"; the others: {row['why']}" if row["found"] and row["why"] else f"; {row['why']}" if row["why"] else ""))
+    return (f"{row['found']} of {row['of']} modules of this class, {row['share']:.0%} of the parameters, covered" +
+            (f"; the others: {row['why']}" if row["found"] and row["why"] else f"; {row['why']}" if row["why"] else ""))
 
 # %% ../nbs/02_attach.ipynb #3a8bfae7
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -921,9 +1017,13 @@ def _above(name:str)->list[str]:
 def matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
     "Names that fit a pattern; raises `ValueError` for a pattern that fits none."
     names, found = list(names), set()
-    for pattern in [patterns] if isinstance(patterns, str) else () if patterns is None else several("the patterns", patterns, as_given, "names of modules, or patterns of them"):
+    for pattern in [patterns] if isinstance(patterns, str) else () if patterns is None else several(
+            "the patterns", patterns, as_given, "names of modules, or patterns of them"):
         if not isinstance(pattern, str):
-            raise TypeError(f"found a {type(pattern).__name__} among the patterns, expected names of modules: strings, or a mapping of names to modules")
+            raise TypeError(
+                f"found a {type(pattern).__name__} among the patterns, expected names of modules: strings, or a "
+                f"mapping of names to modules"
+            )
         if not (hits := {n for n in names if fnmatchcase(n, pattern)}):
             near = get_close_matches(pattern, names, cutoff=.3) or names[1:4]
             raise ValueError(f"pattern {pattern!r} matches no module; the nearest names are {', '.join(near)}")
@@ -934,11 +1034,14 @@ def matching(names:Iterable[str], patterns:str|Iterable[str]|None)->set[str]:
 @checked
 def find_blocks(
     model:nn.Module,                        # left as it is: mode, buffers and random state, too
-    x:Any=None,                             # example input for one probing pass: tensor, tuple or mapping; None: `ResidualBlock`s only
-    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says
+    # example input for one probing pass: tensor, tuple or mapping; None: `ResidualBlock`s only
+    x:Any=None,
+    # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     exclude:str|Iterable[str]|None=None,    # patterns of names that are no blocks, nor anything inside them
 )->Blocks:                                  # name to module, with the reasons
-    "The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand, beside something that depends on it. `ValueError` if there is none; a warning if only part of a class is covered."
+    """The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand,
+    beside something that depends on it. `ValueError` if there is none; a warning if only part of a class is covered."""
     root = unwrap(model)
     names, _ = named_parts(root), check_batch(x)
     wanted, barred = _wanted(root, names, blocks), matching(names, exclude)
@@ -954,7 +1057,10 @@ def find_blocks(
         if yes: found[name], found.why[name] = module, why
         else: reasons[name] = why
     if lost := [name for name, in_full in wanted.items() if in_full and name in reasons and name not in barred]:
-        raise ValueError(f"{lost[0]!r} is named among the blocks and cannot be one: {reasons[lost[0]] or 'it is inside another one'}; leave it out of blocks")
+        raise ValueError(
+            f"{lost[0]!r} is named among the blocks and cannot be one: "
+            f"{reasons[lost[0]] or 'it is inside another one'}; leave it out of blocks"
+        )
     found.classes = _classes(found, names, judge)
     _finish(found, reasons, judge, root)
     if not wanted and not barred: _warn_of_part(found, root)
@@ -971,19 +1077,26 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module):
         if any(c.written for c in calls): blocks.written.add(name)
         if len(calls) > 1: blocks.why[name] += f"; called {len(calls)} times"
         if module in judge.branches: blocks.branches[name] = judge.branches[module]
-    if any(c.inplace for calls in judge.calls.values() for c in calls): blocks.written |= set(blocks)   # it was to a copy that they wrote
+    # it was to a copy that they wrote
+    if any(c.inplace for calls in judge.calls.values() for c in calls): blocks.written |= set(blocks)
     blocks.skipped = _skipped(blocks, reasons)
     if blocks: return
     reasons = {c["name"]: f"{c['why']}, as in {c['of'] - 1} more of this class" for c in blocks.classes if c["why"]}
     listed = {name for c in blocks.classes for name in c["names"]}
     others = {name: why for name, why in blocks.skipped.items() if name not in listed}
-    near = {name: why for name, why in others.items() if why.startswith(("its input", "it adds", "a branch"))}   # they keep the shape: the likeliest first
-    seen = "; ".join(f"{name}: {why}" for name, why in list((reasons | near | others).items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
+    # they keep the shape: the likeliest first
+    near = {name: why for name, why in others.items() if why.startswith(("its input", "it adds", "a branch"))}
+    seen = "; ".join(f"{name}: {why}" for name, why in list((
+        reasons | near
+        | others).items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
     branches = any(why.startswith("a branch") for why in (reasons | others).values())
-    raise ValueError(f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus something of the same shape that depends on it; "
-                     + ("pass an example input x, so that the others can be judged, or " if not judge.calls else "")
-                     + ("take find_blocks(model, x, blocks=...) with the names of the branches, and measure them with EnergyMeter(..., velocity='branch')" if branches
-                        else "name the blocks by patterns, blocks=[...]"))
+    raise ValueError(
+        f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus "
+        f"something of the same shape that depends on it; "
+        + ("pass an example input x, so that the others can be judged, or " if not judge.calls else "") +
+        ("take find_blocks(model, x, blocks=...) with the names of the branches, and measure them with "
+         "EnergyMeter(..., velocity='branch')"
+         if branches else "name the blocks by patterns, blocks=[...]"))
 
 # %% ../nbs/02_attach.ipynb #5bf8b27f
 def _skipped(blocks:Blocks, reasons:dict)->dict:
@@ -1003,65 +1116,92 @@ def _skipped(blocks:Blocks, reasons:dict)->dict:
 
 # %% ../nbs/02_attach.ipynb #a1f0d014
 def _classes(blocks:Blocks, names:dict, judge:_Judge)->list[dict]:
-    "Rows of the classes that occur several times, outermost first, of which a module keeps its shape: its name, what is covered and why other modules are not."
-    keeps = {m for m, calls in judge.calls.items() if all(c.shape for c in calls) and not _layer(m) and not type(m).__module__.startswith("torch.nn.modules.container")}
+    """Rows of the classes that occur several times, outermost first, of which a module keeps its shape: its name, what
+    is covered and why other modules are not."""
+    keeps = {
+        m for m, calls in judge.calls.items()
+        if all(c.shape
+               for c in calls) and not _layer(m) and not type(m).__module__.startswith("torch.nn.modules.container")}
     kinds = Counter(type(m) for m in names.values())
     groups, seen = {}, set()
     for name, module in names.items():
-        if module not in judge.calls or kinds[type(module)] < 2 or module in judge.chains or not seen.isdisjoint(_above(name)): continue
-        if module in keeps or any(m in keeps for _, m in groups.get(type(module), ())): groups.setdefault(type(module), []).append((name, module)); seen.add(name)
+        if module not in judge.calls or kinds[type(module)] < 2 or module in judge.chains or not seen.isdisjoint(
+                _above(name)):
+            continue
+        if module in keeps or any(m in keeps for _, m in groups.get(type(module), ())):
+            groups.setdefault(type(module), []).append((name, module))
+            seen.add(name)
     for name, module in names.items():   # those of other shapes that came before
-        if type(module) in groups and module in judge.calls and module not in judge.chains and name not in seen and seen.isdisjoint(_above(name)): groups[type(module)].append((name, module))
+        if type(
+                module
+        ) in groups and module in judge.calls and module not in judge.chains and name not in seen and seen.isdisjoint(
+                _above(name)):
+            groups[type(module)].append((name, module))
     whole = max(1, _size(judge.root))
-    return [_class_row(kind, members, blocks, judge, keeps, whole) for kind, members in groups.items() if len(members) > 1]
+    return [
+        _class_row(kind, members, blocks, judge, keeps, whole) for kind, members in groups.items() if len(members) > 1]
 
 def _class_row(kind, members, blocks:Blocks, judge:_Judge, keeps:set, whole:int)->dict:
     found, left = [m for n, m in members if n in blocks], [(n, m) for n, m in members if n not in blocks]
     reasons = Counter(judge(m, False)[1] for _, m in left)
     why = "; ".join(f"{why} ({k} times)" if k > 1 and found else why for why, k in reasons.items() if why)
-    return dict(name=(left if not found else members)[0][0], kind=kind.__name__, found=len(found), of=len(members), share=_size(*found) / whole, size=_size(*(m for _, m in members)) / whole,
-                why=why, missed=sum(m in keeps for _, m in left), names=[n for n, m in left if m in keeps])
+    return dict(name=(left if not found else members)[0][0], kind=kind.__name__, found=len(found), of=len(members),
+                share=_size(*found) / whole, size=_size(*(m for _, m in members)) / whole, why=why,
+                missed=sum(m in keeps for _, m in left), names=[n for n, m in left if m in keeps])
 
 def _warn_of_part(blocks:Blocks, root:nn.Module):
     "Warn if only part of a class, or of what holds the weights, is covered."
     covered = sum(row["share"] for row in blocks.classes)
     for row in blocks.classes:
         if row["missed"] and (row["found"] or row["size"] > covered):
-            warnings.warn(f"only part of {type(root).__name__} is covered: of {row['kind']}, {_coverage(row)}. Look at find_blocks(model, x), and name blocks by patterns, blocks=[...]", stacklevel=4)
+            warnings.warn(
+                f"only part of {type(root).__name__} is covered: of {row['kind']}, {_coverage(row)}. Look at "
+                f"find_blocks(model, x), and name blocks by patterns, blocks=[...]",
+                stacklevel=4)
 
 # %% ../nbs/02_attach.ipynb #b1c00010
 def _wanted(root:nn.Module, names:Mapping[str, nn.Module], blocks)->dict[str, bool]: # empty: nothing was asked for
-    "Names of the modules that `blocks` means, and whether each was named in full; raises `ValueError` if there are none, or they are not in the model, `TypeError` for what are no blocks."
+    """Names of the modules that `blocks` means, and whether each was named in full; raises `ValueError` if there are
+    none, or they are not in the model, `TypeError` for what are no blocks."""
     if blocks is None: return {}
     if isinstance(blocks, str): blocks = [blocks]
-    if not isinstance(blocks, Mapping): blocks = several("blocks", blocks, as_given, "a mapping of names to modules, or names and patterns")
-    if not blocks: raise ValueError("blocks is empty, expected at least one block, or a name or pattern of one; None: all that are found")
+    if not isinstance(blocks, Mapping):
+        blocks = several("blocks", blocks, as_given, "a mapping of names to modules, or names and patterns")
+    if not blocks:
+        raise ValueError(
+            "blocks is empty, expected at least one block, or a name or pattern of one; None: all that are found")
     if not isinstance(blocks, Mapping): return {name: name in blocks for name in matching(names, blocks)}
     name_of = {module: name for name, module in names.items()}
     for name, module in blocks.items():
         if check_module(f"block {name!r}", module) not in name_of:
-            raise ValueError(f"block {name!r} is not in this {type(root).__name__}: find the blocks of the model that is watched")
+            raise ValueError(
+                f"block {name!r} is not in this {type(root).__name__}: find the blocks of the model that is watched")
     return {name_of[module]: True for module in blocks.values()}
 
 # %% ../nbs/02_attach.ipynb #b1c00012
 def chosen_blocks(
     model:nn.Module, # a network, wrapped or compiled or not
-    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # name to module; or a name, a pattern as for files, several of them; None: found
+    # name to module; or a name, a pattern as for files, several of them; None: found
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     x:Any=None,      # example input, as in `find_blocks`; None: only `ResidualBlock`s are found
     branches:bool=False, # take modules that only return what is added, too; otherwise they are refused
 )->Mapping[str, nn.Module]: # name to module, at least one; a mapping as it was given
-    "What an argument `blocks` means; `TypeError` for what are no blocks, `ValueError` if there are none or they are not in `model`."
+    """What an argument `blocks` means; `TypeError` for what are no blocks, `ValueError` if there are none or they are
+    not in `model`."""
     root, branches = unwrap(model), flag("branches", branches)
     if isinstance(blocks, Mapping): _wanted(root, named_parts(root), blocks)
     else: blocks = find_blocks(root, x, blocks)
     if not branches and (lost := next(iter(getattr(blocks, "branches", ())), None)):
-        raise ValueError(f"block {lost!r} is a branch, expected a residual block: who calls it adds what it returns, so its output minus its input is no step, and without it nothing is passed on; "
-                         "EnergyMeter and LeastAction measure it with velocity='branch', trace as it is")
+        raise ValueError(
+            f"block {lost!r} is a branch, expected a residual block: who calls it adds what it returns, so its output "
+            f"minus its input is no step, and without it nothing is passed on; "
+            "EnergyMeter and LeastAction measure it with velocity='branch', trace as it is")
     return blocks
 
 # %% ../nbs/02_attach.ipynb #b1c00021
 class BlockHooks(Watcher):
-    "Watches the blocks of a model: derive from it and write `on_begin`, `on_step`, `on_end`. On the model until `remove`, the end of `with`, or while it is referenced."
+    """Watches the blocks of a model: derive from it and write `on_begin`, `on_step`, `on_end`. On the model until
+    `remove`, the end of `with`, or while it is referenced."""
     def __init__(self,
         model:nn.Module, # watched in place, wrapped or compiled or not
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`
@@ -1077,7 +1217,8 @@ class BlockHooks(Watcher):
         before:Tensor, # what went in: the first tensor of floats
         after:Tensor,  # what came out, of the same shape; clone what you keep, the network may write to it
     ):
-        "A block has run, for the first time: not again when a gradient checkpoint runs it once more. What you compute may enter a loss."
+        """A block has run, for the first time: not again when a gradient checkpoint runs it once more. What you compute
+        may enter a loss."""
     def on_end(self,
         output, # what the model returns
     ):
@@ -1095,7 +1236,8 @@ class BlockHooks(Watcher):
 def prepare(self:BlockHooks, root:nn.Module, blocks:Mapping[str, nn.Module], thread:int|None=None)->list: # of hooks, for `watch`
     "Set up a watcher of these blocks, in one thread or in each."
     Watcher.__init__(self, thread)
-    self.blocks, self.copies = blocks, set(getattr(blocks, "inplace", ()))   # blocks whose input is copied before they write to it
+    # blocks whose input is copied before they write to it
+    self.blocks, self.copies = blocks, set(getattr(blocks, "inplace", ()))
     steps = [(block, BlockHooks.enter, BlockHooks.leave, name) for name, block in blocks.items()]
     return [(root, BlockHooks.begin, None, ""), *steps, (root, None, BlockHooks.close, "")]
 
@@ -1145,28 +1287,38 @@ def _saved(t:Tensor): return t.detach(), version_of(t)
 def _unsaved(saved)->Tensor:
     t, version = saved
     if version_of(t) == version: return t
-    raise RuntimeError(f"a tensor of shape {tuple(t.shape)} that a hook on a block has used was written to later: clone `before` or `after` before you compute with it")
+    raise RuntimeError(
+        f"a tensor of shape {tuple(t.shape)} that a hook on a block has used was written to later: clone `before` or "
+        f"`after` before you compute with it"
+    )
 
 @patch
 def every_step(self:BlockHooks, name, before, after)->Tensor|None: # what takes the place of `after`
     "A block has run, for the first time or again."
     if recomputing(): return
-    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled(): self.on_step(name, before, after)
+    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        self.on_step(name, before, after)
     else:
-        with torch.autograd.graph.saved_tensors_hooks(_saved, _unsaved): self.on_step(name, before, after)
+        with torch.autograd.graph.saved_tensors_hooks(_saved, _unsaved):
+            self.on_step(name, before, after)
 
 # %% ../nbs/02_attach.ipynb #a1f0d008
 def pulls(
     action:Tensor,   # of a pass, made with gradients
     model:nn.Module, # that made it
 )->bool:             # False: it is zero, and tells nothing yet
-    "Whether an action has a gradient; `RuntimeError` where it is above zero and no weight that is trained changes it. Takes a backward pass, once; what cannot be asked, or only by waiting for a device, is believed."
+    """Whether an action has a gradient; `RuntimeError` where it is above zero and no weight that is trained changes it.
+    Takes a backward pass, once; what cannot be asked, or only by waiting for a device, is believed."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    if action.device.type != "cpu" or not action.requires_grad or not weights or any(hasattr(p, "placements") for p in weights): return True
+    if action.device.type != "cpu" or not action.requires_grad or not weights or any(
+            hasattr(p, "placements") for p in weights):
+        return True
     if not bool((action.detach() > 0).any()): return False
     try: grads = torch.autograd.grad(action.sum(), weights, retain_graph=True, allow_unused=True)
     except RuntimeError: return True   # compiled graphs and old checkpoints can be walked once only
     found = [g for g in grads if g is not None]   # none: other tensors stand in for the weights
     if not found or any(bool(g.any()) for g in found): return True
-    raise RuntimeError("the action is above zero and has no gradient: what the blocks add does not depend on anything that is trained, as that of a module that adds a position; "
-                       "look at find_blocks(model, x) and name other blocks, blocks=[...]")
+    raise RuntimeError(
+        "the action is above zero and has no gradient: what the blocks add does not depend on anything that is "
+        "trained, as that of a module that adds a position; "
+        "look at find_blocks(model, x) and name other blocks, blocks=[...]")

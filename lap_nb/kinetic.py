@@ -38,7 +38,9 @@ def block_energies(
     traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
 )->Tensor:                 # energy of each step and sample, `[K, B]`, float32 or wider
-    "Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the positions aren't. In float32 a step longer than 1e19 has an infinite energy and one below 1e-19 an inexact one or zero: `traj.to(torch.float64)`. `TypeError` for what is no trajectory."
+    """Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the
+    positions aren't. In float32 a step longer than 1e19 has an infinite energy and one below 1e-19 an inexact one or
+    zero: `traj.to(torch.float64)`. `TypeError` for what is no trajectory."""
     check_reduction(reduction)
     return torch.cat([_reduce(stage.steps.flatten(2), reduction) / stage.h for stage in traj.stages])
 
@@ -61,7 +63,8 @@ def _reduce(step:Tensor, reduction:str)->Tensor:
 def relative_energy(
     traj:Trajectory, # `K` steps of `B` samples, in one stage or several
 )->Tensor:           # per step and sample, `[K, B]`; no unit
-    "Energy of a step over the squared size of where it starts, $|x_{k+1}-x_k|^2/(h\\,|x_k|^2)$; infinite at the origin, nan for a sample that rests there."
+    """Energy of a step over the squared size of where it starts, $|x_{k+1}-x_k|^2/(h\\,|x_k|^2)$; infinite at the
+    origin, nan for a sample that rests there."""
     parts = []
     for stage in traj.stages:   # in units of the largest number in it: squares neither overflow nor vanish
         x, step = stage.x[:-1].flatten(2), stage.steps.flatten(2)
@@ -86,7 +89,8 @@ class EnergyLedger:
         self.names = tuple(getattr(traj, "names", map(str, range(len(self.energies)))))
         self.labels, self.y = y.unique(return_inverse=True)   # class of each column; column of each sample
         if bad := [n for n, e in zip(self.names, self.energies) if not e.isfinite().all()]:
-            raise ValueError(f"block {bad[0]!r} is the first whose energy is not finite: look at its weights and its input")
+            raise ValueError(
+                f"block {bad[0]!r} is the first whose energy is not finite: look at its weights and its input")
 
     @property
     def cells(self)->Tensor: # `[K, C]`
@@ -134,8 +138,12 @@ def _repr_markdown_(self:EnergyLedger):
     line = lambda name, values, share: f"| {name} | {' | '.join(f'{v:.3g}' for v in values)} | {share} |"
     out = [line(as_code(r['block']), [r[c] for c in labels] + [r["all"]], f"{r['share']:.0%}") for r in rows]
     B, counts = self.energies.shape[1], torch.bincount(self.y)
-    out += [line("all", [*(self.classes / B), self.total / B], "100%"), line("per sample of the class", [*(self.classes / counts), self.total / B], "")]
-    return "\n".join([f"| block | {' | '.join(f'class {c}' for c in labels)} | all | share |", "|---" * (len(labels) + 3) + "|", *out])
+    out += [
+        line("all", [*(self.classes / B), self.total / B], "100%"),
+        line("per sample of the class", [*(self.classes / counts), self.total / B], "")]
+    return "\n".join([
+        f"| block | {' | '.join(f'class {c}' for c in labels)} | all | share |", "|---" * (len(labels) + 3) + "|",
+        *out])
 
 @patch
 def __repr__(self:EnergyLedger):
@@ -155,10 +163,12 @@ def plot(self:EnergyLedger,
     picture = axes[0].imshow((self.cells / counts).T, cmap="cividis", aspect="auto", vmin=0)
     axes[0].figure.colorbar(picture, ax=axes[0], label="energy per sample of the class")
     step = max(1, len(self.names) // 12)
-    axes[0].set(xticks=range(0, len(self.names), step), yticks=range(len(labels)), yticklabels=labels, xlabel="block", ylabel="class")
+    axes[0].set(xticks=range(0, len(self.names), step), yticks=range(len(labels)), yticklabels=labels, xlabel="block",
+                ylabel="class")
     for c, (label, color) in enumerate(zip(labels, colors() * 10)):
         energy = self.samples[self.y == c].sort().values
-        axes[1].plot(torch.linspace(0, 1, len(energy)), energy, color=color, ls=("-", "--", "-.", ":")[c % 4], label=f"class {label}")
+        axes[1].plot(torch.linspace(0, 1, len(energy)), energy, color=color, ls=("-", "--", "-.", ":")[c % 4],
+                     label=f"class {label}")
     axes[1].set(xlabel="share of the samples of a class, in order", ylabel="energy of the sample", ylim=0)
     axes[1].legend(frameon=False, ncols=1 + len(labels) // 6, fontsize=8)
     return axes
@@ -183,7 +193,8 @@ def _mean_square(after:Tensor, before:Tensor, copy:bool)->Tensor:
     if copy or torch.compiler.is_compiling():
         wide = torch.promote_types(after.dtype, torch.float32)
         return (after.to(wide) - before.to(wide)).square().mean()
-    if after.dtype != before.dtype or after.dtype not in (torch.float32, torch.float64): return _MeanSquare.apply(after, before)
+    if after.dtype != before.dtype or after.dtype not in (torch.float32, torch.float64):
+        return _MeanSquare.apply(after, before)
     return _LargeMeanSquare.apply(after, before) if _large(after, before) else F.mse_loss(after, before)
 
 # %% ../nbs/03_kinetic_bias.ipynb #6efbee49
@@ -223,10 +234,12 @@ def _large(after:Tensor, before:Tensor)->bool:
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
 class TrainingHook(Hook):
-    "A hook that calls its owner only in a pass that is recorded for a gradient, in training mode, and for what counts besides."
+    """A hook that calls its owner only in a pass that is recorded for a gradient, in training mode, and for what counts
+    besides."""
     def __call__(self, module, *args):
         if (owner := self.awake(module)) is None: return
-        if module.training and torch.is_grad_enabled() or owner.also(self, module): return self.call(owner, self.name, module, *args)
+        if module.training and torch.is_grad_enabled() or owner.also(self, module):
+            return self.call(owner, self.name, module, *args)
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c31
 class _Passes(Note):
@@ -245,7 +258,8 @@ class _Passes(Note):
         self.earlier, self.blind = [], False
 
     def begin(self):
-        whole = self.passes and (self.ended or self.passes > 1)   # a pass that broke off, at an error or by hand, does not count
+        # a pass that broke off, at an error or by hand, does not count
+        whole = self.passes and (self.ended or self.passes > 1)
         if not torch.compiler.is_compiling(): self.set_aside(whole)
         self.clear(2 if whole else 1)
         self.running, self.idle = True, {}
@@ -255,7 +269,8 @@ class _Passes(Note):
         self.running = False
 
     def set_aside(self, whole:bool):
-        "Let go of a pass that was not taken: its mark is remembered as long as its graph lives; a compiled pass has none."
+        """Let go of a pass that was not taken: its mark is remembered as long as its graph lives; a compiled pass has
+        none."""
         self.earlier = [old for old in self.earlier if old() is not None]
         if self.mark is not None: self.earlier.append(weakref.ref(self.mark))
         elif whole: self.blind = True
@@ -263,19 +278,26 @@ class _Passes(Note):
 # %% ../nbs/03_kinetic_bias.ipynb #f97c2fae
 @checked
 class EnergyMeter(BlockHooks):
-    "Energies of the residual blocks of a model, from the forward pass that trains it, in the range that `block_energies` tells; on the model until `remove`, or while it is referenced."
+    """Energies of the residual blocks of a model, from the forward pass that trains it, in the range that
+    `block_energies` tells; on the model until `remove`, or while it is referenced."""
     def __init__(self,
         model:nn.Module,                          # measured in place: forward hooks on its blocks
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: its `ResidualBlock`s
         reduction:str="mean",                     # over the features of a sample: `"mean"` or `"sum"`
-        velocity:str|Mapping[str, str|nn.Module]="displacement", # or `"branch"`; or, for each block, the module in it that gives the branch
-        copy:bool=False,                          # keep a copy of each step, for networks that write to a block's output later; `find_blocks(model, x)` notices those by itself
-        batch_axis:int|None=None,                 # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks wrong `ValueError`
+        # or `"branch"`; or, for each block, the module in it that gives the branch
+        velocity:str|Mapping[str, str|nn.Module]="displacement",
+        # keep a copy of each step, for networks that write to a block's output later; `find_blocks(model, x)` notices
+        # those by itself
+        copy:bool=False,
+        # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks
+        # wrong `ValueError`
+        batch_axis:int|None=None,
     ):
         check_reduction(reduction)
         root = unwrap(model)
         plan = self.prepare(root, chosen_blocks(root, blocks, branches=True))
-        self.reduction, self.copy, self.ran, self.takes = reduction, copy, set(getattr(self.blocks, "ran", ())), [0, 0]   # ran: blocks that are known to run; takes: whole passes, and those in a row in which no block ran
+        # ran: blocks that are known to run; takes: whole passes, and those in a row in which no block ran
+        self.reduction, self.copy, self.ran, self.takes = reduction, copy, set(getattr(self.blocks, "ran", ())), [0, 0]
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
         if branches: plan[1:-1] = [(m, None, EnergyMeter._branch, name) for name, m in branches.items()]
@@ -300,7 +322,9 @@ class EnergyMeter(BlockHooks):
     def ended(self, value:bool): self.left.ended = value
     @property
     def idle(self)->dict[str, str]:
-        "Blocks of this thread's last pass that count without gradient, and why: `\"in evaluation mode\"` or `\"without gradients\"`; those `\"in a gradient checkpoint\"` with `use_reentrant=True` are not measured. What is compiled notes none."
+        """Blocks of this thread's last pass that count without gradient, and why: `"in evaluation mode"` or `"without
+        gradients"`; those `"in a gradient checkpoint"` with `use_reentrant=True` are not measured. What is compiled
+        notes none."""
         return dict(self.left.idle)
 
 # %% ../nbs/03_kinetic_bias.ipynb #e748b4bd
@@ -309,7 +333,10 @@ def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     if isinstance(velocity, str): one_of("velocity", velocity, ("displacement", "branch"))
     marked = getattr(blocks, "branches", ())
     if velocity == "displacement" and marked:
-        raise ValueError(f"block {next(iter(marked))!r} is a branch: who calls it adds what it returns, so its output minus its input is no step; take velocity='branch'")
+        raise ValueError(
+            f"block {next(iter(marked))!r} is a branch: who calls it adds what it returns, so its output minus its "
+            f"input is no step; take velocity='branch'"
+        )
     if velocity == "displacement": return {}
     if velocity == "branch":
         if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock) and n not in marked]:
@@ -336,14 +363,16 @@ def on_end(self:EnergyMeter, output):
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
 def also(self:EnergyMeter, hook:TrainingHook, module)->bool:
-    "Whether a call in evaluation mode or without gradients counts all the same: of a frozen part, in a pass that trains."
+    """Whether a call in evaluation mode or without gradients counts all the same: of a frozen part, in a pass that
+    trains."""
     note = self.note
     if hook.call is BlockHooks.begin: note.running = False; return False   # the whole model is evaluated
     if not note.running:   # the graph may be run again in another thread than the pass
         return recomputing() and (hook.name in note.idle or hook.name in self.last_note.idle)
     hidden = not torch.is_grad_enabled() and _in_function()
     if hook.name and not torch.compiler.is_compiling():
-        note.idle[hook.name] = _CHECKPOINT if hidden else "without gradients" if module.training else "in evaluation mode"
+        note.idle[
+            hook.name] = _CHECKPOINT if hidden else "without gradients" if module.training else "in evaluation mode"
     return not hidden
 
 _CHECKPOINT = "in a gradient checkpoint" # of the older kind
@@ -370,7 +399,8 @@ def every_step(self:EnergyMeter, name, before, after):
 def _branch(self:EnergyMeter, name, module, args, out):
     if is_late(self.note): return
     v = first_tensor(out)
-    if v is None: raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
+    if v is None:
+        raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
     self._keep(name, v, widen(v, copy=True).square().mean(), step_time(self.blocks[name]))
 
 # %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
@@ -390,7 +420,8 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
 def take(self:EnergyMeter,
     loss:Tensor|None=None, # made of the pass: with it, earlier passes that it does not use do not matter
 )->Tensor: # `[K]`: batch mean of the energy of each block; of a block called several times, the sum over its calls
-    "The energies of this thread's last forward pass, once; 0 for a block that did not run, as with LayerDrop. `RuntimeError` if there is not one, or a loss not made of it alone, or a block that has never run."
+    """The energies of this thread's last forward pass, once; 0 for a block that did not run, as with LayerDrop.
+    `RuntimeError` if there is not one, or a loss not made of it alone, or a block that has never run."""
     self.check_thread()
     note, sums = self.left, {}
     passes, seen, several, whole = note.passes, note.seen, note.several(loss), note.passes == 1 and note.ended
@@ -399,8 +430,12 @@ def take(self:EnergyMeter,
     if whole and not several: self._rest(note, sums)
     if not several and len(sums) == len(self.blocks) and (passes > 0 or len(seen) == len(sums)):
         return torch.stack([sums[name] for name in self.blocks], -1)
-    raise RuntimeError(f"found energies of {len(sums)} blocks, expected {len(self.blocks)}, in {'more than one pass' if several else 'one pass'}: "
-                       f"call the model once, in training mode and with gradients on, then take them once{_advice(self, note, passes, several, sums)}")
+    raise RuntimeError(
+        f"found energies of {len(sums)} blocks, expected {len(self.blocks)}, in "
+        f"{'more than one pass' if several else 'one pass'}: "
+        f"call the model once, in training mode and with gradients on, then take them "
+        f"once{_advice(self, note, passes, several, sums)}"
+    )
 
 @patch
 def forget(self:EnergyMeter):
@@ -411,7 +446,8 @@ def forget(self:EnergyMeter):
 def put(self:EnergyMeter,
     energies:Tensor, # `[..., K]`: per block, leading axes free
 ):
-    "Hand in energies that were measured elsewhere, as if by a forward pass; raises `TypeError` for what is no tensor, `ValueError` for another number of blocks."
+    """Hand in energies that were measured elsewhere, as if by a forward pass; raises `TypeError` for what is no tensor,
+    `ValueError` for another number of blocks."""
     if not isinstance(energies, Tensor) or not energies.is_floating_point():
         raise TypeError(f"energies are of type {getattr(energies, 'dtype', type(energies).__name__)}, expected a "
                         f"tensor of floats, [..., {len(self.blocks)}]")
@@ -431,11 +467,14 @@ def _rest(self:EnergyMeter, note:_Passes, sums:dict):
     self.ran |= sums.keys()
     self.takes = [self.takes[0] + 1, 0 if sums else self.takes[1] + 1]
     early = self.ran and self.takes[0] <= _PATIENCE
-    still = [name for name in self.blocks if name not in sums and note.idle.get(name) != _CHECKPOINT and (name in self.ran or early)]
+    still = [
+        name for name in self.blocks
+        if name not in sums and note.idle.get(name) != _CHECKPOINT and (name in self.ran or early)]
     if not still or self.takes[1] > _PATIENCE: return
     like = next(iter(sums.values()), None)   # where nothing ran, the action is a zero that can be differentiated
     weight = next((p for block in self.blocks.values() for p in block.parameters()), torch.zeros(()))
-    zero = torch.zeros_like(like.detach()) if like is not None else torch.zeros((), device=weight.device, requires_grad=True)
+    zero = torch.zeros_like(like.detach()) if like is not None else torch.zeros(
+        (), device=weight.device, requires_grad=True)
     sums |= dict.fromkeys(still, zero)
 
 # %% ../nbs/03_kinetic_bias.ipynb #03c10001
@@ -470,21 +509,24 @@ def several(self:_Passes, loss:Tensor|None)->bool:
     nodes = graph_nodes(loss)
     if any(node.metadata.get(_Pass) in earlier for node in nodes): return True
     if not untaken or self.mark is not None and not self.blind: return False
-    compiled = lambda nodes: {n for n in nodes if type(n).__name__ == "CompiledFunctionBackward"}   # a compiled pass cannot sign
+    # a compiled pass cannot sign
+    compiled = lambda nodes: {n for n in nodes if type(n).__name__ == "CompiledFunctionBackward"}
     ours = compiled(graph_nodes(*(energy for _, energy in self.seen)))
     return not ours or not compiled(nodes) <= ours
 
 # %% ../nbs/03_kinetic_bias.ipynb #dc12e3bf
 def _advice(meter:EnergyMeter, note:_Passes, passes:int, several:bool, sums:dict)->str:
     "What may have gone wrong."
-    if not meter.on: return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
+    if not meter.on:
+        return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
     if several:
         return ("; the passes so far are forgotten now, the next one counts; after a pass that you do not use call "
                 "forget(), here or on its LeastAction")
     if hidden := [name for name, why in note.idle.items() if why == _CHECKPOINT]:
         return f"; {min(hidden)!r} is in a gradient checkpoint, which needs use_reentrant=False"
     missing = [name for name in meter.blocks if name not in sums]
-    if passes == 1 and missing and (long := meter.takes[0 if sums else 1]) > _PATIENCE: return f"; {missing[0]!r} was not called in {long} passes: leave it out of blocks"
+    if passes == 1 and missing and (long := meter.takes[0 if sums else 1]) > _PATIENCE:
+        return f"; {missing[0]!r} was not called in {long} passes: leave it out of blocks"
     if passes or sums:
         return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
     return "; blocks in a gradient checkpoint need use_reentrant=False, and a pass counts in the thread that made it"

@@ -164,7 +164,8 @@ class Controller(_Exact):
         lambda0:float|Tensor|Sequence[float]=1., # first multiplier; a tensor `[S]` for `S` networks at once
         tau:float=1.,              # step of the ascent, in units of lambda per nat; 0 keeps the multiplier
         target:float=0.,           # task loss that is good enough, $\varepsilon$; above 0 the multiplier may fall
-        bounds:Sequence[float|None]=(None, None), # smallest and largest multiplier; None: 0.001 (or `lambda0`), and none
+        # smallest and largest multiplier; None: 0.001 (or `lambda0`), and none
+        bounds:Sequence[float|None]=(None, None),
         every:int|None=1,          # steps between two updates; None: only by `LeastAction.ascend`
         average:str|float="batch", # loss that counts: `"batch"`, `"mean"` since the last update, or a decay
         warmup_steps:int=0,        # first steps, which count for nothing
@@ -213,7 +214,8 @@ class Controller(_Exact):
         return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
 
 # %% ../nbs/05_least_action.ipynb #411ac356
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max # multipliers that float32 can divide by
+# multipliers that float32 can divide by
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 def _short(value)->str:
     if isinstance(value, Tensor) and not value.is_meta: value = value.tolist()
@@ -222,11 +224,14 @@ def _short(value)->str:
 def _in_double(value:Tensor)->Tensor: return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 def _multipliers(name:str, value, use:str="divided by it")->Tensor: # `[]` or `[S]`, as given
-    "Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the action cannot be divided by."
-    given = value = value if (found := plain(value)) is None or isinstance(value, Tensor) else float(number(name, found, infinite=True))
+    """Multipliers without gradient; raises `TypeError` for what are no numbers, `ValueError` for numbers that the
+    action cannot be divided by."""
+    given = value = value if (found := plain(value)) is None or isinstance(value, Tensor) else float(
+        number(name, found, infinite=True))
     try:
         value = torch.as_tensor(value).detach()
-        if value.is_floating_point() and not isinstance(given, Tensor): value = torch.as_tensor(given, dtype=torch.float64)
+        if value.is_floating_point() and not isinstance(given, Tensor):
+            value = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError): value = torch.tensor(False)
     if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided or value.is_quantized:
         raise TypeError(f"{name} is {given!r}, expected a number, or one per network")
@@ -236,8 +241,9 @@ def _multipliers(name:str, value, use:str="divided by it")->Tensor: # `[]` or `[
     if not (value > 0).all():
         raise ValueError(f"{name} is {value.tolist()}, expected positive: the action is {use}")
     if not value.isfinite().all():
-        raise ValueError(f"{name} is {value.tolist()}, expected finite: the action is {use}; leave least action out for "
-                         "no action at all")
+        raise ValueError(
+            f"{name} is {value.tolist()}, expected finite: the action is {use}; leave least action out for "
+            "no action at all")
     if not ((value >= _SMALLEST) & (value <= _LARGEST)).all():
         raise ValueError(f"{name} is {value.tolist()}, expected between {_SMALLEST:.2g} and {_LARGEST:.2g}: the action "
                          f"is {use} in float32")
@@ -262,7 +268,8 @@ def _bounds(bounds, lam:Tensor)->tuple[float, float]:
 def _settings(c:Controller)->dict:
     "All that was said to a controller; numbers that differ in a row are buffers, which no state holds."
     own = vars(c) | {name: c._buffers[name] for name in sorted(c._non_persistent_buffers_set)} | vars(c.sensor)
-    return {name: value for name, value in own.items() if name[0] != "_" and name not in ("training", "count", "sensor")}
+    return {
+        name: value for name, value in own.items() if name[0] != "_" and name not in ("training", "count", "sensor")}
 
 def _check_gain(name:str, value)->float:
     "A factor of an extra part, as a float."
@@ -295,8 +302,10 @@ class ProportionalIntegral(Controller):
     ):
         super().__init__(*args, **kwargs)
         relative = flag("relative", relative)
-        self.gain, self.smooth = _check_gain("gain", gain), number("smooth", smooth, 0, below=1, why="a decay; 0 smooths nothing")
-        self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))   # NaN: none seen yet
+        self.gain, self.smooth = _check_gain("gain", gain), number("smooth", smooth, 0, below=1,
+                                                                   why="a decay; 0 smooths nothing")
+        # NaN: none seen yet
+        self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))
 
     def _next(self, loss):
         error = loss - self.target
@@ -307,9 +316,11 @@ class ProportionalIntegral(Controller):
 # %% ../nbs/05_least_action.ipynb #85051112
 @checked
 class AugmentedLagrangian(Controller):
-    r"Dual ascent of $\mu$, with the price $\lambda = \mu + c\,(L - \varepsilon)$ that the gradient of the augmented Lagrangian pays."
+    r"""Dual ascent of $\mu$, with the price $\lambda = \mu + c\,(L - \varepsilon)$ that the gradient of the augmented
+    Lagrangian pays."""
     def __init__(self,
-        *args,            # lambda0, tau, target, bounds and the clock, as in `Controller`; the textbook has tau equal to the penalty
+        # lambda0, tau, target, bounds and the clock, as in `Controller`; the textbook has tau equal to the penalty
+        *args,
         penalty:float=1., # factor $c$ of the quadratic term, in units of lambda per nat
         **kwargs,         # the same by name
     ):
@@ -342,14 +353,17 @@ class _History(_Exact):
     def curves(self)->dict[str, Tensor]:
         points, n = self.points.cpu(), self.count
         call = torch.arange(1, n["used"] + 1) * n["stride"]
-        return {"call": call, **{name: points[:n["used"], i].clone() for i, name in enumerate(("loss", "lambda", "action"))}}
+        return {
+            "call": call,
+            **{name: points[:n["used"], i].clone() for i, name in enumerate(("loss", "lambda", "action"))}}
 
     def get_extra_state(self)->dict: return dict(self.count)
     def set_extra_state(self, state:dict): self.count = dict(state)
 
 # %% ../nbs/05_least_action.ipynb #9dabf3c1
 def _slack(dtype)->float: # what rounding may take a loss of zero below it
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: dtype = torch.float32   # of a number of elsewhere
+    # of a number of elsewhere
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: dtype = torch.float32
     return torch.finfo(dtype).eps ** .5
 
 def _lifted(loss:Tensor, slack:float)->Tensor: return torch.where(loss < -slack, loss, loss.clamp(min=0))
@@ -363,7 +377,8 @@ class _Losses(_Exact):
     def rounded(self, loss:Tensor, slack:float)->Tensor:
         "The loss, zero where rounding may have taken it below."
         if loss.device.type != "cpu": return _lifted(loss, slack)
-        lowest = min(0., *loss.tolist()) if loss.ndim else min(0., loss.item())   # in this order, NaN is never the smallest
+        # in this order, NaN is never the smallest
+        lowest = min(0., *loss.tolist()) if loss.ndim else min(0., loss.item())
         if lowest < -slack: self.refuse(lowest)
         return _lifted(loss, slack) if lowest < 0 else loss
 
@@ -374,8 +389,9 @@ class _Losses(_Exact):
         if (lowest := self.lowest.min().item()) < 0: self.refuse(lowest)
 
     def refuse(self, loss:float):
-        raise ValueError(f"the task loss was {loss:g}, expected zero or more, up to rounding: a multiplier on a loss that "
-                         "can fall below zero has no meaning; add a constant that makes it positive")
+        raise ValueError(
+            f"the task loss was {loss:g}, expected zero or more, up to rounding: a multiplier on a loss that "
+            "can fall below zero has no meaning; add a constant that makes it positive")
 
 # %% ../nbs/05_least_action.ipynb #c0d574b7
 def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
@@ -384,12 +400,16 @@ def _found(model, blocks, x)->tuple[nn.Module, Mapping[str, nn.Module]]:
     blocks = chosen_blocks(model, blocks, x, branches=True)
     names = {}
     for name, block in blocks.items():
-        if block in names: raise ValueError(f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")
+        if block in names:
+            raise ValueError(
+                f"blocks {names[block]!r} and {name!r} are one module, expected each once: leave one of them out")
         names[block] = name
     params = [p for block in blocks.values() for p in block.parameters()]
     if params and not any(p.requires_grad for p in params):
-        raise ValueError(f"all parameters of the {len(blocks)} blocks are frozen, expected some to train: their action cannot be lowered; "
-                         "call requires_grad_() on the blocks, or train without least action")
+        raise ValueError(
+            f"all parameters of the {len(blocks)} blocks are frozen, expected some to train: their action cannot be "
+            f"lowered; "
+            "call requires_grad_() on the blocks, or train without least action")
     return model, blocks
 
 # %% ../nbs/05_least_action.ipynb #1e10f8b6
@@ -465,9 +485,11 @@ class LeastAction(_Action):
     `TypeError` or `ValueError` for settings that cannot work."""
     def __init__(self,
         model:nn.Module|Mapping[str, nn.Module], # the network to train, or its blocks by name; measured in place
-        controller:Controller|None=None,         # what lambda is and how it moves, copied; None: `DualAscent()`, the published rule
+        # what lambda is and how it moves, copied; None: `DualAscent()`, the published rule
+        controller:Controller|None=None,
         blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
-        x=None,                                  # example input that finds the blocks of any network; None: `ResidualBlock`s
+        # example input that finds the blocks of any network; None: `ResidualBlock`s
+        x=None,
         reduction:str="mean",                    # energy over features: `"mean"` (published scale) or `"sum"`
         velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
         weights:Mapping[str, float]|None=None,   # pattern of block names to weight in the action; others weigh 1
@@ -485,7 +507,8 @@ class LeastAction(_Action):
     )->Tensor:       # the objective to differentiate, of the same shape
         r"""Objective $L + C/\lambda$ of the forward pass just made; lambda moves first, if it is time.
 
-        `TypeError` or `ValueError` for what is no loss, `RuntimeError` without a pass in training mode, or a gradient."""
+        `TypeError` or `ValueError` for what is no loss, `RuntimeError` without a pass in training mode, or a gradient.
+        """
         loss = self._checked(task)
         energies, action = self._taken(task)
         self._buffers["action"], self.__dict__["energies"] = action.detach(), energies.detach()
@@ -545,7 +568,8 @@ class LeastAction(_Action):
         task:Callable[[], Tensor]|None=None, # as in `stationarity`, which is left out without it
         tolerance:float=.1,                  # part of the target by which the loss may miss it
     )->"KKTReport":
-        "The training so far against the conditions, with a verdict and advice; raises `ValueError` if a loss was negative."
+        """The training so far against the conditions, with a verdict and advice; raises `ValueError` if a loss was
+        negative."""
         self.check()
         residual, balance = (None, None) if task is None else self.stationarity(task)
         return _judged(self.controller, self.curves(), tolerance, residual=residual, balance=balance)
@@ -561,16 +585,21 @@ class LeastAction(_Action):
 
 # %% ../nbs/05_least_action.ipynb #357aad67
 def _checked_loss(la:LeastAction, task)->Tensor: # the loss that the ascent sees
-    "Raise on a loss that cannot be meant, or one without a forward pass that was measured; follow the loss to its device."
-    if not isinstance(task, Tensor): raise TypeError(f"task loss is a {type(task).__name__}, expected a tensor, as from cross_entropy")
+    """Raise on a loss that cannot be meant, or one without a forward pass that was measured; follow the loss to its
+    device."""
+    if not isinstance(task, Tensor):
+        raise TypeError(f"task loss is a {type(task).__name__}, expected a tensor, as from cross_entropy")
     if task.device != la.lam.device: _follow(la, task.device)
     loss = _as_loss(task, la.lam, "task loss")
     loss = la.losses.rounded(loss, _slack(loss.dtype))
     if asleep := _asleep(la):
-        raise RuntimeError(f"{len(asleep)} of {len(la.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
-                           "call model.train() before the forward pass; to evaluate, use the task's loss by itself; "
-                           "a block may stay in evaluation mode if its parameters are frozen, requires_grad_(False), or its weight is 0")
-    if not torch.is_grad_enabled(): raise RuntimeError("gradients are off, expected on: call the model and this outside torch.no_grad()")
+        raise RuntimeError(
+            f"{len(asleep)} of {len(la.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
+            "call model.train() before the forward pass; to evaluate, use the task's loss by itself; "
+            "a block may stay in evaluation mode if its parameters are frozen, requires_grad_(False), or its weight is 0"
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradients are off, expected on: call the model and this outside torch.no_grad()")
     return loss
 
 def _follow(la:LeastAction, device):
@@ -589,11 +618,15 @@ def _asleep(la:LeastAction)->list[str]:
 
 def _check_gradients(task, action):
     if not task.requires_grad and action.requires_grad:
-        raise RuntimeError("the task loss has no gradient, expected one: it was detached, is a constant, or comes from "
-                           "another model or from parts that are frozen; give the loss of the pass just made, from outputs of the model, before detach() or item()")
+        raise RuntimeError(
+            "the task loss has no gradient, expected one: it was detached, is a constant, or comes from "
+            "another model or from parts that are frozen; give the loss of the pass just made, from outputs of the "
+            "model, before detach() or item()"
+        )
     if not action.requires_grad:
-        raise RuntimeError("the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
-                           "torch.no_grad(); thaw them, or use the task's loss by itself")
+        raise RuntimeError(
+            "the action has no gradient, expected one: the blocks were frozen after attaching, or the model ran under "
+            "torch.no_grad(); thaw them, or use the task's loss by itself")
 
 def _look(la:LeastAction, task, action):
     "Warn if the loss has nothing to do with the model; once, at the first loss, as it costs a walk through the graph."
@@ -601,25 +634,31 @@ def _look(la:LeastAction, task, action):
     nodes = graph_nodes(task)
     leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")} | {id(task)}
     if nodes.isdisjoint(graph_nodes(action)) and leaves.isdisjoint(map(id, la.model.parameters())):
-        warnings.warn("the gradient of the task loss reaches no parameter of this model, expected the loss of the pass just made: "
-                      "so nothing but the action would be learned; give the loss as it was computed from this model's "
-                      "outputs, not of another model, of detached outputs, or of a number made a tensor anew", stacklevel=6)
+        warnings.warn(
+            "the gradient of the task loss reaches no parameter of this model, expected the loss of the pass just made: "
+            "so nothing but the action would be learned; give the loss as it was computed from this model's "
+            "outputs, not of another model, of detached outputs, or of a number made a tensor anew", stacklevel=6)
 
 def _check_alike(la:LeastAction, other:LeastAction):
     "Raise `ValueError` unless both could stand in a row."
-    ours, theirs = (each.get_extra_state() | {"weights": each.weights if each.weights is None else each.weights.tolist()}
+    ours, theirs = (each.get_extra_state()
+                    | {"weights": each.weights if each.weights is None else each.weights.tolist()}
                     for each in (la, other))
     if ours != theirs: raise ValueError(f"found {ours} and {theirs}, expected the same for all networks of a row")
 
 # %% ../nbs/05_least_action.ipynb #611b7d8e
 ADVICE = {
     "satisfied": "Nothing to do: the loss is at its target and lambda has settled.",
-    "at rest": "Lambda has nearly stopped, as it can only grow towards a target of zero; the loss shown is what is left. For less action at that loss set it as target.",
-    "fixed": "Lambda did not move, so nothing was constrained: this is a penalty of constant weight. Set tau above zero to let lambda find it.",
+    "at rest": "Lambda has nearly stopped, as it can only grow towards a target of zero; the loss shown is what is "
+               "left. For less action at that loss set it as target.",
+    "fixed": "Lambda did not move, so nothing was constrained: this is a penalty of constant weight. Set tau above "
+             "zero to let lambda find it.",
     "never binds": "The loss stays below the target by itself: lower the target, or take the action for free.",
     "oscillates": "Lambda swings: lower tau, give the loss an average, or use ProportionalIntegral.",
-    "diverges": "Lambda grows without end and the weight of the action fades: set a target that the loss can reach, or an upper bound.",
-    "infeasible": "The loss no longer falls and stays above the target: raise the target, enlarge the network, or raise the upper bound if lambda is at it.",
+    "diverges": "Lambda grows without end and the weight of the action fades: set a target that the loss can reach, "
+                "or an upper bound.",
+    "infeasible": "The loss no longer falls and stays above the target: raise the target, enlarge the network, or "
+                  "raise the upper bound if lambda is at it.",
     "unfinished": "The loss or lambda still moves: train longer, or raise tau.",
     "not finite": "Loss, lambda or action is not finite: lower the learning rate, or start from a smaller gain.",
     "too short": "Fewer than eight points were noted: train on before judging."}
@@ -692,12 +731,15 @@ class KKTReport:
     def table(self
     )->list[tuple[str, str, str]]: # quantity, value, what it should be
         "The report, line by line."
-        rows = [("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"), ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
+        rows = [("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"),
+                ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
                 ("lambda", f"{self.lam:.4g}", "price of a unit of loss, in action"),
                 ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
-                ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"), ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
+                ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"),
+                ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
                 ("action", f"{self.action:.4g}", "as small as the task allows"),
-                ("action / lambda, of the loss", _percent(self.share, ".1%"), "what the action weighs in the objective")]
+                ("action / lambda, of the loss", _percent(self.share,
+                                                          ".1%"), "what the action weighs in the objective")]
         if self.residual is not None:
             rows += [("stationarity residual", f"{self.residual:.2f}", "zero: the gradients balance"),
                      ("balancing lambda", f"{self.balance:.4g}", "lambda itself, when stationary")]
@@ -713,7 +755,9 @@ class KKTReport:
 
     def _repr_markdown_(self):
         rows = [f"| {name} | {value} | {note} |" for name, value, note in self.table()]
-        return "\n".join([f"**{self.verdict}.** {self.advice}", "", "| | value | should be |", "|---|---:|---|", *rows, "", *map(as_text, self.notes)])
+        return "\n".join([
+            f"**{self.verdict}.** {self.advice}", "", "| | value | should be |", "|---|---:|---|", *rows, "",
+            *map(as_text, self.notes)])
 
 # %% ../nbs/05_least_action.ipynb #a2e7c291
 @checked
@@ -724,21 +768,27 @@ def kkt(
     tolerance:float=.1,          # part of the target by which the loss may miss it
     **more,                      # further fields of the report
 )->KKTReport:
-    "Judge a training by its curves; raises `ValueError` on curves of several networks, or without least action, `TypeError` on what are no curves."
+    """Judge a training by its curves; raises `ValueError` on curves of several networks, or without least action,
+    `TypeError` on what are no curves."""
     if missing := [name for name in ("loss", "lambda", "action") if name not in curves]:
-        raise ValueError(f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
+        raise ValueError(
+            f"curves lack {', '.join(missing)}, expected loss, lambda and action: was it trained with least action?")
     loss, lam, action = (_curve(name, curves[name]) for name in ("loss", "lambda", "action"))
-    if lam.ndim != 1: raise ValueError(f"lambda has shape {tuple(lam.shape)}, expected [T]: take one network of the row, as in runs[i].curves")
+    if lam.ndim != 1:
+        raise ValueError(
+            f"lambda has shape {tuple(lam.shape)}, expected [T]: take one network of the row, as in runs[i].curves")
     if not loss.shape == lam.shape == action.shape:
         raise ValueError(f"loss, lambda and action have {loss.numel()}, {lam.numel()} and {action.numel()} points, "
                          "expected as many of each")
     if not len(lam): raise ValueError("curves have no points, expected at least one: train first")
     target, tolerance = _level("target", target), _level("tolerance", tolerance)
-    low, high = (none if bound is None else _level("a value of bounds", bound) for bound, none in zip(_pair(bounds), (0., math.inf)))
+    low, high = (none if bound is None else _level("a value of bounds", bound)
+                 for bound, none in zip(_pair(bounds), (0., math.inf)))
     verdict, tail = _verdict(loss, lam, action, target, low, high, tolerance), slice(len(lam) // 2, None)
     drift, swing, _ = _trend(lam[tail]) if len(lam) >= 8 else (math.nan, math.nan, 0)
     mean = lambda curve: curve[tail].mean().item()
-    return KKTReport(verdict, float(target), mean(loss), mean(lam), mean(action), mean(loss) - target, mean(lam * (loss - target)),
+    return KKTReport(verdict, float(target), mean(loss), mean(lam), mean(action),
+                     mean(loss) - target, mean(lam * (loss - target)),
                      mean(action / lam) / (mean(loss) or math.nan), drift, swing, curves=curves, **more)
 
 # %% ../nbs/05_least_action.ipynb #05c10005
@@ -760,13 +810,21 @@ def _balance(loss:Tensor, action:Tensor, lam:Tensor, params)->tuple[float, float
 def _check_state(la:LeastAction, state_dict, prefix:str):
     "Raise `ValueError` unless the state is of a `LeastAction` like this one."
     theirs, ours = state_dict.get(prefix + "_extra_state"), la.get_extra_state()
-    if not isinstance(theirs, dict): raise ValueError("found no state of a LeastAction, expected one: as saved from its state_dict()")
+    if not isinstance(theirs, dict):
+        raise ValueError("found no state of a LeastAction, expected one: as saved from its state_dict()")
     if theirs["blocks"] != ours["blocks"]:
-        lost, new = (sorted(set(a) - set(b)) for a, b in ((theirs["blocks"], ours["blocks"]), (ours["blocks"], theirs["blocks"])))
-        raise ValueError(f"the state is of another model: it has {len(theirs['blocks'])} blocks, this one {len(ours['blocks'])}; "
-                         f"only in the state: {', '.join(lost) or 'none'}; only here: {', '.join(new) or 'none'}")
+        lost, new = (sorted(set(a) - set(b))
+                     for a, b in ((theirs["blocks"], ours["blocks"]), (ours["blocks"], theirs["blocks"])))
+        raise ValueError(
+            f"the state is of another model: it has {len(theirs['blocks'])} blocks, this one {len(ours['blocks'])}; "
+            f"only in the state: {', '.join(lost) or 'none'}; only here: {', '.join(new) or 'none'}")
     for key in la.kind:
         if theirs[key] != ours[key]:
-            raise ValueError(f"the state was saved with {key} {theirs[key]!r}, here it is {ours[key]!r}: lambda would mean something else")
+            raise ValueError(
+                f"the state was saved with {key} {theirs[key]!r}, here it is {ours[key]!r}: lambda would mean "
+                f"something else"
+            )
     shape = state_dict[prefix + "controller.lam"].shape
-    if shape != la.lam.shape: raise ValueError(f"lambda in the state has shape {tuple(shape)}, here {tuple(la.lam.shape)}: another number of networks")
+    if shape != la.lam.shape:
+        raise ValueError(
+            f"lambda in the state has shape {tuple(shape)}, here {tuple(la.lam.shape)}: another number of networks")

@@ -52,7 +52,8 @@ class SkipInit(nn.Module):
 
 @checked
 class StochasticDepth(nn.Module):
-    "A velocity that is zero for some samples, drawn anew in each training step; the others are scaled up, so that the mean stays."
+    """A velocity that is zero for some samples, drawn anew in each training step; the others are scaled up, so that the
+    mean stays."""
     def __init__(self,
         velocity:nn.Module, # maps `[B, ...]` to the same shape
         drop:float,         # probability of zero, in [0, 1)
@@ -77,7 +78,8 @@ def varied(velocities:list[nn.Module], skip_init:bool, drop:float)->list[nn.Modu
 
 # %% ../nbs/01b_nets.ipynb #8f102504
 def _check_image(shape):
-    if len(shape) != 3: raise ValueError(f"shape is {tuple(shape)}, expected (channels, height, width) of an image, without the batch")
+    if len(shape) != 3:
+        raise ValueError(f"shape is {tuple(shape)}, expected (channels, height, width) of an image, without the batch")
     counts(**dict(zip(("channels", "height", "width"), shape)))
 
 def _conv_velocity(width:int, norm:bool)->nn.Sequential:
@@ -97,7 +99,8 @@ def conv_net(
     skip_init:bool=False,       # a learned factor on each velocity that starts at zero (`SkipInit`)
     drop:float=0.,              # share of samples that skip the last block in training (`StochasticDepth`)
 )->ResidualNet:
-    "A `ResidualNet` for images at one resolution, half that of the input, as in the paper's experiments on MNIST and CIFAR-10."
+    """A `ResidualNet` for images at one resolution, half that of the input, as in the paper's experiments on MNIST and
+    CIFAR-10."""
     _check_image(shape)
     counts(classes=classes, width=width)
     whole("K", K, 1, "blocks", most=MOST_BLOCKS)
@@ -158,16 +161,20 @@ def resnext_net(
     widths = [width, 2 * width, 4 * width]
     branches = iter(varied([_grouped(w) for w in widths for _ in range(K // 3)], skip_init, drop))
     flows = [Flow([_PostActivation(next(branches)) for _ in range(K // 3)], h) for _ in widths]
-    change = [nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU()) for w in widths[:2]]
+    change = [
+        nn.Sequential(nn.Conv2d(w, 2 * w, 1, stride=2, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU())
+        for w in widths[:2]]
     encoder = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-    return ResidualNet(StagedFlow(flows, change), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)), encoder)
+    return ResidualNet(StagedFlow(flows, change),
+                       nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)), encoder)
 
 # %% ../nbs/01b_nets.ipynb #01b00009
 class _Attention(nn.Module):
     "Attention with a norm in front, the displacement of one half of a transformer's layer."
     def __init__(self, width:int, heads:int=4):
         super().__init__()
-        self.heads, self.norm, self.qkv, self.out = heads, nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.norm, self.qkv, self.out = heads, nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(
+            width, width)
     def forward(self, x:Tensor)->Tensor: # `[B, tokens, width]`
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
         mixed = (q @ k.transpose(-1, -2) / q.shape[-1] ** .5).softmax(-1) @ v
@@ -193,7 +200,8 @@ def vit_net(
     drop:float=0.,              # share of samples that skip the last block in training (`StochasticDepth`)
 )->ResidualNet:
     "A vision transformer of `K` residual blocks, attention and perceptron in turn."
-    perceptron = lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    perceptron = lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+                                       nn.Linear(4 * width, width))
     fields = [perceptron() if k % 2 else _Attention(width) for k in range(K)]
     head = nn.Sequential(nn.LayerNorm(width), nn.Flatten(), nn.Linear(16 * width, classes))
     return ResidualNet(Flow(varied(fields, skip_init, drop), h), head, _Tokens(shape, width))
@@ -246,9 +254,15 @@ def init_velocities_(
         for layer in block.velocity.modules():
             if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
                 if nn.utils.parametrize.is_parametrized(layer, "weight"):
-                    raise ValueError("the weights of a velocity are computed by a parametrization, expected plain ones: initialise before it is put on")
+                    raise ValueError(
+                        "the weights of a velocity are computed by a parametrization, expected plain ones: initialise "
+                        "before it is put on"
+                    )
                 try: draw(layer, gain)
                 except NotImplementedError as error:
-                    raise ValueError(f"weights of type {layer.weight.dtype} cannot be drawn as {kind!r} ({error}): initialise in float32, then convert") from error
+                    raise ValueError(
+                        f"weights of type {layer.weight.dtype} cannot be drawn as {kind!r} ({error}): initialise in "
+                        f"float32, then convert"
+                    ) from error
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
     return model

@@ -33,11 +33,16 @@ def _check_map(f, x:Tensor):
     "Refuse what would make the Jacobian of a batch something else than one Jacobian per sample."
     if not is_dense(x) or x.ndim < 2 or not x.is_floating_point() or x.dtype.itemsize < 2 or x.numel() == 0:
         raise ValueError(f"x is {described(x)}, expected real points [B, ...] with at least one sample and one feature")
-    if not x.isfinite().all(): raise ValueError("x has entries that are not finite; look for the block that makes them, or leave these samples out")
+    if not x.isfinite().all():
+        raise ValueError(
+            "x has entries that are not finite; look for the block that makes them, or leave these samples out")
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
     moody = lambda m: isinstance(m, mixing) and (m.training or getattr(m, "running_mean", 0) is None)
     if isinstance(f, nn.Module) and (bad := [name or type(m).__name__ for name, m in f.named_modules() if moody(m)]):
-        raise ValueError(f"{', '.join(bad)} in training mode, or without statistics of its own: the map is random or mixes the samples of a batch; call model.eval() first")
+        raise ValueError(
+            f"{', '.join(bad)} in training mode, or without statistics of its own: the map is random or mixes the "
+            f"samples of a batch; call model.eval() first"
+        )
 
 def _run(module:nn.Module, z:Tensor, args:tuple, kwargs:dict):
     "The module's output, with weights as wide as `z`."
@@ -52,31 +57,44 @@ def _wide_map(f, x:Tensor)->tuple[Callable, Tensor]:
     try:
         with torch.no_grad(): y = g(z)
     except RuntimeError as error:
-        raise ValueError(f"the map does not take {described(z)} on {z.device}: {error}; expected a map of points of this kind. Half precision is widened to float32, the "
-                         "weights of a module with it: pass the module itself, or model.float()") from error
+        raise ValueError(
+            f"the map does not take {described(z)} on {z.device}: {error}; expected a map of points of this kind. "
+            f"Half precision is widened to float32, the "
+            "weights of a module with it: pass the module itself, or model.float()") from error
     if not is_dense(y) or not y.is_floating_point() or y.ndim < 1 or len(y) != len(z) or y.numel() == 0:
-        raise ValueError(f"the map makes {described(y)} of {described(z)}, expected a real tensor [B, ...] with a row for each sample")
+        raise ValueError(
+            f"the map makes {described(y)} of {described(z)}, expected a real tensor [B, ...] with a row for each sample"
+        )
     _check_finite("the map", y)
     return g, z
 
 def _check_finite(what:str, y:Tensor):
     bad = ~y.flatten(1).isfinite().all(1) if y.ndim > 1 else ~y.isfinite()
-    if bad.any(): raise ValueError(f"{what} is not finite at {int(bad.sum())} of {len(y)} samples, first at {int(bad.int().argmax())}; look for the block that makes it so")
+    if bad.any():
+        raise ValueError(
+            f"{what} is not finite at {int(bad.sum())} of {len(y)} samples, first at {int(bad.int().argmax())}; look "
+            f"for the block that makes it so"
+        )
 
 # %% ../nbs/04a_regularity.ipynb #17bb4af6
 @dataclass(frozen=True)
 class LocalLipschitz:
     "The largest stretch of small differences at each point."
     values:Tensor      # largest singular value of the Jacobian, `[B]`; never above it, but for rounding
-    error:Tensor       # relative error at most, `[B]`: zero of a whole Jacobian, of Lanczos' method the residual's bound, which at coarse tolerances may be that of the second largest (5 of 400 random maps at 1e-2, 1 at 1e-3, none at 1e-4); rounding in the dtype of the points comes on top
+    # relative error at most, `[B]`: zero of a whole Jacobian, of Lanczos' method the residual's bound, which at coarse
+    # tolerances may be that of the second largest (5 of 400 random maps at 1e-2, 1 at 1e-3, none at 1e-4); rounding in
+    # the dtype of the points comes on top
+    error:Tensor
     tolerance:float    # relative error that counts as converged
     @property
     def converged(self)->float:
         "Share of the points at which the error is at most the tolerance."
         return (self.error <= self.tolerance).double().mean().item()
     def __repr__(self)->str:
-        return (f"LocalLipschitz at {len(self.values)} points: median {self.values.median():.4g}, largest {self.values.max():.4g}, "
-                f"{self.converged:.0%} converged to {self.tolerance:g}, largest error {self.error.max():.1g}")
+        return (
+            f"LocalLipschitz at {len(self.values)} points: median {self.values.median():.4g}, largest "
+            f"{self.values.max():.4g}, "
+            f"{self.converged:.0%} converged to {self.tolerance:g}, largest error {self.error.max():.1g}")
 
 @checked
 def local_lipschitz(
@@ -86,8 +104,10 @@ def local_lipschitz(
     tolerance:float=1e-4,          # relative error at which all points stop
     seed:int=0,                    # of the first directions
 )->LocalLipschitz:
-    r"""Spectral norm of $Df(x)$: of the whole Jacobian up to 128 features or outputs (and no more than `iterations`), else by Lanczos' method on $Df^\top Df$, with a bound of the error.
-    `ValueError` on unusable points or maps, or on layers that are random or mix samples (a plain function cannot be checked), `MemoryError` before it allocates too much."""
+    r"""Spectral norm of $Df(x)$: of the whole Jacobian up to 128 features or outputs (and no more than `iterations`),
+    else by Lanczos' method on $Df^\top Df$, with a bound of the error. `ValueError` on unusable points or maps, or on
+    layers that are random or mix samples (a plain function cannot be checked), `MemoryError` before it allocates too
+    much."""
     _check_map(f, x)
     iterations, seed = whole("iterations", iterations, 1, most=10 ** 9), whole("seed", seed)
     number("tolerance", tolerance, 0, infinite=True, why="a relative error, such as 1e-4")
@@ -105,7 +125,8 @@ DENSE = 128   # features, or outputs, up to which the whole Jacobian is formed
 
 # %% ../nbs/04a_regularity.ipynb #53c7e1f6
 def _pushed(f, x:Tensor, u:Tensor)->Tensor:
-    with sdpa_kernel(SDPBackend.MATH): w = jvp(f, (x,), (u,))[1].detach().flatten(1)   # fused attention has no derivative in this direction
+    # fused attention has no derivative in this direction
+    with sdpa_kernel(SDPBackend.MATH): w = jvp(f, (x,), (u,))[1].detach().flatten(1)
     return w
 
 def _dense(product:Callable, x:Tensor, m:int)->tuple[Tensor, Tensor]:
@@ -114,7 +135,9 @@ def _dense(product:Callable, x:Tensor, m:int)->tuple[Tensor, Tensor]:
     check_memory(B * d, m, 2, None, "take fewer samples at a time")
     one, units = lambda e: product(e.expand(B, -1)), torch.eye(d, dtype=x.dtype, device=x.device)
     try: rows = vmap(one, chunk_size=2 ** 22 // (B * max(d, m)) + 1)(units)
-    except RuntimeError: rows = torch.stack(list(map(one, units)))   # a map that writes to its input, or has no rule for many directions at once
+    except RuntimeError:
+        rows = torch.stack(list(map(
+            one, units)))   # a map that writes to its input, or has no rule for many directions at once
     rows = rows.transpose(0, 1).double()
     _check_finite("the Jacobian", rows)
     size = rows.abs().amax((1, 2)).clamp_min(torch.finfo(torch.double).tiny)
@@ -135,7 +158,8 @@ def _lanczos(push:Callable, pull:Callable, x:Tensor, iterations:int, tolerance:f
     unit, look = torch.where(unit > 0, unit, 1.), 4
     for n in range(1, min(iterations, d) + 1):
         w = push(V[:, k])
-        z = pull(_unit(w)) / unit[:, None] * (_norm(w) / unit)[:, None]   # in squares of the unit: no square overflows or vanishes
+        # in squares of the unit: no square overflows or vanishes
+        z = pull(_unit(w)) / unit[:, None] * (_norm(w) / unit)[:, None]
         _check_finite("the Jacobian", z)
         seen, k, on = V[:, :k + 1], k + 1, 0.
         for _ in range(2):   # twice is enough
@@ -164,13 +188,21 @@ def _calls(model:nn.Module, x:Tensor, blocks:Mapping[str, nn.Module])->list:
     def note(name):
         def hook(block, args, kwargs):
             at = first_tensor((args, kwargs))
-            if at is None: raise ValueError(f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the block out")
-            calls.append((name, lambda z: first_tensor(_run(block, z, swap_tensor(args, at, z), swap_tensor(kwargs, at, z))), at.detach()))
+            if at is None:
+                raise ValueError(
+                    f"no floating-point tensor goes into block {name!r}: convert the input to floats, or leave the "
+                    f"block out"
+                )
+            calls.append(
+                (name, lambda z: first_tensor(_run(block, z, swap_tensor(args, at, z), swap_tensor(kwargs, at, z))),
+                 at.detach()))
         return hook
     try:
         for name, block in blocks.items(): hooks.append(block.register_forward_pre_hook(note(name), with_kwargs=True))
         with torch.no_grad(): model(x)
-    except RuntimeError as error: raise ValueError(f"the model does not take {described(x)} on {x.device}: {error}; expected inputs of the model") from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model does not take {described(x)} on {x.device}: {error}; expected inputs of the model") from error
     finally:
         for hook in hooks: hook.remove()
     return calls
@@ -193,31 +225,45 @@ class LipschitzProfile:
         "What to mind; empty if there is nothing to warn of."
         return "" if self.converged > .99 else f"Only {self.converged:.1%} of the numbers are known to the tolerance, others may be too low by {self.error:.1%}; raise iterations."
     def __repr__(self)->str:
-        text = (f"LipschitzProfile of {len(self.names)} blocks at {self.blocks.shape[1]} samples: blocks up to {self.blocks.max():.4g}, "
-                f"whole median {self.whole.median():.4g}, largest {self.whole.max():.4g} (product of the blocks {self.product.max():.4g})")
+        text = (
+            f"LipschitzProfile of {len(self.names)} blocks at {self.blocks.shape[1]} samples: blocks up to "
+            f"{self.blocks.max():.4g}, "
+            f"whole median {self.whole.median():.4g}, largest {self.whole.max():.4g} (product of the blocks "
+            f"{self.product.max():.4g})"
+        )
         return text + f"\nWarning: {self.warning}" * bool(self.warning)
     def _repr_markdown_(self)->str:
         line = lambda name, v: f"| {name} | {v.median():.3g} | {v.quantile(.95):.3g} | {v.max():.3g} |"
-        rows = [*map(line, map(as_text, self.names), self.blocks), line("**whole**", self.whole), line("product of the blocks", self.product)]
-        return "\n".join(["| | median | 95 % | largest |", "|:--|--:|--:|--:|", *rows]) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
+        rows = [
+            *map(line, map(as_text, self.names), self.blocks),
+            line("**whole**", self.whole),
+            line("product of the blocks", self.product)]
+        return "\n".join(["| | median | 95 % | largest |", "|:--|--:|--:|--:|", *rows
+                          ]) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 @checked
 def lipschitz_profile(
-    model:nn.Module,                          # in evaluation mode; a `ResidualNet`'s whole is its flow, else the model itself
+    # in evaluation mode; a `ResidualNet`'s whole is its flow, else the model itself
+    model:nn.Module,
     x:Tensor,                                 # inputs of the model, `[B, ...]`
-    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # each keeping its input's shape, as in `chosen_blocks`; None: found with `x`
+    # each keeping its input's shape, as in `chosen_blocks`; None: found with `x`
+    blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     **settings,                               # of `local_lipschitz`: `iterations`, `tolerance`, `seed`
 )->LipschitzProfile:                          # constants of the blocks and of the whole
-    "Spectral norms of the Jacobians along the way; compare Theorems 1 to 3 of arXiv 2306.04252. Errors as in `local_lipschitz`."
+    """Spectral norms of the Jacobians along the way; compare Theorems 1 to 3 of arXiv 2306.04252. Errors as in
+    `local_lipschitz`."""
     _check_map(model, x)
     whole = getattr(model, "flow", model)
     (_, f, start), *_ = _calls(model, x, {"whole": whole})
     blocks = chosen_blocks(model, blocks, x)
     calls = _calls(model, x, blocks)
-    if not calls: raise ValueError(f"none of the {len(blocks)} blocks ran: take blocks of this model, those that find_blocks gives")
+    if not calls:
+        raise ValueError(
+            f"none of the {len(blocks)} blocks ran: take blocks of this model, those that find_blocks gives")
     found = [local_lipschitz(g, at, **settings) for _, g, at in [*calls, ("whole", f, start)]]
     values, done = torch.stack([r.values for r in found]), sum(r.converged for r in found) / len(found)
-    return LipschitzProfile(tuple(name for name, *_ in calls), values[:-1], values[-1], done, max(r.error.max().item() for r in found))
+    return LipschitzProfile(tuple(name for name, *_ in calls), values[:-1], values[-1], done,
+                            max(r.error.max().item() for r in found))
 
 # %% ../nbs/04a_regularity.ipynb #2f3b8434
 @patch
@@ -285,13 +331,18 @@ class Holder:
     @property
     def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
-        if math.isnan(self.exponent): return "The map changes at fewer than three of the distances: it has no exponent there."
-        narrow = f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (self.span < 4)
+        if math.isnan(self.exponent):
+            return "The map changes at fewer than three of the distances: it has no exponent there."
+        narrow = f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (
+            self.span < 4)
         wide = "The interval is wider than 0.5. " * (not self.interval[1] - self.interval[0] < .5)
         return (narrow + wide).strip()
     def __repr__(self)->str:
-        text = (f"Holder exponent {self.exponent:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}] "
-                f"{f'{self.shift:g} radii off' if self.shift else 'on'} the support, distances {self.r[0]:.3g} to {self.r[-1]:.3g}, n = {self.n}")
+        text = (
+            f"Holder exponent {self.exponent:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}] "
+            f"{f'{self.shift:g} radii off' if self.shift else 'on'} the support, distances {self.r[0]:.3g} to "
+            f"{self.r[-1]:.3g}, n = {self.n}"
+        )
         return text + f"\nWarning: {self.warning}" * bool(self.warning)
 
 # %% ../nbs/04a_regularity.ipynb #6860bc3a
@@ -305,17 +356,27 @@ def holder_exponent(
     halves:int=20,      # half-samples for the interval; 2 or more
     seed:int=0,         # of the directions and the halves
 )->Holder:
-    r"Slope of the log of $\omega(r) = \max_{|x-y| \approx r} |f(x)-f(y)|$, nan with a warning for a map that does not change; `ValueError` on unusable points, `MemoryError` on too many."
+    r"""Slope of the log of $\omega(r) = \max_{|x-y| \approx r} |f(x)-f(y)|$, nan with a warning for a map that does not
+    change; `ValueError` on unusable points, `MemoryError` on too many."""
     _check_map(f, x)
-    if len(x) < 50: raise ValueError(f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
+    if len(x) < 50:
+        raise ValueError(
+            f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
     number("shift", shift, why="in radii")
-    bins, halves, directions = (whole(name, value, least, most=10_000) for name, value, least in (("bins", bins, 3), ("halves", halves, 2), ("directions", directions, 1)))
+    bins, halves, directions = (whole(name, value, least, most=10_000)
+                                for name, value, least in (("bins", bins, 3), ("halves", halves, 2), ("directions",
+                                                                                                      directions, 1)))
     check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
     (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(whole("seed", seed))
     distance, power = _distances("x", x.flatten(1))
     low, high = distance.kthvalue(21, dim=1).values.median(), distance.median()
-    if not low > 0: raise ValueError("more than half of the samples have 20 twins, and no distance to them; remove the duplicates")
-    if not low < high: raise ValueError("the samples are all equally far from each other: there is no range of distances for an exponent; take other samples")
+    if not low > 0:
+        raise ValueError("more than half of the samples have 20 twins, and no distance to them; remove the duplicates")
+    if not low < high:
+        raise ValueError(
+            "the samples are all equally far from each other: there is no range of distances for an exponent; take "
+            "other samples"
+        )
     edges = torch.logspace(low.log10(), high.log10(), bins + 1, dtype=torch.float64)
     at, logs, fits = torch.bucketize(distance, edges), edges[1:].log(), []
     for z in _shifted(ldexp(as_points("x", x), -power), shift, directions, g):
@@ -324,7 +385,8 @@ def holder_exponent(
         *fit, top = _fit(logs, at, change, bins, halves, g)
         fits.append((*fit, ldexp(top, unit)))
     slope, half, top = (torch.stack(t).mean(0) for t in zip(*fits))
-    return Holder(slope.item(), ((slope - half).item(), (slope + half).item()), ldexp(edges[1:], power), top, float(shift), len(x))
+    return Holder(slope.item(), ((slope - half).item(), (slope + half).item()), ldexp(edges[1:], power), top,
+                  float(shift), len(x))
 
 # %% ../nbs/04a_regularity.ipynb #26e1fd94
 def _fit(logs:Tensor, at:Tensor, change:Tensor, bins:int, halves:int, g)->tuple[Tensor, Tensor, Tensor]:
@@ -345,8 +407,10 @@ def plot(self:Holder,
     from matplotlib.ticker import LogLocator
     ax = own_axes(ax, 5.4, 3.4)
     ax.plot(self.r, self.modulus, **mark(color), label=label or f"exponent {self.exponent:.2f}")
-    ax.set(xscale="log", yscale="log", xlabel="distance of two inputs (feature units)", ylabel="largest distance of their images (feature units)")
-    for axis in (ax.xaxis, ax.yaxis): axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    ax.set(xscale="log", yscale="log", xlabel="distance of two inputs (feature units)",
+           ylabel="largest distance of their images (feature units)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     ax.legend(frameon=False)
     return ax
 
@@ -358,7 +422,8 @@ def measure_regularity(
     shift:float=1.,                           # how far off the support, in radii of the cloud
     seed:int=0,                               # of all random choices
 )->dict:                                      # plain JSON values
-    "Lipschitz profile and Hölder exponents, on the support and off it, as plain numbers. Errors as in `lipschitz_profile` and `holder_exponent`."
+    """Lipschitz profile and Hölder exponents, on the support and off it, as plain numbers. Errors as in
+    `lipschitz_profile` and `holder_exponent`."""
     profile, record = lipschitz_profile(model, x, blocks, seed=seed), dict(n=len(x), seed=seed, shift=shift)
     for name, values in (("block", profile.blocks), ("whole", profile.whole[None])):
         for q in (.5, .95, 1.): record[f"lipschitz {name} {q:g}"] = values.float().quantile(q, dim=1).tolist()
@@ -366,5 +431,6 @@ def measure_regularity(
     (_, flow, start), = _calls(model, x, {"whole": getattr(model, "flow", model)})[:1]
     for where, s in (("on", 0.), ("off", shift)):
         h = holder_exponent(flow, start, s, seed=seed)
-        record[f"holder {where}"], record[f"holder {where} interval"], record[f"holder {where} warning"] = h.exponent, list(h.interval), h.warning
+        record[f"holder {where}"], record[f"holder {where} interval"], record[
+            f"holder {where} warning"] = h.exponent, list(h.interval), h.warning
     return record

@@ -54,7 +54,8 @@ def restore(
 
 def _out_of_reach(value)->str:
     if isinstance(value, random.SystemRandom): return "draws from the system, which cannot be set back"
-    if isinstance(value, Iterator) and not isinstance(value, io.IOBase): return f"is an iterator ({type(value).__name__}), whose place cannot be kept"
+    if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+        return f"is an iterator ({type(value).__name__}), whose place cannot be kept"
     return ""
 
 # %% ../nbs/00b_state.ipynb #ce137627
@@ -62,7 +63,8 @@ def _bits(a)->list: return [torch.tensor(bytearray(a.tobytes()), dtype=torch.uin
 def _array(saved, value):
     bits, dtype, shape = saved
     found = np.frombuffer(bits.numpy().tobytes(), dtype).reshape(shape).copy()
-    if isinstance(value, np.ndarray) and value.flags.writeable and (value.shape, value.dtype) == (found.shape, found.dtype):
+    if isinstance(value,
+                  np.ndarray) and value.flags.writeable and (value.shape, value.dtype) == (found.shape, found.dtype):
         value[...] = found
         return value
     return found if isinstance(value, np.ndarray) or shape else found[()]
@@ -86,7 +88,8 @@ def _place(saved, value):
 def _sequence(g):
     "Where a generator is in its sequence."
     if isinstance(g, torch.Generator): return g.get_state()
-    if isinstance(g, random.Random): return (lambda version, words, rest: [version, torch.tensor(words), rest])(*g.getstate())
+    if isinstance(g, random.Random):
+        return (lambda version, words, rest: [version, torch.tensor(words), rest])(*g.getstate())
     return capture(g.get_state() if isinstance(g, np.random.RandomState) else getattr(g, "bit_generator", g).state)
 
 # %% ../nbs/00b_state.ipynb #2521cc34
@@ -100,7 +103,8 @@ def _items(saved, value):
     if isinstance(value, (list, deque)):
         value.clear(); value.extend(found)
         return value
-    return type(value)._make(found) if hasattr(value, "_make") else {"list": list, "deque": deque}.get(name, tuple)(found)
+    return type(value)._make(found) if hasattr(value, "_make") else {"list": list, "deque": deque}.get(name,
+                                                                                                       tuple)(found)
 
 def _entries(saved, value):
     found = {key: restore(item, value.get(key) if isinstance(value, dict) else None) for key, item in saved}
@@ -121,7 +125,9 @@ def _attributes(value)->dict:
     "What is set on an object, in its slots or its dictionary."
     mangled = lambda kind, name: f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") else name
     slots = lambda kind: [names] if isinstance(names := vars(kind).get("__slots__", ()), str) else list(names)
-    names = [mangled(kind, name) for kind in type(value).__mro__ for name in slots(kind) if name not in ("__dict__", "__weakref__")]
+    names = [
+        mangled(kind, name) for kind in type(value).__mro__ for name in slots(kind)
+        if name not in ("__dict__", "__weakref__")]
     return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 def _fields(saved, value):
@@ -136,20 +142,24 @@ def _loaded(saved, value):
 
 def _whole(value, saved, inner):
     "What a `state_dict` gives is kept entirely, or refused."
-    if _holed(saved) and inner.keywords["lost"] is not None: inner.keywords["lost"].append(f"has a state_dict ({type(value).__name__}) with something in it that no checkpoint can hold")
+    if _holed(saved) and inner.keywords["lost"] is not None:
+        inner.keywords["lost"].append(
+            f"has a state_dict ({type(value).__name__}) with something in it that no checkpoint can hold")
     return saved
 
 def _holed(saved)->bool:
     if saved is None: return True
     kind, content = saved
-    return any(map(_holed, content[1])) if kind == "items" else any(_holed(item) for _, item in content) if kind == "entries" else False
+    return any(map(_holed, content[1])) if kind == "items" else any(
+        _holed(item) for _, item in content) if kind == "entries" else False
 
 def _each(saved, value):
     "Of a method, what it is bound to; of a partial, all that it holds."
     for item, part in zip(saved, _bound(value)): restore(item, part)
     return value
 
-def _bound(value)->list: return [value.__self__] if isinstance(value, MethodType) else [value.func, *value.args, *value.keywords.values()]
+def _bound(value) -> list:
+    return [value.__self__] if isinstance(value, MethodType) else [value.func, *value.args, *value.keywords.values()]
 
 # %% ../nbs/00b_state.ipynb #c14a1258
 def _names(code:CodeType)->set[str]:
@@ -172,7 +182,9 @@ def _defaults(f:FunctionType)->dict:
 
 def _drawn_from(f:FunctionType)->dict:
     "The generators among the global variables that a function names."
-    return {name: f.__globals__[name] for name in sorted(_names(f.__code__)) if isinstance(f.__globals__.get(name), _GENERATORS)}
+    return {
+        name: f.__globals__[name] for name in sorted(_names(f.__code__))
+        if isinstance(f.__globals__.get(name), _GENERATORS)}
 
 def _function(saved, value):
     cells, drawn = _cells(value), _drawn_from(value)
@@ -185,7 +197,8 @@ def _function(saved, value):
 def _ours(value)->bool:
     "Of a library whose objects keep no state of their own between two steps, or say so."
     library = (value.__module__ if isinstance(value, FunctionType) else type(value).__module__ or "").partition(".")[0]
-    return library in ("torch", "lap_nb", "numpy") or library in sys.stdlib_module_names and type(value) is not SimpleNamespace
+    return library in ("torch", "lap_nb",
+                       "numpy") or library in sys.stdlib_module_names and type(value) is not SimpleNamespace
 
 def _is(*types)->Callable: return lambda value: isinstance(value, types)
 
@@ -223,10 +236,14 @@ class _Place:
 
 def _of_module(name:str, m:nn.Module)->Iterator[_Place]:
     library = type(m).__module__.partition(".")[0]
-    if library == "lap_nb" and type(m).get_extra_state is not nn.Module.get_extra_state: return   # says all in its state dict
+    # says all in its state dict
+    if library == "lap_nb" and type(m).get_extra_state is not nn.Module.get_extra_state: return
     for key, value in list(vars(m).items()):
-        if key not in _INTERNAL: yield _Place(f"{name}.{key}", value, partial(m.__dict__.__setitem__, key), "library" if library == "torch" or key == "training" else "user")
-    for key in m._non_persistent_buffers_set: yield _Place(f"{name}.{key}", m._buffers[key], partial(m._buffers.__setitem__, key))
+        if key not in _INTERNAL:
+            yield _Place(f"{name}.{key}", value, partial(m.__dict__.__setitem__, key),
+                         "library" if library == "torch" or key == "training" else "user")
+    for key in m._non_persistent_buffers_set:
+        yield _Place(f"{name}.{key}", m._buffers[key], partial(m._buffers.__setitem__, key))
     for key, p in m._parameters.items():
         if p is not None: yield _Place(f"{name}.{key}.requires_grad", p.requires_grad, p.requires_grad_, "library")
     for i, hook in enumerate(_hooks(m)): yield _Place(f"hook {i} of {name}", hook)
@@ -234,43 +251,52 @@ def _of_module(name:str, m:nn.Module)->Iterator[_Place]:
 def _hooks(m:nn.Module)->list:
     "Of a module and its parameters."
     on = [getattr(m, kind) for kind in _HOOKS]
-    on += [getattr(p, kind, None) or {} for p in m._parameters.values() if p is not None for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    on += [
+        getattr(p, kind, None) or {} for p in m._parameters.values() if p is not None
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")]
     return [hook for hooks in on for hook in hooks.values()]
 
 # %% ../nbs/00b_state.ipynb #153a995b
 def _of_class(kind:type)->Iterator[_Place]:
-    "Of a user's class its attributes, which all its objects share, and its functions: they may draw from generators that are global variables."
+    """Of a user's class its attributes, which all its objects share, and its functions: they may draw from generators
+    that are global variables."""
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "lap_nb", "builtins"): continue
         for key, value in list(vars(base).items()):
             if isinstance(value, FunctionType): yield _Place(f"{base.__qualname__}.{value.__name__}", value)
-            elif not key.startswith("__") and _shared(value): yield _Place(f"{base.__qualname__}.{key}", value, partial(setattr, base, key), "library")
+            elif not key.startswith("__") and _shared(value):
+                yield _Place(f"{base.__qualname__}.{key}", value, partial(setattr, base, key), "library")
 
 def _shared(value)->bool:
     "Can it change, other than what a class is made of?"
     return any(_KINDS[kind][0](value) for kind in (*_MADE, "generator", "text"))
 
-def _called(i:int, callback)->str: return f"callback {i}, {getattr(callback, '__qualname__', type(callback).__qualname__)}"
+def _called(i: int, callback) -> str:
+    return f"callback {i}, {getattr(callback, '__qualname__', type(callback).__qualname__)}"
 
 def _holders(i:int, callback)->Iterator[tuple[str, object]]:
     "What may get attributes as it is called, with its name."
     if isinstance(callback, (MethodType, partial)):
         for part in _bound(callback): yield from _holders(i, part)
-    elif isinstance(callback, FunctionType) or _KINDS["fields"][0](callback) and not isinstance(callback, nn.Module): yield _called(i, callback), callback
+    elif isinstance(callback, FunctionType) or _KINDS["fields"][0](callback) and not isinstance(callback, nn.Module):
+        yield _called(i, callback), callback
 
 def _of_callback(i:int, callback)->Iterator[_Place]:
     name = _called(i, callback)
     place = partial(_Place, owner="callback")
     if _KINDS["state"][0](callback): yield place(name, callback)
     elif isinstance(callback, FunctionType):
-        for key, cell in _cells(callback).items(): yield place(f"{name}: {key}", cell.cell_contents, partial(setattr, cell, "cell_contents"))
+        for key, cell in _cells(callback).items():
+            yield place(f"{name}: {key}", cell.cell_contents, partial(setattr, cell, "cell_contents"))
         for key, generator in _drawn_from(callback).items(): yield place(f"{name}: {key}", generator)
-        for key, value in list(vars(callback).items()): yield place(f"{name}.{key}", value, partial(setattr, callback, key))
+        for key, value in list(vars(callback).items()):
+            yield place(f"{name}.{key}", value, partial(setattr, callback, key))
         for key, value in _defaults(callback).items(): yield place(f"{name}, default of {key}", value)
     elif isinstance(callback, (MethodType, partial)):
         for part in _bound(callback): yield from _of_callback(i, part)
     elif _KINDS["fields"][0](callback) and not isinstance(callback, nn.Module):
-        for key, value in _attributes(callback).items(): yield place(f"{name}.{key}", value, partial(setattr, callback, key))
+        for key, value in _attributes(callback).items():
+            yield place(f"{name}.{key}", value, partial(setattr, callback, key))
 
 # %% ../nbs/00b_state.ipynb #20f553c2
 _ALWAYS = ("generator", "state", "method", "function")
@@ -281,12 +307,15 @@ def _can_be_made(saved)->bool:
     "Of nothing but what was captured."
     if saved is None or saved[0] not in _MADE: return False
     kind, content = saved
-    return all(map(_can_be_made, content[1])) if kind == "items" else all(_can_be_made(item) for _, item in content) if kind == "entries" else True
+    return all(map(_can_be_made, content[1])) if kind == "items" else all(
+        _can_be_made(item) for _, item in content) if kind == "entries" else True
 
 def _steady(saved)->bool:
     "Made of plain values alone."
     if not isinstance(saved, (tuple, list, dict)): return not isinstance(saved, Tensor)
-    return not (isinstance(saved, tuple) and saved and saved[0] in _ALWAYS) and all(map(_steady, saved.values() if isinstance(saved, dict) else saved))
+    return not (isinstance(saved, tuple) and saved and saved[0] in _ALWAYS) and all(
+        map(_steady,
+            saved.values() if isinstance(saved, dict) else saved))
 
 # %% ../nbs/00b_state.ipynb #e715d725
 class Memory:
@@ -298,13 +327,15 @@ class Memory:
         self.parts, self.callbacks, self.changed = dict(parts), list(callbacks), set()
         found = self._look()
         self.first = {name: digest(saved) for name, (saved, _) in found.items()}
-        self.start = {name: saved for name, (saved, place) in found.items() if place.owner == "library" and _steady(saved)}
+        self.start = {
+            name: saved for name, (saved, place) in found.items() if place.owner == "library" and _steady(saved)}
 
     def _places(self)->Iterator[_Place]:
         for prefix, part in self.parts.items():
             for name, m in part.named_modules(): yield from _of_module(f"{prefix}.{name}".rstrip("."), m)
         holders = [thing for i, callback in enumerate(self.callbacks) for _, thing in _holders(i, callback)]
-        for kind in dict.fromkeys(map(type, [*(m for part in self.parts.values() for m in part.modules()), *holders])): yield from _of_class(kind)
+        for kind in dict.fromkeys(map(type, [*(m for part in self.parts.values() for m in part.modules()), *holders])):
+            yield from _of_class(kind)
         for i, callback in enumerate(self.callbacks): yield from _of_callback(i, callback)
 
     def _look(self, lost:dict|None=None)->dict[str, tuple]: # name -> what is captured there, and the place
@@ -321,8 +352,10 @@ class Memory:
         "Raise `ValueError` on what no checkpoint can hold."
         self._look(lost := {})
         for name, why in lost.items():
-            raise ValueError(f"{name} {why}: a resumed training would go another way. Keep a torch.Generator, a random.Random or a number in its place, "
-                             "or train without checkpoint")
+            raise ValueError(
+                f"{name} {why}: a resumed training would go another way. Keep a torch.Generator, a random.Random or a "
+                f"number in its place, "
+                "or train without checkpoint")
 
 # %% ../nbs/00b_state.ipynb #e6835526
 @patch
@@ -341,7 +374,8 @@ def load_state_dict(self:Memory,
     "Put back what is state; a warning names what is left as it is."
     found, left = self._look(), []
     for name, (saved, place) in found.items():   # a library's, unchanged when the state was taken
-        if name not in state and place.owner == "library" and name in self.start and digest(saved) != self.first[name]: self._put(place, self.start[name])
+        if name not in state and place.owner == "library" and name in self.start and digest(saved) != self.first[name]:
+            self._put(place, self.start[name])
     for name, (saved, changed, first) in state.items():
         now, place = found.get(name, (None, None))
         if place is None and self._set_anew(name, saved): pass
@@ -351,7 +385,11 @@ def load_state_dict(self:Memory,
             if self._is_state(place, saved, changed, first, now): self._put(place, saved)
             elif changed or place.owner != "callback": left.append(f"{name} stays as it is now")
         if changed: self.changed.add(name)
-    if left: warnings.warn(f"the checkpoint remembers otherwise: {'; '.join(left[:5])}{', and more' * (len(left) > 5)}. To go on as then, set it before you resume", stacklevel=2)
+    if left:
+        warnings.warn(
+            f"the checkpoint remembers otherwise: {'; '.join(left[:5])}{', and more' * (len(left) > 5)}. To go on as "
+            f"then, set it before you resume",
+            stacklevel=2)
 
 # %% ../nbs/00b_state.ipynb #e6835527
 @patch

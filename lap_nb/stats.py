@@ -50,7 +50,8 @@ def wilson(
 )->tuple[float, float]:
     "Wilson's interval of a rate seen in so many independent trials."
     z = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
-    centre, spread = (rate + z * z / (2 * trials)) / (1 + z * z / trials), z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials ** 2))
+    centre, spread = (rate + z * z / (2 * trials)) / (1 + z * z / trials), z / (
+        1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials ** 2))
     return max(0., centre - spread) if rate else 0., min(1., centre + spread) if rate < 1 else 1.
 
 # %% ../nbs/90a_stats.ipynb #90a0000a
@@ -61,7 +62,8 @@ def median_interval(
     "Ends of the interval of the median, from order statistics; all there is, if that is too few."
     from scipy.stats import quantile_test
     found = quantile_test(values, p=.5).confidence_interval(level)
-    return (min(values) if math.isnan(found.low) else float(found.low)), (max(values) if math.isnan(found.high) else float(found.high))
+    return (min(values) if math.isnan(found.low) else float(found.low)), (max(values) if math.isnan(found.high) else
+                                                                          float(found.high))
 
 # %% ../nbs/90a_stats.ipynb #90a0000d
 def bootstrap_mean(
@@ -102,10 +104,13 @@ def rank_correlation(
     level:float=.95,    # coverage
     seed:int=0,         # of the bootstrap
 )->Correlation:
-    "Spearman's rank correlation with percentile bootstrap, over all values or the mean inside groups; those where `a` or `b` does not vary are left out. `ValueError` if nothing is left, `TypeError` for what are no numbers."
+    """Spearman's rank correlation with percentile bootstrap, over all values or the mean inside groups; those where `a`
+    or `b` does not vary are left out. `ValueError` if nothing is left, `TypeError` for what are no numbers."""
     a, b = _numbers("a", a), _numbers("b", b)
-    if a.shape != b.shape or a.ndim != 1: raise ValueError(f"found {a.size} and {b.size} values, expected two rows of the same length")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ValueError("found NaN or infinity, expected finite values: leave out the runs that diverged")
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"found {a.size} and {b.size} values, expected two rows of the same length")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("found NaN or infinity, expected finite values: leave out the runs that diverged")
     _check_bootstrap(len(a), resamples, level, seed)
     groups = np.zeros(len(a), int) if groups is None else _parts("groups", groups, len(a))
     least = np.bincount(groups).min(initial=len(a))
@@ -123,7 +128,8 @@ def rank_correlation(
 _MOST_DRAWN = 2 ** 24 # values times resamples of a bootstrap: about 1 GB
 
 def _check_length(name:str, values):
-    if isinstance(values, range) and len(values) > _MOST_DRAWN: raise ValueError(f"{name} is {described(values)}, expected at most {_MOST_DRAWN:,} values")
+    if isinstance(values, range) and len(values) > _MOST_DRAWN:
+        raise ValueError(f"{name} is {described(values)}, expected at most {_MOST_DRAWN:,} values")
 
 def _numbers(name:str, values)->np.ndarray:
     "As floats; raises `TypeError` on what are no real numbers."
@@ -166,7 +172,8 @@ def _resampled(n:int, resamples:int, seed:int)->np.ndarray:
     return np.vstack([np.ones(n), *(np.bincount(d, minlength=n) for d in drawn)])
 
 def _spearman(a, b, times)->np.ndarray:
-    "Correlation of the ranks of `a` and `b`, `[n]`, if the values occur so many `times`, `[R, n]`; NaN if one of them does not vary."
+    """Correlation of the ranks of `a` and `b`, `[n]`, if the values occur so many `times`, `[R, n]`; NaN if one of them
+    does not vary."""
     def ranks(v):
         order, at = np.argsort(v, kind="stable"), np.unique(v, return_inverse=True)[1]
         first = np.searchsorted(at[order], np.arange(at.max() + 1))

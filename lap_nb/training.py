@@ -7,6 +7,7 @@ __all__ = ['evaluate', 'Run', 'TrainConfig', 'Diverged', 'Training', 'Checkpoint
 
 # %% ../nbs/06_training.ipynb #015f1349
 import atexit
+import gc
 import math
 import os
 import platform
@@ -46,7 +47,8 @@ def shift_flip(
     moves:Tensor, # per picture: rows and columns of the crop's corner, 0 to `2 * crop`, and 1 to mirror; `[..., B, 3]`
     crop:int=0,   # zeros added on every side before cropping; the corner at `crop` changes nothing
 )->Tensor:        # of the same shape
-    "Crops of the padded pictures, some of them mirrored, in one indexing; raises `ValueError` on pictures and moves that do not go together."
+    """Crops of the padded pictures, some of them mirrored, in one indexing; raises `ValueError` on pictures and moves
+    that do not go together."""
     _check_moves(x, moves, crop := whole("crop", crop))
     *lead, C, H, W = x.shape
     padded, (down, right, mirrored) = F.pad(x.flatten(0, -4), (crop,) * 4), moves.reshape(-1, 3).unbind(-1)
@@ -57,14 +59,20 @@ def shift_flip(
     return out.view(*lead, C, H, W)
 
 def _check_moves(x, moves, crop:int):
-    if not isinstance(x, Tensor) or x.ndim < 4: raise ValueError(f"x is {described(x)}, expected pictures [..., B, C, H, W]")
+    if not isinstance(x, Tensor) or x.ndim < 4:
+        raise ValueError(f"x is {described(x)}, expected pictures [..., B, C, H, W]")
     expected = [*x.shape[:-3], 3]
     if not isinstance(moves, Tensor) or list(moves.shape) != expected or moves.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"moves is {described(moves)}, expected int64 {expected}: row, column and mirror of each picture")
-    if moves.device.type != "cpu" or not moves.numel(): return   # to look at a number on another device is to wait for it
+        raise ValueError(
+            f"moves is {described(moves)}, expected int64 {expected}: row, column and mirror of each picture")
+    # to look at a number on another device is to wait for it
+    if moves.device.type != "cpu" or not moves.numel(): return
     corners, mirrored = moves[..., :2].aminmax(), moves[..., 2].aminmax()
     if corners.min < 0 or corners.max > 2 * crop or mirrored.min < 0 or mirrored.max > 1:
-        raise ValueError(f"moves run from {corners.min} to {corners.max} and mirror {mirrored.min} to {mirrored.max}, expected corners 0 to {2 * crop} and mirror 0 or 1")
+        raise ValueError(
+            f"moves run from {corners.min} to {corners.max} and mirror {mirrored.min} to {mirrored.max}, expected "
+            f"corners 0 to {2 * crop} and mirror 0 or 1"
+        )
 
 # %% ../nbs/06_training.ipynb #05f34650
 def _moves(n:int, crop:int, flip:bool, generator)->Tensor: # `[n, 3]`
@@ -84,7 +92,8 @@ def batches(
     "One epoch of shuffled batches; raises `TypeError` or `ValueError` at once on arguments that do not go together."
     crop, flip = whole("crop", crop), flag("flip", flip)
     generators = _check_batches(split, generators, crop or flip)
-    return _batches(split, generators, whole("batch_size", batch_size, 1), crop, flip, whole("skip", skip), _check_share(share))
+    return _batches(split, generators, whole("batch_size", batch_size, 1), crop, flip, whole("skip", skip),
+                    _check_share(share))
 
 def _batches(split, generators, batch_size, crop, flip, skip, share):
     train, n = split.train, split.train.shape[-1]
@@ -104,7 +113,10 @@ def check_split(
 ):
     "Raise `TypeError` for anything else."
     if not isinstance(data, Split):
-        raise TypeError(f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n training samples")
+        raise TypeError(
+            f"data is of type {type(data).__name__}, expected a Split: data.split(n) of a Dataset draws one with n "
+            f"training samples"
+        )
 
 # %% ../nbs/06_training.ipynb #1160828e
 def _check_share(share)->tuple[int, int]:
@@ -118,10 +130,16 @@ def _check_batches(split, generators, moved)->list[torch.Generator]:
     networks = split.train.numel() // split.train.shape[-1]
     try: generators = list(generators)
     except TypeError: generators = []
-    if len(generators) != networks or not all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generators):
-        raise ValueError(f"found {len(generators)} generators, expected one per network, {networks}, each a torch.Generator() on the CPU")
+    if len(generators) != networks or not all(
+            isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generators):
+        raise ValueError(
+            f"found {len(generators)} generators, expected one per network, {networks}, each a torch.Generator() on the CPU"
+        )
     if moved and split.x.ndim != 4:
-        raise ValueError(f"crop and flip are for pictures [C, H, W], and samples of {split.name} have shape {list(split.x.shape[1:])}")
+        raise ValueError(
+            f"crop and flip are for pictures [C, H, W], and samples of {split.name} have shape "
+            f"{list(split.x.shape[1:])}"
+        )
     return generators
 
 # %% ../nbs/06_training.ipynb #f3ff62ff
@@ -132,11 +150,15 @@ def task_loss(
 )->Tensor:                    # cross-entropy of each network, `[...]`
     "Cross-entropy, averaged over the batch; raises `ValueError` on logits and labels that do not go together."
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2 or not logits.numel():
-        raise ValueError(f"logits is {described(logits)}, expected floating-point logits [..., B, classes] of at least one sample")
+        raise ValueError(
+            f"logits is {described(logits)}, expected floating-point logits [..., B, classes] of at least one sample")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != logits.shape[:-1]:
         raise ValueError(f"y is {described(y)}, expected labels int64 {list(logits.shape[:-1])}, one per sample")
     if y.device.type == "cpu" and (y.min() < 0 or y.max() >= logits.shape[-1]):
-        raise ValueError(f"labels run from {y.min()} to {y.max()}, expected 0 to {logits.shape[-1] - 1}, as there are {logits.shape[-1]} logits")
+        raise ValueError(
+            f"labels run from {y.min()} to {y.max()}, expected 0 to {logits.shape[-1] - 1}, as there are "
+            f"{logits.shape[-1]} logits"
+        )
     return _cross_entropy(logits, y, share("label_smoothing", label_smoothing))
 
 def _cross_entropy(logits, y, label_smoothing=0.):
@@ -209,7 +231,8 @@ def part_indices(
 )->Tensor:       # `[..., n]`
     "Which samples the part holds; raises `TypeError` or `ValueError`."
     check_split(split)
-    if not isinstance(part, str) or part not in ("train", "val", "test"): raise ValueError(f"part is {part!r}, expected 'train', 'val' or 'test'")
+    if not isinstance(part, str) or part not in ("train", "val", "test"):
+        raise ValueError(f"part is {part!r}, expected 'train', 'val' or 'test'")
     return getattr(split, part)
 
 @torch.no_grad()
@@ -220,7 +243,8 @@ def count_right(
     chunk:int=2000,               # samples per forward pass
     share:tuple[int, int]=(0, 1), # `(rank, world)`: count the samples `rank`, `rank + world`, ...
 )->Tensor:                        # samples classified rightly, per network, `[...]`
-    "Samples of a part that the model classifies rightly in evaluation mode; one whose logits are NaN is not. Raises `ValueError` if it gives no logits."
+    """Samples of a part that the model classifies rightly in evaluation mode; one whose logits are NaN is not. Raises
+    `ValueError` if it gives no logits."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is of type {type(model).__name__}, expected a module")
     (rank, world), chunk = _check_share(share), whole("chunk", chunk, 1)
     index, networks = part_indices(split, part)[..., rank::world], split.train.shape[:-1]
@@ -249,7 +273,9 @@ def evaluate(
 class Run:
     "What a training did: the network, its curves over epochs, and the circumstances."
     model:nn.Module           # the trained network, or networks
-    curves:dict[str, Tensor]  # `epoch` `[E]`; `loss` (of the last batch), `train_loss` (mean since the last point), `val_accuracy`, `test_accuracy`, `lambda`, `action` `[E, ...]`; `energy` of each block `[E, ..., K]`
+    # `epoch` `[E]`; `loss` (of the last batch), `train_loss` (mean since the last point), `val_accuracy`,
+    # `test_accuracy`, `lambda`, `action` `[E, ...]`; `energy` of each block `[E, ..., K]`
+    curves:dict[str, Tensor]
     provenance:dict           # settings, device, versions, commit, seconds
 
     @property
@@ -259,7 +285,8 @@ class Run:
 
     @property
     def best_test_accuracy(self)->Tensor: # `[...]`
-        "Test accuracy at the epoch of the best *validation* accuracy, the earliest if there are several; points after a network's death do not count."
+        """Test accuracy at the epoch of the best *validation* accuracy, the earliest if there are several; points after
+        a network's death do not count."""
         best = self.curves["val_accuracy"].nan_to_num(-1.).argmax(0, keepdim=True)
         return self.curves["test_accuracy"].gather(0, best)[0]
 
@@ -274,16 +301,20 @@ def provenance(
 )->dict:                 # of plain JSON values, without paths or user names
     "Device, versions, commit and settings, as a note to be kept with a result."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return dict(settings, device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(), lap_nb=lap_nb.__version__,
-                torch=torch.__version__, python=platform.python_version(), commit=_commit())
+    return dict(settings, device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(),
+                lap_nb=lap_nb.__version__, torch=torch.__version__, python=platform.python_version(), commit=_commit())
 
 @cache
 def _commit()->str|None:
-    "Of the checkout that this module was imported from; None if it was installed. Asked once, it is the code that runs."
+    """Of the checkout that this module was imported from; None if it was installed. Asked once, it is the code that
+    runs."""
     root = Path(lap_nb.__file__).resolve().parents[1]
     if not (root / ".git").exists(): return None
-    try: return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    except OSError: return None   # a checkout on a machine without git
+    try:
+        return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True,
+                              text=True).stdout.strip() or None
+    except OSError:
+        return None   # a checkout on a machine without git
 
 @cache
 def _processor(cpuinfo:str="/proc/cpuinfo")->str:
@@ -821,9 +852,10 @@ def _check_attached(model:nn.Module, least_action:nn.Module|None, networks:tuple
         raise ValueError("least_action is not on this model: make it for the model that is trained, "
                          "LeastAction(model), and remove it only afterwards")
     if (found := tuple(least_action.lam.shape)) != networks:
-        raise ValueError(f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one "
-                         "per network: give a single one; for values that differ from network to network, fit_many(..., "
-                         "least_action=lambda model, lambda0: LeastAction(model, DualAscent(lambda0)), grid=dict(lambda0=[...]))")
+        raise ValueError(
+            f"least_action has multipliers of shape {found or '()'}, expected {networks or '()'}, one "
+            "per network: give a single one; for values that differ from network to network, fit_many(..., "
+            "least_action=lambda model, lambda0: LeastAction(model, DualAscent(lambda0)), grid=dict(lambda0=[...]))")
 
 def _wrapped(model:nn.Module, c:TrainConfig)->nn.Module:
     "The model as it is called in training: compiled, and with gradients averaged over processes."
@@ -1171,6 +1203,12 @@ def _check_model(model:nn.Module):
             raise ValueError(f"{name} was made under torch.inference_mode(), expected parameters that can be trained: "
                              "make the model outside")
 
+def _leave_processes():
+    "Gloo's threads drop what they still hold, for which they need Python, and end with the last reference to the group."
+    dist.destroy_process_group()
+    gc.collect()
+    time.sleep(.1)   # nobody can ask them whether they are done; whoever holds the group by a global keeps them
+
 def join_processes(
     device:torch.device, # of the model
 )->torch.device:         # this process works there
@@ -1181,7 +1219,7 @@ def join_processes(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave_processes)
     return device
 
 # %% ../nbs/06_training.ipynb #4b277941
@@ -1223,14 +1261,17 @@ def plot(self:Run,
     axes:Mapping[str, Axes]|None=None, # axes by panel, from an earlier plot; None: a new figure
     label="",  # name of the run in the legend
 )->dict:       # the axes: `loss`, `accuracy`, `lambda`, `action`, `energy`, as far as there is something to show
-    "Curves over the epochs, from the first one evaluated; networks in a row as their mean. Energies of the blocks from the first (dark) to the last (pale)."
+    """Curves over the epochs, from the first one evaluated; networks in a row as their mean. Energies of the blocks
+    from the first (dark) to the last (pale)."""
     axes = _panels(self.curves) if axes is None else axes
-    mean = {name: c.float().flatten(1, c.ndim - 1 - (name == "energy")).mean(1) if c.ndim > 1 + (name == "energy") else c.float()
-            for name, c in self.curves.items()}
+    mean = {
+        name: c.float().flatten(1, c.ndim - 1 - (name == "energy")).mean(1) if c.ndim > 1 +
+        (name == "energy") else c.float() for name, c in self.curves.items()}
     line, = axes["loss"].plot(mean["epoch"], mean["loss"], label=label)
     style = dict(color=line.get_color(), label=label)
     axes["accuracy"].plot(mean["epoch"], mean["test_accuracy"], color=line.get_color(), label=f"{label} test".strip())
-    axes["accuracy"].plot(mean["epoch"], mean["val_accuracy"], "--", color=line.get_color(), label=f"{label} validation".strip())
+    axes["accuracy"].plot(mean["epoch"], mean["val_accuracy"], "--", color=line.get_color(),
+                          label=f"{label} validation".strip())
     if "lambda" in mean and "lambda" in axes:
         axes["lambda"].plot(mean["epoch"], mean["lambda"], **style)
         axes["action"].plot(mean["epoch"], mean["action"] / mean["lambda"], **style)
@@ -1239,7 +1280,8 @@ def plot(self:Run,
             axes["energy"].plot(mean["epoch"], energy, color=shade, label="" if k else label)
     for name, ax in axes.items():
         if name != "accuracy": fit_scale(ax)
-        place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2) if name == "energy" else {}   # a panel full of curves
+        # a panel full of curves
+        place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2) if name == "energy" else {}
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, **place)
     return axes
 
@@ -1247,11 +1289,13 @@ def plot(self:Run,
 def _panels(curves)->dict:
     "An empty panel for each thing there is to show."
     import matplotlib.pyplot as plt
-    ylabels = dict(loss="task loss (nats)", accuracy="accuracy", **{"lambda": "$\\lambda$", "action": "weight × action, $C/\\lambda$"},
-                   energy="energy per sample and block")
+    ylabels = dict(loss="task loss (nats)", accuracy="accuracy",
+                   **{"lambda": "$\\lambda$",
+                      "action": "weight × action, $C/\\lambda$"}, energy="energy per sample and block")
     names = [n for n in ylabels if n in ("loss", "accuracy") or n in curves]
     columns = 2 if len(names) < 3 else 3
-    fig, axes = plt.subplots(-(-len(names) // columns), columns, figsize=(4.2 * columns - (columns == 3) * 2, 3.1 * -(-len(names) // columns)),
+    fig, axes = plt.subplots(-(-len(names) // columns), columns,
+                             figsize=(4.2 * columns - (columns == 3) * 2, 3.1 * -(-len(names) // columns)),
                              layout="constrained", squeeze=False)
     for ax in axes.flat[len(names):]: ax.remove()
     for name, ax in zip(names, axes.flat): ax.set(xlabel="epoch", ylabel=ylabels[name])

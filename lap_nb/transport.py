@@ -33,14 +33,20 @@ def as_points(
 )->Tensor:       # `[n, d]`
     "The points as a float64 matrix on the CPU, without graph; raises `ValueError` on unusable ones."
     if not is_dense(x) or x.ndim < 2 or x.is_complex():
-        raise ValueError(f"{name} is {described(x)}, expected a real tensor [n, ...] with an axis of features; write x[:, None] for numbers")
+        raise ValueError(
+            f"{name} is {described(x)}, expected a real tensor [n, ...] with an axis of features; write x[:, None] "
+            f"for numbers"
+        )
     if len(x) < least or math.prod(x.shape[1:]) == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature or more"
-                         + "; one point has only one matching" * (least == 2 and len(x) == 1))
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature or more"
+            + "; one point has only one matching" * (least == 2 and len(x) == 1))
     x = x.detach().flatten(1).to("cpu", torch.float64)
     bad = (~x.isfinite()).any(1)
-    if bad.any(): raise ValueError(f"{name} has {int(bad.sum())} of {len(x)} points that are not finite, first at {int(bad.int().argmax())}; "
-                                   "look for the block that makes them, or leave these samples out")
+    if bad.any():
+        raise ValueError(
+            f"{name} has {int(bad.sum())} of {len(x)} points that are not finite, first at {int(bad.int().argmax())}; "
+            "look for the block that makes them, or leave these samples out")
     return x
 
 def ldexp(
@@ -53,7 +59,8 @@ def ldexp(
 def unit_power(
     *clouds:Tensor, # points
 )->int:
-    "Power of two: the unit in which the largest coordinate is near 1e120: its square does not overflow, and one 1e270 times smaller does not vanish."
+    """Power of two: the unit in which the largest coordinate is near 1e120: its square does not overflow, and one 1e270
+    times smaller does not vanish."""
     top = max(x.abs().max().item() for x in clouds)
     return math.frexp(top)[1] - 400 if top else 0
 
@@ -75,8 +82,9 @@ def _pair(x:Tensor, y:Tensor, names=("x", "y"), least:int=1, squares:bool=True)-
     "Two clouds of equal dimension, checked; with `squares`, their squared distances must be numbers float64 holds."
     x, y = as_points(names[0], x, least), as_points(names[1], y, least)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{names[0]} has {x.shape[1]} features, {names[1]} {y.shape[1]}; distances need equal numbers: "
-                         "compare within a stage of constant shape")
+        raise ValueError(
+            f"{names[0]} has {x.shape[1]} features, {names[1]} {y.shape[1]}; distances need equal numbers: "
+            "compare within a stage of constant shape")
     x, y = ldexp(x, -(power := unit_power(x, y))), ldexp(y, -power)
     a, b = x.median(0).values, y.median(0).values
     pair = _Pair(x, y, x - a, y - b, b - a, power)
@@ -84,16 +92,21 @@ def _pair(x:Tensor, y:Tensor, names=("x", "y"), least:int=1, squares:bool=True)-
     return pair
 
 def _check_squares(pair:_Pair):
-    largest = max(pair.x.square().sum(1).max().item(), pair.y.square().sum(1).max().item(), pair.shift.square().sum().item())
+    largest = max(pair.x.square().sum(1).max().item(),
+                  pair.y.square().sum(1).max().item(),
+                  pair.shift.square().sum().item())
     size = math.log2(largest) + 2 * pair.power if largest else 0
     if not -1022 < size < 1020:
-        raise ValueError(f"squared distances are of the order of 1e{size * math.log10(2):.0f}, expected from 1e-307 to 1e307, which float64 holds: "
-                         f"{'divide' if size > 0 else 'multiply'} the points by a number, and the result by its square")
+        raise ValueError(
+            f"squared distances are of the order of 1e{size * math.log10(2):.0f}, expected from 1e-307 to 1e307, "
+            f"which float64 holds: "
+            f"{'divide' if size > 0 else 'multiply'} the points by a number, and the result by its square")
 
 # %% ../nbs/04_transport.ipynb #8c9dd114
 _ROUNDING = 256 * torch.finfo(torch.float64).eps   # share of its own terms that a sum of float64 numbers may be off by
 
-def _rows(n:int, size:int=64): return (slice(i, min(i + size, n)) for i in range(0, n, size))   # so many rows fit the cache
+def _rows(n:int, size:int=64): # so many rows fit the cache
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 def squared_distances(
     x:Tensor,                # `[n, d]`
@@ -117,15 +130,19 @@ def cost_matrix(
     y:Tensor,                  # end points, `[m, ...]`, with as many features
     max_bytes:float|None=None, # largest size allowed; None: the memory that is free
 )->Tensor:                     # `[n, m]`, float64, on the CPU
-    r"All squared distances $|x_i - y_j|^2$; raises `ValueError` on unusable points, `MemoryError` before it allocates too much."
+    r"""All squared distances $|x_i - y_j|^2$; raises `ValueError` on unusable points, `MemoryError` before it allocates
+    too much."""
     pair = _pair(x, y)
     check_memory(len(pair.x), len(pair.y), 1, max_bytes)
     return ldexp(squared_distances(pair.x, pair.y + pair.shift, pair.start, pair.end), 2 * pair.power)
 
 # %% ../nbs/04_transport.ipynb #ae9209b3
 def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None, rounding:float=0.)->Tensor:
-    "The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`; each with so large a share of its terms on top."
-    lowest, block, f = cost.new_full(cost.shape[1:], math.inf), cost.new_empty(64, cost.shape[1]), f - rounding * f.abs()   # one block, used again
+    """The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`; each with so large a share
+    of its terms on top."""
+    # one block, used again
+    lowest, block, f = cost.new_full(cost.shape[1:], math.inf), cost.new_empty(64,
+                                                                               cost.shape[1]), f - rounding * f.abs()
     for r in _rows(len(f)) if at is None else at.split(64):
         left = block[:len(f[r])]
         if at is None: torch.mul(cost[r], 1 + rounding, out=left)
@@ -137,7 +154,8 @@ class _NotOptimal(RuntimeError):
     "Carries the prices `g` as far as they are known."
 
 def _potentials(cost:Tensor, target:Tensor, g:Tensor|None=None)->tuple[Tensor, Tensor]:
-    "Prices that prove `target` optimal, by Bellman and Ford, from prices `g` of the ends if there are some; `RuntimeError` if it is not."
+    """Prices that prove `target` optimal, by Bellman and Ford, from prices `g` of the ends if there are some;
+    `RuntimeError` if it is not."""
     matched, at = cost.gather(1, target[:, None])[:, 0], None
     g = cost.new_zeros(len(cost)) if g is None else g
     for _ in range(len(cost) + 1):
@@ -147,7 +165,10 @@ def _potentials(cost:Tensor, target:Tensor, g:Tensor|None=None)->tuple[Tensor, T
         if not cheaper.any(): return f, g
         g = torch.where(cheaper, lower, g)
         at = cheaper[target].nonzero()[:, 0]   # only the prices of these rows have changed
-    error = _NotOptimal(f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please report the clouds")
+    error = _NotOptimal(
+        f"the matching of {len(cost)} points is not optimal: a cycle of exchanges still lowers its cost; please "
+        f"report the clouds"
+    )
     error.g = g
     raise error
 
@@ -155,12 +176,14 @@ def _potentials(cost:Tensor, target:Tensor, g:Tensor|None=None)->tuple[Tensor, T
 def _balance(kernel, turned, u, v, sweeps:int):
     "Sinkhorn's scalings of a kernel and its transpose, each step half as long again."
     for step in [1.] + [1.5] * (sweeps - 2) + [1.]:
-        u = (u ** (1 - step) * (kernel @ v) ** -step).clip(1e-30, 1e30)   # a long step may leave what single precision holds
+        # a long step may leave what single precision holds
+        u = (u ** (1 - step) * (kernel @ v) ** -step).clip(1e-30, 1e30)
         v = (v ** (1 - step) * (turned @ u) ** -step).clip(1e-30, 1e30)
     return u, v
 
 def _plan(x:Tensor, y:Tensor, g:Tensor, eps:float)->tuple[Tensor, Tensor, Tensor]:
-    r"Prices, the ends' near `g`, and plan for the costs $-2\langle x_i, y_j\rangle$ with entropy `eps`; each point has mass 1."
+    r"""Prices, the ends' near `g`, and plan for the costs $-2\langle x_i, y_j\rangle$ with entropy `eps`; each point
+    has mass 1."""
     unit = y.abs().max().item() or 1.
     left, right, price = (x * (2 * unit / eps)).float(), (y / unit).float().T.contiguous(), (g / eps).float()
     kernel, top = torch.empty(len(x), len(y)), torch.empty(len(x))
@@ -185,14 +208,17 @@ def _rough(x:Tensor, y:Tensor, eps:float)->tuple[Tensor, Tensor, Tensor, float]:
     return f, g, used.nonzero().T, eps
 
 def _sharp(rest:Tensor, pairs:Tensor, n:int, eps:float)->tuple[Tensor, Tensor]:
-    "Prices of what is left of the costs of these pairs, with less and less entropy, each time on the pairs that were not faint before."
+    """Prices of what is left of the costs of these pairs, with less and less entropy, each time on the pairs that were
+    not faint before."""
     from scipy.sparse import csr_array
     (i, j), cost, f, g = pairs.numpy(), rest.numpy(), np.zeros(n), np.zeros(n)
     for _ in range(20):  # twins keep more pairs than that for ever
         if len(i) <= 1.5 * n: break
         eps /= 2
-        kernel = csr_array((np.exp(((f[i] + g[j] - cost) / eps).clip(max=60)), j, np.searchsorted(i, np.arange(n + 1))), (n, n))
-        with np.errstate(divide="ignore", over="ignore"): u, v = _balance(kernel, kernel.T.tocsr(), np.ones(n), np.ones(n), 20)
+        kernel = csr_array((np.exp(((f[i] + g[j] - cost) / eps).clip(max=60)), j, np.searchsorted(i, np.arange(n + 1))),
+                           (n, n))
+        with np.errstate(divide="ignore", over="ignore"):
+            u, v = _balance(kernel, kernel.T.tocsr(), np.ones(n), np.ones(n), 20)
         f, g = f + eps * np.log(u), g + eps * np.log(v)
         used = f[i] + g[j] - cost > eps * math.log(_FAINT)
         i, j, cost = i[used], j[used], cost[used]
@@ -211,7 +237,8 @@ def _guess(x:Tensor, y:Tensor)->tuple[Tensor, Tensor, Tensor]:
     few = -2 * u[::len(x) // 256 + 1] @ v.T
     few = (few - few.mean(0)).sub_(few.mean(1, keepdim=True)).add_(few.mean()).abs()   # what no price can take off
     size = max(u.abs().max().item(), v.abs().max().item()) ** 2
-    f, g, pairs, eps = _rough(u, v, (few.median().item() or few.mean().item() or size or 1.) / 8)   # before the costs: it takes as much memory
+    # before the costs: it takes as much memory
+    f, g, pairs, eps = _rough(u, v, (few.median().item() or few.mean().item() or size or 1.) / 8)
     f, g, (i, j), cost = f + u.square().sum(1), g + v.square().sum(1), pairs, squared_distances(x, y)
     df, dg = _sharp(cost[i, j] - f[i] - g[j], pairs, len(x), eps)
     f, g = f + df, g + dg
@@ -224,7 +251,8 @@ def _assignment(x:Tensor, y:Tensor)->tuple[Tensor, None, Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
     cost, f, g = _guess(x, y)
     for last in (False, False, True):
-        target = torch.from_numpy(linear_sum_assignment(cost.sub_(f[:, None]).sub_(g).numpy())[1])   # in place of the costs
+        # in place of the costs
+        target = torch.from_numpy(linear_sum_assignment(cost.sub_(f[:, None]).sub_(g).numpy())[1])
         del cost
         try: return target, None, *_potentials(cost := squared_distances(x, y), target, g)
         except _NotOptimal as error:
@@ -241,7 +269,8 @@ def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
         (i, j), mass = plan.indices(), plan.values()
         above = f + cap * u
         below = torch.minimum(g + cap * v, _slack(cost, above))   # now no pair is too dear
-        off = (mass * ((cost[i, j] - above[i] - below[j]).abs() + torch.finfo(cost.dtype).eps * (above[i].abs() + below[j].abs()))).sum() / (mass * cost[i, j]).sum()
+        off = (mass * ((cost[i, j] - above[i] - below[j]).abs() + torch.finfo(cost.dtype).eps *
+                       (above[i].abs() + below[j].abs()))).sum() / (mass * cost[i, j]).sum()
         if not off > 1e-12: return None, plan, above, below   # 0 / 0 where all costs are zero
         if not again:
             f = cost.amin(1)
@@ -249,7 +278,10 @@ def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
             left = cost.sub(f[:, None]).sub_(g)
         cap = min(cap / 16, 16 * (mass * left[i, j]).sum().item() / least) or cap   # no dearer pair carries mass
     if off > 1e-9:
-        raise RuntimeError("POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; leave the farthest points out")
+        raise RuntimeError(
+            "POT's potentials do not prove its plan optimal: the costs may be too uneven for float64; leave the "
+            "farthest points out"
+        )
     return None, plan, above, below
 
 def _emd(a:Tensor, b:Tensor, cost:Tensor, max_iter:int)->tuple[Tensor, Tensor, Tensor]:
@@ -259,17 +291,23 @@ def _emd(a:Tensor, b:Tensor, cost:Tensor, max_iter:int)->tuple[Tensor, Tensor, T
         warnings.simplefilter("ignore")   # the state is in the log: not optimal is an error
         plan, log = ot.emd(a.numpy(), b.numpy(), cost.numpy(), numItermax=max_iter, log=True)
     if log["warning"] is not None:
-        raise RuntimeError(f"POT's network simplex did not reach an optimum in {max_iter:,} iterations ({log['warning']}); raise max_iter")
+        raise RuntimeError(
+            f"POT's network simplex did not reach an optimum in {max_iter:,} iterations ({log['warning']}); raise "
+            f"max_iter"
+        )
     return torch.as_tensor(plan).to_sparse(), torch.as_tensor(log["u"]), torch.as_tensor(log["v"])
 
 # %% ../nbs/04_transport.ipynb #cd24ab9f
 def _check_weights(name:str, w:Tensor|None, n:int)->Tensor:
     "Weights as float64 that sum to one; equal ones if there are none."
     if w is None: return torch.full((n,), 1 / n, dtype=torch.float64)
-    if not is_dense(w) or w.is_complex(): raise ValueError(f"{name} is {described(w)}, expected a real tensor ({n},): a weight for each point")
+    if not is_dense(w) or w.is_complex():
+        raise ValueError(f"{name} is {described(w)}, expected a real tensor ({n},): a weight for each point")
     w = w.detach().to("cpu", torch.float64)
     if w.shape != (n,): raise ValueError(f"{name} has shape {tuple(w.shape)}, expected ({n},): a weight for each point")
-    if not (w >= 0).all(): raise ValueError(f"{name} has {int((~(w >= 0)).sum())} weights that are negative or not a number, expected zero or more")
+    if not (w >= 0).all():
+        raise ValueError(
+            f"{name} has {int((~(w >= 0)).sum())} weights that are negative or not a number, expected zero or more")
     if not abs(w.sum() - 1) <= 1e-5: raise ValueError(f"{name} sums to {w.sum():.6g}, expected 1; divide by the sum")
     return w / w.sum()
 
@@ -283,7 +321,8 @@ class Coupling:
     f:Tensor            # price of each start point, `[n]`
     g:Tensor            # price of each end point, `[m]`; `f[i] + g[j]` is at most the cost of i, j
     solver:str          # which solver ran: `"assignment"` (SciPy's) or `"simplex"` (POT's)
-    def __repr__(self)->str: return f"Coupling of {len(self.f)} and {len(self.g)} points: W2^2 = {self.cost:.6g}, solved by {self.solver}"
+    def __repr__(self) -> str:
+        return f"Coupling of {len(self.f)} and {len(self.g)} points: W2^2 = {self.cost:.6g}, solved by {self.solver}"
 
 # %% ../nbs/04_transport.ipynb #2ecc3ed3
 SOLVERS = ("auto", "assignment", "simplex")
@@ -295,16 +334,19 @@ def optimal_coupling(
     y:Tensor,                  # end points, `[m, ...]`, with as many features
     a:Tensor|None=None,        # weights of the start points, `[n]`, sum 1; None: equal
     b:Tensor|None=None,        # weights of the end points, `[m]`, sum 1; None: equal
-    solver:str="auto",         # `"assignment"`: SciPy, equal weights; `"simplex"`: POT, any; `"auto"`: the first where it can
+    # `"assignment"`: SciPy, equal weights; `"simplex"`: POT, any; `"auto"`: the first where it can
+    solver:str="auto",
     max_iter:int=10_000_000,   # of the simplex
     max_bytes:float|None=None, # largest memory allowed; None: what is free
 )->Coupling:
-    r"Exact $W_2^2(\sum_i a_i\delta_{x_i}, \sum_j b_j\delta_{y_j})$ (Kantorovich); `ValueError` on unusable input, `RuntimeError` if not solved."
+    r"""Exact $W_2^2(\sum_i a_i\delta_{x_i}, \sum_j b_j\delta_{y_j})$ (Kantorovich); `ValueError` on unusable input,
+    `RuntimeError` if not solved."""
     pair = _pair(x, y)
     target, plan, f, g, solver = _solve(pair, a, b, solver, max_iter, max_bytes)
     i, j, mass = _carried(target, plan, _check_weights("a", a, len(pair.x)))
     cost = (mass * (pair.start[i] - pair.end[j]).square().sum(1)).sum().item()
-    f, g = f - 2 * pair.x @ pair.shift + pair.shift.square().sum() / 2, g + 2 * pair.y @ pair.shift + pair.shift.square().sum() / 2
+    f, g = f - 2 * pair.x @ pair.shift + pair.shift.square().sum() / 2, g + 2 * pair.y @ pair.shift + pair.shift.square(
+    ).sum() / 2
     return Coupling(pair.square(cost), target, plan, ldexp(f, 2 * pair.power), ldexp(g, 2 * pair.power), solver)
 
 # %% ../nbs/04_transport.ipynb #0cfbc82b
@@ -315,9 +357,11 @@ def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto"
     a, b = _check_weights("a", a, n), _check_weights("b", b, m)
     equal = n == m and a.max() - a.min() <= 1e-12 and b.max() - b.min() <= 1e-12
     if solver == "auto": solver = "assignment" if equal else "simplex"
-    if solver == "assignment" and not equal: raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
+    if solver == "assignment" and not equal:
+        raise ValueError("an assignment needs as many ends as starts and equal weights; use solver='simplex'")
     check_memory(n, m, 2 if solver == "assignment" else 5, max_bytes)
-    return *(_assignment(pair.x, pair.y) if solver == "assignment" else _simplex(squared_distances(pair.x, pair.y), a, b, max_iter)), solver
+    return *(_assignment(pair.x, pair.y)
+             if solver == "assignment" else _simplex(squared_distances(pair.x, pair.y), a, b, max_iter)), solver
 
 def _carried(target:Tensor|None, plan:Tensor|None, w:Tensor)->tuple[Tensor, Tensor, Tensor]:
     "From where, to where, how much."
@@ -332,14 +376,16 @@ def _direct(x:Tensor, y:Tensor, i:Tensor, j:Tensor)->Tensor:
     return terms.sum(1) < -(len(terms.T) + 3) * torch.finfo(torch.float64).eps * terms.abs().sum(1)
 
 def _crossings(x:Tensor, y:Tensor):
-    "Which pairs would gain by exchanging ends, some rows at a time; what a matrix product cannot tell is computed from the differences."
+    """Which pairs would gain by exchanging ends, some rows at a time; what a matrix product cannot tell is computed
+    from the differences."""
     u, v = x - x.median(0).values, y - y.median(0).values
     own, a, b = (u * v).sum(1), u.norm(dim=1), v.norm(dim=1)
     for r in _rows(len(x)):
         product = (own[r, None] + own - v[r] @ u.T).sub_(u[r] @ v.T)
         unsure = product.abs() <= _ROUNDING * (a[r, None] + a) * (b[r, None] + b)
         pays = product < 0
-        for at in unsure.nonzero().split(2 ** 18 // x.shape[1] + 1): pays[at[:, 0], at[:, 1]] = _direct(x, y, r.start + at[:, 0], at[:, 1])
+        for at in unsure.nonzero().split(2 ** 18 // x.shape[1] + 1):
+            pays[at[:, 0], at[:, 1]] = _direct(x, y, r.start + at[:, 0], at[:, 1])
         yield r, pays
 
 def _sensitivity(x:Tensor, y:Tensor, seed:int)->float:
@@ -355,8 +401,11 @@ class Gap:
     "How much cheaper the same end cloud could have been reached."
     displacement:float            # mean squared distance from start to end
     w2:float                      # $W_2^2$ of the two clouds: the least it could have been
-    gap:float                     # displacement minus $W_2^2$: what the assignment wastes, in squared units of the positions
-    interval:tuple[float, float]  # of the gap, by bootstrap of the slack, for samples of this size; too narrow below a hundred, or with heavy tails (95 % covers in .90 of samples at n = 60, .94 at 300, .76 at 300 with two degrees of freedom)
+    # displacement minus $W_2^2$: what the assignment wastes, in squared units of the positions
+    gap:float
+    # of the gap, by bootstrap of the slack, for samples of this size; too narrow below a hundred, or with heavy tails
+    # (95 % covers in .90 of samples at n = 60, .94 at 300, .76 at 300 with two degrees of freedom)
+    interval:tuple[float, float]
     self_share:float              # share of samples that the cheapest matching leaves with their own end
     sensitivity:float             # share that would gain by an exchange, had the displacements been dealt out at random
     slack:Tensor                  # the gap sample by sample, zero or more, `[n]`
@@ -374,9 +423,13 @@ class Gap:
     def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
         still = "Nothing moves: there is no assignment to judge." if not self.displacement else ""
-        blind = (f"{self.n} samples are too few to tell in {self.dim} dimensions: only {self.sensitivity:.1%} of them would gain by an exchange "
-                 "even if these displacements were dealt out at random. The gap of a sample is on average too small, and nearly nobody found a better partner: use more "
-                 "held-out samples, or project to fewer dimensions.") if not still and self.sensitivity < BLIND and self.self_share > 1 - BLIND else ""
+        blind = (
+            f"{self.n} samples are too few to tell in {self.dim} dimensions: only {self.sensitivity:.1%} of them "
+            f"would gain by an exchange "
+            "even if these displacements were dealt out at random. The gap of a sample is on average too small, and "
+            "nearly nobody found a better partner: use more "
+            "held-out samples, or project to fewer dimensions."
+        ) if not still and self.sensitivity < BLIND and self.self_share > 1 - BLIND else ""
         twins = f"{self.twins} samples start where another starts; exchanges between such twins count as matched to themselves." if self.twins else ""
         return " ".join(filter(None, (still, blind, twins)))
 
@@ -384,16 +437,22 @@ class Gap:
 @patch
 def __repr__(self:Gap):
     low, high = self.interval
-    text = (f"Gap {self.gap:.4g} [{low:.4g}, {high:.4g}] of a displacement of {self.displacement:.4g} ({self.relative:.1%}), {self.self_share:.0%} "
-            f"matched to themselves, sensitivity {self.sensitivity:.0%}; n = {self.n}, dim = {self.dim}, {self.reduction} over features, {self.solver}")
+    text = (
+        f"Gap {self.gap:.4g} [{low:.4g}, {high:.4g}] of a displacement of {self.displacement:.4g} "
+        f"({self.relative:.1%}), {self.self_share:.0%} "
+        f"matched to themselves, sensitivity {self.sensitivity:.0%}; n = {self.n}, dim = {self.dim}, {self.reduction} "
+        f"over features, {self.solver}"
+    )
     return text + f"\nWarning: {self.warning}" * bool(self.warning)
 
 @patch
 def _repr_markdown_(self:Gap):
     low, high = self.interval
-    rows = {"displacement": f"{self.displacement:.4g}", "$W_2^2$": f"{self.w2:.4g}", f"gap [{self.level:.0%} interval]": f"{self.gap:.4g} [{low:.4g}, {high:.4g}]",
-            "share of the displacement": f"{self.relative:.1%}", "matched to themselves": f"{self.self_share:.1%}", "sensitivity": f"{self.sensitivity:.1%}",
-            "samples, dimensions": f"{self.n}, {self.dim}"}
+    rows = {
+        "displacement": f"{self.displacement:.4g}", "$W_2^2$": f"{self.w2:.4g}",
+        f"gap [{self.level:.0%} interval]": f"{self.gap:.4g} [{low:.4g}, {high:.4g}]",
+        "share of the displacement": f"{self.relative:.1%}", "matched to themselves": f"{self.self_share:.1%}",
+        "sensitivity": f"{self.sensitivity:.1%}", "samples, dimensions": f"{self.n}, {self.dim}"}
     lines = [f"| {self.reduction} over features | |", "|:--|--:|", *(f"| {k} | {v} |" for k, v in rows.items())]
     return "\n".join(lines) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
@@ -410,7 +469,8 @@ def exact_gap(
     solver:str="auto",         # see `optimal_coupling`
     max_bytes:float|None=None, # largest memory allowed; None: what is free
 )->Gap:
-    r"Mean of $|x_i - y_i|^2$ minus the exact $W_2^2$ of the clouds (Monge's problem on a sample); no graph is kept. Errors as in `optimal_coupling`."
+    r"""Mean of $|x_i - y_i|^2$ minus the exact $W_2^2$ of the clouds (Monge's problem on a sample); no graph is kept.
+    Errors as in `optimal_coupling`."""
     check_reduction(reduction)
     resamples, seed = whole("resamples", resamples, 1, most=10 ** 9), whole("seed", seed)
     number("level", level, above=0, below=1)
@@ -422,8 +482,11 @@ def exact_gap(
     scale = pair.x.shape[1] if reduction == "mean" else 1
     back = lambda value: pair.square(value) / scale
     low, high = bootstrap_mean(slack, w, resamples, level, seed)
-    return Gap(back(moved), back(min(least, moved) if gap else moved), back(gap), (back(low), back(high)), _self_share(pair, i, j, mass),
-               _sensitivity(pair.start, pair.end, seed), (ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape, _twins(pair.start), level, reduction, used)
+    return Gap(back(moved), back(min(least, moved) if gap else moved), back(gap), (back(low), back(high)),
+               _self_share(pair, i, j, mass),
+               _sensitivity(pair.start, pair.end,
+                            seed), (ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape,
+               _twins(pair.start), level, reduction, used)
 
 # %% ../nbs/04_transport.ipynb #1e9b2437
 def _displaced(start:Tensor, end:Tensor, least:int=2, squares:bool=False)->_Pair:
@@ -435,11 +498,13 @@ def _displaced(start:Tensor, end:Tensor, least:int=2, squares:bool=False)->_Pair
     return pair
 
 def _saved(pair:_Pair, i:Tensor, j:Tensor)->Tensor:
-    "By how much the end of j is nearer to the start of i than its own, squared, summand by summand: from differences, as the squares may be far larger."
+    """By how much the end of j is nearer to the start of i than its own, squared, summand by summand: from differences,
+    as the squares may be far larger."""
     return (pair.y[j] - pair.y[i]) * ((pair.x[i] - pair.y[i]) + (pair.x[i] - pair.y[j]))
 
 def _judge(pair:_Pair, w:Tensor, solver:str="auto", max_bytes:float|None=None)->tuple[float, float, Tensor, tuple]:
-    "Displacement, gap and slack in units of the pair, and what `_solve` gave. What is not beyond the rounding of a sample is zero."
+    """Displacement, gap and slack in units of the pair, and what `_solve` gave. What is not beyond the rounding of a
+    sample is zero."""
     solved = target, plan, f, g, _ = _solve(pair, w, w, solver, max_bytes=max_bytes)
     moved = (w * (pair.start - pair.end).square().sum(1)).sum().item()
     i, j, mass = _carried(target, plan, w)
@@ -480,9 +545,11 @@ def gap_curve(
     "Relative gap against the number of samples; grows in expectation. Errors as in `exact_gap`."
     pair, repeats, seed = _displaced(start, end), whole("repeats", repeats, 1, most=10_000), whole("seed", seed)
     x, y, n = pair.start, pair.end, len(pair.x)
-    sizes = sorted({n >> k for k in range(20) if n >> k >= 8} or {n}) if sizes is None else sorted(whole("a size", m) for m in sizes)
+    sizes = sorted({n >> k for k in range(20) if n >> k >= 8} or {n}) if sizes is None else sorted(
+        whole("a size", m) for m in sizes)
     if not sizes or not 2 <= sizes[0] <= sizes[-1] <= n:
-        raise ValueError(f"sizes run from {sizes[0]} to {sizes[-1]}, expected from 2 to the {n} samples there are" if sizes else "sizes is empty, expected one or more")
+        raise ValueError(f"sizes run from {sizes[0]} to {sizes[-1]}, expected from 2 to the {n} samples there are"
+                         if sizes else "sizes is empty, expected one or more")
     g, pairs = torch.Generator().manual_seed(seed), []
     for m in (m for m in sizes for _ in range(repeats)):
         at, deal = torch.randperm(n, generator=g)[:m], torch.randperm(m, generator=g)
@@ -503,7 +570,9 @@ def plot(self:GapCurve,
 ):                   # the axes
     "Mean over the subsets, with the range of the middle 80 %."
     ax = own_axes(ax, 5.4, 3.4)
-    for values, name, c, style in ((self.gaps, label, 0, dict(marker="o", ms=9, mfc="none", zorder=3)), (self.placebo, "placebo", 1, dict(marker="s", ms=4))):
+    for values, name, c, style in ((self.gaps, label, 0, dict(marker="o", ms=9, mfc="none",
+                                                              zorder=3)), (self.placebo, "placebo", 1,
+                                                                           dict(marker="s", ms=4))):
         ax.plot(self.n, values.mean(1), color=colors()[c], label=name, **style)
         ax.fill_between(self.n, *values.quantile(torch.tensor([.1, .9]), dim=1), color=colors()[c], alpha=.25, lw=0)
     ax.set(xscale="log", xlabel="samples $n$", ylabel="gap / displacement cost", title=f"{self.dim} dimensions")
@@ -529,7 +598,8 @@ class ActionSplit:
     gaps:tuple[Gap, ...]                        # of all samples, one per stage
     reduction:str                               # squared distances over features: `"mean"` or `"sum"`
     notes:tuple[str, ...]=()                    # what the reader must know of single rows
-    def __post_init__(self): object.__setattr__(self, "parts", {row: Parts(*parts) for row, parts in self.parts.items()})
+    def __post_init__(self):
+        object.__setattr__(self, "parts", {row: Parts(*parts) for row, parts in self.parts.items()})
     def total(self, row:str="all")->float:
         "Sum of the three parts: action times time."
         return self.parts[row].total
@@ -559,7 +629,8 @@ def _split_stage(stage:Trajectory, y:Tensor|None, reduction:str, settings:dict)-
     gap = exact_gap(ldexp(x[0], power), ldexp(x[-1], power), reduction=reduction, **settings)
     steps = x.diff(dim=0)
     path = len(steps) * (steps - steps.mean(0)).square().sum((0, 2)) / (x.shape[2] if reduction == "mean" else 1)
-    if not (path := ldexp(path, 2 * power)).isfinite().all(): raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
+    if not (path := ldexp(path, 2 * power)).isfinite().all():
+        raise ValueError("the path gap is above 1e308, which float64 does not hold: divide the positions by a number")
     x = ldexp(x, power)
     rows = {"all": (gap.w2, gap.gap, path.mean().item())}
     for c in [] if y is None else y.unique().tolist():
@@ -575,13 +646,16 @@ def action_split(
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
     **settings,            # of `exact_gap`: `seed`, `resamples`, `level`, `max_bytes`
 )->ActionSplit:            # the three parts, of all samples, of each class and of each stage
-    r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance identity
-    and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
+    r"""Mean over samples of $K\sum_k|x_{k+1}-x_k|^2$, which is $t_K = Kh$ times the action, split by the variance
+    identity and by $W_2^2$; stages add up. Errors as in `exact_gap`."""
     check_reduction(reduction)
     y = None if y is None else check_labels(y, traj.B).detach().cpu()
     split = [_split_stage(stage, y, reduction, settings) for stage in traj.stages]
     parts = {row: tuple(map(sum, zip(*(rows[row] for rows, _ in split)))) for row in split[0][0]}
-    if len(split) > 1: parts |= {f"stage {s}" + f", {row}" * (row != "all"): v for s, (rows, _) in enumerate(split, 1) for row, v in rows.items()}
+    if len(split) > 1:
+        parts |= {
+            f"stage {s}" + f", {row}" * (row != "all"): v for s, (rows, _) in enumerate(split, 1)
+            for row, v in rows.items()}
     single = [] if y is None else [c for c, n in zip(*y.unique(return_counts=True)) if n == 1]
     notes = (f"Classes {[int(c) for c in single]} have one sample, hence no assignment gap.",) if single else ()
     return ActionSplit(parts, tuple(gap for _, gap in split), reduction, notes)
@@ -589,13 +663,19 @@ def action_split(
 # %% ../nbs/04_transport.ipynb #be7aa6f7
 @patch
 def __repr__(self:ActionSplit):
-    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], Parts._fields)) + f" = {self.total(row):.4g}"
-    return "\n".join([f"ActionSplit, {self.reduction} over features", *map(line, self.parts)] + [f"Warning: {self.warning}"] * bool(self.warning))
+    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], Parts._fields)
+                                               ) + f" = {self.total(row):.4g}"
+    return "\n".join([f"ActionSplit, {self.reduction} over features", *map(line, self.parts)] +
+                     [f"Warning: {self.warning}"] * bool(self.warning))
 
 @patch
 def _repr_markdown_(self:ActionSplit):
-    head = ["| " + self.reduction + " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |", "|:--|--:|--:|--:|--:|--:|"]
-    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))) + f" | {self.shares(row).optimal:.1%} |"
+    head = [
+        "| " + self.reduction +
+        " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |",
+        "|:--|--:|--:|--:|--:|--:|"]
+    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))
+                                                           ) + f" | {self.shares(row).optimal:.1%} |"
     return "\n".join(head + list(map(line, self.parts))) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 # %% ../nbs/04_transport.ipynb #7a88bf07
@@ -607,7 +687,8 @@ def plot_splits(
 ):                                 # the axes
     "Bars of the three parts; the nearer to all optimal, the nearer to least action."
     ax = own_axes(ax, 6.4, .5 + .45 * len(splits))
-    names = [f"{name}\n({float(f'{s.total(row):.3g}'):,.12g})" if shares else name for name, s in splits.items()]   # three digits, no exponent
+    # three digits, no exponent
+    names = [f"{name}\n({float(f'{s.total(row):.3g}'):,.12g})" if shares else name for name, s in splits.items()]
     left = [0.] * len(splits)
     for p, (part, hatch) in enumerate(zip(("optimal, $W_2^2$", "assignment gap", "path gap"), ("", "//", ".."))):
         width = [(s.shares(row) if shares else s.parts[row])[p] for s in splits.values()]
@@ -655,7 +736,8 @@ def cyclical_monotonicity(
     level:float=.95,       # of the interval
     seed:int=0,            # of the draw
 )->Violations:
-    r"Share of random cycles with $\sum_l \langle y_l, x_l - x_{l+1}\rangle < 0$ (Rockafellar, 1966); errors as in `exact_gap`."
+    r"""Share of random cycles with $\sum_l \langle y_l, x_l - x_{l+1}\rangle < 0$ (Rockafellar, 1966); errors as in
+    `exact_gap`."""
     length = whole("length", length, 2, "samples of a cycle", most=10 ** 9)
     number("level", level, above=0, below=1)
     pair = _displaced(start, end, length)
@@ -664,7 +746,8 @@ def cyclical_monotonicity(
     for i in at.split(2 ** 21 // (length * x.shape[1]) + 1):
         terms = ((y[i] - y[i[:, :1]]) * (x[i] - x[i.roll(-1, 1)])).flatten(1)
         bad += (terms.sum(1) < -(terms.shape[1] + 3) * torch.finfo(x.dtype).eps * terms.abs().sum(1)).sum().item()
-    return Violations(rate := bad / len(at), wilson(rate, min(len(at), len(x) // length), level), len(at), length, len(x))
+    return Violations(rate := bad / len(at), wilson(rate, min(len(at),
+                                                              len(x) // length), level), len(at), length, len(x))
 
 # %% ../nbs/04_transport.ipynb #8628fe9e
 def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Tensor:
@@ -674,7 +757,9 @@ def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Ten
     g = torch.Generator().manual_seed(seed)
     first = torch.randint(len(x), (cycles,), generator=g)
     pool = len(x) - 1 if near is None else whole("near", near)
-    if not length - 1 <= pool < len(x): raise ValueError(f"near is {near!r}, expected from {length - 1} to {len(x) - 1}: the others of a cycle are drawn from it")
+    if not length - 1 <= pool < len(x):
+        raise ValueError(
+            f"near is {near!r}, expected from {length - 1} to {len(x) - 1}: the others of a cycle are drawn from it")
     others = []
     for j in range(length - 1):
         r = torch.randint(pool - j, (cycles,), generator=g)
@@ -697,7 +782,8 @@ def _neighbours(x:Tensor, near:int)->Tensor:
 @checked
 @dataclass(frozen=True)
 class McCannFit:
-    "How near the clouds at the layers of a stage are to the displacement interpolation of its end clouds; lengths, in feature units."
+    """How near the clouds at the layers of a stage are to the displacement interpolation of its end clouds; lengths, in
+    feature units."""
     distance:Tensor    # from the cloud of layer k to the interpolation at time k/K, `[K+1]`
     from_start:Tensor  # from the first cloud to that of layer k, `[K+1]`
     to_end:Tensor      # from that of layer k to the last, `[K+1]`
@@ -711,8 +797,10 @@ class McCannFit:
         "By how much the way through each layer is longer than the straight one, `[K+1]`."
         return (self.from_start + self.to_end - self.length).clamp_min(0)
     def __repr__(self)->str:
-        return (f"McCann: {len(self.distance) - 1} layers of {self.n} samples, W2 of the ends {self.length:.4g}, farthest from the interpolation "
-                f"{self.distance.max():.4g}, longest detour {self.detour.max():.4g}")
+        return (
+            f"McCann: {len(self.distance) - 1} layers of {self.n} samples, W2 of the ends {self.length:.4g}, farthest "
+            f"from the interpolation "
+            f"{self.distance.max():.4g}, longest detour {self.detour.max():.4g}")
 
 @checked
 def mccann(
@@ -747,7 +835,8 @@ def plot(self:McCannFit,
     "Distance, detour and clock by layer, over the distance of the ends."
     ax = own_axes(ax, 4.6, 3.2)
     k, unit = torch.arange(len(self.distance)), self.length or 1.
-    for values, name, marker, c in ((self.from_start, "clock", "o", 0), (self.distance, "from McCann", "s", 1), (self.detour, "detour", "^", 3)):
+    for values, name, marker, c in ((self.from_start, "clock", "o", 0), (self.distance, "from McCann", "s", 1),
+                                    (self.detour, "detour", "^", 3)):
         ax.plot(k, values / unit, marker=marker, color=colors()[c], label=name)
     ax.plot(k, k / k[-1], color="0.6", ls=":", label="even clock")
     ax.set(xlabel="layer", ylabel=r"length / $W_2$ of the ends" if self.length else "length, feature units")
@@ -776,17 +865,21 @@ def sliced_w2(
     seed:int=0,            # of the draw
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
 )->Bound:
-    r"Lower bound $d\cdot SW_2^2 \le W_2^2$ through `ot.sliced_wasserstein_distance`; needs no matrix. `ValueError` on unusable points."
+    r"""Lower bound $d\cdot SW_2^2 \le W_2^2$ through `ot.sliced_wasserstein_distance`; needs no matrix. `ValueError` on
+    unusable points."""
     import ot
     directions = whole("directions", directions, 2, most=10 ** 9)
     check_reduction(reduction)
     pair, seed = _pair(x, y), whole("seed", seed)
     check_memory(len(pair.x) + len(pair.y), directions, 3, None, "project on fewer directions")
     x, y, moved = _at_means(pair)
-    _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32, log=True)
-    each, scale = torch.as_tensor(log["projected_emds"], dtype=torch.float64) * x.shape[1], x.shape[1] if reduction == "mean" else 1
+    _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32,
+                                            log=True)
+    each, scale = torch.as_tensor(log["projected_emds"],
+                                  dtype=torch.float64) * x.shape[1], x.shape[1] if reduction == "mean" else 1
     size = each.max().item() or 1.   # its square may be more than float64 holds
-    off = 8 * torch.finfo(x.dtype).eps * max(_farthest(pair.x), _farthest(pair.y))   # by which rounding may move the means
+    # by which rounding may move the means
+    off = 8 * torch.finfo(x.dtype).eps * max(_farthest(pair.x), _farthest(pair.y))
     sure = lambda v: max(0., math.sqrt(max(0., v)) - off) ** 2
     value = each.mean().item() + moved
     error = 1.96 * size * (each / size).std().item() / math.sqrt(directions) + _ROUNDING * value
@@ -806,16 +899,18 @@ def _at_means(pair:_Pair)->tuple[Tensor, Tensor, float]:
 def entropic_w2(
     x:Tensor,                  # start points, `[n, ...]`
     y:Tensor,                  # end points, `[m, ...]`, with as many features
-    epsilon:float=.05,         # weight of the entropy, in units of the mean cost, the means of the clouds laid on each other
+    # weight of the entropy, in units of the mean cost, the means of the clouds laid on each other
+    epsilon:float=.05,
     max_iter:int=10_000,       # of Sinkhorn's scalings
     tolerance:float=1e-3,      # largest mass by which the sums of the plan may be off, of 1
     reduction:str="mean",      # squared distances over features: `"mean"` or `"sum"`
     max_bytes:float|None=None, # largest memory allowed; None: what is free
 )->Bound:
-    r"""Upper bound: the cost of Sinkhorn's plan (`ot.sinkhorn`, in logarithms), rounded to a feasible one (Altschuler and others, 2017).
-    `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
+    r"""Upper bound: the cost of Sinkhorn's plan (`ot.sinkhorn`, in logarithms), rounded to a feasible one (Altschuler
+    and others, 2017). `RuntimeError` if the scalings do not converge, else errors as in `optimal_coupling`."""
     import ot
-    for name, v in dict(epsilon=epsilon, tolerance=tolerance).items(): number(name, v, above=0, most=1e18, why="the exact value is optimal_coupling's")
+    for name, v in dict(epsilon=epsilon, tolerance=tolerance).items():
+        number(name, v, above=0, most=1e18, why="the exact value is optimal_coupling's")
     check_reduction(reduction)
     pair, max_iter = _pair(x, y), whole("max_iter", max_iter, 1, most=10 ** 9)
     check_memory(len(pair.x), len(pair.y), 5, max_bytes)
@@ -825,10 +920,14 @@ def entropic_w2(
     unit = cost.mean().item() or 1.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # judged below by the sums of the plan
-        plan = ot.sinkhorn(a, b, cost / unit, epsilon, method="sinkhorn_log", numItermax=max_iter, stopThr=tolerance / math.sqrt(len(y)))
+        plan = ot.sinkhorn(a, b, cost / unit, epsilon, method="sinkhorn_log", numItermax=max_iter,
+                           stopThr=tolerance / math.sqrt(len(y)))
     off = (plan.sum(0) - b).abs().sum().item() + (plan.sum(1) - a).abs().sum().item()
-    if not off <= tolerance: raise RuntimeError(f"Sinkhorn's scalings are off by {off:.2g} after {max_iter:,} iterations; raise max_iter or epsilon")
-    cost = squared_distances(pair.x, pair.y + pair.shift, pair.start, pair.end)   # each with digits of its own, also beside far points
+    if not off <= tolerance:
+        raise RuntimeError(
+            f"Sinkhorn's scalings are off by {off:.2g} after {max_iter:,} iterations; raise max_iter or epsilon")
+    # each with digits of its own, also beside far points
+    cost = squared_distances(pair.x, pair.y + pair.shift, pair.start, pair.end)
     value = pair.square((_feasible(plan, a, b) * cost).sum().item()) / (x.shape[1] if reduction == "mean" else 1)
     return Bound(value, "upper", f"entropic, epsilon {epsilon:g} of the mean cost", (value, value), reduction)
 
@@ -847,17 +946,24 @@ def measure_transport(
     reduction:str="mean",  # squared distances over features: `"mean"` or `"sum"`
     seed:int=0,            # of the bootstrap, the placebo and the cycles
 )->dict:                   # plain JSON values; lists have an entry per stage
-    "The instruments of this chapter on one trajectory: split, gap, straightness, violations, McCann. Errors as in `exact_gap`."
+    """The instruments of this chapter on one trajectory: split, gap, straightness, violations, McCann. Errors as in
+    `exact_gap`."""
     split, stages = action_split(traj, y, reduction, seed=seed), traj.stages
     scaled = [Trajectory(_path(s)[0]) for s in stages]   # lengths that do not vanish in single precision
     cycles = lambda s: cyclical_monotonicity(s.x[0], s.x[-1], length=3, seed=seed)
     straightness = torch.stack([s.straightness().mean() for s in scaled])
-    walks, pairs, rings = mccann(traj, reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
-    record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed, warning=split.warning)
-    record |= {f"{row}: {part}": v for row in split.parts for part, v in (*split.parts[row]._asdict().items(), ("total", split.total(row)))}
-    for name in ("displacement", "w2", "gap", "relative", "interval", "self_share", "sensitivity", "twins"): record[f"gap: {name}"] = [getattr(g, name) for g in split.gaps]
+    walks, pairs, rings = mccann(traj,
+                                 reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
+    record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed,
+                  warning=split.warning)
+    record |= {
+        f"{row}: {part}": v for row in split.parts
+        for part, v in (*split.parts[row]._asdict().items(), ("total", split.total(row)))}
+    for name in ("displacement", "w2", "gap", "relative", "interval", "self_share", "sensitivity", "twins"):
+        record[f"gap: {name}"] = [getattr(g, name) for g in split.gaps]
     record["gap: interval"] = [list(g.interval) for g in split.gaps]
-    record |= dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs], cyclical_3=[v.rate for v in rings],
-                   mccann_distance=[(m.distance.max() / m.length).item() if m.length else None for m in walks],
-                   mccann_detour=[(m.detour.max() / m.length).item() if m.length else None for m in walks])
+    record |= dict(straightness=straightness.tolist(), monotonicity=[v.rate for v in pairs],
+                   cyclical_3=[v.rate for v in rings], mccann_distance=[
+                       (m.distance.max() / m.length).item() if m.length else None for m in walks], mccann_detour=[
+                           (m.detour.max() / m.length).item() if m.length else None for m in walks])
     return record

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile('same', derandomize=True, database=None)   # the same examples each time: a change makes a test fail, not chance
+# the same examples each time: a change makes a test fail, not chance
+settings.register_profile('same', derandomize=True, database=None)
 settings.load_profile('same')
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in the background of a shell; what tests start would ignore it, too
+# as in the background of a shell; what tests start would ignore it, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'nbs' / '_site'))   # the modules that make the site
@@ -23,8 +25,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 
 FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
 # Files that take longest, the longest first; and the one that comes last, since it keeps two cores busy by itself.
-LONG, LAST = ('test_install test_site test_studies test_ensembles test_compare test_attach test_training test_resume test_package '
-              'test_playground').split(), 'test_notebooks'
+LONG, LAST = (
+    'test_install test_site test_studies test_ensembles test_compare test_attach test_training test_resume '
+    'test_package '
+    'test_playground').split(), 'test_notebooks'
 
 
 def pytest_collection_modifyitems(items):
@@ -53,14 +57,16 @@ def copy_checkout(to):
 
 def run(*args, cwd=ROOT, timeout=600):
     "Run `args` with nothing of the checkout, and none of the settings of tests, in the environment."
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'LAP_NB_DATA', 'VIRTUAL_ENV', 'IN_TEST')} | {'OMP_NUM_THREADS': '1'}
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'LAP_NB_DATA', 'VIRTUAL_ENV', 'IN_TEST')} | {
+        'OMP_NUM_THREADS': '1'}
     return subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def check(*args, cwd=ROOT):
     "Standard output of `run`; a failure shows what was printed."
     done = run(*args, cwd=cwd)
-    if done.returncode: pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}', pytrace=False)
+    if done.returncode:
+        pytest.fail(f'{" ".join(map(str, args))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}', pytrace=False)
     return done.stdout
 
 
@@ -69,7 +75,8 @@ def hook_count(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hoo
 
 @pytest.fixture
 def odd_calls():
-    "Calls a function with odd values in each of its arguments, and in pairs of them: it works, or raises an error that the package words itself."
+    """Calls a function with odd values in each of its arguments, and in pairs of them: it works, or raises an error
+    that the package words itself."""
     return _call_with_odd_values
 
 
@@ -77,12 +84,14 @@ def _call_with_odd_values(function, arguments, odd, pairs=60):
     import lap_nb.checks
     home, rng = str(Path(lap_nb.__file__).parent), random.Random(0)
     cases = [{name: value} for name in arguments for value in odd]
-    if len(arguments) > 1: cases += [{name: rng.choice(odd) for name in rng.sample(sorted(arguments), 2)} for _ in range(pairs)]
+    if len(arguments) > 1:
+        cases += [{name: rng.choice(odd) for name in rng.sample(sorted(arguments), 2)} for _ in range(pairs)]
     for case in cases:
         try: function(**arguments | case)
         except (TypeError, ValueError, RuntimeError) as e:
             *_, (frame, _) = traceback.walk_tb(e.__traceback__)
-            assert type(e) in (TypeError, ValueError, RuntimeError, lap_nb.checks.WrongKind) and frame.f_code.co_filename.startswith(home), (case, e)
+            assert type(e) in (TypeError, ValueError, RuntimeError,
+                               lap_nb.checks.WrongKind) and frame.f_code.co_filename.startswith(home), (case, e)
 
 
 @pytest.fixture
@@ -103,27 +112,33 @@ def fresh_compiler():
 @pytest.fixture(scope='session')
 def transformers():
     "The library of that name, where it works with the PyTorch that is installed."
-    if importlib.util.find_spec('transformers') is None: pytest.skip('transformers is not installed: pip install transformers, then run this again')
+    if importlib.util.find_spec('transformers') is None:
+        pytest.skip('transformers is not installed: pip install transformers, then run this again')
     import transformers as library
-    if not library.is_torch_available(): pytest.skip('transformers refuses this version of PyTorch: install a newer PyTorch, or an older transformers')
+    if not library.is_torch_available():
+        pytest.skip('transformers refuses this version of PyTorch: install a newer PyTorch, or an older transformers')
     library.logging.set_verbosity_error()
     return library
 
 
 @pytest.fixture(scope='session')
 def forked():
-    "Starts processes that have imported the library, and what it imports late, already: forks of a server that does nothing else."
+    """Starts processes that have imported the library, and what it imports late, already: forks of a server that does
+    nothing else."""
     from multiprocessing.forkserver import ensure_running
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['distributed', 'nbdev.test', 'lap_nb.lab.run', 'scipy.stats', 'sklearn.datasets', 'torch._dynamo'])
+    context.set_forkserver_preload([
+        'distributed', 'nbdev.test', 'lap_nb.lab.run', 'scipy.stats', 'sklearn.datasets', 'torch._dynamo'])
     ensure_running()
     return context
 
 
 @pytest.fixture(scope='session')
 def browser():
-    if importlib.util.find_spec('playwright') is None: pytest.skip('playwright is missing: run `make test`, which installs it')
-    if CHROMIUM is None: pytest.skip('Chromium is missing: run `make test` as root, which installs it, or apt-get install chromium')
+    if importlib.util.find_spec('playwright') is None:
+        pytest.skip('playwright is missing: run `make test`, which installs it')
+    if CHROMIUM is None:
+        pytest.skip('Chromium is missing: run `make test` as root, which installs it, or apt-get install chromium')
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)

@@ -1,8 +1,9 @@
-"""What each package that `lap_nb` needs costs: `python tests/dependencies.py` renews the numbers in .github/MAINTAINING.md.
+"""What each package that `lap_nb` needs costs: `python tests/dependencies.py` renews the numbers in
+.github/MAINTAINING.md.
 
-Import: processor seconds that a fresh Python with one thread takes for the modules that `lap_nb` imports from the package, less those of
-an empty one; the smallest of five. What a package imports in turn is counted with it. Size: the files of the package alone.
-"""
+Import: processor seconds that a fresh Python with one thread takes for the modules that `lap_nb` imports from the
+package, less those of an empty one; the smallest of five. What a package imports in turn is counted with it. Size: the
+files of the package alone."""
 import os
 import re
 import resource
@@ -16,8 +17,10 @@ from conftest import ROOT
 
 GUIDE = ROOT / '.github' / 'MAINTAINING.md'
 # What `lap_nb` imports from a package, where that is not the package by its own name
-MODULES = {'POT': 'ot', 'scikit-learn': 'sklearn.datasets', 'scipy': 'scipy.optimize, scipy.spatial.distance, scipy.stats', 'pillow': 'PIL.Image',
-           'matplotlib': 'matplotlib.pyplot', 'tqdm': 'tqdm.auto', 'lazy-loader': 'lazy_loader', 'dask': 'dask', 'voila': 'voila.app', 'fastcore': 'fastcore.basics, fastcore.meta, fastcore.script'}
+MODULES = {
+    'POT': 'ot', 'scikit-learn': 'sklearn.datasets', 'scipy': 'scipy.optimize, scipy.spatial.distance, scipy.stats',
+    'pillow': 'PIL.Image', 'matplotlib': 'matplotlib.pyplot', 'tqdm': 'tqdm.auto', 'lazy-loader': 'lazy_loader',
+    'dask': 'dask', 'voila': 'voila.app', 'fastcore': 'fastcore.basics, fastcore.meta, fastcore.script'}
 ROW = re.compile(r'^\| ([\w-]+) \| (.*?) \| [\d.]+ s \| [\d.]+ MB \|$', re.M)
 
 
@@ -33,7 +36,8 @@ def processor_seconds(code):
     "The smallest processor time of five fresh processes that run `code`."
     def once():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, '-c', code], check=True, env=dict(os.environ, OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'))
+        subprocess.run([sys.executable, '-c', code], check=True, env=dict(os.environ, OMP_NUM_THREADS='1',
+                                                                          OPENBLAS_NUM_THREADS='1'))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return min(once() for _ in range(5))

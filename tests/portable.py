@@ -1,14 +1,16 @@
-"""Does every assertion hold on other processors and for other seeds? `python tests/portable.py [--only 05 test_depth ...] [--report]`
+"""Does every assertion hold on other processors and for other seeds? `python tests/portable.py [--only 05 test_depth
+...] [--report]`
 
-Sums are taken in another order on another processor, so a seeded training ends elsewhere. Each chapter, and each file of tests that train, is run under
-every configuration below in a process of its own. There an assertion that fails stops nothing: it is written down, with the distance of each number
-compared from its threshold. Nothing is run twice: what was interrupted goes on where it stopped (`make clean` forgets all).
+Sums are taken in another order on another processor, so a seeded training ends elsewhere. Each chapter, and each file
+of tests that train, is run under every configuration below in a process of its own. There an assertion that fails stops
+nothing: it is written down, with the distance of each number compared from its threshold. Nothing is run twice: what
+was interrupted goes on where it stopped (`make clean` forgets all).
 
-The list shows the assertions that fail somewhere or have too little room. Room is the smallest distance over how far it lies below the median of all
-configurations: 1 means that the worst of them could be as far again from the usual before the assertion fails. A statement with the comment
-`# these seeds` counts seeds as part of what it says (draws that are the same on every processor) and is left out where seeds are shifted; one with
-`# a bound` holds by construction, however near: its room is not asked for.
-"""
+The list shows the assertions that fail somewhere or have too little room. Room is the smallest distance over how far it
+lies below the median of all configurations: 1 means that the worst of them could be as far again from the usual before
+the assertion fails. A statement with the comment `# these seeds` counts seeds as part of what it says (draws that are
+the same on every processor) and is left out where seeds are shifted; one with `# a bound` holds by construction,
+however near: its room is not asked for."""
 import argparse
 import ast
 import builtins
@@ -33,11 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOUND, RECORD = ROOT / 'build' / 'portable', ROOT / '.github' / 'portable.json'
 ROOM = 1.   # the least that will do
 NOTEBOOKS = sorted(path.stem for path in (ROOT / 'nbs').glob('*.ipynb'))
-TESTS = [f'test_{name}' for name in 'training ensembles depth least_action kinetic compare adapters resume dynamics regularity'.split()]
+TESTS = [
+    f'test_{name}'
+    for name in 'training ensembles depth least_action kinetic compare adapters resume dynamics regularity'.split()]
 
 
 def processor(torch='', onednn='', mkl='', cbwr='', threads=1, shift=0):
-    "The environment in which PyTorch's own kernels, oneDNN and MKL take a processor for one that knows these instructions only."
+    """The environment in which PyTorch's own kernels, oneDNN and MKL take a processor for one that knows these
+    instructions only."""
     env = dict(ATEN_CPU_CAPABILITY=torch, ONEDNN_MAX_CPU_ISA=onednn, MKL_ENABLE_INSTRUCTIONS=mkl, MKL_CBWR=cbwr)
     return {k: v for k, v in env.items() if v} | dict(OMP_NUM_THREADS=str(threads), LAP_NB_SEED_SHIFT=str(shift))
 
@@ -59,7 +64,8 @@ SHIFT = int(os.environ.get('LAP_NB_SEED_SHIFT', 0))
 
 
 def shift_seeds(by):
-    "From here on every seed given to torch, NumPy (scikit-learn, too) or `random` counts as `by` more, in processes started from here as well."
+    """From here on every seed given to torch, NumPy (scikit-learn, too) or `random` counts as `by` more, in processes
+    started from here as well."""
     import numpy as np
     import torch
     torch_generator, numpy_state, numpy_rng = torch.Generator, np.random.RandomState, np.random.default_rng
@@ -124,8 +130,10 @@ class Watch(ast.NodeTransformer):
 
     def decisive(self, node, site):
         "`node` with those comparisons watched that must all hold for it to hold."
-        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And): node.values = [self.decisive(v, site) for v in node.values]
-        elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'all' and isinstance(node.args[0], (ast.GeneratorExp, ast.ListComp)):
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
+            node.values = [self.decisive(v, site) for v in node.values]
+        elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'all' and isinstance(
+                node.args[0], (ast.GeneratorExp, ast.ListComp)):
             node.args[0].elt = self.decisive(node.args[0].elt, site)
         elif isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'all' and not node.args:
             node.func.value = self.decisive(node.func.value, site)
@@ -147,7 +155,8 @@ def as_numbers(thing):
 
 
 class Recorder:
-    "For each assertion how often it held and failed, and for each of its comparisons the smallest distance to the threshold, and both sides there."
+    """For each assertion how often it held and failed, and for each of its comparisons the smallest distance to the
+    threshold, and both sides there."""
     MOST = 60   # comparisons of one assertion that are kept
     def __init__(self): self.sites = defaultdict(lambda: dict(held=0, failed=0, at=[]))
 
@@ -187,7 +196,8 @@ class Recorder:
         import torch
         x, y = as_numbers(a), as_numbers(b)
         if x is None or y is None or x.shape != y.shape or not x.numel(): return
-        if rtol is None and atol is None: rtol, atol = torch.testing._comparison.default_tolerances(*(torch.as_tensor(t) for t in (a, b)))
+        if rtol is None and atol is None:
+            rtol, atol = torch.testing._comparison.default_tolerances(*(torch.as_tensor(t) for t in (a, b)))
         if not (rtol or atol): return
         share = ((x - y).abs() / (atol + rtol * y.abs())).nan_to_num(0).max().item()
         self.keep(text, 1 - share, share, 1.)
@@ -196,7 +206,9 @@ class Recorder:
 def code(unit):
     "A digest of the code of a chapter or file of tests."
     if unit in TESTS: text = (ROOT / 'tests' / f'{unit}.py').read_text()
-    else: text = '\0'.join(''.join(c['source']) for c in json.loads((ROOT / 'nbs' / f'{unit}.ipynb').read_text())['cells'] if c['cell_type'] == 'code')
+    else:
+        text = '\0'.join(''.join(c['source']) for c in json.loads((ROOT / 'nbs' / f'{unit}.ipynb').read_text())['cells']
+                         if c['cell_type'] == 'code')
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -245,7 +257,8 @@ def run_tests(unit):
             if report.failed: self.append(f'{report.nodeid}: {report.longreprtext[-400:]}')
 
     rewrite.rewrite_asserts, failures = rewrite_asserts, Failures()
-    pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '--tb=short', f'tests/{unit}.py'], plugins=[failures])
+    pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '--tb=short', f'tests/{unit}.py'],
+                plugins=[failures])
     return list(failures)
 
 
@@ -258,7 +271,8 @@ def run_unit(unit, path):
     stopped = (run_notebook if unit in NOTEBOOKS else run_tests)(unit)
     sites = {text: note for text, note in builtins.__portable__.sites.items() if note['held'] or note['failed']}
     part = path.with_suffix('.part')
-    part.write_text(json.dumps(dict(code=before, stopped=stopped, seconds=round(time.time() - started, 1), sites=sites)))
+    part.write_text(json.dumps(dict(code=before, stopped=stopped, seconds=round(time.time() - started, 1),
+                                    sites=sites)))
     part.rename(path)
 
 
@@ -268,18 +282,25 @@ def run_apart(name, unit):
     if done(path, unit): return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix('.log'), 'w') as log:
-        status = subprocess.run([sys.executable, __file__, '--run', unit, str(path)], env=os.environ | CONFIGURATIONS[name] | dict(PYTHONPATH=str(ROOT)),
-                                cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-    print(f'{name}: {unit} {time.time() - started:.0f} s' + f', ended with status {status}: see {path.with_suffix(".log")}' * bool(status), flush=True)
+        status = subprocess.run(
+            [sys.executable, __file__, '--run', unit, str(path)],
+            env=os.environ | CONFIGURATIONS[name] | dict(PYTHONPATH=str(ROOT)), cwd=ROOT, stdout=log,
+            stderr=subprocess.STDOUT).returncode
+    print(
+        f'{name}: {unit} {time.time() - started:.0f} s' +
+        f', ended with status {status}: see {path.with_suffix(".log")}' * bool(status), flush=True)
 
 
 def fingerprint(name):
     "Weights after a short training under a configuration: those that differ are different processors to PyTorch."
-    code = ('import torch as t; t.manual_seed(0); n=t.nn.Sequential(t.nn.Conv2d(1,8,3),t.nn.GELU(),t.nn.Flatten(),t.nn.Linear(8*36,64),t.nn.Tanh(),t.nn.Linear(64,9));'
-            'x,y=t.randn(50,1,8,8),t.arange(50)%9; o=t.optim.Adam(n.parameters())\n'
-            'for _ in range(30): o.zero_grad(); t.nn.functional.cross_entropy(n(x),y).backward(); o.step()\n'
-            'print(float(sum(p.double().sum() for p in n.parameters())))')
-    return subprocess.run([sys.executable, '-c', code], env=os.environ | CONFIGURATIONS[name], capture_output=True, text=True, check=True).stdout.strip()
+    code = (
+        'import torch as t; t.manual_seed(0); '
+        'n=t.nn.Sequential(t.nn.Conv2d(1,8,3),t.nn.GELU(),t.nn.Flatten(),t.nn.Linear(8*36,64),t.nn.Tanh(),t.nn.Linear(64,9));'
+        'x,y=t.randn(50,1,8,8),t.arange(50)%9; o=t.optim.Adam(n.parameters())\n'
+        'for _ in range(30): o.zero_grad(); t.nn.functional.cross_entropy(n(x),y).backward(); o.step()\n'
+        'print(float(sum(p.double().sum() for p in n.parameters())))')
+    return subprocess.run([sys.executable, '-c', code], env=os.environ | CONFIGURATIONS[name], capture_output=True,
+                          text=True, check=True).stdout.strip()
 
 
 def report():
@@ -293,24 +314,39 @@ def report():
             for said in note['stopped']: found[path.stem, said][name] = dict(failed=1, at=[])
     rows = [row(*key, sites) for key, sites in found.items()]
     bad = sorted((r for r in rows if r['failed'] or r['room'] < ROOM), key=lambda r: (not r['failed'], r['room']))
-    for r in bad: print(f"{r['unit']} | {r['claim'][:200]} | room {r['room']:.2f} | {r['worst']} | {'fails: ' * bool(r['failed'])}{', '.join(r['failed'])}")
-    print(f"{len(rows)} assertions, {sum(bool(r['failed']) for r in rows)} fail somewhere, {sum(not r['failed'] for r in bad)} more have too little room")
+    for r in bad:
+        print(
+            f"{r['unit']} | {r['claim'][:200]} | room {r['room']:.2f} | {r['worst']} | "
+            f"{'fails: ' * bool(r['failed'])}{', '.join(r['failed'])}"
+        )
+    print(
+        f"{len(rows)} assertions, {sum(bool(r['failed']) for r in rows)} fail somewhere, "
+        f"{sum(not r['failed'] for r in bad)} more have too little room"
+    )
     return rows
 
 
 def record(rows, units):
-    "Put the rooms of the chapters and files of tests that have run under every configuration into the committed record."
+    """Put the rooms of the chapters and files of tests that have run under every configuration into the committed
+    record."""
     whole = [u for u in units if all(done(FOUND / name / f'{u}.json', u) for name in CONFIGURATIONS)]
-    print(f'{len(whole)} of {len(units)} chapters and files have run under every configuration; {RECORD.relative_to(ROOT)} holds their rooms')
+    print(
+        f'{len(whole)} of {len(units)} chapters and files have run under every configuration; '
+        f'{RECORD.relative_to(ROOT)} holds their rooms'
+    )
     if not whole: return
     note = json.loads(RECORD.read_text()) if RECORD.exists() else dict(rooms={})
     for unit in whole:
         wanted = claims_of(unit)[1] if unit in NOTEBOOKS else set()
-        note['rooms'][unit] = {r['claim']: f"fails: {', '.join(r['failed'])}" if r['failed'] else round(r['room'], 2) if math.isfinite(r['room']) else None
-                               for r in rows if r['unit'] == unit and (r['failed'] or math.isfinite(r['room']) or r['claim'] in wanted)}
+        note['rooms'][unit] = {
+            r['claim']: f"fails: {', '.join(r['failed'])}"
+            if r['failed'] else round(r['room'], 2) if math.isfinite(r['room']) else None for r in rows
+            if r['unit'] == unit and (r['failed'] or math.isfinite(r['room']) or r['claim'] in wanted)}
     import torch
-    machine = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
-    note |= dict(date=time.strftime('%Y-%m-%d'), processor=machine[1] if machine else platform.processor(), torch=torch.__version__,
+    machine = re.search(r'model name\s*: (.*)',
+                        Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
+    note |= dict(date=time.strftime('%Y-%m-%d'), processor=machine[1] if machine else platform.processor(),
+                 torch=torch.__version__,
                  trained={name: fingerprint(name) for name in CONFIGURATIONS if not name.startswith('seeds')})
     RECORD.write_text(json.dumps(note, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
 
@@ -339,13 +375,15 @@ def row(unit, claim, sites):
         if all(a > 0 and b > 0 for _, a, b in each):   # of what is positive the ratio counts as well as the difference
             here = max(here, room_of([math.copysign(abs(math.log(a / b)), d) for d, a, b in each]))
         if not worst or here < room: worst, room = f'{each[at][1]:.4g} to {each[at][2]:.4g} ({list(sites)[at]})', here
-    return dict(unit=unit, claim=claim, configurations=len(sites), room=room, worst=worst, failed=[name for name, s in sites.items() if s['failed']])
+    return dict(unit=unit, claim=claim, configurations=len(sites), room=room, worst=worst,
+                failed=[name for name, s in sites.items() if s['failed']])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', nargs='+', default=[''], help='the start of a name of a chapter or file of tests')
-    parser.add_argument('--under', nargs='+', default=list(CONFIGURATIONS), choices=CONFIGURATIONS, help='configurations, default: all')
+    parser.add_argument('--under', nargs='+', default=list(CONFIGURATIONS), choices=CONFIGURATIONS,
+                        help='configurations, default: all')
     parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--report', action='store_true', help='run nothing, show what was found')
     parser.add_argument('--run', nargs=2, help=argparse.SUPPRESS)
@@ -353,12 +391,14 @@ def main():
     if args.run: return run_unit(args.run[0], Path(args.run[1]))
     units = [unit for unit in NOTEBOOKS + TESTS if unit.startswith(tuple(args.only))]
     if not args.report:
-        with ThreadPoolExecutor(args.jobs) as pool:   # one chapter after the other, so that what was stopped has finished some
+        # one chapter after the other, so that what was stopped has finished some
+        with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda unit_name: run_apart(*reversed(unit_name)), product(units, args.under)))
     rows = report()
     if not args.report: record(rows, units)
     tell_untried(units)
-    left = [f'{unit} ({name})' for unit in units for name in args.under if not done(FOUND / name / f'{unit}.json', unit)]
+    left = [
+        f'{unit} ({name})' for unit in units for name in args.under if not done(FOUND / name / f'{unit}.json', unit)]
     if left: print('Not run to the end:', ', '.join(left))
     sys.exit(bool(left) or any(r['failed'] or r['room'] < ROOM for r in rows))
 

@@ -19,7 +19,8 @@ from lap_nb.nets import dense_net
 
 pl = pytest.importorskip("lightning.pytorch")
 transformers = pytest.importorskip("transformers")
-hugging_face = pytest.mark.skipif(not transformers.is_torch_available(), reason="transformers refuses this version of PyTorch: install a newer PyTorch")
+hugging_face = pytest.mark.skipif(not transformers.is_torch_available(),
+                                  reason="transformers refuses this version of PyTorch: install a newer PyTorch")
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
 
@@ -47,7 +48,8 @@ def plain(epochs, accumulate=1):
 
 
 def check_same(model, la, expected):
-    for p, q in zip(model.parameters(), expected[0].parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    for p, q in zip(model.parameters(), expected[0].parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(la.lam, expected[1].lam, rtol=1e-5, atol=0)
 
 
@@ -68,8 +70,8 @@ class Module(pl.LightningModule):
 
 def pl_fit(module, la, epochs=2, path=None, **settings):
     settings = dict(enable_checkpointing=False) | settings
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[lightning_callback(la)], logger=False, enable_progress_bar=False,
-                         enable_model_summary=False, **settings)
+    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[lightning_callback(la)], logger=False,
+                         enable_progress_bar=False, enable_model_summary=False, **settings)
     trainer.fit(module, loader(), loader(), ckpt_path=path)
     return trainer
 
@@ -134,7 +136,8 @@ class Pair(pl.LightningModule):
 def pair_fit(module, least_actions, epochs, path=None, **settings):
     callbacks = [lightning_callback(la) for la in least_actions]
     assert len({c.state_key for c in callbacks}) == len(callbacks)
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **settings)
+    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, logger=False,
+                         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **settings)
     trainer.fit(module, loader(), ckpt_path=path)
     return trainer
 
@@ -142,9 +145,11 @@ def pair_fit(module, least_actions, epochs, path=None, **settings):
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_networks_in_one_module_have_a_callback_each(tmp_path, order):
     "Both see the task's loss; a checkpoint keeps them apart, in whichever order they are named."
-    def made(module): return [LeastAction(module.a, DualAscent(tau=1.)), LeastAction(module.b, DualAscent(tau=3.))][::order]
+    def made(module):
+        return [LeastAction(module.a, DualAscent(tau=1.)), LeastAction(module.b, DualAscent(tau=3.))][::order]
     model = Pair()
-    expected, opt = [LeastAction(model.a, DualAscent(tau=1.)), LeastAction(model.b, DualAscent(tau=3.))], torch.optim.SGD(model.parameters(), lr=.1)
+    expected, opt = [LeastAction(model.a, DualAscent(tau=1.)),
+                     LeastAction(model.b, DualAscent(tau=3.))], torch.optim.SGD(model.parameters(), lr=.1)
     for _ in range(2):
         for x, y in loader():
             loss = F.cross_entropy(model.a(x) + model.b(x), y)
@@ -197,7 +202,8 @@ def test_a_training_step_of_the_users_own_is_put_back():
 def test_what_lightning_cannot_do_is_refused_before_work(kind, message):
     module = Module()
     module.automatic_optimization = "manual" not in message
-    with pytest.raises(kind, match=message): pl_fit(module, {} if "dict" in message else LeastAction(net() if "not in" in message else module.net))
+    with pytest.raises(kind, match=message):
+        pl_fit(module, {} if "dict" in message else LeastAction(net() if "not in" in message else module.net))
     assert "training_step" not in vars(module)
 
 
@@ -256,9 +262,10 @@ class OurTrainer(LeastActionMixin, transformers.Trainer):
 
 
 def hf_trainer(model, folder, la=None, data=None, **settings):
-    settings = dict(per_device_train_batch_size=20, num_train_epochs=2, save_strategy="epoch", logging_steps=2) | settings
-    args = transformers.TrainingArguments(str(folder), learning_rate=.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True,
-                                          report_to=[], disable_tqdm=True, **settings)
+    settings = dict(per_device_train_batch_size=20, num_train_epochs=2, save_strategy="epoch",
+                    logging_steps=2) | settings
+    args = transformers.TrainingArguments(str(folder), learning_rate=.1, optim="sgd", lr_scheduler_type="constant",
+                                          max_grad_norm=0, use_cpu=True, report_to=[], disable_tqdm=True, **settings)
     data = [dict(x=x, labels=y) for x, y in zip(X, Y)] if data is None else data
     return OurTrainer(model, args, train_dataset=data, eval_dataset=data, least_action=la or LeastAction(model))
 
@@ -292,12 +299,14 @@ def test_hugging_face_evaluates_the_task_alone(tmp_path):
 @hugging_face
 def test_a_transformer_of_theirs(tmp_path):
     "GPT-2, untouched: its blocks keep the shape of their input."
-    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2, bos_token_id=0,
+                                     eos_token_id=0)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
     la = LeastAction(model, blocks={f"transformer.h.{i}": block for i, block in enumerate(model.transformer.h)})
     tokens = torch.randint(50, (16, 12))
-    trainer = hf_trainer(model, tmp_path, la, [dict(input_ids=t, labels=t) for t in tokens], per_device_train_batch_size=8, save_strategy="no")
+    trainer = hf_trainer(model, tmp_path, la, [dict(input_ids=t, labels=t) for t in tokens],
+                         per_device_train_batch_size=8, save_strategy="no")
     trainer.train()
     assert la.action > 0 and la.lam > 1 and len(la.blocks) == 3
 
@@ -312,8 +321,11 @@ class Kills:
     EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
     def __init__(self): self.folder, self.left, self.seen = None, None, 0; sys.addaudithook(self)
     def __call__(self, event, args):
-        if self.folder is None or not (event in self.EVENTS or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")): return
-        if self.folder in str(args[0]) or event in ("os.remove", "os.rmdir") and not os.path.isabs(args[0]): self.tick()   # rmtree works in the folder
+        if self.folder is None or not (event in self.EVENTS
+                                       or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")):
+            return
+        # rmtree works in the folder
+        if self.folder in str(args[0]) or event in ("os.remove", "os.rmdir") and not os.path.isabs(args[0]): self.tick()
     def tick(self, last=lambda: None):
         self.seen += 1
         if self.left is None or self.seen <= self.left: return
@@ -334,10 +346,12 @@ def kills(): return Kills()
 
 @hugging_face
 def test_a_kill_at_any_file_operation_leaves_a_state_to_resume_from(tmp_path, kills, monkeypatch):
-    "Also within `torch.save`, whose writer is written in C++: half a file, then the end. A fresh trainer ends where an undisturbed one does."
+    """Also within `torch.save`, whose writer is written in C++: half a file, then the end. A fresh trainer ends where
+    an undisturbed one does."""
     settings, save = dict(save_total_limit=1), torch.save
     def torn(content, file, *args, **kwargs):
-        if kills.folder is not None and isinstance(file, (str, os.PathLike)): kills.tick(lambda: Path(file).write_bytes(b"half"))
+        if kills.folder is not None and isinstance(file, (str, os.PathLike)):
+            kills.tick(lambda: Path(file).write_bytes(b"half"))
         save(content, file, *args, **kwargs)
     monkeypatch.setattr(torch, "save", torn)
     expected = hf_trainer(Classifier(), tmp_path / "whole", **settings)
@@ -345,13 +359,17 @@ def test_a_kill_at_any_file_operation_leaves_a_state_to_resume_from(tmp_path, ki
     total, resumable, warned = kills.seen, 0, 0
     for n in range(total):
         folder = tmp_path / f"{n}"
-        assert kills.within(folder, n, hf_trainer(Classifier(), folder, **settings).train), f"operation {n} of {total} was not reached"
+        assert kills.within(folder, n,
+                            hf_trainer(Classifier(), folder,
+                                       **settings).train), f"operation {n} of {total} was not reached"
         again = hf_trainer(Classifier(), folder, **settings)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try: again.train(resume_from_checkpoint=True)
             except ValueError as e:
-                assert re.search("no checkpoint in .* is whole", str(e)) and resumable == 0, f"operation {n}: after the first whole checkpoint there is always one"
+                assert re.search(
+                    "no checkpoint in .* is whole",
+                    str(e)) and resumable == 0, f"operation {n}: after the first whole checkpoint there is always one"
                 continue
         resumable += 1; warned += any("the newest whole checkpoint" in str(w.message) for w in told)
         check_same(again.model.net, again.least_action, (expected.model.net, expected.least_action))
@@ -364,9 +382,11 @@ def test_a_kill_at_any_file_operation_leaves_a_state_to_resume_from(tmp_path, ki
 def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, spoil, said):
     hf_trainer(Classifier(), tmp_path).train()
     spoil(tmp_path / "checkpoint-8")
-    with pytest.raises(ValueError, match=f"checkpoint-8 {said}.*True for the newest"): hf_trainer(Classifier(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    with pytest.raises(ValueError, match=f"checkpoint-8 {said}.*True for the newest"):
+        hf_trainer(Classifier(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     again = hf_trainer(Classifier(), tmp_path)
-    with pytest.warns(UserWarning, match=f"checkpoint-4, the newest whole checkpoint: checkpoint-8 {said}"): again.train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match=f"checkpoint-4, the newest whole checkpoint: checkpoint-8 {said}"):
+        again.train(resume_from_checkpoint=True)
     check_same(again.model.net, again.least_action, plain(2))
 
 

@@ -104,7 +104,8 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, K=3, checkpointing=None):
         super().__init__()
-        self.embed, self.layers, self.head = nn.Embedding(11, 8), nn.ModuleList(Layer() for _ in range(K)), nn.Linear(8, 11)
+        self.embed, self.layers, self.head = nn.Embedding(11, 8), nn.ModuleList(Layer()
+                                                                                for _ in range(K)), nn.Linear(8, 11)
         self.checkpointing = checkpointing
 
     def forward(self, ids):
@@ -138,7 +139,8 @@ class Inplace(nn.Module):
 
 
 def images(): return torch.randn(BATCH, 3, 8, 8)
-def energies(traj, reduction="mean"): return torch.cat([getattr(s.steps.square().flatten(2), reduction)(2) / s.h for s in traj.stages])
+def energies(traj, reduction="mean"):
+    return torch.cat([getattr(s.steps.square().flatten(2), reduction)(2) / s.h for s in traj.stages])
 def tokens(length=6): return torch.randint(11, (BATCH, length))
 
 
@@ -165,7 +167,8 @@ def test_resnets_are_found(block, names):
     assert list(blocks) == names
     assert blocks.skipped["layer2.0"] == ("shape changes (4, 8, 8) -> (8, 4, 4)" if block is BasicBlock
                                           else "shape changes (16, 8, 8) -> (32, 4, 4)")
-    assert {r["verdict"] for r in blocks.table()} == {"class", "matched", "skipped"} and "| `layer1.1` |" in blocks._repr_markdown_()
+    assert {r["verdict"] for r in blocks.table()} == {"class", "matched", "skipped"
+                                                      } and "| `layer1.1` |" in blocks._repr_markdown_()
 
 
 def test_tuples_and_keyword_inputs():
@@ -220,34 +223,72 @@ def hidden(f, x): return f(x)
 NP = lambda t: torch.from_numpy(t.detach().numpy())
 COORDS = torch.randn(6)
 SEEN = {
-    "a slice that is added to": lambda x, f: sliced(torch.cat([f(x), f(x)], 1)[:, :6], x), "a strided slice": lambda x, f: sliced(f(x).repeat_interleave(2, 1)[:, ::2], x),
-    "a slice of the input": lambda x, f: part(x, f(x)), "an assignment": lambda x, f: copied(f(x), x), "out of a chunk": lambda x, f: torch.cat([f(x), x], 1).chunk(2, 1)[1] + f(x),
-    "divided by one": lambda x, f: (x + f(x)) / 1., "by a tensor of one": lambda x, f: (x + f(x)) / torch.tensor(1.), "twice and halved": lambda x, f: (2 * x + f(x)) / 2,
-    "a root and back": lambda x, f: (x / 2 ** .5 + f(x)) * 2 ** .5, "stacked and summed": lambda x, f: torch.stack([f(x), x]).sum(0), "last axis": lambda x, f: torch.stack([x, f(x), f(x)], -1).sum(-1),
-    "concatenated and summed": lambda x, f: torch.cat([x[None], f(x)[None]]).sum(0), "a mean": lambda x, f: 2 * torch.stack([x, f(x)]).mean(0), "python's sum": lambda x, f: sum([x, f(x)]),
-    "transposed": lambda x, f: (x.t() + f(x).t()).t(), "permuted": lambda x, f: (x[None].permute(2, 1, 0) + f(x)[None].permute(2, 1, 0)).permute(2, 1, 0)[0],
-    "flipped and back": lambda x, f: (x.flip(1) + f(x)).flip(1), "rolled and back": lambda x, f: (x.roll(2, 1) + f(x)).roll(-2, 1), "padded and cut": lambda x, f: (F.pad(x, (1, 1)) + F.pad(f(x), (1, 1)))[:, 1:-1],
-    "windows": lambda x, f: (x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6) + f(x)).view(-1, 3, 2).transpose(1, 2).reshape(-1, 6),
-    "halves": lambda x, f: torch.cat([x[:, :3] + f(x)[:, :3], x[:, 3:]], 1), "two halves": lambda x, f: torch.cat([a + b for a, b in zip(x.chunk(2, 1), f(x).chunk(2, 1))], 1),
-    "minus minus": lambda x, f: -(-x - f(x)), "twice negative": lambda x, f: f(x) - (-x), "fused": lambda x, f: torch.addmm(x, f(x), f.weight), "fused point by point": lambda x, f: torch.addcmul(x, f(x), f(x)),
-    "half precision": lambda x, f: (x.bfloat16() + f(x).bfloat16()).float(), "a position, too": lambda x, f: x + COORDS + f(x), "two sums": lambda x, f: (y := x + f(x)) + f(y),
-    "relu in place": lambda x, f: f(headed(x, F.relu_)) + x, "silu in place": lambda x, f: x + f(headed(x, lambda t: F.silu(t, inplace=True))), "leaky, and the sum in place": lambda x, f: headed(x, lambda t: F.leaky_relu_(t)).add_(f(x)),
+    "a slice that is added to": lambda x, f: sliced(torch.cat([f(x), f(x)], 1)[:, :6], x),
+    "a strided slice": lambda x, f: sliced(f(x).repeat_interleave(2, 1)[:, ::2], x),
+    "a slice of the input": lambda x, f: part(x, f(x)), "an assignment": lambda x, f: copied(f(x), x),
+    "out of a chunk": lambda x, f: torch.cat([f(x), x], 1).chunk(2, 1)[1] + f(x), "divided by one": lambda x, f:
+    (x + f(x)) / 1., "by a tensor of one": lambda x, f: (x + f(x)) / torch.tensor(1.), "twice and halved": lambda x, f:
+    (2 * x + f(x)) / 2, "a root and back": lambda x, f: (x / 2 ** .5 + f(x)) * 2 ** .5,
+    "stacked and summed": lambda x, f: torch.stack([f(x), x]).sum(0),
+    "last axis": lambda x, f: torch.stack([x, f(x), f(x)], -1).sum(-1),
+    "concatenated and summed": lambda x, f: torch.cat([x[None], f(x)[None]]).sum(0),
+    "a mean": lambda x, f: 2 * torch.stack([x, f(x)]).mean(0), "python's sum": lambda x, f: sum([x, f(x)]),
+    "transposed": lambda x, f: (x.t() + f(x).t()).t(), "permuted": lambda x, f:
+    (x[None].permute(2, 1, 0) + f(x)[None].permute(2, 1, 0)).permute(2, 1, 0)[0], "flipped and back": lambda x, f:
+    (x.flip(1) + f(x)).flip(1), "rolled and back": lambda x, f: (x.roll(2, 1) + f(x)).roll(-2, 1),
+    "padded and cut": lambda x, f: (F.pad(x, (1, 1)) + F.pad(f(x), (1, 1)))[:, 1:-1], "windows": lambda x, f:
+    (x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6) + f(x)).view(-1, 3, 2).transpose(1, 2).reshape(-1, 6),
+    "halves": lambda x, f: torch.cat([x[:, :3] + f(x)[:, :3], x[:, 3:]], 1),
+    "two halves": lambda x, f: torch.cat([a + b for a, b in zip(x.chunk(2, 1),
+                                                                f(x).chunk(2, 1))], 1),
+    "minus minus": lambda x, f: -(-x - f(x)), "twice negative": lambda x, f: f(x) - (-x),
+    "fused": lambda x, f: torch.addmm(x, f(x), f.weight),
+    "fused point by point": lambda x, f: torch.addcmul(x, f(x), f(x)), "half precision": lambda x, f:
+    (x.bfloat16() + f(x).bfloat16()).float(), "a position, too": lambda x, f: x + COORDS + f(x),
+    "two sums": lambda x, f: (y := x + f(x)) + f(y), "relu in place": lambda x, f: f(headed(x, F.relu_)) + x,
+    "silu in place": lambda x, f: x + f(headed(x, lambda t: F.silu(t, inplace=True))),
+    "leaky, and the sum in place": lambda x, f: headed(x, lambda t: F.leaky_relu_(t)).add_(f(x)),
     "elu in place": lambda x, f: torch.stack([headed(x, F.elu_), f(x)]).sum(0),
-    "without a graph": lambda x, f: x + hidden(f, x), "detached": lambda x, f: x + f(x.detach()), "in numpy": lambda x, f: x + NP(x).square(), "zero": lambda x, f: x + 0 * f(x), "noise on the branch": lambda x, f: x + f(x) * torch.rand(()),
-    "activation after": lambda x, f: F.gelu(x + f(x)), "by a gate": lambda x, f: x + torch.sigmoid(f(x)) * x, "by itself": lambda x, f: x + x.square(), "mean": lambda x, f: x + x.mean(1, keepdim=True)}
+    "without a graph": lambda x, f: x + hidden(f, x), "detached": lambda x, f: x + f(x.detach()),
+    "in numpy": lambda x, f: x + NP(x).square(), "zero": lambda x, f: x + 0 * f(x),
+    "noise on the branch": lambda x, f: x + f(x) * torch.rand(
+        ()), "activation after": lambda x, f: F.gelu(x + f(x)), "by a gate": lambda x, f: x + torch.sigmoid(f(x)) * x,
+    "by itself": lambda x, f: x + x.square(), "mean": lambda x, f: x + x.mean(1, keepdim=True)}
 STILL = {
-    "position": lambda x, f: x + COORDS, "learned position": lambda x, f: x + f.bias, "buffer in place": lambda x, f: x.add_(COORDS), "noise": lambda x, f: x + torch.randn(6), "noise like it": lambda x, f: x + torch.randn_like(x),
-    "zero": lambda x, f: x + 0, "zeros": lambda x, f: x + torch.zeros_like(x), "one": lambda x, f: x + 1, "minus": lambda x, f: x - COORDS, "by its shape": lambda x, f: x + torch.arange(x.shape[1]),
-    "branch of a constant": lambda x, f: x + f(COORDS), "stacked": lambda x, f: torch.stack([x, f(COORDS).expand_as(x)]).sum(0), "dropped position": lambda x, f: F.dropout(x + COORDS, .5, False), "on a slice": lambda x, f: part(x, f(COORDS).expand_as(x)),
-    "a position on a half": lambda x, f: torch.cat([x[:, :3] + f(COORDS)[:3], x[:, 3:]], 1), "on a slice of slices": lambda x, f: part(part(x, f(COORDS).expand_as(x)), COORDS.expand_as(x)),
+    "position": lambda x, f: x + COORDS, "learned position": lambda x, f: x + f.bias,
+    "buffer in place": lambda x, f: x.add_(COORDS), "noise": lambda x, f: x + torch.randn(6),
+    "noise like it": lambda x, f: x + torch.randn_like(x), "zero": lambda x, f: x + 0,
+    "zeros": lambda x, f: x + torch.zeros_like(x), "one": lambda x, f: x + 1, "minus": lambda x, f: x - COORDS,
+    "by its shape": lambda x, f: x + torch.arange(x.shape[1]), "branch of a constant": lambda x, f: x + f(COORDS),
+    "stacked": lambda x, f: torch.stack([x, f(COORDS).expand_as(x)]).sum(0),
+    "dropped position": lambda x, f: F.dropout(x + COORDS, .5, False),
+    "on a slice": lambda x, f: part(x,
+                                    f(COORDS).expand_as(x)),
+    "a position on a half": lambda x, f: torch.cat([x[:, :3] + f(COORDS)[:3], x[:, 3:]], 1),
+    "on a slice of slices": lambda x, f: part(part(x,
+                                                   f(COORDS).expand_as(x)), COORDS.expand_as(x)),
     "its own generator": lambda x, f: x + torch.rand(x.shape, generator=GENERATOR)}
 GENERATOR = torch.Generator()
 SAID = {
-    "scaled": (lambda x, f: .7 * x + f(x), "scaled by 0.7"), "halved": (lambda x, f: (x + f(x)) / 2, "scaled by 0.5"), "by a tensor": (lambda x, f: x * torch.tensor(3.) + f(x), "scaled by 3"), "lerp": (lambda x, f: torch.lerp(x, f(x), .25), "scaled by 0.75"),
-    "mean of two": (lambda x, f: torch.stack([x, f(x)]).mean(0), "scaled by 0.5"), "alpha": (lambda x, f: torch.add(f(x), x, alpha=.1), "scaled by 0.1"), "beta": (lambda x, f: torch.addmm(x, f(x), f.weight, beta=.2), "scaled by 0.2"), "minus": (lambda x, f: f(x) - x, "scaled by -1"),
-    "nothing of it": (lambda x, f: 0 * x + f(x), "scaled by 0"), "flipped": (lambda x, f: x.flip(1) + f(x), "in another order"), "rolled": (lambda x, f: x.roll(1, 0) + f(x), "in another order"), "halves swapped": (lambda x, f: torch.cat([x[:, 3:], x[:, :3]], 1) + f(x), "in another order"),
-    "half of it": (lambda x, f: F.pad(x[:, :3], (0, 3)) + f(x), "in part or mixed"), "mixed": (lambda x, f: x.sum(1, keepdim=True) + f(x), "in part or mixed"), "relu first": (lambda x, f: x.relu() + f(x), "through relu"), "both": (lambda x, f: F.silu(x) + f(x), "through silu"),
-    "normalised": (lambda x, f: F.layer_norm(x + f(x), [6]), "NativeLayerNorm in the way"), "gated": (lambda x, f: x * COORDS + f(x), "Mul in the way"), "nothing": (lambda x, f: f(x), "no summand"), "the same": (lambda x, f: x, "no summand of its output"), "put in": (lambda x, f: torch.zeros(4, 6).copy_(x), "no summand of its output")}
+    "scaled": (lambda x, f: .7 * x + f(x), "scaled by 0.7"), "halved": (lambda x, f: (x + f(x)) / 2, "scaled by 0.5"),
+    "by a tensor": (lambda x, f: x * torch.tensor(3.) + f(x),
+                    "scaled by 3"), "lerp": (lambda x, f: torch.lerp(x, f(x), .25), "scaled by 0.75"),
+    "mean of two": (lambda x, f: torch.stack([x, f(x)]).mean(0),
+                    "scaled by 0.5"), "alpha": (lambda x, f: torch.add(f(x), x, alpha=.1), "scaled by 0.1"),
+    "beta": (lambda x, f: torch.addmm(x, f(x), f.weight, beta=.2), "scaled by 0.2"),
+    "minus": (lambda x, f: f(x) - x, "scaled by -1"), "nothing of it": (lambda x, f: 0 * x + f(x), "scaled by 0"),
+    "flipped": (lambda x, f: x.flip(1) + f(x), "in another order"), "rolled": (lambda x, f: x.roll(1, 0) + f(x),
+                                                                               "in another order"),
+    "halves swapped": (lambda x, f: torch.cat([x[:, 3:], x[:, :3]], 1) + f(x),
+                       "in another order"), "half of it": (lambda x, f: F.pad(x[:, :3],
+                                                                              (0, 3)) + f(x), "in part or mixed"),
+    "mixed": (lambda x, f: x.sum(1, keepdim=True) + f(x),
+              "in part or mixed"), "relu first": (lambda x, f: x.relu() + f(x), "through relu"),
+    "both": (lambda x, f: F.silu(x) + f(x), "through silu"), "normalised": (lambda x, f: F.layer_norm(x + f(x), [6]),
+                                                                            "NativeLayerNorm in the way"),
+    "gated": (lambda x, f: x * COORDS + f(x), "Mul in the way"), "nothing": (lambda x, f: f(x), "no summand"),
+    "the same": (lambda x, f: x, "no summand of its output"), "put in": (lambda x, f: torch.zeros(4, 6).copy_(x),
+                                                                         "no summand of its output")}
 
 
 @pytest.mark.parametrize("form", SEEN)
@@ -287,13 +328,18 @@ def test_the_values_of_the_network_decide_nothing():
 
 
 class Positions(nn.Module):
-    def __init__(self, learned): super().__init__(); self.drop, self.p = nn.Dropout(.1), nn.Parameter(torch.randn(1, 7, 8)) if learned else None; self.register_buffer("pe", torch.randn(1, 7, 8))
+    def __init__(self, learned):
+        super().__init__()
+        self.drop, self.p = nn.Dropout(.1), nn.Parameter(torch.randn(1, 7, 8)) if learned else None
+        self.register_buffer("pe", torch.randn(1, 7, 8))
     def forward(self, x): return self.drop(x + (self.pe if self.p is None else self.p)[:, :x.shape[1]])
 
 
 class Encoder(nn.Module):
     "Layers with something added between them."
-    def __init__(self, layers, between): super().__init__(); self.layers, self.between, self.extra = nn.ModuleList(layers), between, nn.Linear(8, 8)
+    def __init__(self, layers, between):
+        super().__init__()
+        self.layers, self.between, self.extra = nn.ModuleList(layers), between, nn.Linear(8, 8)
     def forward(self, x):
         for layer in self.layers: x = layer(self.between(self, x))
         return x
@@ -313,13 +359,17 @@ def test_a_position_in_front_of_normalised_layers_is_no_block(learned):
     net = nn.Sequential(Positions(learned), nn.TransformerEncoder(TORCH(False), 2, enable_nested_tensor=False))
     with pytest.raises(ValueError, match="NativeLayerNorm in the way"): find_blocks(net, torch.randn(2, 5, 8))
     before = nn.Sequential(Positions(learned), TORCH(True))
-    assert find_blocks(before, torch.randn(2, 5, 8)).skipped["0"] == "it adds nothing that depends on its input: a position, noise or a constant"
+    assert find_blocks(before, torch.randn(
+        2, 5, 8)).skipped["0"] == "it adds nothing that depends on its input: a position, noise or a constant"
 
 
 def test_a_small_residual_part_does_not_take_its_layer_apart():
     class Layer2(nn.Module):
         "A convolution for the position at its head, as in CPVT or DaViT; `big`: most of the layer is in it."
-        def __init__(self, big): super().__init__(); self.cpe, self.mlp = ResidualBlock(nn.Sequential(nn.Linear(8, 99 if big else 2), nn.Linear(99 if big else 2, 8))), nn.Linear(8, 8)
+        def __init__(self, big):
+            super().__init__()
+            self.cpe, self.mlp = ResidualBlock(
+                nn.Sequential(nn.Linear(8, 99 if big else 2), nn.Linear(99 if big else 2, 8))), nn.Linear(8, 8)
         def forward(self, x): x = self.cpe(x); return x + self.mlp(x)
     x = torch.randn(3, 8)
     assert list(find_blocks(nn.Sequential(Layer2(False), Layer2(False)), x)) == ["0", "1"]
@@ -329,8 +379,11 @@ def test_a_small_residual_part_does_not_take_its_layer_apart():
 
 def test_random_chains_of_moves_and_their_inverses_are_seen_through():
     "Generated: a sum between a random chain of rearrangements and its inverse, or one of them left out."
-    moves = [(lambda t: t.flip(1), lambda t: t.flip(1)), (lambda t: t.roll(2, 1), lambda t: t.roll(-2, 1)), (lambda t: t.transpose(0, 1).contiguous(), lambda t: t.transpose(0, 1)), (lambda t: t * 4, lambda t: t / 4),
-             (lambda t: -t, lambda t: -t), (lambda t: t.unsqueeze(0).squeeze(0), lambda t: t), (lambda t: torch.cat([t[:, 2:], t[:, :2]], 1), lambda t: torch.cat([t[:, -2:], t[:, :-2]], 1))]
+    moves = [(lambda t: t.flip(1), lambda t: t.flip(1)), (lambda t: t.roll(2, 1), lambda t: t.roll(-2, 1)),
+             (lambda t: t.transpose(0, 1).contiguous(), lambda t: t.transpose(0, 1)),
+             (lambda t: t * 4, lambda t: t / 4), (lambda t: -t, lambda t: -t),
+             (lambda t: t.unsqueeze(0).squeeze(0), lambda t: t),
+             (lambda t: torch.cat([t[:, 2:], t[:, :2]], 1), lambda t: torch.cat([t[:, -2:], t[:, :-2]], 1))]
     generator = torch.Generator().manual_seed(5)
     draw = lambda n: int(torch.randint(n, (), generator=generator))
     for _ in range(40):
@@ -354,13 +407,15 @@ def test_an_action_that_nothing_can_change_is_refused():
     x = torch.randn(2, 5, 8)
     for still in (Positions(False), Form(lambda x, f: x + torch.ones(8)), Form(lambda x, f: x + 0 * x.detach() + 1)):
         net = nn.Sequential(nn.Linear(8, 8), still, TORCH(True)).eval()
-        assert find_blocks(net, x, "1").why["1"].startswith("named by a pattern; it adds nothing that depends on its input")
+        assert find_blocks(net, x,
+                           "1").why["1"].startswith("named by a pattern; it adds nothing that depends on its input")
         action = trace_energies(net, x, "1").energies().sum()
         with pytest.raises(RuntimeError, match="the action is above zero and has no gradient"): hooks.pulls(action, net)
         (action + net(x).sum()).backward()   # the graph is still there
         assert hooks.pulls(action + trace_energies(net, x, "2").energies().sum(), net)
     net[2].requires_grad_(False)
-    with pytest.raises(RuntimeError, match="has no gradient"): hooks.pulls(trace_energies(net, x, "1").energies().sum(), net)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        hooks.pulls(trace_energies(net, x, "1").energies().sum(), net)
 
 
 def test_an_action_that_has_a_gradient_or_is_zero_is_not():
@@ -382,7 +437,11 @@ def test_few_passes_and_linear_work():
     "The probe runs the network once, and the steps of its walks grow as the number of blocks."
     class Counted(nn.Module):
         passes = calls = 0
-        def __init__(self, K): super().__init__(); self.stem, self.stages = nn.Linear(6, 6), nn.Sequential(*(nn.Sequential(*(Form(lambda x, f: x + f(x)) for _ in range(K // 4))) for _ in range(4)))
+        def __init__(self, K):
+            super().__init__()
+            self.stem, self.stages = nn.Linear(6, 6), nn.Sequential(*(nn.Sequential(*(Form(lambda x, f: x + f(x))
+                                                                                      for _ in range(K // 4)))
+                                                                      for _ in range(4)))
         def forward(self, x): Counted.passes += 1; return self.stages(self.stem(x))
 
     def work(K):
@@ -413,7 +472,9 @@ def test_what_only_passes_its_input_on_is_no_block():
 
 def test_parts_without_gradient_keep_their_mode():
     class Averaging(nn.Module):
-        def __init__(self): super().__init__(); self.block, self.scale = ResidualBlock(nn.Linear(4, 4)), nn.Parameter(torch.ones(()))
+        def __init__(self):
+            super().__init__()
+            self.block, self.scale = ResidualBlock(nn.Linear(4, 4)), nn.Parameter(torch.ones(()))
 
         @torch.no_grad()
         def forward(self, x):
@@ -462,22 +523,27 @@ def test_finding_leaves_the_model_and_the_random_state_alone():
 
     model = Counting().train()
     model.layer1.eval()
-    before, modes, state = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()], torch.get_rng_state()
+    before, modes, state = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()
+                                                                                   ], torch.get_rng_state()
     find_blocks(model, torch.ones(BATCH, 3, 8, 8))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and hook_count(model) == 0
+    assert [m.training
+            for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and hook_count(model) == 0
     assert all(p.grad is None for p in model.parameters())
 
 
 class Moded(nn.BatchNorm1d):
     "Notes in which mode it runs, outside the main thread."
     def forward(self, x):
-        if threading.current_thread() is not threading.main_thread(): self.seen = [*getattr(self, "seen", []), self.training]
+        if threading.current_thread() is not threading.main_thread():
+            self.seen = [*getattr(self, "seen", []), self.training]
         return super().forward(x)
 
 
 class Trained(nn.Module):
-    def __init__(self): super().__init__(); self.parts = nn.Sequential(*(m for _ in range(6) for m in (ResidualBlock(nn.Linear(4, 4)), Moded(4))))
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(*(m for _ in range(6) for m in (ResidualBlock(nn.Linear(4, 4)), Moded(4))))
     def forward(self, x): return self.parts(x)
 
 
@@ -535,23 +601,32 @@ class Tabular(nn.Module):
     "Adds what its layers return; `norm`: to what it normalises for them; `cell`: how."
     def __init__(self, cell=lambda x, v: x + v, norm=False, layer=lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), K=3):
         super().__init__()
-        self.stem, self.layers, self.head, self.cell, self.norm = nn.Linear(4, 6), nn.ModuleList(layer() for _ in range(K)), nn.Linear(6, 2), cell, nn.LayerNorm(6) if norm else nn.Identity()
+        self.stem, self.layers, self.head, self.cell, self.norm = nn.Linear(4, 6), nn.ModuleList(
+            layer() for _ in range(K)), nn.Linear(6, 2), cell, nn.LayerNorm(6) if norm else nn.Identity()
     def forward(self, x):
         x = self.stem(x)
         for layer in self.layers: x = self.cell(x, layer(self.norm(x)))
         return self.head(x)
 
 
-CELLS = {"x + v": lambda x, v: x + v, "v + x": lambda x, v: v + x, "in place": lambda x, v: v.add_(x), "minus": lambda x, v: x - v, "then relu": lambda x, v: (x + v).relu(), "then norm": lambda x, v: F.layer_norm(x + v, [6]),
-         "reshaped": lambda x, v: x + v.view(-1, 6)}
+CELLS = {
+    "x + v": lambda x, v: x + v, "v + x": lambda x, v: v + x, "in place": lambda x, v: v.add_(x),
+    "minus": lambda x, v: x - v, "then relu": lambda x, v: (x + v).relu(),
+    "then norm": lambda x, v: F.layer_norm(x + v, [6]), "reshaped": lambda x, v: x + v.view(-1, 6)}
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 6), lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh())], ids=["a layer", "several"])
 def test_branches_of_sums_in_the_models_own_forward_are_named_and_measured_as_such(cell, norm, layer):
     net, x = Tabular(CELLS[cell], norm, layer), torch.randn(5, 4)
-    with pytest.raises(ValueError, match=r"layers.0: a branch: who calls it adds what it returns .*blocks=\.\.\.\) with the names of the branches, .*velocity='branch'"): find_blocks(net, x)
+    with pytest.raises(
+            ValueError,
+            match=r"layers.0: a branch: who calls it adds what it returns .*blocks=\.\.\.\) with the names of the "
+                  r"branches, .*velocity='branch'"
+    ):
+        find_blocks(net, x)
     found, outs = find_blocks(net, x, "layers.?"), []
-    assert found.branches == {f"layers.{k}": not norm for k in range(3)} and [r["verdict"] for r in found.table() if r["name"] in found and r["verdict"] != "class"] == ["branch"] * 3
+    assert found.branches == {f"layers.{k}": not norm for k in range(3)} and [
+        r["verdict"] for r in found.table() if r["name"] in found and r["verdict"] != "class"] == ["branch"] * 3
     for m in net.layers: m.register_forward_hook(lambda m, args, out: outs.append(out.detach().square().mean(1)))
     with torch.no_grad(): got = trace_energies(net, x, found).energies()
     assert_close(got, torch.stack(outs))
@@ -564,7 +639,8 @@ def test_branches_of_sums_in_the_models_own_forward_are_named_and_measured_as_su
 def test_a_branch_is_never_taken_for_a_block():
     net, x = Tabular(), torch.randn(5, 4)
     found = find_blocks(net, x, "layers.*[0-9]")
-    for refused in (lambda: EnergyMeter(net, found), lambda: hooks.chosen_blocks(net, found), lambda: hooks.chosen_blocks(net, "layers.?", x), lambda: hooks.BlockHooks(net, "layers.?", x)):
+    for refused in (lambda: EnergyMeter(net, found), lambda: hooks.chosen_blocks(net, found),
+                    lambda: hooks.chosen_blocks(net, "layers.?", x), lambda: hooks.BlockHooks(net, "layers.?", x)):
         with pytest.raises(ValueError, match="'layers.0' is a branch"): refused()
     with pytest.raises(ValueError, match="positions are not known"): trace(Tabular(norm=True), x, "layers.?")
     walk = trace(net, x, found)
@@ -579,7 +655,9 @@ def test_what_is_added_inside_a_block_is_its_own_affair():
 
 def test_a_module_that_is_added_elsewhere_is_no_branch_of_its_input():
     class Sides(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.block = nn.Linear(6, 6), nn.Linear(6, 6), ResidualBlock(nn.Linear(6, 6))
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.block = nn.Linear(6, 6), nn.Linear(6, 6), ResidualBlock(nn.Linear(6, 6))
         def forward(self, x): x = self.block(x); return self.a(x) + self.b(x)
     assert list(find_blocks(Sides(), torch.randn(3, 6))) == ["block"]
 
@@ -593,13 +671,22 @@ def test_a_class_that_repeats_has_a_row_with_its_own_reason():
     blocks = find_blocks(ResNet(depth=3), images())
     row = of_class(blocks, "BasicBlock")
     whole, part = (sum(p.numel() for m in ms for p in m.parameters()) for ms in ([ResNet(depth=3)], blocks.values()))
-    assert row["why"] == f"5 of 6 modules of this class, {part / whole:.0%} of the parameters, covered; the others: shape changes (4, 8, 8) -> (8, 4, 4)"
-    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(TORCH(False) for _ in range(4))), ResidualBlock(nn.Linear(8, 8)))
-    with pytest.warns(UserWarning, match="only part of Sequential is covered: of TransformerEncoderLayer, 0 of 4 modules of this class, 0% of the parameters, covered; .*NativeLayerNorm in the way"):
+    assert row[
+        "why"] == f"5 of 6 modules of this class, {part / whole:.0%} of the parameters, covered; the others: shape changes (4, 8, 8) -> (8, 4, 4)"
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(TORCH(False) for _ in range(4))),
+                        ResidualBlock(nn.Linear(8, 8)))
+    with pytest.warns(
+            UserWarning,
+            match="only part of Sequential is covered: of TransformerEncoderLayer, 0 of 4 modules of this class, 0% "
+                  "of the parameters, covered; .*NativeLayerNorm in the way"
+    ):
         blocks = find_blocks(net, torch.randn(2, 5, 8))
     assert list(blocks) == ["2"] and "NativeLayerNorm in the way" in of_class(blocks, "TransformerEncoderLayer")["why"]
     assert [n for n in blocks.skipped if n.startswith("1")] == ["1.0", "1.1", "1.2", "1.3"]   # and not the container
-    with pytest.raises(ValueError, match="1.0: its input is no summand of its output: NativeLayerNorm in the way, as in 3 more of this class"): find_blocks(net[:2], torch.randn(2, 5, 8))
+    with pytest.raises(
+            ValueError,
+            match="1.0: its input is no summand of its output: NativeLayerNorm in the way, as in 3 more of this class"):
+        find_blocks(net[:2], torch.randn(2, 5, 8))
 
 
 def test_a_class_of_which_only_part_is_covered_warns():
@@ -607,10 +694,19 @@ def test_a_class_of_which_only_part_is_covered_warns():
         def __init__(self, post): super().__init__(); self.f, self.post = nn.Linear(6, 6), post
         def forward(self, x): return F.layer_norm(x + self.f(x), [6]) if self.post else x + self.f(x)
     net, x = nn.Sequential(*(Either(k in (1, 4)) for k in range(5)), nn.Linear(6, 30)), torch.randn(3, 6)
-    with pytest.warns(UserWarning, match=r"of Either, 3 of 5 modules of this class, 30% of the parameters, covered; the others: .*NativeLayerNorm in the way \(2 times\)"): find_blocks(net, x)
+    with pytest.warns(
+            UserWarning,
+            match=r"of Either, 3 of 5 modules of this class, 30% of the parameters, covered; the others: "
+                  r".*NativeLayerNorm in the way \(2 times\)"
+    ):
+        find_blocks(net, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        find_blocks(net, x, "[023]"); find_blocks(net, x, exclude="4"); find_blocks(ResNet(), images()); find_blocks(Decoder(), tokens()); find_blocks(dense_net(3, 2, K=3), torch.randn(2, 3))
+        find_blocks(net, x, "[023]")
+        find_blocks(net, x, exclude="4")
+        find_blocks(ResNet(), images())
+        find_blocks(Decoder(), tokens())
+        find_blocks(dense_net(3, 2, K=3), torch.randn(2, 3))
 
 
 def test_names_cost_no_more_than_there_are():
@@ -648,12 +744,24 @@ class Keeps(nn.Module):
         y = self.f(x)
         self.cache["mode", self.training] = y
         self.calls += 1
-        self.seen.append(y); self.memory.keys.append(y); self.memory.last = y; self.queue.append(y); self.names.add(len(self.names)); self.nested["a"].append(y); self.nested["b"][0].append(y); self.nested["a"][0] += 1
+        self.seen.append(y)
+        self.memory.keys.append(y)
+        self.memory.last = y
+        self.queue.append(y)
+        self.names.add(len(self.names))
+        self.nested["a"].append(y)
+        self.nested["b"][0].append(y)
+        self.nested["a"][0] += 1
         self.stat += 1; self.moved += 1
         self.new, self.other = y, {"y": y}
         if hasattr(self, "gone"): del self.gone
         self.register_buffer("later", y.detach())
-        torch.rand(1, generator=self.generator); self.python.random(); self.numpy.random(); random.random(); np.random.rand(); torch.rand(1)
+        torch.rand(1, generator=self.generator)
+        self.python.random()
+        self.numpy.random()
+        random.random()
+        np.random.rand()
+        torch.rand(1)
         return x + y
 
 
@@ -668,7 +776,9 @@ def kept(net):
         if isinstance(v, (list, tuple, set, collections.deque)): return type(v).__name__, [text(w) for w in v]
         if isinstance(v, Memory): return text(vars(v))
         return v if isinstance(v, (int, str, bool, type(None))) else type(v).__name__
-    return [{k: text(v) for k, v in vars(m).items()} for m in net.modules()] + [torch.get_rng_state().tolist(), random.getstate(), text(np.random.get_state()[1].tolist())]
+    return [{k: text(v) for k, v in vars(m).items()} for m in net.modules()] + [
+        torch.get_rng_state().tolist(),
+        random.getstate(), text(np.random.get_state()[1].tolist())]
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -684,13 +794,16 @@ def test_all_that_modules_keep_for_themselves_is_as_before(mode, warm, fails):
         with pytest.raises(RuntimeError): find_blocks(bad, x)
     else: assert list(find_blocks(net, x)) == ["0", "1"]
     assert kept(net) == before
-    assert all(a is b for m, old in zip(net, objects) for a, b in zip((m.cache, m.seen, m.memory, m.queue, m.nested["a"], m.stat), old))
+    assert all(a is b for m, old in zip(net, objects)
+               for a, b in zip((m.cache, m.seen, m.memory, m.queue, m.nested["a"], m.stat), old))
     if not warm: copy.deepcopy(net)
 
 
 class Merges(nn.Module):
     "Merges a branch into its weight when it is to evaluate, as LoRA layers do; with a counter of changes of mode."
-    def __init__(self): super().__init__(); self.w, self.d, self.merged = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4)), False
+    def __init__(self):
+        super().__init__()
+        self.w, self.d, self.merged = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4)), False
     def train(self, mode=True):
         if mode == self.merged:
             self.w.data += (-1. if mode else 1.) * self.d.data
@@ -713,7 +826,8 @@ def test_modes_are_set_as_the_modules_set_them(mode):
     x = torch.randn(3, 4)
     net = nn.Sequential(Merges(), Frozen(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()), Merges()).train(mode)
     net[2].eval()
-    modes, weights, want = [(m.training, getattr(m, "merged", None)) for m in net.modules()], [p.clone() for p in net.parameters()], net[0](x)
+    modes, weights, want = [(m.training, getattr(m, "merged", None))
+                            for m in net.modules()], [p.clone() for p in net.parameters()], net[0](x)
     find_blocks(net, x)
     assert [(m.training, getattr(m, "merged", None)) for m in net.modules()] == modes
     for p, old in zip(net.parameters(), weights): assert_close(p, old, rtol=0, atol=0)
@@ -721,7 +835,8 @@ def test_modes_are_set_as_the_modules_set_them(mode):
 
 
 def test_caches_of_an_evaluation_are_not_left(transformers):
-    small = dict(image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[2, 2, 2], key_dim=[8, 8, 8], attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2], drop_path_rate=0)
+    small = dict(image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[2, 2, 2],
+                 key_dim=[8, 8, 8], attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2], drop_path_rate=0)
     net, x = transformers.LevitModel(transformers.LevitConfig(**small)).train(), torch.randn(2, 3, 64, 64)
     twin = copy.deepcopy(net)
     find_blocks(net, x)
@@ -759,8 +874,8 @@ def test_resnet_energies_by_hand(block, mode):
 
 
 def test_stages_end_where_something_happens_between_blocks():
-    net = nn.Sequential(*(ResidualBlock(nn.Linear(3, 3)) for _ in range(2)), nn.Linear(3, 3), ResidualBlock(nn.Linear(3, 3)),
-                        ResidualBlock(nn.Linear(3, 3), h=.5))
+    net = nn.Sequential(*(ResidualBlock(nn.Linear(3, 3)) for _ in range(2)), nn.Linear(3, 3),
+                        ResidualBlock(nn.Linear(3, 3)), ResidualBlock(nn.Linear(3, 3), h=.5))
     found = trace(net, torch.randn(BATCH, 3))
     assert [(s.K, s.h) for s in found.stages] == [(2, 1.), (1, 1.), (1, .5)] and found.K == 4
 
@@ -768,7 +883,8 @@ def test_stages_end_where_something_happens_between_blocks():
 def test_gradients_reach_the_blocks():
     net, x = dense_net(3, 2, K=3), torch.randn(BATCH, 3)
     weight = net.flow.blocks[0].velocity[0].weight
-    for energy in (trace_energies(net, x).energies().sum(), sum(s.steps.square().mean(2).sum() for s in trace(net, x).stages)):
+    for energy in (trace_energies(net, x).energies().sum(),
+                   sum(s.steps.square().mean(2).sum() for s in trace(net, x).stages)):
         got, = torch.autograd.grad(energy, weight)
         assert_close(got, torch.autograd.grad(net.trajectory(x).steps.square().mean(2).sum(), weight)[0])
 
@@ -1008,7 +1124,8 @@ class Wrapped(nn.parallel.DistributedDataParallel):
 def test_names_see_through_wrappers():
     net, x = dense_net(3, 2, K=2), torch.randn(BATCH, 3)
     names, want = ["flow.blocks.0", "flow.blocks.1"], energies(trace(net, x))
-    for wrapped in (Wrapped(net), nn.DataParallel(net), torch.compile(net, backend="eager"), torch.compile(Wrapped(net), backend="eager")):
+    for wrapped in (Wrapped(net), nn.DataParallel(net), torch.compile(net, backend="eager"),
+                    torch.compile(Wrapped(net), backend="eager")):
         assert list(find_blocks(wrapped, x)) == names
         assert_close(energies(trace(wrapped, x)), want)
     net.flow.blocks[1] = torch.compile(net.flow.blocks[1], backend="eager")
@@ -1065,7 +1182,8 @@ def test_a_compiler_that_cannot_be_told_to_rest_is_named(monkeypatch):
     net, x = nn.Sequential(torch.compile(dense_net(3, 2, K=3), backend="eager")), torch.randn(BATCH, 3)
     monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     for call in (find_blocks, trace):
-        with pytest.raises(RuntimeError, match="compiled parts, which PyTorch .* use PyTorch 2.6 or later"): call(net, x)
+        with pytest.raises(RuntimeError, match="compiled parts, which PyTorch .* use PyTorch 2.6 or later"):
+            call(net, x)
     assert len(find_blocks(net[0]._orig_mod, x)) == 3
 
 
@@ -1073,7 +1191,8 @@ def test_a_compiler_that_cannot_be_told_to_rest_is_named(monkeypatch):
 
 def test_no_residual_block():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    with pytest.raises(ValueError, match=r"no residual block found in Sequential \(.*0: a single layer"): find_blocks(model, torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"no residual block found in Sequential \(.*0: a single layer"):
+        find_blocks(model, torch.randn(2, 3))
     with pytest.raises(ValueError, match="pass an example input"): find_blocks(model)
     with pytest.raises(ValueError, match="no residual block"): trace(model, torch.randn(2, 3))
     with pytest.raises(ValueError, match="blocks is empty"): Tracer(model, {})
@@ -1107,27 +1226,34 @@ def test_integer_inputs():
         def forward(self, x): return x * 0 + 1
 
     flow, x = Flow([One(), One()]), torch.arange(6).reshape(2, 3)
-    assert find_blocks(flow, x).skipped["blocks.0"] == "no floating-point tensor goes in"   # the second sees the floats of the first
+    # the second sees the floats of the first
+    assert find_blocks(flow, x).skipped["blocks.0"] == "no floating-point tensor goes in"
     with pytest.raises(ValueError, match="block 'blocks.0': convert"): trace(flow, x, find_blocks(flow))
-    with pytest.raises(ValueError, match="expected one of 'mean', 'sum'"): trace_energies(flow, x.float()).energies("max")
+    with pytest.raises(ValueError, match="expected one of 'mean', 'sum'"):
+        trace_energies(flow, x.float()).energies("max")
 
 
 # Real architectures, built from configuration
 
 def architecture(t, name):
-    "The model, its input, names of its blocks, and what a block adds as a function of block and input of the parts inside."
+    """The model, its input, names of its blocks, and what a block adds as a function of block and input of the parts
+    inside."""
     pixels, ids = torch.randn(BATCH, 3, 16, 16), torch.randint(50, (BATCH, 5))
     small = dict(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16)
     if name == "resnet":
         config = t.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 2], layer_type="basic")
-        return t.ResNetModel(config), pixels, ["encoder.stages.0.layers.0", "encoder.stages.0.layers.1", "encoder.stages.1.layers.1"]
+        return t.ResNetModel(config), pixels, [
+            "encoder.stages.0.layers.0", "encoder.stages.0.layers.1", "encoder.stages.1.layers.1"]
     if name == "convnext":
-        config = t.ConvNextConfig(hidden_sizes=[4, 8], depths=[2, 1], num_stages=2, drop_path_rate=.4, layer_scale_init_value=.5)
+        config = t.ConvNextConfig(hidden_sizes=[4, 8], depths=[2, 1], num_stages=2, drop_path_rate=.4,
+                                  layer_scale_init_value=.5)
         names = ["encoder.stages.0.layers.0", "encoder.stages.0.layers.1", "encoder.stages.1.layers.0"]
         return t.ConvNextModel(config), pixels, names
     if name == "vit": return t.ViTModel(t.ViTConfig(image_size=16, patch_size=8, **small)), pixels, 3
-    if name == "gpt2": return t.GPT2LMHeadModel(t.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=50, n_positions=8,
-                                                             bos_token_id=0, eos_token_id=0)), ids, 3
+    if name == "gpt2":
+        return t.GPT2LMHeadModel(
+            t.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=50, n_positions=8, bos_token_id=0,
+                         eos_token_id=0)), ids, 3
     config = t.LlamaConfig(num_key_value_heads=1, vocab_size=50, **small)
     return t.LlamaForCausalLM(config), ids, 3
 
@@ -1149,7 +1275,9 @@ def test_real_architectures(transformers, name):
     assert len({type(b) for b in blocks.values()}) == 1
     steps, hooks, parts = [], [], {}
 
-    def note(key): return lambda part, args, out: parts.__setitem__(key, (out[0] if isinstance(out, tuple) else out).detach().clone())
+    def note(key):
+        return lambda part, args, out: parts.__setitem__(key, (out[0]
+                                                               if isinstance(out, tuple) else out).detach().clone())
     def close(block, args, kwargs, out):
         before = args[0] if args else kwargs["hidden_states"]
         steps.append(added(name, block, parts, before)); parts.clear()
@@ -1255,8 +1383,11 @@ def residual(block, x):
 @pytest.mark.parametrize("name, count", [("resnet18", 5), ("resnet50", 12)])
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_resnets_of_other_libraries(library, name, count):
-    module = pytest.importorskip(f"{library}.models", reason=f"{library} is not installed: pip install {library}, then run this again")
-    make = {"torchvision": lambda: getattr(module, name)(weights=None), "timm": lambda: module.create_model(name, pretrained=False)}
+    module = pytest.importorskip(f"{library}.models",
+                                 reason=f"{library} is not installed: pip install {library}, then run this again")
+    make = {
+        "torchvision": lambda: getattr(module, name)(weights=None),
+        "timm": lambda: module.create_model(name, pretrained=False)}
     model, x = make[library]().eval(), torch.randn(2, 3, 32, 32)
     blocks = find_blocks(model, x)
     assert len(blocks) == count
@@ -1287,7 +1418,8 @@ def test_real_distributed_wrapper():
             noted = tracer.take()
             (loss + noted.energies().sum()).backward()
         assert_close(noted.energies(), trace_energies(net, x).energies())
-        assert noted.names == ["flow.blocks.0", "flow.blocks.1"] and net.flow.blocks[0].velocity[0].weight.grad.abs().sum() > 0
+        assert noted.names == ["flow.blocks.0", "flow.blocks.1"
+                               ] and net.flow.blocks[0].velocity[0].weight.grad.abs().sum() > 0
     try:
         use()
         gc.collect()
@@ -1357,7 +1489,9 @@ def test_reasons_inside_what_is_not_called_are_told():
             for layer in self.layers: x = layer(x)
             return x
 
-    with pytest.raises(ValueError, match=r"layers.0: its input is no summand of its output: NativeLayerNorm in the way") as e: find_blocks(Listed(), torch.randn(5, 4))
+    with pytest.raises(ValueError,
+                       match=r"layers.0: its input is no summand of its output: NativeLayerNorm in the way") as e:
+        find_blocks(Listed(), torch.randn(5, 4))
     assert "layers: not called" not in str(e.value)
 
 
@@ -1365,7 +1499,10 @@ def test_reasons_inside_what_is_not_called_are_told():
 
 class Late(nn.Module):
     "Time first; nothing in it says so."
-    def __init__(self): super().__init__(); self.blocks = nn.ModuleList(ResidualBlock(nn.Linear(6, 6)) for _ in range(2)); self.head = nn.Linear(6, 2)
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(nn.Linear(6, 6)) for _ in range(2))
+        self.head = nn.Linear(6, 2)
     def forward(self, x):
         for block in self.blocks: x = block(x)
         return self.head(x.mean(0))
@@ -1414,7 +1551,8 @@ def traced(net, x, **kw):
 @pytest.mark.parametrize("call", [trace, trace_energies, traced])
 def test_an_axis_that_looks_wrong_is_asked_for(call):
     net, x = Late(), torch.randn(5, 4, 6)
-    with pytest.raises(ValueError, match=r"'blocks.0' gives \(5, 4, 6\) and the model \(4, 2\), .*give batch_axis=1"): call(net, x)
+    with pytest.raises(ValueError, match=r"'blocks.0' gives \(5, 4, 6\) and the model \(4, 2\), .*give batch_axis=1"):
+        call(net, x)
     call(net, x, batch_axis=0)   # it is meant
     with pytest.raises(ValueError, match="expected an axis 3 as in batch_axis"): call(net, x, batch_axis=3)
     for axis in (True, -1, 1.5, "1"):

@@ -27,7 +27,10 @@ def fake():
     before = dict(BENCHMARKS)
 
     @benchmark("fake")
-    def make(device): return [Sides("fake", lambda: 2., lambda: 1., "two / one", goal=3.), Sides("fake-2", lambda: 8., lambda: 2., "four", goal=3., exact=True)]
+    def make(device):
+        return [
+            Sides("fake", lambda: 2., lambda: 1., "two / one", goal=3.),
+            Sides("fake-2", lambda: 8., lambda: 2., "four", goal=3., exact=True)]
 
     @benchmark("needy", needs="no_such_package")
     def needy(device): return []
@@ -46,8 +49,10 @@ def test_sides_run_in_turn_after_warm_up():
 
 
 def test_median_extremes_and_best():
-    row = measure(Sides("x", scripted([9, 1, 2, 6, 2, 3]), scripted([9, 1, 1, 2, 1, 1]), "", goal=2.5, least=5), seconds=1e-9)
-    assert (row["ratio_median"], row["ratio_min"], row["ratio_max"], row["ratio_of_best"], row["pairs"]) == (2, 1, 3, 1, 5)
+    row = measure(Sides("x", scripted([9, 1, 2, 6, 2, 3]), scripted([9, 1, 1, 2, 1, 1]), "", goal=2.5, least=5),
+                  seconds=1e-9)
+    assert (row["ratio_median"], row["ratio_min"], row["ratio_max"], row["ratio_of_best"], row["pairs"]) == (2, 1, 3, 1,
+                                                                                                             5)
     assert row["met"] is True and row["top"] == 2 and row["bottom"] == 1
 
 
@@ -69,7 +74,8 @@ def test_memory_is_the_peak():
 def test_memory_counts_the_backward_pass():
     w = torch.ones(100, 100, requires_grad=True)
     loss = w.exp().sum()
-    assert 40_000 <= memory(loss.backward, CPU) <= 80_000 + 100   # the gradient, made in one or two steps; exp was there before
+    # the gradient, made in one or two steps; exp was there before
+    assert 40_000 <= memory(loss.backward, CPU) <= 80_000 + 100
     with pytest.raises(ZeroDivisionError): memory(lambda: 1 / 0, CPU)
     assert memory(lambda: w.detach().clone(), CPU) == 40_000      # nothing of the failed step is left
 
@@ -91,7 +97,8 @@ step(100)   # what is loaded only once
 before = size('VmRSS:'); step(20_000); grown = size('VmHWM:') - before
 print(grown / memory(lambda: step(20_000), torch.device("cpu")))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"))
     assert done.returncode == 0, done.stderr
     assert abs(float(done.stdout) - 1) < .05
 
@@ -156,8 +163,10 @@ def test_list(capsys):
 
 
 def test_command_line(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, "-c", "from lap_nb.lab import cli\nfrom fastcore.script import anno_parser\n"
-        "args = vars(anno_parser(cli.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}\n"
+    run = lambda *args: subprocess.run([
+        sys.executable, "-c", "from lap_nb.lab import cli\nfrom fastcore.script import anno_parser\n"
+        "args = vars(anno_parser(cli.lap_bench.__wrapped__, 'lap_bench').parse_args())\nargs = {k: v for k, v in "
+        "args.items() if k not in ('pdb', 'xtra')}\n"
         "cli.lap_bench(**args)", *args], capture_output=True, text=True)
     done = run("nothing", "step-overhead", "--out", str(tmp_path / "x.json"))
     assert done.returncode == 2 and "no benchmark 'nothing'" in done.stderr and done.stderr.count("\n") == 1
@@ -178,7 +187,8 @@ def test_loops_and_rows_of_networks_run():
 
 
 def test_both_routes_part_the_circles_or_say_so():
-    pytest.importorskip("torchdiffeq", reason="torchdiffeq is not installed: pip install torchdiffeq, then run this again")
+    pytest.importorskip("torchdiffeq",
+                        reason="torchdiffeq is not installed: pip install torchdiffeq, then run this again")
     costs(bench._ode_route(CPU))   # each side raises if it does not
     with pytest.raises(RuntimeError, match="do not do the same work"): bench._ode_route(CPU, steps=1)[0].top()
 
@@ -195,7 +205,8 @@ def test_steps_are_compared_in_time_and_in_memory(monkeypatch, name):
 
 def test_variants_of_a_gpu():
     assert bench._settings(CPU, 16) == [("", dict(batch=16))]
-    assert [name for name, _ in bench._settings(torch.device("cuda"), 16)] == ["", "-bf16", "-compiled", "-compiled-bf16"]
+    assert [name
+            for name, _ in bench._settings(torch.device("cuda"), 16)] == ["", "-bf16", "-compiled", "-compiled-bf16"]
 
 
 @pytest.mark.parametrize("name, n", [("exact-gap", 2048), ("exact-gap-4096", 4096)])

@@ -59,7 +59,9 @@ def refused(capsys, **settings):
 
 
 def test_rows_are_complete(result):
-    keys = {"method", "seed", "n", "test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness", "lambda"}
+    keys = {
+        "method", "seed", "n", "test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness",
+        "lambda"}
     assert [[r["seed"] for r in result.of(m).rows] for m in METHODS] == [[0, 1]] * 3 and len(result.rows) == 6
     for method in METHODS:
         for row in result.of(method).rows:
@@ -76,24 +78,31 @@ def test_rows_are_what_a_training_by_hand_gives(result, method, gain, objective)
     runs = fit_many(make, split, range(2), objective, epochs=SMALL["epochs"])
     for i, row in enumerate(result.tried.where(method=method).rows):
         with torch.no_grad(): traj = runs[i].model.eval().trajectory(split.x[split.test])
-        mine = [runs[i].last["test_accuracy"].item(), runs[i].best_test_accuracy.item(), block_energies(traj).mean(1).sum().item(), traj.straightness().mean().item()]
+        mine = [
+            runs[i].last["test_accuracy"].item(), runs[i].best_test_accuracy.item(),
+            block_energies(traj).mean(1).sum().item(),
+            traj.straightness().mean().item()]
         theirs = [row[k] for k in ("test_accuracy_last", "test_accuracy_best", "energy_per_sample", "straightness")]
         torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), rtol=1e-5, atol=1e-6)
 
 
 def test_gain_is_chosen_by_validation(result):
-    tried = {gain: rows.values("val_accuracy_last").mean().item() for gain, rows in result.tried.where(family="plain-tuned").by("gain").items()}
+    tried = {
+        gain: rows.values("val_accuracy_last").mean().item()
+        for gain, rows in result.tried.where(family="plain-tuned").by("gain").items()}
     assert len(tried) == 5 and {r["gain"] for r in result.of("plain-tuned").rows} == {max(tried, key=tried.get)}
 
 
-def test_same_seeds_give_the_same_table(result, tmp_path): assert compare(**SMALL, out=tmp_path).table() == result.table()
+def test_same_seeds_give_the_same_table(result, tmp_path):
+    assert compare(**SMALL, out=tmp_path).table() == result.table()
 
 
 def test_more_seeds_are_added_and_the_first_ones_stay(result, copy):
     before = (copy / "lap_compare.jsonl").read_bytes()
     more = compare(**SMALL | dict(seeds=3), out=copy, resume=True)
     for method in METHODS: assert len(more.of(method)) == 3
-    assert more.of("plain").rows[:2] == result.of("plain").rows and (copy / "lap_compare.jsonl").read_bytes().startswith(before)
+    assert more.of("plain").rows[:2] == result.of("plain").rows and (
+        copy / "lap_compare.jsonl").read_bytes().startswith(before)
 
 
 def test_a_record_holds_several_comparisons(result, copy):
@@ -102,7 +111,10 @@ def test_a_record_holds_several_comparisons(result, copy):
 
 
 def test_advantage_is_paired(result):
-    by_hand = [100 * (a["test_accuracy_last"] - b["test_accuracy_last"]) for a, b in zip(result.of("least-action").rows, result.of("plain").rows)]
+    by_hand = [
+        100 * (a["test_accuracy_last"] - b["test_accuracy_last"])
+        for a, b in zip(result.of("least-action").rows,
+                        result.of("plain").rows)]
     assert result.advantage("plain").mean == pytest.approx(sum(by_hand) / 2)
 
 
@@ -119,33 +131,42 @@ def test_it_is_a_study_like_the_others(result, copy):
 def test_the_demo_is_on_record():
     "Its means, as `fit_many` gives them by hand from the same seeds, to the digits of a record."
     recorded = Comparison.load(ROOT / "nbs" / "results")
-    assert [recorded.of(m).confidence_interval().mean for m in METHODS] == pytest.approx([93.475712, 94.162479, 95.778895], abs=1e-4)
+    assert [recorded.of(m).confidence_interval().mean
+            for m in METHODS] == pytest.approx([93.475712, 94.162479, 95.778895], abs=1e-4)
     assert [str(recorded.of(m).confidence_interval()) for m in METHODS] == ["93.5 ± 0.4", "94.2 ± 0.3", "95.8 ± 0.3"]
 
 
 def test_diverged_networks_are_not_averaged_away(result):
-    rows = [row | dict(diverged=True, test_accuracy_last=None) if (row["method"], row["seed"]) == ("least-action", 1) else row for row in result.rows.rows]
+    rows = [
+        row | dict(diverged=True, test_accuracy_last=None) if
+        (row["method"], row["seed"]) == ("least-action", 1) else row for row in result.rows.rows]
     broken = replace(result, rows=Records(rows, result.rows.runs))
     for show in (broken.table, broken.plot, broken.advantage):
-        with pytest.raises(FloatingPointError, match="least-action diverged with the seeds 1: there is nothing to compare, lower lambda0 or tau"): show()
+        with pytest.raises(
+                FloatingPointError,
+                match="least-action diverged with the seeds 1: there is nothing to compare, lower lambda0 or tau"):
+            show()
 
 
 def test_a_record_that_is_not_complete_is_refused(result, copy):
-    with pytest.raises(ValueError, match="has 18 of 25 networks: go on with it by lap_compare --resume"): Comparison.load(copy, comparison(**SMALL | dict(seeds=3)))
+    with pytest.raises(ValueError, match="has 18 of 25 networks: go on with it by lap_compare --resume"):
+        Comparison.load(copy, comparison(**SMALL | dict(seeds=3)))
 
 
 def test_failed_write_leaves_nothing_behind(copy, monkeypatch):
     before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"): compare(**SMALL, out=copy, force=True)
-    assert {p.name: p.read_bytes() for p in copy.iterdir() if not p.name.startswith(".")} == before and not list(copy.glob(".lap_compare-*"))
+    assert {p.name: p.read_bytes()
+            for p in copy.iterdir() if not p.name.startswith(".")} == before and not list(copy.glob(".lap_compare-*"))
 
 
 def test_force_begins_anew(copy):
     before = (copy / "lap_compare.jsonl").read_bytes()
     compare(**SMALL, out=copy, force=True)
     after = (copy / "lap_compare.jsonl").read_bytes()
-    assert after != before and len(after.splitlines()) == len(before.splitlines()) and not list(copy.glob(".lap_compare-*"))
+    assert after != before and len(after.splitlines()) == len(
+        before.splitlines()) and not list(copy.glob(".lap_compare-*"))
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -181,15 +202,22 @@ def test_read_only_folder_is_said_before_training(capsys, no_training, tmp_path)
 def test_altered_data_file_names_file_and_checksums(capsys, no_training, tmp_path):
     folder = tmp_path / "mnist"
     folder.mkdir()
-    for name, header in (("train-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)), ("train-labels-idx1-ubyte", struct.pack(">2i", 2049, 1)),
-                         ("t10k-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)), ("t10k-labels-idx1-ubyte", struct.pack(">2i", 2049, 1))):
+    for name, header in (("train-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)), ("train-labels-idx1-ubyte",
+                                                                                            struct.pack(">2i", 2049,
+                                                                                                        1)),
+                         ("t10k-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)), ("t10k-labels-idx1-ubyte",
+                                                                                           struct.pack(">2i", 2049,
+                                                                                                       1))):
         (folder / f"{name}.gz").write_bytes(gzip.compress(header))
     said = refused(capsys, data="mnist", root=str(tmp_path), out=str(tmp_path / "out"))
     assert ".gz" in said and any(hashlib.md5(f.read_bytes()).hexdigest() in said for f in folder.iterdir())
 
 
 def test_command_runs_on_the_plane(tmp_path):
-    command = [str(Path(sys.executable).with_name("lap_compare")), "--data", "moons", "--n", "40", "--seeds", "2", "--epochs", "2", "--out", str(tmp_path)]
+    command = [
+        str(Path(sys.executable).with_name("lap_compare")), "--data", "moons", "--n", "40", "--seeds", "2", "--epochs",
+        "2", "--out",
+        str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "least-action" in done.stdout and "100%" in done.stderr
@@ -200,6 +228,7 @@ def test_command_runs_on_the_plane(tmp_path):
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_pictures_of_the_real_sets(name, tmp_path):
     root = os.environ.get("LAP_NB_DATA") or Path(__file__).parents[2] / "shared" / "data"
-    if not all((Path(root) / name).is_dir() for name in ("mnist", "fashion-mnist")): pytest.skip("no folder with the larger data sets: set LAP_NB_DATA")
+    if not all((Path(root) / name).is_dir() for name in ("mnist", "fashion-mnist")):
+        pytest.skip("no folder with the larger data sets: set LAP_NB_DATA")
     rows = compare(name, n=100, seeds=2, epochs=2, root=str(root), out=tmp_path).rows.rows
     assert len(rows) == 6 and all(len(r["energy_per_block"]) == 9 for r in rows)

@@ -34,7 +34,8 @@ def exact(a, b): assert_close(a, b, rtol=0, atol=0)
 
 
 def lopsided(sizes, n_test=0, seed=0):
-    "A data set with `sizes[c]` samples of class c in its pool, in mixed order, and `n_test` test samples of each class."
+    """A data set with `sizes[c]` samples of class c in its pool, in mixed order, and `n_test` test samples of each
+    class."""
     y = torch.cat([torch.full((size + n_test,), c) for c, size in enumerate(sizes)] or [torch.zeros(0).long()])
     test = torch.cat([(y == c).nonzero()[:n_test, 0] for c in range(len(sizes))])
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -236,7 +237,8 @@ def test_a_class_used_up_by_training_is_absent_from_validation():
     single = lopsided([50, 1], n_test=1)
     for seed in SEEDS:
         split = single.split(10, seed)
-        assert (single.y[split.train] == 1).sum() == 1 and (single.y[split.val] == 1).sum() == 0 and len(split.val) == 10
+        assert (single.y[split.train] == 1).sum() == 1 and (single.y[split.val] == 1).sum() == 0 and len(
+            split.val) == 10
 
 
 def test_draw_takes_from_the_front():
@@ -251,7 +253,8 @@ def elsewhere():
     code = ('import sys, lap_nb.data\n'
             'print([m for m in ("sklearn", "matplotlib", "pandas", "ot", "scipy", "IPython") if m in sys.modules])\n'
             's = lap_nb.data.digits().split(100, 7); print(s.train.tolist(), s.val.tolist())')
-    return subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.splitlines()
 
 
 def test_same_seed_same_split_in_another_process(digits, elsewhere):
@@ -595,7 +598,8 @@ def test_cut_connection_is_resumed(tmp_path):
     path = tmp_path / 'file'
     with serving({'file': BODY}, cut=70_000) as server:
         with pytest.raises(OSError) as caught: fetch(server, path)
-        for words in (server.url, 'Call again to resume', '70,000 of 200,000 bytes', str(path)): assert words in str(caught.value)
+        for words in (server.url, 'Call again to resume', '70,000 of 200,000 bytes', str(path)):
+            assert words in str(caught.value)
         assert left(tmp_path) == ['file.part'] and (tmp_path / 'file.part').read_bytes() == BODY[:70_000]
         server.manners['cut'] = None
         fetch(server, path)
@@ -675,7 +679,8 @@ def test_interrupted_process_leaves_no_half_file(tmp_path):
     "The process is killed while the server stalls; the next one asks for the rest only."
     code = 'import sys; from lap_nb.data import download_file; download_file(*sys.argv[1:], progress=False)'
     with serving({'file': BODY}, stall=131_072) as server:
-        process = subprocess.Popen([sys.executable, '-c', code, server.url + 'file', str(tmp_path / 'file'), SUM], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, '-c', code, server.url + 'file',
+                                    str(tmp_path / 'file'), SUM], cwd=ROOT)
         deadline = time.monotonic() + 60
         while not (tmp_path / 'file.part').exists() or (tmp_path / 'file.part').stat().st_size < 65_536:
             assert process.poll() is None and time.monotonic() < deadline
@@ -739,7 +744,8 @@ def test_processes_do_not_fetch_twice(tmp_path):
                 '    os.write(1, f"{read_source(s, sys.argv[1]).x.sum().item()}\\n".encode())\n'
                 '    os._exit(0)\n'
                 'sys.exit(any(os.wait()[1] for _ in range(4)))')
-        done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              timeout=120)
     printed = done.stdout.split()
     assert done.returncode == 0 and len(printed) == 4 and len(set(printed)) == 1
     assert sorted(name for name, _ in server.asked) == sorted(NAMES)
@@ -749,7 +755,8 @@ def test_processes_do_not_fetch_twice(tmp_path):
 
 REAL = next((p for p in (Path(os.environ.get('LAP_NB_DATA') or '/nonexistent'), ROOT.parent / 'shared' / 'data')
              if (p / 'mnist').is_dir() and (p / 'fashion-mnist').is_dir()), None)
-real = pytest.mark.skipif(REAL is None, reason='no MNIST here: LAP_NB_DATA is not set and ../shared/data does not exist')
+real = pytest.mark.skipif(REAL is None,
+                          reason='no MNIST here: LAP_NB_DATA is not set and ../shared/data does not exist')
 
 
 @real
@@ -768,17 +775,20 @@ def test_real_pictures(name, mean, first):
 
 def test_cifar_part_altered_or_absent(tmp_path):
     folder = tmp_path / 'cifar10-lossless-subset'
-    with pytest.raises(FileNotFoundError, match='train.webp, test.webp, index.npz not found'): data.cifar10_part(tmp_path)
+    with pytest.raises(FileNotFoundError, match='train.webp, test.webp, index.npz not found'):
+        data.cifar10_part(tmp_path)
     folder.mkdir()
     for name in data.CIFAR10_PART: (folder / name).write_bytes(b'not this')
-    with pytest.raises(ValueError, match='train.webp is truncated or altered: md5 4cc42e'): data.load('cifar10_part', tmp_path)
+    with pytest.raises(ValueError, match='train.webp is truncated or altered: md5 4cc42e'):
+        data.load('cifar10_part', tmp_path)
     (folder / 'index.npz').unlink()
     with pytest.raises(FileNotFoundError, match=r': index.npz not found'): data.cifar10_part(tmp_path)
 
 
 @pytest.mark.skipif(REAL is None or not (REAL / 'cifar10-lossless-subset').is_dir(), reason='no part of CIFAR-10 here')
 def test_real_cifar_part():
-    "Pixels in official order, row by row: their checksums are those of the arrays [N, 32, 32, 3] the files were made from."
+    """Pixels in official order, row by row: their checksums are those of the arrays [N, 32, 32, 3] the files were made
+    from."""
     import hashlib
     dataset = data.load('cifar10_part', REAL)
     bytes_ = dataset.x.mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
@@ -790,12 +800,14 @@ def test_real_cifar_part():
 
 @pytest.mark.parametrize("y", [torch.rand(20), torch.full((20,), -1), torch.zeros(20, 1, dtype=torch.long), torch.eye(20), torch.zeros(0, dtype=torch.long)])
 def test_labels_that_are_no_classes_are_refused(y):
-    with pytest.raises(ValueError, match=r"labels must be whole numbers 0, 1, .* found a tensor \["): data.with_test(torch.randn(len(y), 2), y, 4, "mine")
+    with pytest.raises(ValueError, match=r"labels must be whole numbers 0, 1, .* found a tensor \["):
+        data.with_test(torch.randn(len(y), 2), y, 4, "mine")
 
 
 def test_a_test_part_that_cannot_be():
     x, y = torch.randn(20, 2), torch.arange(20) % 2
-    for n, error in ((0, ValueError), (-1, ValueError), (20, ValueError), (21, ValueError), (2.5, TypeError), (.3, TypeError)):
+    for n, error in ((0, ValueError), (-1, ValueError), (20, ValueError), (21, ValueError), (2.5, TypeError),
+                     (.3, TypeError)):
         with pytest.raises(error, match="n_test"): data.with_test(x, y, n, "mine")
 
 
@@ -850,7 +862,8 @@ def test_a_length_that_is_no_number_is_passed_over(tmp_path, length):
 @pytest.mark.parametrize('announced', [199_999, 200_001, 10 ** 15])
 def test_a_size_other_than_the_known_one_is_refused_unread(tmp_path, announced):
     with hostile(lambda _: [head(f'Content-Length: {announced}'), BODY]) as (url, _):
-        with pytest.raises(OSError, match=f'offers {announced:,} bytes, expected 200,000'): download_file(url, tmp_path / 'file', SUM, progress=False, size=200_000)
+        with pytest.raises(OSError, match=f'offers {announced:,} bytes, expected 200,000'):
+            download_file(url, tmp_path / 'file', SUM, progress=False, size=200_000)
     assert left(tmp_path) == []
 
 
@@ -859,23 +872,29 @@ def test_an_answer_without_end_is_cut(tmp_path, monkeypatch, size):
     monkeypatch.setattr(data, 'LARGEST', 1_000_000)
     most = size or 1_000_000
     with hostile(lambda _: itertools.chain([head()], forever(bytes(1 << 16)))) as (url, server):
-        with pytest.raises(OSError, match=f'more than the {most:,} bytes expected'): download_file(url, tmp_path / 'file', SUM, progress=False, size=size)
+        with pytest.raises(OSError, match=f'more than the {most:,} bytes expected'):
+            download_file(url, tmp_path / 'file', SUM, progress=False, size=size)
         assert server.gone.wait(60)
     assert left(tmp_path) == []
     with hostile(lambda _: [head(f'Content-Length: {10 ** 12}'), BODY]) as (url, _):
-        with pytest.raises(OSError, match=f'offers 1,000,000,000,000 bytes, expected .*{most:,}'): download_file(url, tmp_path / 'file', SUM, progress=False, size=size)
+        with pytest.raises(OSError, match=f'offers 1,000,000,000,000 bytes, expected .*{most:,}'):
+            download_file(url, tmp_path / 'file', SUM, progress=False, size=size)
 
 
-DRIPS = [([head()], b'x'), ([b'HTTP/1.1 200 OK\r\nA: '], b'x'), ([b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'], b'1\r\nx\r\n'), ([], b'HTTP/1.1 100 Continue\r\n\r\n')]
+DRIPS = [([head()], b'x'), ([b'HTTP/1.1 200 OK\r\nA: '], b'x'),
+         ([b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'], b'1\r\nx\r\n'),
+         ([], b'HTTP/1.1 100 Continue\r\n\r\n')]
 
 
 def test_a_drip_has_an_end(tmp_path, monkeypatch):
-    "In the body, in the header, in chunks, before the answer: no pause is longer than the timeout, it is the time for the whole that ends it and cuts the connection."
+    """In the body, in the header, in chunks, before the answer: no pause is longer than the timeout, it is the time for
+    the whole that ends it and cuts the connection."""
     monkeypatch.setattr(data, 'PATIENCE', .1)
     def fetch_drip(i):
         start, piece = DRIPS[i]
         with hostile(lambda _: itertools.chain(start, forever(piece, .05))) as (url, server):
-            with pytest.raises(OSError, match='it was not there after 2 s'): download_file(url, tmp_path / str(i), SUM, timeout=20., progress=False)
+            with pytest.raises(OSError, match='it was not there after 2 s'):
+                download_file(url, tmp_path / str(i), SUM, timeout=20., progress=False)
             return server.gone.wait(60)
     with ThreadPoolExecutor(4) as pool: assert all(pool.map(fetch_drip, range(len(DRIPS))))
 
@@ -883,12 +902,14 @@ def test_a_drip_has_an_end(tmp_path, monkeypatch):
 @pytest.mark.parametrize('to', ['file:///etc/passwd', 'ftp://127.0.0.1/file', 'data:,x', 'gopher://a', 'javascript:a'])
 def test_a_server_leads_nowhere_but_to_the_web(tmp_path, to):
     with hostile(lambda _: [f'HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n'.encode()]) as (url, _):
-        with pytest.raises(OSError, match='could not fetch'): download_file(url, tmp_path / 'file', SUM, progress=False, timeout=5)
+        with pytest.raises(OSError, match='could not fetch'):
+            download_file(url, tmp_path / 'file', SUM, progress=False, timeout=5)
     assert left(tmp_path) == []
 
 
 def test_a_server_may_lead_on(tmp_path):
-    with serving({'file': BODY}) as server, hostile(lambda _: [f'HTTP/1.1 302 Found\r\nLocation: {server.url}file\r\nContent-Length: 0\r\n\r\n'.encode()]) as (url, _):
+    with serving({'file': BODY}) as server, hostile(lambda _: [
+            f'HTTP/1.1 302 Found\r\nLocation: {server.url}file\r\nContent-Length: 0\r\n\r\n'.encode()]) as (url, _):
         download_file(url, tmp_path / 'file', SUM, progress=False)
     assert (tmp_path / 'file').read_bytes() == BODY
 
@@ -896,7 +917,8 @@ def test_a_server_may_lead_on(tmp_path):
 @pytest.mark.parametrize('answer', [b'', b'nonsense\r\n\r\n', b'HTTP/1.1 500 Oops\r\n\r\n', b'HTTP/1.1 abc\r\n\r\n', b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n', b'\0' * 100_000])
 def test_answers_that_are_none(tmp_path, answer):
     with hostile(lambda _: [answer]) as (url, _):
-        with pytest.raises(OSError, match='could not fetch http.*by other means'): download_file(url, tmp_path / 'file', SUM, progress=False, timeout=5)
+        with pytest.raises(OSError, match='could not fetch http.*by other means'):
+            download_file(url, tmp_path / 'file', SUM, progress=False, timeout=5)
 
 
 @pytest.mark.parametrize('url', ['ftp://a/b', 'data:,x', 'nothing', '', 'javascript:a'])
@@ -912,7 +934,8 @@ def test_a_planted_link_is_not_followed(tmp_path, plant, content):
     plant(folder / 'file.part', victim)
     with serving({'file': BODY}) as server: fetch(server, folder / 'file')
     assert victim.read_bytes() == content and left(folder) == ['file'] and not (folder / 'file').is_symlink()
-    assert (folder / 'file').read_bytes() == BODY and (folder / 'file').stat().st_nlink == 1 and server.asked == [('file', None)]
+    assert (folder / 'file').read_bytes() == BODY and (folder / 'file').stat().st_nlink == 1 and server.asked == [
+        ('file', None)]
 
 
 def test_a_dangling_link_makes_no_file(tmp_path):
@@ -963,7 +986,8 @@ def test_packed_zeros_are_refused(tmp_path):
     with gzip.open(path, 'wb') as f:
         f.write(content)
         for _ in range(200): f.write(bytes(1 << 20))
-    with pytest.raises(ValueError, match='announces 209,715,200 bytes, expected no more than'): data.read_idx(path, data.file_md5(path), 3)
+    with pytest.raises(ValueError, match='announces 209,715,200 bytes, expected no more than'):
+        data.read_idx(path, data.file_md5(path), 3)
 
 
 @pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
@@ -971,8 +995,10 @@ def test_samples_without_values_and_seeds_without_end_are_refused():
     x, y = torch.randn(8, 4), torch.arange(8) % 2
     nested = torch.nested.nested_tensor(list(x))
     for bad in (x.to_sparse(), x.to('meta'), nested):
-        with pytest.raises(ValueError, match='samples must be a floating-point tensor'): Dataset(bad, y, torch.arange(6, 8), 's', 2)
+        with pytest.raises(ValueError, match='samples must be a floating-point tensor'):
+            Dataset(bad, y, torch.arange(6, 8), 's', 2)
     for bad in (y.to_sparse(), y.to('meta'), nested):
         with pytest.raises(ValueError, match='labels must be int64'): Dataset(x, bad, torch.arange(6, 8), 's', 2)
         with pytest.raises(ValueError, match='test indices must be int64'): Dataset(x, y, bad, 's', 2)
-    with pytest.raises(ValueError, match='seeds has 1,000,000,000 values'): Dataset(x, y, torch.arange(6, 8), 's', 2).splits(2, range(10 ** 9))
+    with pytest.raises(ValueError, match='seeds has 1,000,000,000 values'):
+        Dataset(x, y, torch.arange(6, 8), 's', 2).splits(2, range(10 ** 9))

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 from lap_nb.hooks import find_blocks
 from lap_nb.data import Split, digits
-from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, _removals, coarsening, deepen, depth_curve, even, latency,
-                          lipschitz, measure_depth, measure_pruning, measure_speed, recompute_statistics, shorten, sliced_wasserstein)
+from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, _removals, coarsening, deepen,
+                          depth_curve, even, latency, lipschitz, measure_depth, measure_pruning, measure_speed,
+                          recompute_statistics, shorten, sliced_wasserstein)
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import DualAscent, LeastAction
@@ -69,7 +70,8 @@ class Tower(nn.Module):
     "Layers in a `ModuleList`, called by name."
     def __init__(self, pair, K=4):
         super().__init__()
-        self.start, self.layers, self.head, self.pair = nn.Linear(64, 8), nn.ModuleList(Theirs(8, pair) for _ in range(K)), nn.Linear(8, 10), pair
+        self.start, self.layers, self.head, self.pair = nn.Linear(64, 8), nn.ModuleList(
+            Theirs(8, pair) for _ in range(K)), nn.Linear(8, 10), pair
 
     def forward(self, x):
         x = self.start(x)
@@ -87,14 +89,15 @@ def tower(pair):
     return Tower(pair).eval()
 
 
-NETS = dict(dense=dense, small_steps=lambda: dense(h=.5), staged=staged, no_norm=lambda: staged(norm=False), row=in_a_row, tower=lambda: tower(False),
-            pairs=lambda: tower(True))
+NETS = dict(dense=dense, small_steps=lambda: dense(h=.5), staged=staged, no_norm=lambda: staged(norm=False),
+            row=in_a_row, tower=lambda: tower(False), pairs=lambda: tower(True))
 
 
 def fingerprint(model):
     "Everything of a model that a user can see."
     return (repr(model), {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
-            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()], [id(m) for m in model.modules()])
+            [len(m._forward_hooks) + len(m._forward_pre_hooks)
+             for m in model.modules()], [id(m) for m in model.modules()])
 
 
 def same(a, b):
@@ -139,7 +142,8 @@ def by_hand(net, x, schedule):
 def test_gates_and_cuts_are_what_the_schedule_says(x, h):
     net = dense(h=h)
     elastic = Elastic(net)
-    for schedule in [even(m, [6]) for m in range(1, 7)] + [even(3, [6], lengthen=False), DepthSchedule((1, 2, 5), (2.5, .5, 1.))]:
+    for schedule in [even(m, [6]) for m in range(1, 7)] + [
+            even(3, [6], lengthen=False), DepthSchedule((1, 2, 5), (2.5, .5, 1.))]:
         with torch.no_grad():
             assert_close(elastic(x, depth=schedule), by_hand(net, x, schedule), **CLOSE)
             assert_close(elastic.cut(schedule)(x), by_hand(net, x, schedule), **CLOSE)
@@ -165,7 +169,8 @@ def test_saved_loaded_compiled_exported(name, x):
     want = short(x).detach()
     file = io.BytesIO(); torch.save(short, file); file.seek(0)
     assert_close(torch.load(file, weights_only=False)(x).detach(), want)
-    other = Elastic(NETS[name]().apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None), x[:4]).cut(schedule)
+    other = Elastic(NETS[name]().apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None),
+                    x[:4]).cut(schedule)
     other.load_state_dict(short.state_dict())
     assert_close(other(x).detach(), want)
     assert_close(torch.compile(short, backend='eager', fullgraph=True)(x).detach(), want)
@@ -223,11 +228,13 @@ def of_transformers(name, transformers):
     "A small network of that library in evaluation mode, and samples for it."
     torch.manual_seed(0)
     if name == 'vit':
-        config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-                                        num_channels=1, num_labels=10)
+        config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+                                        intermediate_size=32, image_size=8, patch_size=4, num_channels=1, num_labels=10)
         return transformers.ViTForImageClassification(config).eval(), digits().x.view(-1, 1, 8, 8)
-    config = transformers.GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=50, n_positions=16, num_labels=10, pad_token_id=0)
-    return Reads(transformers.GPT2ForSequenceClassification(config)).eval(), torch.randint(1, 50, (len(digits().x), 8)).float()
+    config = transformers.GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=50, n_positions=16, num_labels=10,
+                                     pad_token_id=0)
+    return Reads(transformers.GPT2ForSequenceClassification(config)).eval(), torch.randint(
+        1, 50, (len(digits().x), 8)).float()
 
 
 @pytest.mark.parametrize('name', ['vit', 'gpt2'])
@@ -237,13 +244,17 @@ def test_networks_of_transformers_saved_loaded_compiled_exported(name, transform
     data = Split(x, data.y, data.pool[:40], data.pool[40:80], data.test[:40], 'digits', 10, (0,))
     before, elastic, x = fingerprint(net), Elastic(net, x[:2]), x[:5]
     assert elastic.sizes == [4]
-    with pytest.warns(UserWarning, match='path gap'): small = shorten(net, data, n_blocks=2, way='lengthened', verbose=False)
+    with pytest.warns(UserWarning, match='path gap'):
+        small = shorten(net, data, n_blocks=2, way='lengthened', verbose=False)
     want = logits(small(x)).detach()
     assert small.shortened['kept'] == [0, 2] and want.shape == (5, 10)
     assert_close(want, logits(elastic(x, depth=2)).detach(), **CLOSE)
     file = io.BytesIO(); torch.save(small, file); file.seek(0)
     assert_close(logits(torch.load(file, weights_only=False)(x)).detach(), want)
-    with torch.no_grad(): other = Elastic(of_transformers(name, transformers)[0].apply(lambda m: [p.zero_() for p in m.parameters(recurse=False)]), x).cut(2)
+    with torch.no_grad():
+        other = Elastic(
+            of_transformers(name, transformers)[0].apply(lambda m: [p.zero_() for p in m.parameters(recurse=False)]),
+            x).cut(2)
     other.load_state_dict(small.state_dict())
     assert_close(logits(other(x)).detach(), want)
     assert_close(logits(torch.compile(small, backend='eager', fullgraph=True)(x)).detach(), want)
@@ -346,7 +357,9 @@ def test_fine_tuning_changes_the_copy_alone(trained, split):
 def test_what_is_printed(trained, split, capsys):
     shorten(trained, split, n_blocks=2, way='lengthened')
     line = capsys.readouterr().out
-    for part in ('5 -> 2 blocks: 0 (x2) 2 (x3)', 'validation accuracy', 'parameters', 'ms for 100 samples on cpu', 'times as fast'): assert part in line
+    for part in ('5 -> 2 blocks: 0 (x2) 2 (x3)', 'validation accuracy', 'parameters', 'ms for 100 samples on cpu',
+                 'times as fast'):
+        assert part in line
 
 
 @pytest.mark.parametrize('goal, message', [
@@ -367,7 +380,8 @@ def test_an_accuracy_that_cannot_be_kept(split):
         best = max(r['accuracy'] for r in depth_curve(net, split, 'val', ['skip']).of('skip')[:-1])
         full = depth_curve(net, split, 'val', ['skip'], [3]).of('skip')[0]['accuracy']
         assert best < full
-        with pytest.raises(ValueError, match=rf'no shorter network keeps .* and {100 * best:.1f} %'): shorten(net, split, accuracy_drop=0., way='skip')
+        with pytest.raises(ValueError, match=rf'no shorter network keeps .* and {100 * best:.1f} %'):
+            shorten(net, split, accuracy_drop=0., way='skip')
 
 
 def test_a_network_of_one_block_cannot_be_shortened_by_accuracy(split):
@@ -383,7 +397,8 @@ def test_a_warning_quotes_the_path_gap(trained, split):
         def forward(self, x): return self.sign * self.weight * torch.ones_like(x)
     there_and_back = ResidualNet(Flow([Away(1), Away(-1), Away(1), Away(-.5)]), nn.Linear(64, 10))
     # steps 1, -1, 1, -1/2: displacement 1/2, gap share 1 - .25 / (4 * 3.25)
-    with pytest.warns(UserWarning, match=r'the path gap is 98 %'): shorten(there_and_back, split, n_blocks=2, verbose=False)
+    with pytest.warns(UserWarning, match=r'the path gap is 98 %'):
+        shorten(there_and_back, split, n_blocks=2, verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         shorten(trained, split, n_blocks=2, verbose=False)
@@ -401,7 +416,8 @@ def test_blocks_that_change_the_shape_are_never_removed(split, x):
 
 def test_a_named_block_that_changes_the_shape_is_refused(x):
     net = nn.Sequential(nn.Linear(64, 8), Theirs(8), Theirs(8), nn.Linear(8, 10)).eval()
-    with pytest.raises(ValueError, match=re.escape("'3' is named among the blocks and cannot be one: shape changes (8,) -> (10,)")):
+    with pytest.raises(ValueError,
+                       match=re.escape("'3' is named among the blocks and cannot be one: shape changes (8,) -> (10,)")):
         Elastic(net, x[:4], blocks=['1', '2', '3'])
 
 
@@ -415,8 +431,10 @@ def test_one_block_called_twice(x):
 
 
 def test_no_blocks(x):
-    with pytest.raises(ValueError, match='no residual block found'): Elastic(nn.Sequential(nn.Linear(64, 8), nn.ReLU()), x[:4])
-    with pytest.raises(ValueError, match='the network as a whole is the residual block'): Elastic(ResidualBlock(nn.Linear(64, 64)))
+    with pytest.raises(ValueError, match='no residual block found'):
+        Elastic(nn.Sequential(nn.Linear(64, 8), nn.ReLU()), x[:4])
+    with pytest.raises(ValueError, match='the network as a whole is the residual block'):
+        Elastic(ResidualBlock(nn.Linear(64, 64)))
 
 
 def test_named_blocks(x):
@@ -442,7 +460,8 @@ def test_statistics_are_those_of_the_short_network(split, x):
 def test_an_elastic_network_keeps_statistics_for_every_depth(split, x):
     net, samples = staged(), split.x[split.train]
     elastic = Elastic(net, x[:4]).calibrate(samples)
-    for m in (2, 3, 4): assert_close(elastic(x, depth=m), recompute_statistics(elastic.cut(elastic.schedules[m]), samples)(x), **CLOSE)
+    for m in (2, 3, 4):
+        assert_close(elastic(x, depth=m), recompute_statistics(elastic.cut(elastic.schedules[m]), samples)(x), **CLOSE)
     assert_close(elastic(x), net(x), **CLOSE)
     twin = Elastic(staged(), x[:4]).calibrate(samples[:10])
     twin.load_state_dict(elastic.state_dict())
@@ -458,7 +477,8 @@ def test_labels_of_the_training_part_are_not_used(split):
 
 def test_all_blocks_are_measured_as_trained_and_with_statistics_taken_anew(split):
     net = staged().eval()
-    curve, anew = depth_curve(net, split, ways=['lengthened']), recompute_statistics(copy.deepcopy(net), split.x[split.train])
+    curve, anew = depth_curve(net, split, ways=['lengthened']), recompute_statistics(copy.deepcopy(net),
+                                                                                     split.x[split.train])
     right = lambda m: (m(split.x[split.test]).argmax(-1) == split.y[split.test]).float().mean().item()
     assert curve.settled == pytest.approx(right(anew)) != pytest.approx(right(net))
     assert curve.of('lengthened')[-1]['accuracy'] == pytest.approx(right(net))
@@ -480,7 +500,8 @@ def test_the_bound_holds(seed):
 
 def test_the_error_is_zero_for_straight_paths_of_constant_speed():
     class Straight(nn.Module):
-        "Constant along each path, different between paths: the direction is kept, the speed is |x_2|, which does not change."
+        """Constant along each path, different between paths: the direction is kept, the speed is |x_2|, which does not
+        change."""
         def forward(self, x): return torch.stack([x[:, 1].abs(), torch.zeros(len(x))], 1)
     c = coarsening(Flow([Straight() for _ in range(6)], .5), torch.randn(20, 2), 1, [1.] * 6)
     assert c.error.max() < 1e-5 and c.curvature.max() < 1e-5
@@ -496,7 +517,8 @@ def test_activations_may_be_steep(activation, slope):
     field = nn.Sequential(nn.Linear(1, 1, bias=False), activation)
     z = torch.linspace(-3, 3, 2001)[:, None]
     steepest = (field(z).diff(dim=0) / z.diff(dim=0)).abs().max().item()
-    assert lipschitz(field) == pytest.approx(slope * field[0].weight.abs().item()) and steepest <= lipschitz(field) * 1.001
+    assert lipschitz(field) == pytest.approx(
+        slope * field[0].weight.abs().item()) and steepest <= lipschitz(field) * 1.001
 
 
 # Early exit
@@ -537,7 +559,8 @@ def test_a_decision_within_the_slack_is_the_full_one(seed, x):
 def test_exits_with_convolutions_and_another_dtype():
     torch.manual_seed(0)
     flow = Flow([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)], .1)
-    net = ResidualNet(flow, nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))).double().eval()
+    net = ResidualNet(flow, nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                          nn.Linear(3, 4))).double().eval()
     z = torch.randn(6, 3, 5, 5, dtype=torch.float64)
     e = Elastic(net).early_exit(z, 1e9)
     assert_close(e.logits, net(z).detach())
@@ -598,7 +621,8 @@ def test_sliced_wasserstein():
     a = torch.randn(100, 4)
     assert sliced_wasserstein(a, a.flip(0)) < 1e-10
     shift = torch.tensor([2., 0, 0, 0])
-    assert_close(sliced_wasserstein(a, a + shift, 20000), torch.tensor(1.), rtol=.05, atol=0)          # 4 / 4 in the mean
+    # 4 / 4 in the mean
+    assert_close(sliced_wasserstein(a, a + shift, 20000), torch.tensor(1.), rtol=.05, atol=0)
     assert_close(sliced_wasserstein(a, a + shift, 20000, largest=True), torch.tensor(4.), rtol=.02, atol=0)
     b = a.clone().requires_grad_()
     sliced_wasserstein(b, b.detach(), largest=True).backward()
@@ -645,7 +669,8 @@ def test_a_deepened_network_of_constant_fields_is_the_same(x, times):
     before, fine = fingerprint(net), deepen(net, times)
     assert_close(fine(x), net(x), **CLOSE)
     assert len(fine.flow.blocks) == 4 * times and fine.flow.h == pytest.approx(.5 / times)
-    assert len({p.data_ptr() for p in [*fine.parameters(), *net.parameters()]}) == 4 * times + 4 + 4   # nothing is shared
+    # nothing is shared
+    assert len({p.data_ptr() for p in [*fine.parameters(), *net.parameters()]}) == 4 * times + 4 + 4
     same(before, fingerprint(net))
 
 
@@ -667,8 +692,9 @@ def test_impossible_numbers_of_repetitions(times):
 def test_a_block_that_leaves_loses_its_time_or_gives_it_to_its_neighbour():
     removals = _removals([2., 1., 1., 3.], [3, 1])
     assert {(s.kept, s.scale): t for s, t in removals.items()} == {
-        ((1, 2, 3), (1, 1, 1)): [1, 1, 3], ((1, 2, 3), (3, 1, 1)): [3, 1, 3], ((0, 2, 3), (1, 1, 1)): [2, 1, 3], ((0, 2, 3), (1.5, 1, 1)): [3, 1, 3],
-        ((0, 1, 3), (1, 1, 1)): [2, 1, 3], ((0, 1, 3), (1, 2, 1)): [2, 2, 3]}   # the fourth is alone in its stage and stays
+                ((1, 2, 3), (1, 1, 1)): [1, 1, 3], ((1, 2, 3), (3, 1, 1)): [3, 1, 3], ((0, 2, 3), (1, 1, 1)): [2, 1, 3],
+                ((0, 2, 3), (1.5, 1, 1)): [3, 1, 3], ((0, 1, 3), (1, 1, 1)): [2, 1, 3],
+                ((0, 1, 3), (1, 2, 1)): [2, 2, 3]}   # the fourth is alone in its stage and stays
 
 
 @pytest.mark.parametrize('name', ['dense', 'staged', 'row'])
@@ -677,9 +703,12 @@ def test_pruning_goes_down_to_one_block_of_each_stage_and_leaves_the_input_alone
     before = fingerprint(net)
     found = measure_pruning(net, split, epochs=1, samples=50)
     K, stages = dict(dense=(6, 1), staged=(5, 2), row=(4, 1))[name]
-    assert len(found['pruned']) == K - stages + 1 and found['tuned_epochs'] == K - stages and json.loads(json.dumps(found)) == found
-    assert found['pruned'][-1] == pytest.approx((net(split.x[split.test]).argmax(1) == split.y[split.test]).float().mean().item())
-    assert name == 'staged' or found['pruned'][0] > found['pruned'][-1]   # the input was not trained at all; few steps do not renew its odd statistics
+    assert len(found['pruned']) == K - stages + 1 and found['tuned_epochs'] == K - stages and json.loads(
+        json.dumps(found)) == found
+    assert found['pruned'][-1] == pytest.approx(
+        (net(split.x[split.test]).argmax(1) == split.y[split.test]).float().mean().item())
+    # the input was not trained at all; few steps do not renew its odd statistics
+    assert name == 'staged' or found['pruned'][0] > found['pruned'][-1]
     same(before, fingerprint(net))
 
 
@@ -692,7 +721,8 @@ def test_pruning_chooses_on_validation_and_tunes_on_training_labels(trained, spl
 
 def test_speed_of_every_depth(split):
     found = measure_speed(staged(), split, samples=20, repeats=3)
-    assert len(found['ms']) == len(found['ms_flow']) == 4 and found['samples'] == 20 and min(found['ms'] + found['ms_flow']) > 0
+    assert len(found['ms']) == len(found['ms_flow']) == 4 and found['samples'] == 20 and min(found['ms'] +
+                                                                                             found['ms_flow']) > 0
     assert json.loads(json.dumps(found)) == found
 
 
@@ -716,8 +746,10 @@ def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
     data = digits()
     rows = data.splits(20, seeds=(0, 1))
     pictures = replace(rows, x=F.pad(rows.x.view(-1, 1, 8, 8), (0, -1, 0, -1)))
-    many = [fit_many(lambda: vit(drop), pictures, seeds=(0, 1), least_action=partial(LeastAction, controller=DualAscent(lambda0=1.)), epochs=1, batch_size=20, eval_every=1, mode=mode)
-            for mode in ('batched', 'sequential')]
+    many = [
+        fit_many(lambda: vit(drop), pictures, seeds=(0, 1), least_action=partial(LeastAction,
+                                                                                 controller=DualAscent(lambda0=1.)),
+                 epochs=1, batch_size=20, eval_every=1, mode=mode) for mode in ('batched', 'sequential')]
     for i in range(2):
         a, b = (runs[i].model.state_dict() for runs in many)
         if not drop: assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-4) for k in a)
@@ -727,7 +759,9 @@ def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
 def test_random_depth_of_a_study_trains_in_a_row_as_it_does_alone():
     rows = digits().splits(40, seeds=(0, 1))
     make = lambda: make_net(Net('dense', 3, 8), Method('m', random_depth=True), (64,), 10)
-    many = [fit_many(make, rows, seeds=(0, 1), epochs=4, batch_size=20, eval_every=4, mode=mode) for mode in ('batched', 'sequential')]
+    many = [
+        fit_many(make, rows, seeds=(0, 1), epochs=4, batch_size=20, eval_every=4, mode=mode)
+        for mode in ('batched', 'sequential')]
     for i in range(2): assert_close(many[0][i].model.state_dict(), many[1][i].model.state_dict(), rtol=1e-3, atol=1e-4)
     net, x = make().train(), rows.x[:9]
     assert len({tuple(net(x).flatten().tolist()) for _ in range(20)}) == 3   # as many networks as numbers of blocks
@@ -736,9 +770,11 @@ def test_random_depth_of_a_study_trains_in_a_row_as_it_does_alone():
 
 def test_settings_are_chosen_on_the_validation_part_alone(trained, split):
     measure = MEASURES['tuning']
-    assert measure(trained, split) == measure(trained, shuffled_labels(split, 'test')) != measure(trained, shuffled_labels(split, 'val'))
+    assert measure(trained, split) == measure(trained, shuffled_labels(split, 'test')) != measure(
+        trained, shuffled_labels(split, 'val'))
     for kind, names in CHOSEN.items():
-        assert set(names) <= {cell.method.name for cell, _ in load_study('depth-tuning').cells() if cell.net.kind == kind}
+        assert set(names) <= {
+            cell.method.name for cell, _ in load_study('depth-tuning').cells() if cell.net.kind == kind}
 
 
 def test_a_table_says_energy_and_whose_statistics(split):
@@ -767,7 +803,9 @@ def test_blocks_whose_other_values_the_network_needs():
     x = torch.randn(5, 4)
     net = Elastic(Pairs(uses=False), x)
     assert net(x, depth=1).shape == x.shape
-    with pytest.raises(ValueError, match=r"block 'blocks.0' returns 2 values, and all but the first are None where it is left out"): Elastic(Pairs(uses=True), x)
+    with pytest.raises(ValueError,
+                       match=r"block 'blocks.0' returns 2 values, and all but the first are None where it is left out"):
+        Elastic(Pairs(uses=True), x)
 
 
 class Writes(nn.Module):
@@ -815,7 +853,8 @@ def test_statistics_after_an_error_are_as_before():
 def test_numbers_of_blocks_of_any_library(split, x, of):
     net = dense_net(64, 10, K=3, hidden=8)
     elastic = Elastic(net, x[:8])
-    assert elastic.check(of(2)) == elastic.check(2) and even(of(2), [3]) == even(2, [3]) and len(deepen(net, of(2)).flow.blocks) == 6
+    assert elastic.check(of(2)) == elastic.check(2) and even(of(2), [3]) == even(2, [3]) and len(
+        deepen(net, of(2)).flow.blocks) == 6
     if of is float: return   # there, a float is refused by its annotation
     assert [r["blocks"] for r in depth_curve(net, split, counts=[of(1), of(3)], ways=["skip"]).rows] == [1, 3]
     assert type(shorten(net, split, n_blocks=of(2), verbose=False).shortened["blocks"][1]) is int
@@ -854,7 +893,8 @@ def wild():
     "A network whose blocks move points far."
     net = dense_net(8, 4, K=6, hidden=8).train()
     with torch.no_grad():
-        for i, p in enumerate(net.parameters()): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        for i, p in enumerate(net.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return net
 
 
@@ -939,7 +979,9 @@ def saved(net):
 def test_an_early_exit_in_other_precisions(dtype):
     torch.manual_seed(0)
     net, x = dense_net(8, 3, K=6, hidden=8).eval(), torch.randn(40, 8)
-    with pytest.raises(ValueError, match=rf'x is a tensor \[40, 8\] of {str(dtype)[6:]}, expected torch.float32 .* call x.to'): Elastic(net).early_exit(x.to(dtype))
+    with pytest.raises(ValueError,
+                       match=rf'x is a tensor \[40, 8\] of {str(dtype)[6:]}, expected torch.float32 .* call x.to'):
+        Elastic(net).early_exit(x.to(dtype))
     other = copy.deepcopy(net).to(dtype)
     assert (Elastic(other).early_exit(x.to(dtype), slack=1e9).blocks == 6).all()
     found = Elastic(other).early_exit(x.to(dtype), slack=.5)
@@ -950,6 +992,7 @@ def test_an_early_exit_in_other_precisions(dtype):
 
 def test_rows_without_end_or_values_are_refused(split):
     net = dense_net(64, 10, K=2, hidden=4)
-    for counts, message in (([], 'counts is empty'), (range(10 ** 9), 'counts has 1,000,000,000 values'), (torch.zeros(1).expand(10 ** 9), 'counts has 1,000,000,000 values')):
+    for counts, message in (([], 'counts is empty'), (range(10 ** 9), 'counts has 1,000,000,000 values'),
+                            (torch.zeros(1).expand(10 ** 9), 'counts has 1,000,000,000 values')):
         with pytest.raises(ValueError, match=message): depth_curve(net, split, counts=counts)
     with pytest.raises(ValueError, match=r'x is a tensor \[\] of float32'): Elastic(net).early_exit(torch.tensor(1.))

@@ -37,7 +37,9 @@ def compare(folder, device="cpu"):
     train(folder / "resumed.pt", 0, device, epochs=2)
     resumed, _ = train(folder / "resumed.pt", 7, device, resume=True)
     weights = {name: p.cpu() for name, p in run.model.state_dict().items()}
-    torch.save(dict(weights=weights, curves=run.curves, lam=la.lam.cpu(), resumed=resumed.curves, share=(dist.get_rank(), dist.get_world_size())), folder / f"{rank}.pt")
+    torch.save(
+        dict(weights=weights, curves=run.curves, lam=la.lam.cpu(), resumed=resumed.curves,
+             share=(dist.get_rank(), dist.get_world_size())), folder / f"{rank}.pt")
 
 
 def long(folder):
@@ -54,8 +56,11 @@ if __name__ == "__main__":
 # The tests
 
 def torchrun(*args, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
+        *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
 def check_two(folder, device="cpu"):
@@ -111,12 +116,14 @@ def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path, rank)
     assert "long.pt (step" in said and "start again with resume=True" in said and "SIGKILL" in said, said
     state = load_checkpoint(tmp_path / "long.pt")
     assert state["step"] >= 6 and all(p.isfinite().all() for p in state["model"].values())
-    assert rank == 0 or not list(tmp_path.glob(".*.partial"))   # half a neighbour may be left by the one that wrote; the next start sweeps it up
+    # half a neighbour may be left by the one that wrote; the next start sweeps it up
+    assert rank == 0 or not list(tmp_path.glob(".*.partial"))
 
 
 def test_every_process_needs_a_sample(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "process_share", lambda: training.Processes(0, 4))
-    with pytest.raises(ValueError, match="smallest batch has 1 samples, fewer than the 4 processes"): train(tmp_path / "run.pt", batch_size=89)
+    with pytest.raises(ValueError, match="smallest batch has 1 samples, fewer than the 4 processes"):
+        train(tmp_path / "run.pt", batch_size=89)
 
 
 def test_another_error_is_not_taken_for_a_lost_process(monkeypatch, tmp_path):

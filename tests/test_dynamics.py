@@ -88,7 +88,8 @@ def test_empty_set_of_blocks_is_refused():
 
 @pytest.mark.parametrize("h", [0, -1, float("nan")])
 def test_steps_must_be_positive(h):
-    with pytest.raises(ValueError, match="step h is .*, expected a finite number above 0: use h=1"): ResidualBlock(nn.Identity(), h)
+    with pytest.raises(ValueError, match="step h is .*, expected a finite number above 0: use h=1"):
+        ResidualBlock(nn.Identity(), h)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 2), (4, 0, 2), (4, 3)])
@@ -133,7 +134,8 @@ def test_euler_rotation_spirals_out_at_the_known_rate(K):
     A, x = torch.tensor([[0., -3.], [3., 0.]], dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)
     traj = linear_flow(A, K).trajectory(x)
     growth = (1 + (3 / K) ** 2) ** .5
-    torch.testing.assert_close(traj.x.norm(dim=2), x.norm(dim=1) * growth ** torch.arange(K + 1, dtype=torch.float64).unsqueeze(1))
+    torch.testing.assert_close(traj.x.norm(dim=2),
+                               x.norm(dim=1) * growth ** torch.arange(K + 1, dtype=torch.float64).unsqueeze(1))
     torch.testing.assert_close(traj.turning_angles(), torch.full((K - 1, 20), 3 / K, dtype=torch.float64).arctan())
 
 
@@ -154,7 +156,8 @@ class Negated(nn.Module):
 
 def test_negated_velocities_lead_back_to_first_order():
     torch.manual_seed(0)
-    field, x = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3)).double(), torch.randn(30, 3, dtype=torch.float64)
+    field, x = nn.Sequential(nn.Linear(3, 16), nn.Tanh(),
+                             nn.Linear(16, 3)).double(), torch.randn(30, 3, dtype=torch.float64)
     missed = []
     for K in (50, 100, 200, 400):
         there = Flow([field] * K, h=1 / K)
@@ -165,7 +168,8 @@ def test_negated_velocities_lead_back_to_first_order():
 
 def test_log_density_changes_by_the_divergence_to_first_order():
     torch.manual_seed(0)
-    field, x = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)).double(), torch.randn(10, 2, dtype=torch.float64)
+    field, x = nn.Sequential(nn.Linear(2, 16), nn.Tanh(),
+                             nn.Linear(16, 2)).double(), torch.randn(10, 2, dtype=torch.float64)
     jacobian = torch.func.vmap(torch.func.jacrev(field))
     gaps = []
     for K in (50, 100, 200):
@@ -198,7 +202,8 @@ def test_refine_shares_nothing_and_interpolates_buffers():
     fine = flow.refine()
     assert not {p.data_ptr() for p in flow.parameters()} & {p.data_ptr() for p in fine.parameters()}
     norm = fine.blocks[1].velocity[0]
-    assert (norm.running_mean == 1).all() and norm.num_batches_tracked == 0 and fine.blocks[3].velocity[0].num_batches_tracked == 7
+    assert (norm.running_mean
+            == 1).all() and norm.num_batches_tracked == 0 and fine.blocks[3].velocity[0].num_batches_tracked == 7
     fine(torch.randn(3, 4, 4, 4)).sum().backward()
     assert all(p.grad is None for p in flow.parameters())
 
@@ -226,7 +231,8 @@ def test_flows_that_are_not_uniform_are_refused():
     for call in (flow.refine, flow.coarsen, lambda: flow.h, lambda: flow.trajectory(torch.randn(2, 7))):
         with pytest.raises(ValueError, match="steps 1, 1, 1, 0.5, 1, expected a uniform flow"): call()
     with pytest.raises(ValueError, match="block 1 has another architecture"):
-        Flow([nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))]).refine()
+        Flow([nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
+              nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))]).refine()
     with pytest.raises(ValueError, match="5 blocks, expected an even number"): some_flow().coarsen()
 
 
@@ -234,7 +240,8 @@ def test_flows_that_are_not_uniform_are_refused():
 
 def in_stages():
     torch.manual_seed(0)
-    return Trajectory([torch.randn(4, 5, 3), torch.randn(2, 5, 2, 2), torch.randn(3, 5, 7)], h=[1., .5, .1], names=list("abcdef"))
+    return Trajectory([torch.randn(4, 5, 3), torch.randn(2, 5, 2, 2),
+                       torch.randn(3, 5, 7)], h=[1., .5, .1], names=list("abcdef"))
 
 
 def test_stages_add_up():
@@ -254,7 +261,8 @@ def test_stages_add_up():
 
 def test_several_stages_have_no_single_positions():
     for name in ("x", "h", "steps", "velocities"):
-        with pytest.raises(AttributeError, match=r"a trajectory of 3 stages has no single (x|h).*trajectory\.stages"): getattr(in_stages(), name)
+        with pytest.raises(AttributeError, match=r"a trajectory of 3 stages has no single (x|h).*trajectory\.stages"):
+            getattr(in_stages(), name)
 
 
 @pytest.mark.parametrize("x, h, message", [
@@ -268,7 +276,8 @@ def test_what_is_no_trajectory(x, h, message):
 
 def test_names_are_one_for_each_block():
     assert Trajectory(torch.zeros(3, 1, 1)).names == ("0", "1")
-    with pytest.raises(ValueError, match="names has 1 entries, expected one for each of 2"): Trajectory(torch.zeros(3, 1, 1), names=["a"])
+    with pytest.raises(ValueError, match="names has 1 entries, expected one for each of 2"):
+        Trajectory(torch.zeros(3, 1, 1), names=["a"])
 
 
 def test_blocks_are_cut_out_through_stages():
@@ -278,7 +287,8 @@ def test_blocks_are_cut_out_through_stages():
             part = traj[first:last]
             assert part.names == tuple("abcdef"[first:last])
             torch.testing.assert_close(part.speeds(), traj.speeds()[first:last])
-    assert [t.names[0] for t in traj] == list("abcdef") and traj[-1].names == ("f",) and traj[np.int64(2)].names == ("c",)
+    assert [t.names[0]
+            for t in traj] == list("abcdef") and traj[-1].names == ("f", ) and traj[np.int64(2)].names == ("c", )
     for wrong in (6, -7, slice(3, 3), slice(9, None)):
         with pytest.raises(IndexError, match="there are 6, from 0 to 5"): traj[wrong]
     with pytest.raises(ValueError, match="expected neighbours"): traj[::2]
@@ -299,13 +309,16 @@ def test_samples_and_classes():
 
 def test_measures_in_half_precision_do_not_overflow():
     traj = Trajectory(torch.tensor([0., 300., 600.]).reshape(3, 1, 1).expand(3, 1, 4).half())
-    assert traj.displacement().item() == 1200 and traj.path_length().item() == 1200 and traj.displacement().dtype == torch.float32
+    assert traj.displacement().item() == 1200 and traj.path_length().item() == 1200 and traj.displacement(
+    ).dtype == torch.float32
     assert traj.to(torch.float64).x.dtype == torch.float64 and traj.to("cpu").x.dtype == torch.float16
 
 
 def test_angles_of_tiny_and_of_no_steps():
-    x = torch.tensor([[0., 0.], [1e-20, 0.], [1e-20, 1e-20], [1e-20, 1e-20], [5., 0.]], dtype=torch.float64).unsqueeze(1)
-    torch.testing.assert_close(Trajectory(x).turning_angles()[:, 0], torch.tensor([torch.pi / 2, 0, 0], dtype=torch.float64))
+    x = torch.tensor([[0., 0.], [1e-20, 0.], [1e-20, 1e-20], [1e-20, 1e-20], [5., 0.]],
+                     dtype=torch.float64).unsqueeze(1)
+    torch.testing.assert_close(
+        Trajectory(x).turning_angles()[:, 0], torch.tensor([torch.pi / 2, 0, 0], dtype=torch.float64))
     small = torch.tensor([[0., 0.], [1., 0.], [2., 1e-6]], dtype=torch.float64).unsqueeze(1)
     torch.testing.assert_close(Trajectory(small).turning_angles().item(), 1e-6, rtol=1e-6, atol=0)
 
@@ -380,7 +393,8 @@ def test_foreign_files_are_refused_and_nothing_is_executed(tmp_path):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("make", [conv_net, staged_net])
 def test_no_convolution_is_dead(make, norm):
-    "Every weight of every velocity changes the output; with the published code's slip, the first convolutions would not."
+    """Every weight of every velocity changes the output; with the published code's slip, the first convolutions would
+    not."""
     torch.manual_seed(0)
     net = make((1, 8, 8), 3, width=4, norm=norm).eval()
     x = torch.randn(6, 1, 8, 8)
@@ -407,14 +421,18 @@ def test_images_of_any_size(shape):
 
 
 def test_wrong_sizes_are_named():
-    for make, message in [(lambda: conv_net((1, 0, 8), 3), "height is 0"), (lambda: staged_net((1, 8, 8), 3, Ks=(2, 0)), r"Ks\[1\] is 0"),
-                          (lambda: dense_net(2, 2, K=2.5), "K is 2.5"), (lambda: staged_net((1, 8, 8), 3, Ks=()), "stages is 0"),
+    for make, message in [(lambda: conv_net((1, 0, 8), 3), "height is 0"),
+                          (lambda: staged_net((1, 8, 8), 3, Ks=(2, 0)), r"Ks\[1\] is 0"),
+                          (lambda: dense_net(2, 2, K=2.5), "K is 2.5"),
+                          (lambda: staged_net((1, 8, 8), 3, Ks=()), "stages is 0"),
                           (lambda: conv_net((8, 8), 3), "shape is")]:
         with pytest.raises(ValueError, match=message): make()
 
 
-NETS = {"dense": (lambda **kw: dense_net(3, 2, K=3, **kw), (3,)), "conv": (lambda **kw: conv_net((1, 8, 8), 2, K=3, width=4, **kw), (1, 8, 8)),
-        "staged": (lambda **kw: staged_net((1, 8, 8), 2, Ks=(1, 2), width=4, **kw), (1, 8, 8))}
+NETS = {
+    "dense": (lambda **kw: dense_net(3, 2, K=3, **kw), (3, )), "conv": (lambda **kw: conv_net(
+        (1, 8, 8), 2, K=3, width=4, **kw), (1, 8, 8)), "staged": (lambda **kw: staged_net(
+            (1, 8, 8), 2, Ks=(1, 2), width=4, **kw), (1, 8, 8))}
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -458,11 +476,13 @@ def test_initial_weights_have_the_stated_deviation(kind, deviation):
     weights = torch.cat([p.flatten() for name, p in net.flow.named_parameters() if name.endswith("weight")])
     assert weights.std().item() == pytest.approx(.5 * deviation, rel=.02)
     assert all((p == 0).all() for name, p in net.flow.named_parameters() if name.endswith("bias"))
-    with pytest.raises(ValueError, match="expected one of 'orthogonal', 'normal', 'default'"): init_velocities_(net, .5, "kaiming")
+    with pytest.raises(ValueError, match="expected one of 'orthogonal', 'normal', 'default'"):
+        init_velocities_(net, .5, "kaiming")
 
 
 def test_transitions_stand_between_flows():
-    with pytest.raises(ValueError, match="2 flows and 2 transitions"): StagedFlow([some_flow(), some_flow()], [nn.Identity()] * 2)
+    with pytest.raises(ValueError, match="2 flows and 2 transitions"):
+        StagedFlow([some_flow(), some_flow()], [nn.Identity()] * 2)
 
 
 # Figures
@@ -494,7 +514,8 @@ def test_steps_of_half_precision_do_not_overflow():
     a = torch.full((2, 4), 5e4).half()
     path = Trajectory(torch.stack([a, -a]))
     torch.testing.assert_close(kinetic_energy(path), torch.full((2,), 1e10), rtol=1e-3, atol=0)
-    torch.testing.assert_close(path.straightness(), torch.ones(2)); torch.testing.assert_close(path.displacement(), path.path_length())
+    torch.testing.assert_close(path.straightness(), torch.ones(2))
+    torch.testing.assert_close(path.displacement(), path.path_length())
 
 
 def test_drawing_changes_no_statistics():
@@ -517,9 +538,12 @@ def test_weights_under_a_parametrization_are_refused():
 def test_lengths_hold_at_every_scale(dtype, scale):
     x = torch.randn(4, 30, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     base, far = Trajectory(x.double(), 1.), Trajectory((x.double() * scale).to(dtype), 1.)
-    tolerance = dict(rtol=4 * torch.finfo(dtype).eps ** .5, atol=4 * torch.finfo(dtype).eps ** .5)   # positions are rounded after they are scaled
+    # positions are rounded after they are scaled
+    tolerance = dict(rtol=4 * torch.finfo(dtype).eps ** .5, atol=4 * torch.finfo(dtype).eps ** .5)
     for name in ("displacement", "path_length", "speeds"):
         torch.testing.assert_close(getattr(far, name)().double() / scale, getattr(base, name)(), **tolerance)
-    for name in ("straightness", "turning_angles"): torch.testing.assert_close(getattr(far, name)().double(), getattr(base, name)(), **tolerance)
+    for name in ("straightness", "turning_angles"):
+        torch.testing.assert_close(getattr(far, name)().double(), getattr(base, name)(), **tolerance)
     still = Trajectory(torch.zeros(3, 2, 4), 1.)
-    assert still.straightness().tolist() == [1, 1] and not still.turning_angles().any() and not still.path_length().any()
+    assert still.straightness().tolist() == [1, 1
+                                             ] and not still.turning_angles().any() and not still.path_length().any()

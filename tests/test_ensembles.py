@@ -74,7 +74,8 @@ def test_row_of_batch_norm_networks_keeps_statistics_apart():
     for i, model in enumerate(models):
         for key, value in model.state_dict().items():
             torch.testing.assert_close(row.member(i).state_dict()[key], value, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(row.eval()(x), torch.stack([m.eval()(b) for m, b in zip(models, x)]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(row.eval()(x), torch.stack([m.eval()(b) for m, b in zip(models, x)]), rtol=1e-4,
+                               atol=1e-5)
 
 
 def explosive():
@@ -91,7 +92,8 @@ def test_one_diverged_network_does_not_touch_the_others(mode, least_action):
     healthy = fit_many(explosive, digits().splits(60, [1]), **settings)
     assert runs.diverged_at == {0: 1}
     assert not runs[0].curves["loss"].isfinite().any() and not runs[0].curves["test_accuracy"].isfinite().any()
-    for name in healthy.curves: torch.testing.assert_close(runs[1].curves[name], healthy[0].curves[name], rtol=1e-4, atol=1e-6)
+    for name in healthy.curves:
+        torch.testing.assert_close(runs[1].curves[name], healthy[0].curves[name], rtol=1e-4, atol=1e-6)
     assert all(p.isfinite().all() for p in runs[1].model.parameters())
 
 
@@ -125,7 +127,8 @@ class Mortal(nn.Module):
     def __init__(self, deaths):
         super().__init__()
         self.net = make()
-        self.register_buffer("steps", torch.zeros(())); self.register_buffer("last", torch.tensor(float(deaths[torch.initial_seed()] or 1e9)))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("last", torch.tensor(float(deaths[torch.initial_seed()] or 1e9)))
     def forward(self, x):
         if self.training: self.steps.add_(1)
         return self.net(x) * torch.where(self.steps < self.last, 1., math.nan)
@@ -134,16 +137,21 @@ class Mortal(nn.Module):
 def mortals(deaths, mode, **settings):
     "Three steps an epoch, points at epochs 2, 4, 6."
     with warnings.catch_warnings(record=True, action="always") as told:
-        runs = fit_many(partial(Mortal, deaths), digits().splits(60, range(len(deaths))), mode=mode, **dict(epochs=6, batch_size=20, eval_every=2) | settings)
+        runs = fit_many(partial(Mortal, deaths),
+                        digits().splits(60, range(len(deaths))), mode=mode,
+                        **dict(epochs=6, batch_size=20, eval_every=2) | settings)
     assert len([w for w in told if "diverged and were frozen" in str(w.message)]) == any(deaths)
     return runs
 
 
 def assert_same(one, other):
-    assert one.members == other.members and one.curves.keys() == other.curves.keys() and one.curves["epoch"].tolist() == [2, 4, 6]
-    for name in one.curves: torch.testing.assert_close(one.curves[name], other.curves[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert one.members == other.members and one.curves.keys() == other.curves.keys() and one.curves["epoch"].tolist(
+    ) == [2, 4, 6]
+    for name in one.curves:
+        torch.testing.assert_close(one.curves[name], other.curves[name], rtol=1e-4, atol=1e-5, equal_nan=True)
     for i in range(len(one)):
-        for a, b in zip(one[i].model.state_dict().values(), other[i].model.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        for a, b in zip(one[i].model.state_dict().values(), other[i].model.state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("deaths, settings", [
@@ -163,7 +171,8 @@ def test_a_network_dies_at_the_same_step_in_every_mode(deaths, settings):
         torch.testing.assert_close(alone.curves["test_accuracy"][reached, i], whole.curves["test_accuracy"][reached, i])
         assert alone[i].model.steps == (6 * sum(reached))
         best = alone.curves["val_accuracy"][reached, i]
-        assert alone[i].best_test_accuracy.isnan() if not any(reached) else alone[i].best_test_accuracy == alone.curves["test_accuracy"][best.argmax(), i]
+        assert alone[i].best_test_accuracy.isnan(
+        ) if not any(reached) else alone[i].best_test_accuracy == alone.curves["test_accuracy"][best.argmax(), i]
         torch.testing.assert_close(alone.best_test_accuracy[i], alone[i].best_test_accuracy, equal_nan=True)
 
 
@@ -194,7 +203,8 @@ def test_deaths_are_the_same_after_interruptions(mode, tmp_path):
         with pytest.raises(KeyboardInterrupt): mortals(deaths, mode, progress=Stop(after), checkpoints=keep)
     resumed, straight = mortals(deaths, mode, checkpoints=keep), mortals(deaths, mode)
     assert resumed.members == straight.members and resumed.diverged_at == {0: 3, 2: 5}
-    for name in straight.curves: torch.testing.assert_close(straight.curves[name], resumed.curves[name], rtol=0, atol=0, equal_nan=True)
+    for name in straight.curves:
+        torch.testing.assert_close(straight.curves[name], resumed.curves[name], rtol=0, atol=0, equal_nan=True)
 
 
 # --- what is kept of a training that ends early ---------------------------------------------------------------------
@@ -216,9 +226,13 @@ def test_an_interrupt_keeps_the_networks_that_are_trained(grid, after, kept):
     whole = mortals((0,) * 4, **settings)
     with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0,) * 4, progress=Stop(after), **settings)
     runs = interrupt.value.runs
-    assert runs.members == whole.members[:kept] and f"{kept} of {len(whole)} networks were trained to the end" in interrupt.value.__notes__[0]
-    for name in runs.curves: assert torch.equal(runs.curves[name], whole.curves[name] if name == "epoch" else whole.curves[name][:, :kept])
-    assert len(runs) == kept and torch.equal(runs[kept - 1].model.net.head.weight, whole[kept - 1].model.net.head.weight)
+    assert runs.members == whole.members[:
+                                         kept] and f"{kept} of {len(whole)} networks were trained to the end" in interrupt.value.__notes__[
+                                             0]
+    for name in runs.curves:
+        assert torch.equal(runs.curves[name], whole.curves[name] if name == "epoch" else whole.curves[name][:, :kept])
+    assert len(runs) == kept and torch.equal(runs[kept - 1].model.net.head.weight,
+                                             whole[kept - 1].model.net.head.weight)
 
 
 def test_an_interrupt_keeps_whole_rows():
@@ -234,7 +248,8 @@ def test_an_interrupt_keeps_whole_rows():
 
 def test_an_error_in_one_network_keeps_those_before():
     split = digits().splits(60, range(5))
-    with pytest.raises(OSError, match="a disk is full") as error: fit_many(partial(failing, (0,) * 5), split, epochs=3, batch_size=20, mode="sequential")
+    with pytest.raises(OSError, match="a disk is full") as error:
+        fit_many(partial(failing, (0, ) * 5), split, epochs=3, batch_size=20, mode="sequential")
     assert [m["seed"] for m in error.value.runs.members] == [0, 1, 2]
     with pytest.raises(OSError, match="a disk is full") as error:
         fit_many(partial(failing, (0,) * 5), split, epochs=3, batch_size=20, mode="processes", workers=1, chunk=1)
@@ -274,8 +289,9 @@ def announcing():
 
 def endless(folder):
     torch.set_num_threads(1)
-    fit_many(announcing, digits().splits(20, range(2)), epochs=10 ** 7, eval_every=10 ** 7, batch_size=20, mode="processes", workers=2, chunk=1,
-             checkpoints=Checkpoints(folder, every=20))
+    fit_many(announcing,
+             digits().splits(20, range(2)), epochs=10 ** 7, eval_every=10 ** 7, batch_size=20, mode="processes",
+             workers=2, chunk=1, checkpoints=Checkpoints(folder, every=20))
 
 
 @pytest.mark.parametrize("sign, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
@@ -283,7 +299,8 @@ def test_workers_end_with_their_parent(sign, code, tmp_path):
     "All that hold its output have ended when it closes: they would train for days, and write as they go."
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "row")))
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as parent:
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as parent:
         try:
             workers = {int(parent.stdout.readline()) for _ in range(2)}
             assert len(workers) == 2 and parent.pid not in workers
@@ -397,7 +414,9 @@ def test_a_grid_is_as_many_trainings():
         m = runs.members[i]
         model = _made(partial(gained, m["gain"]), m["seed"])
         la = LeastAction(model, DualAscent(lambda0=m["lambda0"], tau=.5, target=m["target"]))
-        assert_as_alone(runs[i], fit(model, row.member(row.seeds.index(m["seed"])), la, seed=m["seed"], epochs=3, eval_every=1, lr=m["lr"]))
+        assert_as_alone(
+            runs[i],
+            fit(model, row.member(row.seeds.index(m["seed"])), la, seed=m["seed"], epochs=3, eval_every=1, lr=m["lr"]))
     part = runs.where(lr=1e-2, lambda0=2.)
     assert len(part) == 8 and all(m["lr"] == 1e-2 for m in part.members) and part.provenance["seeds"] == [3, 4] * 4
     torch.testing.assert_close(part[1].curves["loss"], runs[runs.members.index(part.members[1])].curves["loss"])
@@ -417,17 +436,23 @@ def test_what_cannot_be_trained_is_refused_before_the_start(settings, message, m
 
 
 def test_networks_on_two_devices_are_refused():
-    with pytest.raises(ValueError, match="lie on cpu and meta"): Ensemble([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
+    with pytest.raises(ValueError, match="lie on cpu and meta"):
+        Ensemble([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
 
 
 # --- memory and rows ------------------------------------------------------------------------------------------------
 
 def test_rows_are_cut_to_fit_and_change_nothing():
-    row, settings = digits().splits(60, range(5)), dict(least_action=LeastAction, epochs=2, eval_every=1, mode="batched")
+    row, settings = digits().splits(60, range(5)), dict(least_action=LeastAction, epochs=2, eval_every=1,
+                                                        mode="batched")
     need = member_memory(make, row.x[:60])
-    whole, cut, small = fit_many(make, row, **settings), fit_many(make, row, chunk=2, **settings), fit_many(make, row, memory=int(2.5 * need), **settings)
+    whole, cut, small = fit_many(make, row,
+                                 **settings), fit_many(make, row, chunk=2,
+                                                       **settings), fit_many(make, row, memory=int(2.5 * need),
+                                                                             **settings)
     for name in whole.curves:
-        for other in (cut, small): torch.testing.assert_close(whole.curves[name], other.curves[name], rtol=1e-4, atol=1e-6)
+        for other in (cut, small):
+            torch.testing.assert_close(whole.curves[name], other.curves[name], rtol=1e-4, atol=1e-6)
 
 
 def test_more_than_memory_allows_is_refused():
@@ -441,8 +466,10 @@ def test_more_than_memory_allows_is_refused():
 # --- several processes, checkpoints ---------------------------------------------------------------------------------
 
 def test_processes_give_the_same_numbers():
-    row, settings = pictures().splits(60, range(3)), dict(least_action=LeastAction, epochs=2, batch_size=30, eval_every=1)
-    alone, spread = fit_many(conv_net, row, mode="sequential", **settings), fit_many(conv_net, row, mode="processes", workers=2, **settings)
+    row, settings = pictures().splits(60, range(3)), dict(least_action=LeastAction, epochs=2, batch_size=30,
+                                                          eval_every=1)
+    alone, spread = fit_many(conv_net, row, mode="sequential", **settings), fit_many(conv_net, row, mode="processes",
+                                                                                     workers=2, **settings)
     for name in alone.curves: torch.testing.assert_close(alone.curves[name], spread.curves[name], rtol=1e-3, atol=1e-4)
     for p, q in zip(alone.model.stacks, spread.model.stacks): torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
@@ -473,7 +500,8 @@ def test_killed_and_resumed_to_the_same_bits(mode, tmp_path, forked):
     whole, resumed = train(mode, tmp_path / "whole"), train(mode, tmp_path / "kept", resume=True)
     for name in whole.curves: assert torch.equal(whole.curves[name], resumed.curves[name]), name
     for p, q in zip(whole.model.stacks, resumed.model.stacks): assert torch.equal(p, q)
-    again = train(mode, tmp_path / "kept", resume=True)                       # of a finished training: nothing is trained
+    # of a finished training: nothing is trained
+    again = train(mode, tmp_path / "kept", resume=True)
     assert torch.equal(again.curves["loss"], whole.curves["loss"])
 
 
@@ -489,17 +517,24 @@ def train_until_killed(mode, folder): train(mode, folder, progress=Deadly())
 
 
 def train(mode, folder, resume=False, **settings):
-    return fit_many(noisy_net, digits().splits(60, range(4)), least_action=LeastAction, epochs=8, batch_size=20, eval_every=4, mode=mode, chunk=2,
-                    checkpoints=Checkpoints(folder, resume, every=2), **settings)
+    return fit_many(noisy_net,
+                    digits().splits(60, range(4)), least_action=LeastAction, epochs=8, batch_size=20, eval_every=4,
+                    mode=mode, chunk=2, checkpoints=Checkpoints(folder, resume, every=2), **settings)
 
 
 def test_checkpoints_of_another_ensemble_are_refused(tmp_path):
-    row, settings, again = digits().splits(60, range(2)), dict(epochs=1, mode="batched"), Checkpoints(tmp_path / "c", resume=True)
+    row, settings, again = digits().splits(60,
+                                           range(2)), dict(epochs=1,
+                                                           mode="batched"), Checkpoints(tmp_path / "c", resume=True)
     fit_many(make, row, checkpoints=tmp_path / "c", **settings)
-    with pytest.raises(FileExistsError, match="holds checkpoints: go on"): fit_many(make, row, checkpoints=tmp_path / "c", **settings)
-    with pytest.raises(ValueError, match="differ in settings"): fit_many(make, row, lr=.1, checkpoints=again, **settings)
-    with pytest.raises(ValueError, match="differ in members"): fit_many(make, row, seeds=[0, 5], checkpoints=again, **settings)
-    with pytest.raises(ValueError, match="of batched trainings, now they are sequential"): fit_many(make, row, checkpoints=again, **settings | dict(mode="sequential"))
+    with pytest.raises(FileExistsError, match="holds checkpoints: go on"):
+        fit_many(make, row, checkpoints=tmp_path / "c", **settings)
+    with pytest.raises(ValueError, match="differ in settings"):
+        fit_many(make, row, lr=.1, checkpoints=again, **settings)
+    with pytest.raises(ValueError, match="differ in members"):
+        fit_many(make, row, seeds=[0, 5], checkpoints=again, **settings)
+    with pytest.raises(ValueError, match="of batched trainings, now they are sequential"):
+        fit_many(make, row, checkpoints=again, **settings | dict(mode="sequential"))
 
 
 # --- rows abreast ---------------------------------------------------------------------------------------------------
@@ -516,13 +551,17 @@ def two_threads():
 def abreast(folder=None, maker=noisy_net, resume=False, **settings):
     "Two rows of ten, at the same time where there are two threads."
     kept = folder and Checkpoints(folder, resume, every=20)
-    return fit_many(maker, digits().splits(60, range(20)), batch_size=20, mode="batched", checkpoints=kept, **dict(epochs=6, eval_every=2) | settings)
+    return fit_many(maker,
+                    digits().splits(60, range(20)), batch_size=20, mode="batched", checkpoints=kept,
+                    **dict(epochs=6, eval_every=2) | settings)
 
 
 def test_rows_abreast_give_the_numbers_of_one_row(two_threads, monkeypatch):
     settings, trained = dict(least_action=LeastAction, grid=dict(lr=[1e-3, 1e-2])), []
     original = lap_nb.ensembles._trained
-    monkeypatch.setattr("lap_nb.ensembles._trained", lambda job, *a: (trained.append((threading.get_ident(), torch.get_num_threads())), original(job, *a))[1])
+    monkeypatch.setattr(
+        "lap_nb.ensembles._trained", lambda job, *a: (trained.append(
+            (threading.get_ident(), torch.get_num_threads())), original(job, *a))[1])
     both = abreast(**settings)
     assert [n for _, n in trained] == [1] * 4 and len({thread for thread, _ in trained}) == 2
     torch.set_num_threads(1); trained.clear()
@@ -555,8 +594,10 @@ def test_rows_abreast_are_interrupted_and_resumed_together(two_threads, tmp_path
         patched.setattr("lap_nb.ensembles.train_loop", waiting)
         abreast(tmp_path / "kept", make, progress=Impatient(), epochs=100, eval_every=25)
     for row in (tmp_path / "kept").glob("row-*"): assert load_checkpoint(row)["epoch"] < 100
-    assert {t.name for t in set(threading.enumerate()) - before} <= {"tqdm_monitor"}   # which watches all bars of the process
-    whole, resumed = (abreast(tmp_path / name, make, epochs=100, eval_every=25, resume=True) for name in ("whole", "kept"))
+    # which watches all bars of the process
+    assert {t.name for t in set(threading.enumerate()) - before} <= {"tqdm_monitor"}
+    whole, resumed = (abreast(tmp_path / name, make, epochs=100, eval_every=25, resume=True)
+                      for name in ("whole", "kept"))
     for name in whole.curves: assert torch.equal(whole.curves[name], resumed.curves[name]), name
 
 
@@ -564,7 +605,8 @@ def test_a_row_that_fails_stops_the_other(two_threads, monkeypatch):
     original, epochs = lap_nb.ensembles.train_loop, []
     def failing(ensemble, split, la, generators, config, bar, **settings):
         if generators[0].initial_seed() == 10: raise OSError("no space left")
-        return original(ensemble, split, la, generators, config, SimpleNamespace(update=lambda n: (epochs.append(n), bar.update(n))), **settings)
+        return original(ensemble, split, la, generators, config,
+                        SimpleNamespace(update=lambda n: (epochs.append(n), bar.update(n))), **settings)
     monkeypatch.setattr("lap_nb.ensembles.train_loop", failing)
     with pytest.raises(OSError, match="no space left"): abreast(epochs=10_000)
     assert sum(epochs) < 10_000
@@ -588,7 +630,8 @@ def test_rows_abreast_have_together_what_one_may_have(chunk, rows):
 
 def test_graphs_need_a_gpu():
     if torch.cuda.is_available(): pytest.skip("there is one")
-    with pytest.raises(RuntimeError, match="CUDA graphs need a CUDA device"): fit_many(make, digits().splits(60, [0, 1]), epochs=1, mode="graph")
+    with pytest.raises(RuntimeError, match="CUDA graphs need a CUDA device"):
+        fit_many(make, digits().splits(60, [0, 1]), epochs=1, mode="graph")
 
 
 @pytest.mark.gpu
@@ -596,7 +639,8 @@ def test_graphs_need_a_gpu():
 @pytest.mark.parametrize("maker, data", [(make, digits), (conv_net, pictures)])
 def test_replayed_graphs_give_the_same_numbers(maker, data):
     "The last batch of an epoch is smaller, so there are two graphs; running statistics are those of the batched row."
-    row, settings = data().splits(100, range(3)), dict(least_action=LeastAction, epochs=4, batch_size=40, eval_every=1, device="cuda")
+    row, settings = data().splits(100, range(3)), dict(least_action=LeastAction, epochs=4, batch_size=40, eval_every=1,
+                                                       device="cuda")
     batched, graph = fit_many(maker, row, mode="batched", **settings), fit_many(maker, row, mode="graph", **settings)
     for name in batched.curves:
         tolerance = dict(rtol=0, atol=.02) if "accuracy" in name else dict(rtol=1e-3, atol=1e-4)
@@ -613,7 +657,9 @@ def test_graphs_refuse_random_numbers():
 def test_parameters_without_axes_train_and_freeze():
     "The factor of SkipInit is a single number."
     class Scaled(nn.Module):
-        def __init__(self): super().__init__(); self.gain, self.layer = nn.Parameter(torch.tensor(.5)), nn.Linear(64, 10)
+        def __init__(self):
+            super().__init__()
+            self.gain, self.layer = nn.Parameter(torch.tensor(.5)), nn.Linear(64, 10)
         def forward(self, x): return self.gain * self.layer(x)
     runs = fit_many(Scaled, digits().splits(60, range(2)), epochs=2, mode="batched")
     assert runs.diverged_at == {} and runs[1].model.gain.shape == () and runs[1].model.gain != .5
@@ -643,15 +689,18 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path):
 
 
 def test_time_of_ended_children_counts():
-    _, used = _clock(partial(subprocess.run, [sys.executable, "-S", "-c", "import time\nwhile time.process_time() < .2: pass"]))
+    _, used = _clock(
+        partial(subprocess.run, [sys.executable, "-S", "-c", "import time\nwhile time.process_time() < .2: pass"]))
     assert used > .15   # of the processor, however long it took on the wall
 
 
 def test_memory_of_a_member_is_its_state_five_times_and_what_its_passes_hold():
-    "By hand: 32 parameters; kept for the backward pass the 12 inputs and 20 activations; three times the largest; batch and its copy."
+    """By hand: 32 parameters; kept for the backward pass the 12 inputs and 20 activations; three times the largest;
+    batch and its copy."""
     net = lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     assert member_memory(net, torch.rand(4, 3)) == 4 * (5 * 32 + (12 + 20) + 3 * 20 + 2 * 12)
-    assert member_memory(net, torch.rand(1000, 3)[:4]) == member_memory(net, torch.rand(4, 3))   # not the samples it is part of
+    # not the samples it is part of
+    assert member_memory(net, torch.rand(1000, 3)[:4]) == member_memory(net, torch.rand(4, 3))
     x, before, made = torch.rand(4, 3), torch.get_rng_state(), []
     member_memory(lambda: made.append(net()) or made[-1], x)
     assert torch.equal(torch.get_rng_state(), before) and len(made) == 1
@@ -682,15 +731,21 @@ def test_modes_are_measured_in_turn_per_step_and_network(monkeypatch):
         log.append((mode, steps)); now[0] += 7 + cost[mode] * steps * len(split.train)
         assert split.train.shape == (3, 40) and split.val.shape == (3, 1) and split.test.shape == (1,)
     def fit_many(make_model, split, epochs, device, batch_size, mode, conv, eval_every):
-        assert (batch_size, conv, device) == (40, "matmul" if mode == "batched" else None, "cpu") and eval_every > epochs
+        assert (batch_size, conv, device) == (40, "matmul" if mode == "batched" else None,
+                                              "cpu") and eval_every > epochs
         spend(mode, epochs, split)
     def clock(f): before = now[0]; f(); return now[0] - before, 10 * (now[0] - before)
     monkeypatch.setattr("lap_nb.lab.modes.fit_many", fit_many)
     monkeypatch.setattr("lap_nb.lab.modes._by_hand", lambda make_model, split, steps: spend("plain", steps, split))
     monkeypatch.setattr("lap_nb.lab.modes._clock", clock)
-    found = measure_modes(make, digits().splits(60, range(3)), ["plain", "batched:matmul", "sequential", "processes"], steps=4, batch_size=40, repeats=2)
-    assert found == {mode: [pytest.approx((cost[mode.partition(":")[0]], 10 * cost[mode.partition(":")[0]]))] * 2 for mode in found} and len(found) == 4
-    assert log[:3] == [("plain", 2), ("batched", 2), ("sequential", 2)]                       # a first time untimed; processes start anew anyway
+    found = measure_modes(make,
+                          digits().splits(60, range(3)), ["plain", "batched:matmul", "sequential", "processes"],
+                          steps=4, batch_size=40, repeats=2)
+    assert found == {
+        mode: [pytest.approx((cost[mode.partition(":")[0]], 10 * cost[mode.partition(":")[0]]))] * 2
+        for mode in found} and len(found) == 4
+    # a first time untimed; processes start anew anyway
+    assert log[:3] == [("plain", 2), ("batched", 2), ("sequential", 2)]
     turn = [(mode, steps) for mode in cost for steps in (2, 6)]
     assert sorted(log[3:]) == sorted(2 * turn) and log[3:11] == log[11:]
 
@@ -707,7 +762,8 @@ def test_the_loop_by_hand_trains_each_network():
     for net, at in zip(made, row.train):
         step = (net.weight - net.start).abs().max()
         assert 5e-4 < step < 5e-3                                                             # Adam's steps of 1e-3
-        for x in net.seen: assert torch.equal(x.sum(1).sort()[0], row.x[at].sum(1).sort()[0])   # the samples of the network, in some order
+        # the samples of the network, in some order
+        for x in net.seen: assert torch.equal(x.sum(1).sort()[0], row.x[at].sum(1).sort()[0])
 
 
 def test_record_of_modes_keeps_what_others_wrote(tmp_path, monkeypatch):
@@ -721,25 +777,33 @@ def test_record_of_modes_keeps_what_others_wrote(tmp_path, monkeypatch):
     path = tmp_path / "modes.json"
     assert record_modes(path, repeats=2, only="dense", extra=["processes"]) == read_modes(path)
     rows, lengths = read_modes(path)["rows"], [1, 2, 5, 10, 20, 50]
-    assert [(r["members"], r["mode"]) for r in rows] == [(S, mode) for S in lengths for mode in ("plain", "sequential", "batched", "processes")]
+    assert [(r["members"], r["mode"]) for r in rows] == [
+        (S, mode) for S in lengths for mode in ("plain", "sequential", "batched", "processes")]
     assert [S for S, _ in measured] == lengths and [r["steps"] for r in rows[::4]] == [steps for _, steps in measured]
-    assert all(r["wall"] == [.1235, .1235] and r["processor"] == [.2, .2] and r["flops"] == 1000 and r["device"] == "cpu" for r in rows)
+    assert all(
+        r["wall"] == [.1235, .1235] and r["processor"] == [.2, .2] and r["flops"] == 1000 and r["device"] == "cpu"
+        for r in rows)
     others = [dict(rows[0], device="cuda"), dict(rows[0], net="another")]
     path.write_text(json.dumps(dict(format=1, rows=others + rows)))
-    again = record_modes(path, repeats=2, only="dense")["rows"]                              # measured anew on this device: 6 lengths, three ways
+    # measured anew on this device: 6 lengths, three ways
+    again = record_modes(path, repeats=2, only="dense")["rows"]
     assert again[:2] == others and len(again) == 2 + 18
     every = record_modes(path, repeats=2)["rows"]
-    assert every[0] == others[0] and len(every) == 1 + 18 + 5 * (6 + 4 + 3) and "another" not in {r["net"] for r in every}
+    assert every[0] == others[0] and len(every) == 1 + 18 + 5 * (6 + 4 + 3) and "another" not in {
+        r["net"] for r in every}
 
 
 @pytest.mark.parametrize("change", [dict(members="5"), dict(wall=[]), dict(processor=["fast"]), dict(wall=.1)])
 def test_a_record_of_modes_with_a_wrong_row_is_refused(change, tmp_path):
-    row = dict(net="dense", members=5, mode="batched", device="cpu", device_name="c", threads=1, wall=[1, .5], processor=[1.])
+    row = dict(net="dense", members=5, mode="batched", device="cpu", device_name="c", threads=1, wall=[1, .5],
+               processor=[1.])
     (path := tmp_path / "modes.json").write_text(json.dumps(dict(format=1, rows=[row, row])))
     assert read_modes(path)["rows"] == [row, row]
     for bad in (row | change, []):
         path.write_text(json.dumps(dict(format=1, rows=[row, bad])))
-        with pytest.raises(ValueError, match=f"row 1 of .* lacks {next(iter(change)) if bad else 'net'}.* of the expected type"): read_modes(path)
+        with pytest.raises(ValueError,
+                           match=f"row 1 of .* lacks {next(iter(change)) if bad else 'net'}.* of the expected type"):
+            read_modes(path)
     for other in ([], dict(format=1), dict(format=2, rows=[]), dict(format=1, rows={})):
         path.write_text(json.dumps(other))
         with pytest.raises(ValueError, match="no record of modes in format 1"): read_modes(path)
@@ -747,16 +811,19 @@ def test_a_record_of_modes_with_a_wrong_row_is_refused(change, tmp_path):
 
 def test_noise_has_parts_that_do_not_meet():
     split = _noise((3, 2), 4)
-    assert split.train.shape == (4, 100) and split.val.shape == (4, 1) and split.x.shape[1:] == (3, 2) and split.seeds == (0, 1, 2, 3)
+    assert split.train.shape == (4, 100) and split.val.shape == (4, 1) and split.x.shape[1:] == (
+        3, 2) and split.seeds == (0, 1, 2, 3)
     used = torch.cat([split.train[0], split.val[0], split.test])
-    assert sorted(used.tolist()) == list(range(len(split.x))) and set(split.y.tolist()) == set(range(split.classes)) and len(split.y) == len(split.x)
+    assert sorted(used.tolist()) == list(range(len(split.x))) and set(split.y.tolist()) == set(range(
+        split.classes)) and len(split.y) == len(split.x)
 
 
 def test_the_way_is_chosen_by_device_and_work(monkeypatch):
     x = torch.rand(100, 64)
     flops = forward_flops(make(), x)
     assert flops == 2 * 100 * 64 * (3 * 2 * 16 + 10)
-    assert choose_mode(make, x, 5, "meta") == ("batched", "grouped") and choose_mode(make, x, 1, "meta") == ("sequential", "grouped")
+    assert choose_mode(make, x, 5, "meta") == ("batched", "grouped") and choose_mode(
+        make, x, 1, "meta") == ("sequential", "grouped")
     for small, way in ((flops, "batched"), (flops - 1, "sequential")):
         monkeypatch.setattr("lap_nb.ensembles.SMALL", small)
         assert choose_mode(make, x, 5) == (way, "grouped")
@@ -780,7 +847,9 @@ def test_members_are_shared_among_rows(settings, rows, monkeypatch):
     plan = planned(monkeypatch, make, digits().splits(60, range(5)), epochs=1, **settings)
     assert [at for at, _ in plan] == rows and all(job.abreast == 1 for _, job in plan)
     for at, job in plan:
-        assert job.seeds == job.split.seeds == tuple(i % 5 for i in at) and job.mode == ("sequential" if settings.get("mode") == "sequential" else "batched")
+        assert job.seeds == job.split.seeds == tuple(i % 5
+                                                     for i in at) and job.mode == ("sequential" if settings.get("mode")
+                                                                                   == "sequential" else "batched")
         assert job.config.lr == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
 
 
@@ -792,7 +861,8 @@ def test_the_largest_batch_of_a_grid_decides_what_fits(monkeypatch):
         grid = dict(batch_size=sizes)
         plan = planned(monkeypatch, maker, row, epochs=1, mode="batched", grid=grid, memory=int(2.5 * need))
         assert {len(at) for at, _ in plan} == {2}
-        with pytest.raises(MemoryError, match="one network needs"): fit_many(maker, row, epochs=1, grid=grid, memory=need - 1)
+        with pytest.raises(MemoryError, match="one network needs"):
+            fit_many(maker, row, epochs=1, grid=grid, memory=need - 1)
     for sizes, way in (([20, 60], "sequential"), ([60, 20], "sequential"), ([20], "batched")):
         monkeypatch.setattr("lap_nb.ensembles.SMALL", forward_flops(maker(), row.x[:20]))
         assert {job.mode for _, job in planned(monkeypatch, maker, row, epochs=1, grid=dict(batch_size=sizes))} == {way}
@@ -831,7 +901,8 @@ def test_a_bar_moves_when_all_have_done_an_epoch():
 
 
 def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
-    "Of 60 samples in batches of 20, three steps an epoch: step 3 is in the first epoch, step 4 in the second; by 60 each step is an epoch."
+    """Of 60 samples in batches of 20, three steps an epoch: step 3 is in the first epoch, step 4 in the second; by 60
+    each step is an epoch."""
     split = digits().splits(60, range(4))
     row = lambda: Ensemble([make(), make()])
     curves = lambda at: dict(epoch=torch.tensor([1, 2, 3]), loss=torch.tensor([[at, at + 1.]] * 3))
@@ -842,11 +913,14 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
         trained = [lap_nb.ensembles._Trained(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)]
         found = lap_nb.ensembles._joined(plan, trained, members, dict(batch_size=20, epochs=3, eval_every=1))
     joined, told = found.curves, found.members
-    assert [m.get("diverged_at") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged_at" not in m for m in members)
+    assert [m.get("diverged_at") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged_at" not in m
+                                                                                          for m in members)
     expected = [0., 10., 20., 30., 1., 11., 21., 31.]
     for i, m in enumerate(told):
         last = m.get("diverged_at", 9)
-        assert [None if v != v else v for v in joined["loss"][:, i].tolist()] == [expected[i] if epoch < last else None for epoch in (1, 2, 3)]
+        assert [None if v != v else v
+                for v in joined["loss"][:,
+                                        i].tolist()] == [expected[i] if epoch < last else None for epoch in (1, 2, 3)]
     assert joined["epoch"].tolist() == [1, 2, 3]
 
 
@@ -854,7 +928,9 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
 def test_a_damaged_note_in_a_folder_of_checkpoints_is_told(content, tmp_path):
     (tmp_path / "members.json").write_text(content)
     with pytest.raises(ValueError, match="members.json is damaged, or not the note of an ensemble"):
-        fit_many(make, digits().splits(60, range(2)), epochs=1, mode="batched", checkpoints=Checkpoints(tmp_path, resume=True))
+        fit_many(make,
+                 digits().splits(60, range(2)), epochs=1, mode="batched",
+                 checkpoints=Checkpoints(tmp_path, resume=True))
     assert (tmp_path / "members.json").read_text() == content
 
 
@@ -873,7 +949,8 @@ def test_a_note_that_was_edited_is_told(change, tmp_path):
     assert sound.keys() >= SOUND.keys() and sound["rows"] == SOUND["rows"] and sound["ways"] == SOUND["ways"]
     content = json.dumps(sound | change)
     (tmp_path / "members.json").write_text(content)
-    with pytest.raises(ValueError, match="members.json is damaged"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
+    with pytest.raises(ValueError, match="members.json is damaged"):
+        fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
     assert (tmp_path / "members.json").read_text() == content
 
 
@@ -882,7 +959,8 @@ def test_a_note_that_says_something_twice_is_told(tmp_path):
     fit_many(make, split, checkpoints=tmp_path, **keep)
     content = (tmp_path / "members.json").read_text().replace('"epochs": 1', '"epochs": 5, "epochs": 1', 1)
     (tmp_path / "members.json").write_text(content)
-    with pytest.raises(ValueError, match="members.json is damaged"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
+    with pytest.raises(ValueError, match="members.json is damaged"):
+        fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
 
 
 def test_a_note_of_an_earlier_format_is_refused_by_name(tmp_path):
@@ -890,7 +968,8 @@ def test_a_note_of_an_earlier_format_is_refused_by_name(tmp_path):
     fit_many(make, split, checkpoints=tmp_path, **keep)
     note = json.loads((tmp_path / "members.json").read_text())
     (tmp_path / "members.json").write_text(json.dumps(note | dict(format=1)))
-    with pytest.raises(ValueError, match="members.json has format 1, expected 2: go on with the version of lap_nb that wrote it"):
+    with pytest.raises(ValueError,
+                       match="members.json has format 1, expected 2: go on with the version of lap_nb that wrote it"):
         fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
 
 
@@ -900,15 +979,19 @@ def test_a_note_with_networks_of_different_settings_in_a_row_is_told(tmp_path):
     note = json.loads((tmp_path / "members.json").read_text())
     assert note["rows"] == [[0, 1], [2, 3]]
     (tmp_path / "members.json").write_text(json.dumps(note | dict(rows=[[0, 2], [1, 3]])))
-    with pytest.raises(ValueError, match="networks of different settings in one row"): fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
+    with pytest.raises(ValueError, match="networks of different settings in one row"):
+        fit_many(make, split, checkpoints=Checkpoints(tmp_path, resume=True), **keep)
 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 def test_a_training_of_many_is_made_longer(mode, tmp_path):
     "To the same bits as one that was so long from the start, also where one row had ended and the other not."
-    split, keep = digits().splits(60, range(2)), dict(batch_size=20, eval_every=2, mode=mode, grid=dict(lr=[1e-3, 1e-2]), least_action=LeastAction)
-    with pytest.raises(KeyboardInterrupt): fit_many(make, split, epochs=4, progress=Stop(3), checkpoints=Checkpoints(tmp_path / "row", every=1), **keep)
-    longer, straight = fit_many(make, split, epochs=8, checkpoints=Checkpoints(tmp_path / "row", resume=True), **keep), fit_many(make, split, epochs=8, **keep)
+    split, keep = digits().splits(60, range(2)), dict(batch_size=20, eval_every=2, mode=mode,
+                                                      grid=dict(lr=[1e-3, 1e-2]), least_action=LeastAction)
+    with pytest.raises(KeyboardInterrupt):
+        fit_many(make, split, epochs=4, progress=Stop(3), checkpoints=Checkpoints(tmp_path / "row", every=1), **keep)
+    longer, straight = fit_many(make, split, epochs=8, checkpoints=Checkpoints(tmp_path / "row", resume=True),
+                                **keep), fit_many(make, split, epochs=8, **keep)
     for name in straight.curves: assert torch.equal(longer.curves[name], straight.curves[name]), name
     for p, q in zip(longer.model.stacks, straight.model.stacks): assert torch.equal(p, q)
     again = fit_many(make, split, epochs=8, checkpoints=Checkpoints(tmp_path / "row", resume=True), **keep)
@@ -949,12 +1032,17 @@ def test_rows_are_resumed_as_they_were_cut(tmp_path, monkeypatch):
     kept, again = Checkpoints(tmp_path / "c", every=1), Checkpoints(tmp_path / "c", resume=True, every=1)
     first = planned(monkeypatch, make, row, chunk=2, checkpoints=kept, **settings)
     note = json.loads((tmp_path / "c" / "members.json").read_text())
-    assert note["rows"] == [[0], [1, 2], [3, 4]] == [at for at, _ in first] and note["ways"] == [["batched", "grouped"]] * 3
-    assert [job.checkpoints for _, job in first] == [Checkpoints(tmp_path / "c" / f"row-{r:03d}", every=1) for r in range(3)]
-    cut = planned(monkeypatch, make, row, checkpoints=again, **settings)                   # with room for all in one row
+    assert note["rows"] == [[0], [1, 2], [3, 4]] == [at for at, _ in first
+                                                     ] and note["ways"] == [["batched", "grouped"]] * 3
+    assert [job.checkpoints
+            for _, job in first] == [Checkpoints(tmp_path / "c" / f"row-{r:03d}", every=1) for r in range(3)]
+    # with room for all in one row
+    cut = planned(monkeypatch, make, row, checkpoints=again, **settings)
     assert [at for at, _ in cut] == note["rows"] and json.loads((tmp_path / "c" / "members.json").read_text()) == note
-    (tmp_path / "c" / "members.json").write_text(json.dumps({k: v for k, v in note.items() if k in ("format", "members", "settings")}))
-    assert len(planned(monkeypatch, make, row, checkpoints=again, **settings)) == 1         # a note from before anything was begun
+    (tmp_path / "c" / "members.json").write_text(
+        json.dumps({k: v for k, v in note.items() if k in ("format", "members", "settings")}))
+    # a note from before anything was begun
+    assert len(planned(monkeypatch, make, row, checkpoints=again, **settings)) == 1
     assert json.loads((tmp_path / "c" / "members.json").read_text())["rows"] == [[0, 1, 2, 3, 4]]
 
 
@@ -984,12 +1072,16 @@ def test_an_ensemble_takes_time_and_keeps_its_settings():
     before = time.perf_counter()
     runs = fit_many(make, digits().splits(60, [4, 2]), epochs=2, eval_every=1, lr=.5e-3)
     assert 0 < runs.provenance["seconds"] <= time.perf_counter() - before
-    assert {k: runs.provenance[k] for k in ("n", "seeds", "modes", "lr", "data")} == dict(n=60, seeds=[4, 2], modes=["batched"], lr=.5e-3, data=digits().name)
-    assert runs[1].curves["epoch"].tolist() == [1, 2] and runs[1].provenance["seed"] == 2 and str(confidence_interval([1., 2., 3.], .5)) == "2.0 ± 0.5"
+    assert {k: runs.provenance[k]
+            for k in ("n", "seeds", "modes", "lr", "data")} == dict(n=60, seeds=[4, 2], modes=["batched"], lr=.5e-3,
+                                                                    data=digits().name)
+    assert runs[1].curves["epoch"].tolist() == [1, 2] and runs[1].provenance["seed"] == 2 and str(
+        confidence_interval([1., 2., 3.], .5)) == "2.0 ± 0.5"
 
 
 def test_a_recorded_graph_is_replayed_and_leaves_no_trace(monkeypatch):
-    "All but CUDA itself: recording runs the pass several times, as PyTorch does, and the tensors say they are on a GPU."
+    """All but CUDA itself: recording runs the pass several times, as PyTorch does, and the tensors say they are on a
+    GPU."""
     recorded = []
     def record(passes, samples):
         recorded.append(samples[0].shape)
@@ -1013,7 +1105,10 @@ def test_a_recorded_graph_is_replayed_and_leaves_no_trace(monkeypatch):
 
 
 class RandomFeatures(nn.Module):
-    def __init__(self): super().__init__(); self.register_buffer("w", torch.randn(64, 16), persistent=False); self.head = nn.Linear(16, 10)
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("w", torch.randn(64, 16), persistent=False)
+        self.head = nn.Linear(16, 10)
     def forward(self, x): return self.head(torch.tanh(x @ self.w))
 
 
@@ -1030,7 +1125,10 @@ def test_values_of_a_grid_as_a_tensor():
 
 class Averages(nn.Module):
     "A network that keeps a running mean, written or assigned."
-    def __init__(self, assigns): super().__init__(); self.head, self.assigns = nn.Linear(64, 10), assigns; self.register_buffer("mean", torch.zeros(64))
+    def __init__(self, assigns):
+        super().__init__()
+        self.head, self.assigns = nn.Linear(64, 10), assigns
+        self.register_buffer("mean", torch.zeros(64))
     def forward(self, x):
         if self.training:
             mean = .9 * self.mean + .1 * x.detach().mean(0)
@@ -1044,7 +1142,8 @@ def test_a_buffer_that_is_assigned_is_not_lost_without_a_word():
     alone, row = (run(partial(Averages, False), split, mode=mode) for mode in ("sequential", "batched"))
     for i in range(2): torch.testing.assert_close(alone[i].model.mean, row[i].model.mean)
     run(partial(Averages, True), split, mode="sequential")
-    with pytest.raises(RuntimeError, match="assigns its buffer mean anew.*choose mode='sequential'"): run(partial(Averages, True), split, mode="batched")
+    with pytest.raises(RuntimeError, match="assigns its buffer mean anew.*choose mode='sequential'"):
+        run(partial(Averages, True), split, mode="batched")
 
 
 def test_resuming_with_another_least_action_is_refused(tmp_path):
@@ -1053,7 +1152,8 @@ def test_resuming_with_another_least_action_is_refused(tmp_path):
     run(split, least_action=LeastAction, checkpoints=first)
     run(split, least_action=LeastAction, checkpoints=again)
     for other in (None, partial(LeastAction, controller=DualAscent(tau=.1))):
-        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, checkpoints=again)
+        with pytest.raises(ValueError, match="they differ in least_action"):
+            run(split, least_action=other, checkpoints=again)
 
 
 def test_lambdas_are_told_apart_by_what_they_hold(tmp_path):
@@ -1063,12 +1163,14 @@ def test_lambdas_are_told_apart_by_what_they_hold(tmp_path):
     run(split, least_action=bound(.1), checkpoints=first)
     run(split, least_action=bound(.1), checkpoints=again)
     for other in (bound(.2), lambda model: LeastAction(model, DualAscent(tau=.1, every=3))):
-        with pytest.raises(ValueError, match="they differ in least_action"): run(split, least_action=other, checkpoints=again)
+        with pytest.raises(ValueError, match="they differ in least_action"):
+            run(split, least_action=other, checkpoints=again)
 
 
 def test_what_is_no_maker_and_no_grid():
     split, run = digits().splits(60, range(2)), partial(fit_many, epochs=1)
-    with pytest.raises(TypeError, match="make_model is of type ResidualNet, expected what makes a network"): run(make(), split)
+    with pytest.raises(TypeError, match="make_model is of type ResidualNet, expected what makes a network"):
+        run(make(), split)
     with pytest.raises(TypeError, match="least_action is True, expected"): run(make, split, least_action=True)
     with pytest.raises(ValueError, match="seeds are not a setting"): run(make, split, grid=dict(seed=[7, 8]))
     with pytest.raises(ValueError, match="grid is .*, expected"): run(make, split, grid=[("lr", [1.])])
@@ -1086,4 +1188,5 @@ def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path, monkeypatch):
     def refuse(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(lap_nb.ensembles.Path, 'mkdir', refuse)
     with pytest.raises(OSError, match='choose a place where you may write.*kept'):
-        fit_many(partial(dense_net, 64, 10, K=1, hidden=2), digits().splits(20, [0]), epochs=1, checkpoints=tmp_path / 'kept')
+        fit_many(partial(dense_net, 64, 10, K=1, hidden=2),
+                 digits().splits(20, [0]), epochs=1, checkpoints=tmp_path / 'kept')

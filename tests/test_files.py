@@ -25,8 +25,8 @@ from torch import nn
 from lap_nb import files
 from lap_nb.data import digits, file_md5, read_npz
 from lap_nb.dynamics import Trajectory
-from lap_nb.files import (CheckpointError, as_code, as_text, check_storable, claim, digest, find_unstorable, in_words, load_checkpoint, read_bounded,
-                          save_checkpoint, tidy, write_atomically)
+from lap_nb.files import (CheckpointError, as_code, as_text, check_storable, claim, digest, find_unstorable, in_words,
+                          load_checkpoint, read_bounded, save_checkpoint, tidy, write_atomically)
 from lap_nb.nets import dense_net
 from lap_nb.training import Checkpoints, Diverged, fit
 
@@ -43,7 +43,8 @@ def umask(value):
 
 def python(code, *args, **kwargs):
     "A process that runs `code`; it says what it does on its standard output."
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(files.__file__).parents[1], **kwargs)
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, cwd=Path(files.__file__).parents[1], **kwargs)
 
 
 # The old file's place
@@ -80,15 +81,17 @@ def test_a_link_stays_a_link(tmp_path, make, old):
     if old: (tmp_path / 'there' / 'file').write_bytes(b'old')
     make(tmp_path)
     write_atomically(tmp_path / 'link', b'new')
-    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'there' / 'file').read_bytes() == b'new' and names(tmp_path / 'there') == ['file']
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'there' / 'file').read_bytes() == b'new' and names(
+        tmp_path / 'there') == ['file']
 
 
 def test_places_that_are_no_files(tmp_path):
     (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
     os.mkfifo(tmp_path / 'pipe')
     (tmp_path / 'file').touch()
-    for name, words in (('loop', 'leads to itself'), ('.', 'a folder; name a file in it'), ('pipe', 'not a plain file'), ('missing/file', 'make its folder first'),
-                        ('file/file', 'a folder on the way to it is a file'), ('x' * 250, 'choose a shorter name')):
+    for name, words in (('loop', 'leads to itself'), ('.', 'a folder; name a file in it'), ('pipe', 'not a plain file'),
+                        ('missing/file', 'make its folder first'), ('file/file', 'a folder on the way to it is a file'),
+                        ('x' * 250, 'choose a shorter name')):
         with pytest.raises(OSError, match=words) as e: write_atomically(tmp_path / name, b'x')
         assert str(tmp_path / name) in str(e.value) and e.value.errno
     assert names(tmp_path) == ['file', 'loop', 'pipe'] and stat.S_ISFIFO((tmp_path / 'pipe').stat().st_mode)
@@ -106,7 +109,8 @@ def test_an_error_of_the_disk_names_the_file_and_says_what_to_do(tmp_path, monke
     with monkeypatch.context() as m:
         m.setattr(files.os, call, fail)
         with pytest.raises(OSError, match=words) as e: write_atomically(path, b'new')
-    assert e.value.errno == number and type(e.value) is type(OSError(number, '')) and str(path) in str(e.value) and os.strerror(number) in str(e.value)
+    assert e.value.errno == number and type(e.value) is type(OSError(number, '')) and str(path) in str(
+        e.value) and os.strerror(number) in str(e.value)
     assert path.read_bytes() == b'old' and names(tmp_path) == ['file']
 
 
@@ -120,13 +124,16 @@ def test_words_are_said_once(tmp_path):
 
 def test_only_what_this_file_left_is_tidied_away(tmp_path):
     mine = ['.run.pt.0a1b2c3d.partial', '.run.pt.a_c4e6g8.partial']
-    others = ['.run.pt.best.0a1b2c3d.partial', '.run[12].pt.0a1b2c3d.partial', '.run1.pt.0a1b2c3d.partial', '.run.2.0a1b2c3d.partial', '.run.0a1b2c3d.partial',
-              '.xrun.pt.0a1b2c3d.partial', 'run.pt.0a1b2c3d.partial', '.run.pt.partial', '.runxpt.0a1b2c3d.partial', 'run.pt.best', '.run.pt.0a1b2c3d.partial.bak']
+    others = [
+        '.run.pt.best.0a1b2c3d.partial', '.run[12].pt.0a1b2c3d.partial', '.run1.pt.0a1b2c3d.partial',
+        '.run.2.0a1b2c3d.partial', '.run.0a1b2c3d.partial', '.xrun.pt.0a1b2c3d.partial', 'run.pt.0a1b2c3d.partial',
+        '.run.pt.partial', '.runxpt.0a1b2c3d.partial', 'run.pt.best', '.run.pt.0a1b2c3d.partial.bak']
     for name in mine + others: (tmp_path / name).touch()
     (tmp_path / '.run.pt.folder.partial').mkdir()
     tidy(tmp_path / 'run.pt')
     assert names(tmp_path) == sorted(others + ['.run.pt.folder.partial'])
-    for name, left in (('run[12].pt', '.run[12].pt.0a1b2c3d.partial'), ('run.2', '.run.2.0a1b2c3d.partial'), ('run.pt.best', '.run.pt.best.0a1b2c3d.partial')):
+    for name, left in (('run[12].pt', '.run[12].pt.0a1b2c3d.partial'), ('run.2', '.run.2.0a1b2c3d.partial'),
+                       ('run.pt.best', '.run.pt.best.0a1b2c3d.partial')):
         tidy(tmp_path / name)
         assert left not in names(tmp_path)
     assert {'.run1.pt.0a1b2c3d.partial', '.run.0a1b2c3d.partial'} < set(names(tmp_path))
@@ -207,7 +214,8 @@ def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch, number):
     import fcntl
     def none(*args): raise OSError(number, os.strerror(number))
     monkeypatch.setattr(fcntl, 'flock', none)
-    with pytest.raises(OSError, match='no locks, choose a place on a disk of this machine.*run.pt'): claim(tmp_path / 'run.pt')
+    with pytest.raises(OSError, match='no locks, choose a place on a disk of this machine.*run.pt'):
+        claim(tmp_path / 'run.pt')
     write_atomically(tmp_path / 'file', b'x')   # needs none
     (tmp_path / '.file.0a1b2c3d.partial').touch()
     tidy(tmp_path / 'file')
@@ -217,7 +225,9 @@ def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch, number):
 def train(path, epochs=2, resume=False, model=None, rollback=0, **settings):
     torch.manual_seed(0)
     model = dense_net(64, 10, 2, 8) if model is None else model
-    return fit(model, digits().split(40), epochs=epochs, eval_every=1, checkpoints=Checkpoints(path, resume, rollback=rollback), **settings)
+    return fit(model,
+               digits().split(40), epochs=epochs, eval_every=1,
+               checkpoints=Checkpoints(path, resume, rollback=rollback), **settings)
 
 
 TRAINER = """
@@ -287,23 +297,33 @@ class Extra(nn.Linear):
     def set_extra_state(self, state): self.value = state['inner'][0]
 
 
-STORABLE = dict(nothing=None, flag=True, whole=7, large=1 << 100, number=.5, nan=float('nan'), text='a', surrogate='\ud800', bytes=b'ab', bytearray=bytearray(b'ab'), empty_bytearray=bytearray(),
-                tuple=(1, 2), list=[1], dict={'a': 1}, intkeys={1: 2}, ordered=collections.OrderedDict(a=1), counter=collections.Counter('aab'), set={1, 2, 3}, texts={'b', 'a', 'c'},
-                complex=1j, dtype=torch.float32, size=torch.Size([1, 2]), device=torch.device('cpu'), tensor=torch.ones(2), scalar=torch.tensor(3), half=torch.ones(2).bfloat16(),
-                float8=torch.ones(2).to(torch.float8_e4m3fn), uint16=torch.ones(2, dtype=torch.uint16), bool=torch.ones(2, dtype=torch.bool), none=torch.zeros(0, 3), parameter=nn.Parameter(torch.ones(2)),
-                view=torch.arange(12.).view(3, 4)[:, ::2], expanded=torch.zeros(1).expand(100, 3), conj=torch.ones(2, dtype=torch.complex64).conj(), shared=[(t := torch.ones(3)), t])
-UNSTORABLE = dict(array=np.ones(2), float64=np.float64(1), float32=np.float32(1), int64=np.int64(1), npbool=np.bool_(True), defaultdict=collections.defaultdict(list, a=[1]), deque=collections.deque([1]),
-                  path=Path('a'), enum=Colour.RED, intenum=Level.LOW, strange_text=Text('a'), record=Record(), fraction=fractions.Fraction(1, 2), frozenset=frozenset([1]), range=range(3), slice=slice(3),
-                  namedtuple=Point(1, 2), function=len, lambda_=lambda: 0, type=Record, generator=torch.Generator(), sparse=torch.ones(2).to_sparse(), meta=torch.ones(2, device='meta'),
-                  lock=threading.Lock(), file=io.BytesIO(), pure=pathlib.PurePosixPath('a'), huge=1 << 5000, key_type={Colour.RED: 1}, iterator=iter([1]), empty_bytes=b'',
-                  quantised=torch.quantize_per_tensor(torch.ones(2), .1, 0, torch.quint8))
+STORABLE = dict(nothing=None, flag=True, whole=7, large=1 << 100, number=.5, nan=float('nan'), text='a',
+                surrogate='\ud800', bytes=b'ab', bytearray=bytearray(b'ab'), empty_bytearray=bytearray(), tuple=(1, 2),
+                list=[1], dict={'a': 1}, intkeys={1: 2}, ordered=collections.OrderedDict(a=1),
+                counter=collections.Counter('aab'), set={1, 2, 3}, texts={'b', 'a', 'c'}, complex=1j,
+                dtype=torch.float32, size=torch.Size([1, 2]), device=torch.device('cpu'), tensor=torch.ones(2),
+                scalar=torch.tensor(3), half=torch.ones(2).bfloat16(), float8=torch.ones(2).to(torch.float8_e4m3fn),
+                uint16=torch.ones(2, dtype=torch.uint16), bool=torch.ones(2, dtype=torch.bool), none=torch.zeros(0, 3),
+                parameter=nn.Parameter(torch.ones(2)), view=torch.arange(12.).view(3, 4)[:, ::2],
+                expanded=torch.zeros(1).expand(100, 3), conj=torch.ones(2, dtype=torch.complex64).conj(), shared=[
+                    (t := torch.ones(3)), t])
+UNSTORABLE = dict(array=np.ones(2), float64=np.float64(1), float32=np.float32(1), int64=np.int64(1),
+                  npbool=np.bool_(True), defaultdict=collections.defaultdict(list, a=[1]), deque=collections.deque([1]),
+                  path=Path('a'), enum=Colour.RED, intenum=Level.LOW, strange_text=Text('a'), record=Record(),
+                  fraction=fractions.Fraction(1, 2), frozenset=frozenset([1]), range=range(3), slice=slice(3),
+                  namedtuple=Point(1, 2), function=len, lambda_=lambda: 0, type=Record, generator=torch.Generator(),
+                  sparse=torch.ones(2).to_sparse(), meta=torch.ones(2, device='meta'), lock=threading.Lock(),
+                  file=io.BytesIO(), pure=pathlib.PurePosixPath('a'), huge=1 << 5000, key_type={Colour.RED: 1
+                                                                                                }, iterator=iter([1]),
+                  empty_bytes=b'', quantised=torch.quantize_per_tensor(torch.ones(2), .1, 0, torch.quint8))
 
 
 @pytest.mark.parametrize('kind', STORABLE)
 def test_what_is_written_can_be_read(tmp_path, kind):
     value = STORABLE[kind]
     save_checkpoint(tmp_path / 'a', {'value': value})
-    assert digest(load_checkpoint(tmp_path / 'a')) == digest({'value': value}) and find_unstorable({'value': value}) is None
+    assert digest(load_checkpoint(tmp_path / 'a')) == digest({'value': value}) and find_unstorable({'value': value
+                                                                                                    }) is None
 
 
 @pytest.mark.parametrize('kind', UNSTORABLE)
@@ -311,7 +331,8 @@ def test_what_could_not_be_read_is_not_written(tmp_path, kind):
     value = UNSTORABLE[kind]
     name = 'Colour' if kind == 'key_type' else type(value).__name__
     assert name in find_unstorable({'a': [1, {'b': value}]}) and '[1].b' in find_unstorable({'a': [1, {'b': value}]})
-    with pytest.raises(TypeError, match='get_extra_state') as e: save_checkpoint(tmp_path / 'a', {'a': 1, 'value': value})
+    with pytest.raises(TypeError, match='get_extra_state') as e:
+        save_checkpoint(tmp_path / 'a', {'a': 1, 'value': value})
     assert name in str(e.value) and 'value' in str(e.value) and names(tmp_path) == []
 
 
@@ -319,27 +340,33 @@ def test_what_could_not_be_read_is_not_written(tmp_path, kind):
 def test_a_training_with_such_a_state_is_refused_before_any_work(tmp_path, kind):
     model, steps = nn.Sequential(Extra(UNSTORABLE[kind])), []
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(TypeError, match=r'model\.0\._extra_state\.inner\[0\] of type'): train(tmp_path / 'run.pt', model=model, rollback=1, callbacks=[steps.append])
+    with pytest.raises(TypeError, match=r'model\.0\._extra_state\.inner\[0\] of type'):
+        train(tmp_path / 'run.pt', model=model, rollback=1, callbacks=[steps.append])
     assert names(tmp_path) == [] and not steps and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     model[0].value = 1.5
     train(tmp_path / 'run.pt', model=model)
     model[0].set_extra_state = lambda state: None   # another version of the network, on resuming
     model[0].value = UNSTORABLE[kind]
-    with pytest.raises(TypeError, match=r'_extra_state\.inner\[0\] of type'): train(tmp_path / 'run.pt', 3, True, model=model, callbacks=[steps.append])
+    with pytest.raises(TypeError, match=r'_extra_state\.inner\[0\] of type'):
+        train(tmp_path / 'run.pt', 3, True, model=model, callbacks=[steps.append])
     assert not steps and load_checkpoint(tmp_path / 'run.pt')['epoch'] == 2
 
 
 def test_a_state_that_becomes_so_later_costs_no_work(tmp_path):
     model = nn.Sequential(Extra(1))
     def spoil(training): training.model[0].value = np.float64(1) if training.epoch < 3 else 1
-    with pytest.warns(UserWarning, match=r'could not be written at step .*model\.0\._extra_state\.inner\[0\] of type numpy.float64.*still holds') as told:
+    with pytest.warns(
+            UserWarning,
+            match=r'could not be written at step .*model\.0\._extra_state\.inner\[0\] of type numpy.float64.*still holds'
+    ) as told:
         train(tmp_path / 'run.pt', 4, model=model, callbacks=[spoil])
     assert len(told) == 2 and load_checkpoint(tmp_path / 'run.pt')['epoch'] == 4
 
 
 def test_roll_back_with_a_state_of_its_own(tmp_path):
     model = nn.Sequential(Extra(2))
-    with pytest.warns(UserWarning, match='half|of the learning rate'), suppress(Diverged): train(tmp_path / 'run.pt', 6, model=model, optimizer='sgd', lr=1e38, rollback=2)
+    with pytest.warns(UserWarning, match='half|of the learning rate'), suppress(Diverged):
+        train(tmp_path / 'run.pt', 6, model=model, optimizer='sgd', lr=1e38, rollback=2)
     assert model[0].value == 2
 
 
@@ -357,19 +384,23 @@ def test_nests_without_end():
 
 def test_a_set_has_one_fingerprint_in_every_process(tmp_path):
     code = "from lap_nb.files import digest; print(digest({'a', 'b', 'c', 'd', 'e'}))"
-    found = {subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONHASHSEED': str(seed)}, capture_output=True, text=True, cwd=Path(files.__file__).parents[1]).stdout for seed in (1, 2)}
+    found = {
+        subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONHASHSEED': str(seed)},
+                       capture_output=True, text=True, cwd=Path(files.__file__).parents[1]).stdout for seed in (1, 2)}
     assert len(found) == 1
 
 
 # Damage, and what is none
 
 def handmade(state, path, **parts):
-    torch.save({'kind': files.CHECKPOINT, 'format': files.CHECKPOINT_FORMAT, 'sha256': '', 'state': state} | parts, path)
+    torch.save({'kind': files.CHECKPOINT, 'format': files.CHECKPOINT_FORMAT, 'sha256': '', 'state': state} | parts,
+               path)
 
 
 def test_damaged_is_said_only_of_damage(tmp_path):
     path = tmp_path / 'run.pt'
-    for kind in ('array', 'float64', 'defaultdict', 'path', 'record', 'enum', 'fraction', 'type', 'huge', 'empty_bytes'):
+    for kind in ('array', 'float64', 'defaultdict', 'path', 'record', 'enum', 'fraction', 'type', 'huge',
+                 'empty_bytes'):
         handmade({'a': UNSTORABLE[kind]}, path)
         with pytest.raises(CheckpointError, match='run.pt is whole, but holds') as e: load_checkpoint(path)
         assert 'is damaged' not in str(e.value)
@@ -377,7 +408,8 @@ def test_damaged_is_said_only_of_damage(tmp_path):
     whole = path.read_bytes()
     for at in range(0, len(whole), 97):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1:])
-        try: assert digest(load_checkpoint(path)) == digest({'a': torch.arange(1000.), 'b': 'text'})   # in what means nothing
+        # in what means nothing
+        try: assert digest(load_checkpoint(path)) == digest({'a': torch.arange(1000.), 'b': 'text'})
         except CheckpointError as e: assert 'damaged' in str(e) or 'checkpoint' in str(e) and 'whole' not in str(e), at
 
 
@@ -404,22 +436,26 @@ def nested(levels):
     return value
 
 
-BOMBS = dict(stride=lambda: torch.zeros(1).expand(1 << 32), overlapping=lambda: torch.zeros(1000).as_strided((1 << 20, 900), (0, 1)), many=lambda: [torch.zeros(1 << 10).expand(1 << 14, -1)] * 1000,
-             lists=lambda: nested(50), dicts=lambda: {'a': nested(50)}, tuples=lambda: tuple(nested(45)))
+BOMBS = dict(stride=lambda: torch.zeros(1).expand(1 << 32), overlapping=lambda: torch.zeros(1000).as_strided(
+    (1 << 20, 900), (0, 1)), many=lambda: [torch.zeros(1 << 10).expand(1 << 14, -1)] * 1000, lists=lambda: nested(50),
+             dicts=lambda: {'a': nested(50)}, tuples=lambda: tuple(nested(45)))
 
 
 @pytest.mark.parametrize('kind', BOMBS)
 def test_a_small_checkpoint_takes_little(tmp_path, kind):
     handmade({'a': BOMBS[kind]()}, tmp_path / 'run.pt')
     assert (tmp_path / 'run.pt').stat().st_size < 10_000
-    with memory(256 << 20), pytest.raises(CheckpointError, match='run.pt is whole, but holds (tensors|lists) that share'): load_checkpoint(tmp_path / 'run.pt')
+    with memory(256 << 20), pytest.raises(CheckpointError,
+                                          match='run.pt is whole, but holds (tensors|lists) that share'):
+        load_checkpoint(tmp_path / 'run.pt')
 
 
 @pytest.mark.parametrize('old, new', [(b'K\x03', b'J\xff\xff\xff\x7f'), (b'K\x03', b'\x8a\x08' + (1 << 40).to_bytes(8, 'little')), (b'K\x03', b'J\xff\xff\xff\xff')])
 def test_sizes_that_are_made_up(tmp_path, old, new):
     "The numbers of a tensor's shape, its storage and its strides, changed under checksums that fit."
     handmade({'a': torch.zeros(3)}, tmp_path / 'whole')
-    with zipfile.ZipFile(tmp_path / 'whole') as archive: parts = {i.filename: archive.read(i) for i in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / 'whole') as archive:
+        parts = {i.filename: archive.read(i) for i in archive.infolist()}
     name = next(n for n in parts if n.endswith('data.pkl'))
     found = [at for at in range(len(parts[name])) if parts[name].startswith(old, at)]
     assert found
@@ -436,7 +472,8 @@ def test_sizes_that_are_made_up(tmp_path, old, new):
                                   b'\x8b\xff\xff\xff\x7f.', b'c__builtin__\nset\nc__builtin__\nrange\nJ\xff\xff\xff\x7f\x85R\x85R.'], ids=['bytearray', 'FloatTensor', 'BYTEARRAY8', 'memo', 'LONG4', 'range'])
 def test_instructions_that_ask_for_memory(tmp_path, code):
     with zipfile.ZipFile(tmp_path / 'run.pt', 'w') as archive:
-        for name, part in {'data.pkl': b'\x80\x02' + code, 'byteorder': b'little', 'version': b'3\n'}.items(): archive.writestr(f'archive/{name}', part)
+        for name, part in {'data.pkl': b'\x80\x02' + code, 'byteorder': b'little', 'version': b'3\n'}.items():
+            archive.writestr(f'archive/{name}', part)
     with memory(256 << 20), pytest.raises(CheckpointError): load_checkpoint(tmp_path / 'run.pt')
 
 
@@ -458,9 +495,11 @@ def test_instructions_that_ask_for_time_or_memory(tmp_path, code):
 @pytest.mark.parametrize('state', [b'}X\x07\0\0\0planted', b'(N}X\x07\0\0\0planted'], ids=['attributes', 'slots'])
 def test_a_checkpoint_changes_nothing_in_the_process(tmp_path, name, state):
     with zipfile.ZipFile(tmp_path / 'run.pt', 'w') as archive:
-        archive.writestr('archive/data.pkl', b'\x80\x02c' + name + b'\n' + state + b'K\1s' + b't' * state.startswith(b'(') + b'b.')
+        archive.writestr('archive/data.pkl',
+                         b'\x80\x02c' + name + b'\n' + state + b'K\1s' + b't' * state.startswith(b'(') + b'b.')
     with pytest.raises(CheckpointError): load_checkpoint(tmp_path / 'run.pt')
-    assert not hasattr(collections.Counter, 'planted') and not any(hasattr(maker, 'planted') for maker in files._MAKERS.values())
+    assert not hasattr(collections.Counter, 'planted') and not any(
+        hasattr(maker, 'planted') for maker in files._MAKERS.values())
 
 
 def test_one_text_many_times_and_long_keys_are_refused_by_reader_and_writer(tmp_path):
@@ -483,8 +522,11 @@ def test_a_checkpoint_stays_where_it_was_begun(tmp_path, monkeypatch):
     "Though a callback goes to another folder."
     for name in ('here', 'there'): (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / 'here')
-    fit(dense_net(64, 10, K=1, hidden=2), digits().split(20), epochs=2, eval_every=1, checkpoints='run.pt', callbacks=[lambda _: os.chdir(tmp_path / 'there')])
-    assert load_checkpoint(tmp_path / 'here' / 'run.pt')['epoch'] == 2 and names(tmp_path / 'here') == ['run.pt'] and not names(tmp_path / 'there')
+    fit(dense_net(64, 10, K=1, hidden=2),
+        digits().split(20), epochs=2, eval_every=1, checkpoints='run.pt',
+        callbacks=[lambda _: os.chdir(tmp_path / 'there')])
+    assert load_checkpoint(tmp_path / 'here' / 'run.pt')['epoch'] == 2 and names(tmp_path / 'here') == [
+        'run.pt'] and not names(tmp_path / 'there')
 
 
 def test_parts_that_overlap_are_refused(tmp_path):
@@ -493,7 +535,9 @@ def test_parts_that_overlap_are_refused(tmp_path):
         one = archive.filelist[1]
         for i in range(1, 200):
             copy = zipfile.ZipInfo(f'archive/data/{i}')
-            for slot in ('header_offset', 'CRC', 'compress_size', 'file_size', 'compress_type', 'external_attr', 'flag_bits', 'create_version', 'extract_version'): setattr(copy, slot, getattr(one, slot))
+            for slot in ('header_offset', 'CRC', 'compress_size', 'file_size', 'compress_type', 'external_attr',
+                         'flag_bits', 'create_version', 'extract_version'):
+                setattr(copy, slot, getattr(one, slot))
             archive.filelist.append(copy)
     with pytest.raises(CheckpointError, match='damaged'): load_checkpoint(tmp_path / 'bomb')
 
@@ -560,14 +604,19 @@ def tables():
         net(x)
         kept = tracer.take()
     yield 'blocks', blocks._repr_markdown_()
-    yield 'standings', standings_table([dict(n=EVIL, family=EVIL, seeds=3, diverged=0, last=Interval(50., 40., 60., 3), best=Interval(50., 40., 60., 3), gap=None)])
+    yield 'standings', standings_table([
+        dict(n=EVIL, family=EVIL, seeds=3, diverged=0, last=Interval(50., 40., 60., 3), best=Interval(50., 40., 60., 3),
+             gap=None)])
     yield 'report', KKTReport('satisfied', 1., 1., 1., 1., 0., 0., .1, 0., 0., notes=(EVIL,))._repr_markdown_()
     yield 'trace', kept._repr_markdown_()
     yield 'ledger', EnergyLedger(trace(net, x, blocks))._repr_markdown_()
     yield 'lipschitz', LipschitzProfile((EVIL,), torch.ones(1, 5), torch.ones(5), 1., 0.)._repr_markdown_()
     yield 'split', ActionSplit({EVIL: (1., 1., 1.)}, (), 'mean', ())._repr_markdown_()
-    yield 'bench', bench_table(dict(rows=[dict(name=EVIL, what=EVIL.replace('$x$', ''), ratio_median=1., ratio_low=1., ratio_high=1., ratio_min=1., ratio_max=1., ratio_of_best=1., goal=None, better='lower', met=None,
-                                               pairs=1, unit='seconds', top=1., bottom=1.)]))
+    yield 'bench', bench_table(
+        dict(rows=[
+            dict(name=EVIL, what=EVIL.replace(
+                '$x$', ''), ratio_median=1., ratio_low=1., ratio_high=1., ratio_min=1., ratio_max=1., ratio_of_best=1.,
+                 goal=None, better='lower', met=None, pairs=1, unit='seconds', top=1., bottom=1.)]))
 
 
 def test_names_do_not_act_in_any_table():
@@ -580,4 +629,5 @@ def test_names_do_not_act_in_any_table():
 
 def test_names_with_nul_are_refused_in_words(tmp_path):
     for save in (save_checkpoint, write_atomically):
-        with pytest.raises(ValueError, match='no name of a file'): save(tmp_path / 'a\0', {} if save is save_checkpoint else b'')
+        with pytest.raises(ValueError, match='no name of a file'):
+            save(tmp_path / 'a\0', {} if save is save_checkpoint else b'')

@@ -13,14 +13,17 @@ from conftest import ROOT, run
 from test_package import modules, no
 
 STUB = ast.parse((ROOT / 'lap_nb' / '__init__.pyi').read_text(encoding='utf-8'))
-OFFERED = {alias.asname or alias.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+OFFERED = {
+    alias.asname or alias.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom)
+    for alias in node.names}
 
 MOST_PUBLIC = 110   # names in the `__all__` of all modules
 
 
 def fresh(code):
     "What `code` prints in a Python that has imported nothing."
-    done = subprocess.run([sys.executable, '-c', f'import json, sys; before = set(sys.modules)\n{code}'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', f'import json, sys; before = set(sys.modules)\n{code}'], cwd=ROOT,
+                          capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout)
 
@@ -33,7 +36,10 @@ def test_the_door_opens_onto_nothing_heavy():
 
 
 def test_a_name_brings_its_module_and_those_below():
-    new = fresh('import lap_nb as lap; lap.kinetic_energy; print(json.dumps(sorted(m for m in sys.modules if m.startswith("lap_nb."))))')
+    new = fresh(
+        'import lap_nb as lap; lap.kinetic_energy; print(json.dumps(sorted(m for m in sys.modules if '
+        'm.startswith("lap_nb."))))'
+    )
     assert 'lap_nb.kinetic' in new and not {'lap_nb.training', 'lap_nb.transport', 'lap_nb.lab'} & set(new)
 
 
@@ -45,7 +51,10 @@ def test_each_name_is_that_of_its_module(name):
 
 def test_listed_alike_for_all():
     assert set(lap.__all__) == set(OFFERED) and set(OFFERED) <= set(dir(lap)) and 40 <= len(OFFERED) <= 60
-    star = fresh('names = {}; exec("from lap_nb import *", names); print(json.dumps(sorted(n for n in names if not n.startswith("_"))))')
+    star = fresh(
+        'names = {}; exec("from lap_nb import *", names); print(json.dumps(sorted(n for n in names if not '
+        'n.startswith("_"))))'
+    )
     assert star == sorted(OFFERED)
     with pytest.raises(AttributeError, match='nonsense'): lap.nonsense
 
@@ -55,7 +64,8 @@ def test_a_type_checker_finds_no_fault_with_the_lines_of_the_readme(tmp_path, mo
     lines = re.findall(r'``` python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.S)
     (tmp_path / 'readme.py').write_text('\n'.join(lines), encoding='utf-8')
     monkeypatch.setenv('MYPYPATH', str(ROOT))   # the sources, as in an editable install
-    found = run(sys.executable, '-m', 'mypy', '--config-file', ROOT / 'pyproject.toml', '--cache-dir', tmp_path / 'cache', 'readme.py', cwd=tmp_path)
+    found = run(sys.executable, '-m', 'mypy', '--config-file', ROOT / 'pyproject.toml', '--cache-dir',
+                tmp_path / 'cache', 'readme.py', cwd=tmp_path)
     assert 'readme.py' not in found.stdout.replace('checked 1 source file', ''), found.stdout
 
 
@@ -64,4 +74,5 @@ def test_public_names_are_few_and_differ_in_more_than_case():
     assert len(names) <= MOST_PUBLIC, f'{len(names)} public names, at most {MOST_PUBLIC}'
     seen = {}
     for name, module in names: seen.setdefault(name.lower(), []).append(f'{module}.{name}')
-    no([' and '.join(twins) for twins in seen.values() if len(twins) > 1], 'names that differ in case only, or stand twice')
+    no([' and '.join(twins) for twins in seen.values() if len(twins) > 1],
+       'names that differ in case only, or stand twice')

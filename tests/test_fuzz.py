@@ -1,8 +1,8 @@
-"""Every reader of files, given damaged ones: only the documented errors may come out, and no memory that a header asks for.
+"""Every reader of files, given damaged ones: only the documented errors may come out, and no memory that a header asks
+for.
 
 Damage is of two kinds: bytes changed anywhere, and contents changed under checksums that fit, which comes further.
-LAP_NB_FUZZ sets the number of damaged files for each reader.
-"""
+LAP_NB_FUZZ sets the number of damaged files for each reader."""
 import ast
 import dataclasses
 import gzip
@@ -37,9 +37,13 @@ COUNT = int(os.environ.get('LAP_NB_FUZZ', 400))
 MEMORY = 512 << 20   # bytes that reading a file of a few kB may ask for
 SECONDS = 5          # of the processor that it may take
 NUMBERS = [0, 1, 2, 127, 128, 255, 256, 32767, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
-VALUES = [None, True, False, 0, -1, 1e308, 10 ** 400, float('nan'), float('inf'), '', 'x', '\ud800', [], [[]], {}, {'a': 1}, [None] * 3]
-TOKENS = [b'null', b'[', b']', b'{', b'}', b'"', b',', b':', b'NaN', b'1e999', b'-1', b'\n', b'\0', b'\xff\xfe', b'[' * 3000,
-          b'{"a":' * 2000, b'9' * 5000, b'PK\x03\x04', b'(((']
+VALUES = [
+    None, True, False, 0, -1, 1e308, 10 ** 400,
+    float('nan'),
+    float('inf'), '', 'x', '\ud800', [], [[]], {}, {'a': 1}, [None] * 3]
+TOKENS = [
+    b'null', b'[', b']', b'{', b'}', b'"', b',', b':', b'NaN', b'1e999', b'-1', b'\n', b'\0', b'\xff\xfe', b'[' * 3000,
+    b'{"a":' * 2000, b'9' * 5000, b'PK\x03\x04', b'(((']
 
 
 def damage(rng, content, others):
@@ -83,7 +87,8 @@ def twist(rng, value):
 
 def repacked(rng, content, others):
     "A zip archive with one part damaged, or gone, under checksums that fit."
-    with zipfile.ZipFile(io.BytesIO(content)) as archive: parts = {i.filename: archive.read(i) for i in archive.infolist()}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = {i.filename: archive.read(i) for i in archive.infolist()}
     name = rng.choice(list(parts))
     if rng.random() < .05: del parts[name]
     else: parts[name] = damage(rng, parts[name], list(parts.values()))
@@ -105,7 +110,10 @@ def twisted_record(rng, content, others):
         case 1: lines.insert(rng.randrange(len(lines)), lines.pop(at))
         case 2: lines.append(lines[at])
         case _: lines[at] = twist(rng, lines[at])
-    sealed = [line | {'sha': design.checksum({k: v for k, v in line.items() if k != 'sha'})} if isinstance(line, dict) else line for line in lines]
+    sealed = [
+        line | {'sha': design.checksum({k: v
+                                        for k, v in line.items() if k != 'sha'})} if isinstance(line, dict) else line
+        for line in lines]
     return b''.join(json.dumps(line).encode() + b'\n' for line in sealed)
 
 
@@ -117,17 +125,21 @@ def recompressed(rng, content, others):
 # The readers: a whole file or several, how to damage it besides anywhere, what reads it, and what may come out
 
 def idx(*shape):
-    return struct.pack(f'>I{len(shape)}I', 0x800 + len(shape), *shape) + bytes(i & 255 for i in range(int(np.prod(shape))))
+    return struct.pack(f'>I{len(shape)}I', 0x800 + len(shape), *shape) + bytes(i & 255
+                                                                               for i in range(int(np.prod(shape))))
 
 
 def trajectory_file(folder):
     torch.manual_seed(0)
-    Trajectory([torch.randn(3, 4, 5), torch.randn(2, 4, 2).bfloat16()], [.5, 1.], ['a', 'b', 'c']).save(folder / 'whole')
+    Trajectory([torch.randn(3, 4, 5), torch.randn(2, 4, 2).bfloat16()], [.5, 1.],
+               ['a', 'b', 'c']).save(folder / 'whole')
     return (folder / 'whole').read_bytes()
 
 
 def checkpoint_file(folder):
-    state = {'weights': torch.arange(12.).view(3, 4), 'half': torch.ones(2, dtype=torch.bfloat16), 'step': 7, 'points': [{'loss': .5}], 'rng': [[torch.get_rng_state()[:9]]]}
+    state = {
+        'weights': torch.arange(12.).view(3, 4), 'half': torch.ones(2, dtype=torch.bfloat16), 'step': 7,
+        'points': [{'loss': .5}], 'rng': [[torch.get_rng_state()[:9]]]}
     save_checkpoint(folder / 'whole', state)
     return (folder / 'whole').read_bytes()
 
@@ -137,11 +149,14 @@ TINY = design.Study('tiny', 'Does it work?', (design.Grid(('circles',), (20,), (
 
 def record_file(folder):
     cell = next(iter(TINY.cells()))[0]
-    note = {'id': 'r1', 'config': cell.config, 'device': 'cpu', 'device_name': 'a processor', 'threads': 1, 'device_seconds': 2.5, 'lap_nb': '0',
-            'settings': {'method': {'name': 'default'}, 'net': {'K': 3}}}
+    note = {
+        'id': 'r1', 'config': cell.config, 'device': 'cpu', 'device_name': 'a processor', 'threads': 1,
+        'device_seconds': 2.5, 'lap_nb': '0', 'settings': {'method': {'name': 'default'}, 'net': {'K': 3}}}
     head = {'study': 'tiny', 'scale': 'cpu', 'data': 'digits', 'n': 50, 'net': 'dense', 'method': 'default'}
     lines = [{'kind': 'run', 'format': store.FORMAT, 'study': 'tiny', 'scale': 'cpu', **note}]
-    lines += [head | {'run': 'r1', 'config': cell.config, 'seed': s, 'test_accuracy_last': .5, 'curve': [[1, .5]]} for s in range(3)]
+    lines += [
+        head | {'run': 'r1', 'config': cell.config, 'seed': s, 'test_accuracy_last': .5, 'curve': [[1, .5]]}
+        for s in range(3)]
     return ''.join(store._line(line) for line in lines).encode()
 
 
@@ -162,7 +177,8 @@ def cifar_files(folder):
     with zipfile.ZipFile(out, 'w') as archive:
         for name, columns in (('train.webp', 3), ('test.webp', 2)):
             file = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32 * columns, 3), dtype=np.uint8)).save(file, 'WEBP', lossless=True)
+            Image.fromarray(rng.integers(0, 255, (32, 32 * columns, 3),
+                                         dtype=np.uint8)).save(file, 'WEBP', lossless=True)
             archive.writestr(name, file.getvalue())
         file = io.BytesIO()
         np.savez(file, train_labels=np.array([0, 1, 2]), test_labels=np.array([3, 4]))
@@ -171,7 +187,8 @@ def cifar_files(folder):
 
 
 def read_cifar(path):
-    "Read the part of CIFAR-10 with checksums that fit whatever is there, so that damage comes further than the checksums."
+    """Read the part of CIFAR-10 with checksums that fit whatever is there, so that damage comes further than the
+    checksums."""
     folder = path.parent / 'cifar10-lossless-subset'
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(path) as archive:
@@ -182,7 +199,8 @@ def read_cifar(path):
 
 
 def damaged_cifar(rng, content, others):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive: parts = {i.filename: archive.read(i) for i in archive.infolist()}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = {i.filename: archive.read(i) for i in archive.infolist()}
     name, out = rng.choice(list(parts)), io.BytesIO()
     how = repacked if name == 'index.npz' and rng.random() < .5 else damage
     parts[name] = how(rng, parts[name], list(parts.values()))
@@ -193,13 +211,16 @@ def damaged_cifar(rng, content, others):
 
 def modes_file(folder):
     "A record of measured modes with two rows."
-    row = {'net': 'dense', 'members': 2, 'mode': 'batched', 'device': 'cpu', 'device_name': 'a processor', 'threads': 1, 'wall': [.1, .2], 'processor': [.1, .3]}
+    row = {
+        'net': 'dense', 'members': 2, 'mode': 'batched', 'device': 'cpu', 'device_name': 'a processor', 'threads': 1,
+        'wall': [.1, .2], 'processor': [.1, .3]}
     return json.dumps({'format': 1, 'rows': [row, row | {'members': 5}]}).encode()
 
 
 def read_measured(path):
     "A record of modes, and what a figure makes of it."
-    return {(r['net'], r['members'], r['mode']): torch.tensor(r['processor'], dtype=torch.float64).median().item() for r in read_modes(path)['rows']}
+    return {(r['net'], r['members'], r['mode']): torch.tensor(r['processor'], dtype=torch.float64).median().item()
+            for r in read_modes(path)['rows']}
 
 
 @dataclasses.dataclass
@@ -212,17 +233,24 @@ class Reader:
 
 
 READERS = {
-    'parse_idx': Reader(lambda _: [idx(3, 2, 2), idx(5)], lambda p: (parse_idx(p.read_bytes(), 3), parse_idx(p.read_bytes(), 1)), [damage]),
-    'read_idx': Reader(lambda _: [gzip.compress(idx(3, 2, 2), mtime=0), gzip.compress(bytes(9), mtime=0)], lambda p: read_idx(p, file_md5(p), 3), [damage, recompressed]),
-    'read_npz': Reader(lambda f: [trajectory_file(f)], read_npz, [damage, repacked]),
-    'trajectory': Reader(lambda f: [trajectory_file(f)], Trajectory.load, [damage, repacked]),
-    'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint, [damage, repacked], CheckpointError),
-    'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record], name='tiny.jsonl'),
-    'ensemble': Reader(lambda _: [json.dumps({'format': 1, 'members': [{'seed': 0}], 'settings': {'epochs': 1}, 'ways': [['batched', 'grouped']], 'rows': [[0]]}).encode()],
-                       _read_note, [damage, twisted_json]),
-    'modes': Reader(lambda f: [modes_file(f)], read_measured, [damage, twisted_json]),
-    'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]),
-}
+    'parse_idx': Reader(lambda _: [idx(3, 2, 2), idx(5)], lambda p:
+                        (parse_idx(p.read_bytes(), 3), parse_idx(p.read_bytes(), 1)), [damage]),
+    'read_idx': Reader(lambda _: [gzip.compress(idx(3, 2, 2), mtime=0),
+                                  gzip.compress(bytes(9), mtime=0)], lambda p: read_idx(p, file_md5(p), 3),
+                       [damage, recompressed]), 'read_npz': Reader(lambda f: [trajectory_file(f)], read_npz,
+                                                                   [damage, repacked]),
+    'trajectory': Reader(lambda f: [trajectory_file(f)], Trajectory.load,
+                         [damage, repacked]), 'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint,
+                                                                   [damage, repacked], CheckpointError),
+    'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record],
+                     name='tiny.jsonl'), 'ensemble': Reader(
+                         lambda _: [
+                             json.dumps({
+                                 'format': 1, 'members': [{'seed': 0}], 'settings': {'epochs': 1}, 'ways': [[
+                                     'batched', 'grouped']], 'rows': [[0]]}).encode()], _read_note,
+                         [damage, twisted_json]), 'modes': Reader(lambda f: [modes_file(f)], read_measured,
+                                                                  [damage, twisted_json]),
+    'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]), }
 
 
 @contextmanager
@@ -260,21 +288,30 @@ def test_damaged_files_raise_only_what_is_documented(name, tmp_path, monkeypatch
                 asked = [e for e in chain(error) if isinstance(e, MemoryError) or 'allocate' in str(e)]
                 if isinstance(error, reader.errors) and not asked: continue
                 (keep := tmp_path / 'culprit').write_bytes(content)
-                pytest.fail(f'file {i} raises {type(error).__name__}: {str(error)[:300]}; memory asked for: {asked[:1]}; the file is {keep}')
+                pytest.fail(
+                    f'file {i} raises {type(error).__name__}: {str(error)[:300]}; memory asked for: {asked[:1]}; the '
+                    f'file is {keep}'
+                )
             finally: slowest = max(slowest, time.process_time() - start)
     assert slowest < SECONDS, f'{slowest:.1f} s for one file'
     assert refused > COUNT / 4, f'only {refused} of {COUNT} damaged files were refused'
     print(f'{name}: {COUNT} files, {refused} refused, the slowest took {1000 * slowest:.0f} ms')
 
 
-OPENS = re.compile(r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\(')
-# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker process
-# sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`), whether the
-# Trainer's own file is whole (`_lacks`), the system's own files (`free_memory`, `_processor`). All others are called by the readers above.
-OPENING = {'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics._read', 'ensembles._noted',
-           'files.read_json', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes', 'lab.store._parsed',
-           'lab.store.read_lines', 'files._check_archive',
-           'training._processor', 'files.load_checkpoint', 'checks.free_memory'}
+OPENS = re.compile(
+    r'json\.loads?\(|np\.load\(|torch\.load\(|zipfile\.ZipFile\(|gzip\.open\(|Image\.open\(|\bread_bytes\(|\bread_text\('
+)
+# The functions that read a file or decode one. Not of a user's files: pictures just drawn (`_png`), what a worker
+# process
+# sends (`_unpacked`), settings through JSON and back (`_noted`), a file compared with what it should hold (`_kept`),
+# whether the
+# Trainer's own file is whole (`_lacks`), the system's own files (`free_memory`, `_processor`). All others are called by
+# the readers above.
+OPENING = {
+    'data.cifar10_part', 'data.read_idx', 'data.read_npz', 'dynamics._png', 'dynamics._read', 'ensembles._noted',
+    'files.read_json', 'ensembles._unpacked', 'ensembles._kept', 'adapters._lacks', 'lab.modes.read_modes',
+    'lab.store._parsed', 'lab.store.read_lines', 'files._check_archive', 'training._processor', 'files.load_checkpoint',
+    'checks.free_memory'}
 
 
 def test_no_reader_is_left_out():
@@ -282,12 +319,17 @@ def test_no_reader_is_left_out():
     found = set()
     for module in modules():
         text = module_text(module)
-        opening = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and OPENS.search(ast.get_source_segment(text, n))]
-        found |= {f'{module}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}   # the innermost one
+        opening = [
+            n for n in ast.walk(ast.parse(text))
+            if isinstance(n, ast.FunctionDef) and OPENS.search(ast.get_source_segment(text, n))]
+        # the innermost one
+        found |= {f'{module}.{n.name}' for n in opening if not any(m in opening for m in ast.walk(n) if m is not n)}
     assert found == OPENING
 
 
 def test_checkpoints_that_are_not_archives_are_refused_unread(tmp_path):
     "PyTorch's older formats allocate what they announce before they read it."
-    torch.save({'kind': files.CHECKPOINT, 'format': 1, 'state': {}, 'sha256': ''}, tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match='damaged, or not a checkpoint .BadZipFile'): load_checkpoint(tmp_path / 'old.pt')
+    torch.save({'kind': files.CHECKPOINT, 'format': 1, 'state': {}, 'sha256': ''}, tmp_path / 'old.pt',
+               _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match='damaged, or not a checkpoint .BadZipFile'):
+        load_checkpoint(tmp_path / 'old.pt')

@@ -31,8 +31,11 @@ def foreign(inplace=False):
 
 
 FORMS = {
-    'a name': (lambda net: '2', ['2']), 'names': (lambda net: ['3', '1'], ['1', '3']), 'a pattern': (lambda net: '[12]', ['1', '2']), 'patterns': (lambda net: ('1', '[23]'), ['1', '2', '3']),
-    'a generator': (lambda net: (str(k) for k in (1, 2)), ['1', '2']), 'a mapping': (lambda net: {'1': net[1], '3': net[3]}, ['1', '3']),
+    'a name': (lambda net: '2', ['2']), 'names': (lambda net: ['3', '1'], ['1', '3']),
+    'a pattern': (lambda net: '[12]', ['1', '2']), 'patterns': (lambda net: ('1', '[23]'), ['1', '2', '3']),
+    'a generator': (lambda net:
+                    (str(k) for k in (1, 2)), ['1',
+                                               '2']), 'a mapping': (lambda net: {'1': net[1], '3': net[3]}, ['1', '3']),
     'what was found': (lambda net: find_blocks(net, X), ['1', '2', '3'])}
 
 
@@ -59,8 +62,8 @@ DOORS = {
     'trace_energies': lambda net, blocks, split: list(lap.trace_energies(net, X, blocks).names),
     'EnergyMeter': lambda net, blocks, split: watched(lap.EnergyMeter)(net, blocks),
     'LeastAction': lambda net, blocks, split: watched(lambda n, b: lap.LeastAction(n, blocks=b))(net, blocks),
-    'LeastAction with an example': lambda net, blocks, split: watched(lambda n, b: lap.LeastAction(n, blocks=b, x=X))(net, blocks),
-    'Penalty': lambda net, blocks, split: watched(lambda n, b: Penalty(n, 1., blocks=b))(net, blocks),
+    'LeastAction with an example': lambda net, blocks, split: watched(lambda n, b: lap.LeastAction(n, blocks=b, x=X))
+    (net, blocks), 'Penalty': lambda net, blocks, split: watched(lambda n, b: Penalty(n, 1., blocks=b))(net, blocks),
     'RandomDepth': lambda net, blocks, split: watched(lambda n, b: lap.RandomDepth(n, blocks=b))(net, blocks),
     'Elastic': lambda net, blocks, split: lap.Elastic(net, X, blocks).names,
     'Elastic without an example': lambda net, blocks, split: lap.Elastic(net, blocks=blocks).names,
@@ -74,7 +77,8 @@ def _number(net, blocks):
 COUNTING = {
     'depth_curve': lambda net, blocks, split: sum(lap.depth_curve(net, split, 'val', ['skip'], blocks=blocks).sizes),
     'measure_depth': lambda net, blocks, split: measure_depth(net, split, 'val', ['skip'], blocks=blocks)['blocks'],
-    'shorten': lambda net, blocks, split: lap.shorten(net, split, n_blocks=_number(net, blocks), way='skip', blocks=blocks, verbose=False).shortened['blocks'][0],
+    'shorten': lambda net, blocks, split: lap.shorten(net, split, n_blocks=_number(net, blocks), way='skip',
+                                                      blocks=blocks, verbose=False).shortened['blocks'][0],
     'measure_regularity': lambda net, blocks, split: len(measure_regularity(net, X, blocks)['lipschitz block 1'])}
 
 
@@ -96,14 +100,19 @@ def test_doors_that_tell_a_number_take_every_form(door, form, split):
 
 @pytest.mark.filterwarnings('ignore:the path gap')
 def test_names_that_can_be_read_once_are_enough_to_shorten(split):
-    assert lap.shorten(foreign(), split, n_blocks=1, way='skip', blocks=iter(['1', '2']), verbose=False).shortened['blocks'] == [2, 1]
+    assert lap.shorten(foreign(), split, n_blocks=1, way='skip', blocks=iter(['1', '2']),
+                       verbose=False).shortened['blocks'] == [2, 1]
 
 
 WRONG = {
-    'a misspelt name': (lambda net: '11', ValueError, 'the nearest names are'), 'a pattern of nothing': (lambda net: ['1', 'layer*'], ValueError, "'layer\\*' matches no module"),
-    'none': (lambda net: [], ValueError, 'blocks is empty'), 'an empty mapping': (lambda net: {}, ValueError, 'blocks is empty'),
-    'a number': (lambda net: 3, TypeError, 'blocks is '), 'modules': (lambda net: [net[1]], TypeError, 'expected'), 'a module': (lambda net: net[1], TypeError, 'blocks is '),
-    'numbers by name': (lambda net: {'1': 1}, TypeError, "block '1' is 1, expected|is a dict of 1, expected"), 'of another network': (lambda net: {'1': Theirs()}, ValueError, "block '1' is not in this Sequential")}
+    'a misspelt name': (lambda net: '11', ValueError, 'the nearest names are'),
+    'a pattern of nothing': (lambda net: ['1', 'layer*'], ValueError,
+                             "'layer\\*' matches no module"), 'none': (lambda net: [], ValueError, 'blocks is empty'),
+    'an empty mapping': (lambda net: {}, ValueError, 'blocks is empty'), 'a number': (lambda net: 3, TypeError,
+                                                                                      'blocks is '),
+    'modules': (lambda net: [net[1]], TypeError, 'expected'), 'a module': (lambda net: net[1], TypeError, 'blocks is '),
+    'numbers by name': (lambda net: {'1': 1}, TypeError, "block '1' is 1, expected|is a dict of 1, expected"),
+    'of another network': (lambda net: {'1': Theirs()}, ValueError, "block '1' is not in this Sequential")}
 
 
 @pytest.mark.parametrize('wrong', WRONG)
@@ -116,9 +125,11 @@ def test_every_door_says_alike_what_is_wrong(door, wrong, split):
 
 def test_what_is_named_in_full_is_never_left_out_silently():
     net = foreign()
-    with pytest.raises(ValueError, match="'1.f' is named among the blocks and cannot be one: inside 1"): chosen_blocks(net, ['1', '1.f'])
+    with pytest.raises(ValueError, match="'1.f' is named among the blocks and cannot be one: inside 1"):
+        chosen_blocks(net, ['1', '1.f'])
     wide = nn.Sequential(Theirs(), nn.Linear(2, 3)).eval()
-    with pytest.raises(ValueError, match="'1' is named among the blocks and cannot be one: shape changes"): chosen_blocks(wide, ['0', '1'], X)
+    with pytest.raises(ValueError, match="'1' is named among the blocks and cannot be one: shape changes"):
+        chosen_blocks(wide, ['0', '1'], X)
     assert list(chosen_blocks(wide, '?', X)) == ['0'], 'a pattern may match what is no block'
 
 
@@ -154,7 +165,9 @@ class Log(BlockHooks):
 
 class Checkpointed(nn.Module):
     "Blocks that run in a gradient checkpoint."
-    def __init__(self, again=True, reentrant=False): super().__init__(); self.parts, self.again, self.reentrant = foreign(), again, reentrant
+    def __init__(self, again=True, reentrant=False):
+        super().__init__()
+        self.parts, self.again, self.reentrant = foreign(), again, reentrant
 
     def forward(self, x):
         for part in self.parts: x = checkpoint(part, x, use_reentrant=self.reentrant) if self.again else part(x)
@@ -217,7 +230,8 @@ def test_a_checkpointed_block_is_told_of_once_and_its_step_may_enter_a_loss(reen
         net = Checkpointed(again, reentrant)
         log, x = Log(net, 'parts.[123]'), X.clone().requires_grad_()
         out = net(x)
-        loss = out.sum() if reentrant else out.sum() + sum(log.squares)   # of the older kind of checkpoint a hook sees no graph
+        # of the older kind of checkpoint a hook sees no graph
+        loss = out.sum() if reentrant else out.sum() + sum(log.squares)
         loss.backward()
         assert log.calls == ['begin', 'parts.1', 'parts.2', 'parts.3', ('end', (64, 2))]
         grads.append([p.grad for p in net.parameters()] + [x.grad])
@@ -240,7 +254,8 @@ def test_blocks_that_write_to_their_input_need_an_example():
     net = foreign(inplace=True)
     with Log(net, ['1', '2']), pytest.raises(RuntimeError, match='writes to its input: pass blocks=find_blocks'): net(X)
     with Log(net, ['1', '2'], X) as log: net(X)
-    torch.testing.assert_close(torch.stack(log.squares), lap.trace_energies(foreign(), X, ['1', '2']).energies('sum').sum(1))
+    torch.testing.assert_close(torch.stack(log.squares),
+                               lap.trace_energies(foreign(), X, ['1', '2']).energies('sum').sum(1))
 
 
 def test_compiled_networks_are_watched():

@@ -15,7 +15,9 @@ import pytest
 from conftest import ROOT, check, copy_checkout, run
 
 MODULES = sorted(p.relative_to(ROOT / 'lap_nb').as_posix() for p in (ROOT / 'lap_nb').rglob('*.py'))
-NAMES = ['lap_nb.' + name.removesuffix('.py').replace('/', '.') for name in MODULES if not name.split('/')[-1].startswith('_')]
+NAMES = [
+    'lap_nb.' + name.removesuffix('.py').replace('/', '.') for name in MODULES
+    if not name.split('/')[-1].startswith('_')]
 DEV_PACKAGES = 'nbdev pytest jupyterlab jupytext playwright'.split()
 OPTIONS = '--data --n --seeds --epochs --device --out --resume --force --lambda0 --tau --every'.split()
 METHODS = {'plain', 'plain-tuned', 'least-action'}
@@ -79,7 +81,8 @@ def test_wheel_contents(dists):
 
 def test_sdist_contents(dists):
     with tarfile.open(dists[1]) as archive: names = {name.partition('/')[2] for name in archive.getnames()}
-    assert {f'lap_nb/{name}' for name in MODULES} | {'LICENSE', 'README.md', 'settings.ini', 'setup.py', 'stubs.py'} <= names
+    assert {f'lap_nb/{name}'
+            for name in MODULES} | {'LICENSE', 'README.md', 'settings.ini', 'setup.py', 'stubs.py'} <= names
     assert not [name for name in names if name.startswith('tests')], 'tests need the checkout: notebooks, records, git'
 
 
@@ -89,8 +92,12 @@ def test_the_description_holds_outside_the_repository(dists):
     home = re.search(r'^Home-page: (\S+)$', text, re.M)[1]
     targets = re.findall(r'\]\(([^)\s]*)', text)
     assert not [target for target in targets if not target.startswith(('https://', 'http://', '#'))]
-    files = [re.fullmatch(rf'{re.escape(home)}/(blob|raw)/main/(.*)', target) for target in targets if target.startswith(home + '/')]
-    assert len(files) > 20 and not [found[0] for found in files if not (ROOT / found[2].partition('#')[0]).exists() or (found[1] == 'raw') != found[2].endswith(('.png', '.svg'))]
+    files = [
+        re.fullmatch(rf'{re.escape(home)}/(blob|raw)/main/(.*)', target) for target in targets
+        if target.startswith(home + '/')]
+    assert len(files) > 20 and not [
+        found[0] for found in files if not (ROOT / found[2].partition('#')[0]).exists() or
+        (found[1] == 'raw') != found[2].endswith(('.png', '.svg'))]
 
 
 def test_sdist_builds_the_same_wheel(dists):
@@ -112,22 +119,29 @@ def test_every_module_imports_without_warnings(installed, tmp_path):
 
 
 def test_commands_work_with_the_next_fastcore(installed, tmp_path):
-    "The environment has fastcore 1, which development needs; beside it stands fastcore 2, which declares options in another way."
-    check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check', '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2,<3', cwd=tmp_path)
-    code = ('import importlib, sys; sys.path.insert(0, sys.argv[1]); import fastcore; from fastcore.script import anno_parser\n'
-            'for name in sys.argv[2:]: importlib.import_module(name)\n'
-            'from lap_nb.lab.cli import lap_bench, lap_compare, lap_study\n'
-            'read = lambda command, *words: anno_parser(command.__wrapped__).parse_args(words)\n'
-            'print(fastcore.__version__.split(".")[0], read(lap_bench).names, *read(lap_bench, "a", "b", "--force").names,\n'
-            '      repr(read(lap_study).name), read(lap_study, "c", "--seeds", "3").name, read(lap_compare, "--n", "7").n)')
-    assert check(installed / 'python', '-c', code, tmp_path / 'next', *NAMES, cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
+    """The environment has fastcore 1, which development needs; beside it stands fastcore 2, which declares options in
+    another way."""
+    check(installed / 'python', '-m', 'pip', 'install', '-qq', '--no-compile', '--disable-pip-version-check',
+          '--no-deps', '--target', tmp_path / 'next', 'fastcore>=2,<3', cwd=tmp_path)
+    code = (
+        'import importlib, sys; sys.path.insert(0, sys.argv[1]); import fastcore; from fastcore.script import '
+        'anno_parser\n'
+        'for name in sys.argv[2:]: importlib.import_module(name)\n'
+        'from lap_nb.lab.cli import lap_bench, lap_compare, lap_study\n'
+        'read = lambda command, *words: anno_parser(command.__wrapped__).parse_args(words)\n'
+        'print(fastcore.__version__.split(".")[0], read(lap_bench).names, *read(lap_bench, "a", "b", '
+        '"--force").names,\n'
+        '      repr(read(lap_study).name), read(lap_study, "c", "--seeds", "3").name, read(lap_compare, "--n", "7").n)')
+    assert check(installed / 'python', '-c', code, tmp_path / 'next', *NAMES,
+                 cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
 
 
 def test_compare_writes_the_record(compared):
     lines = [json.loads(line) for line in (compared[0] / 'lap_compare.jsonl').read_text(encoding='utf-8').splitlines()]
     assert {line['study'] for line in lines} == {'lap_compare'}
     rows = [line for line in lines if 'seed' in line and line['data'] == 'digits']
-    assert {'plain', 'least-action'} < {row['method'] for row in rows} and {row['seed'] for row in rows} == {0, 1} and len(rows) == 14
+    assert {'plain', 'least-action'} < {row['method']
+                                        for row in rows} and {row['seed'] for row in rows} == {0, 1} and len(rows) == 14
     for row in rows:
         assert {'n', 'lambda'} <= row.keys()
         assert all(math.isfinite(row[measure]) for measure in MEASURES), row

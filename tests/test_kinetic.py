@@ -1,4 +1,5 @@
-"Energies: the meter in training passes of every kind, the ledger's arithmetic, and the properties the definitions promise."
+"""Energies: the meter in training passes of every kind, the ledger's arithmetic, and the properties the definitions
+promise."""
 import copy
 import gc
 import weakref
@@ -42,7 +43,8 @@ class PostBlock(nn.Module):
     "As torchvision writes it: the sum in place on the branch, an activation in place after it."
     def __init__(self, width=4):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.conv, self.bn, self.relu = nn.Conv2d(width, width, 3, padding=1,
+                                                  bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
 
     def forward(self, x):
         out = self.bn(self.conv(x))
@@ -86,7 +88,8 @@ def test_energies_and_gradients_are_those_of_the_trajectory(h, reduction, veloci
         got = meter.take()
     assert_close(got, want)
     factors = torch.rand(3)
-    for a, b in zip(torch.autograd.grad(got @ factors, weights), torch.autograd.grad(want @ factors, weights)): assert_close(a, b)
+    for a, b in zip(torch.autograd.grad(got @ factors, weights), torch.autograd.grad(want @ factors, weights)):
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -98,17 +101,22 @@ def test_activation_after_the_sum(copy):
         got = meter.take()
     want = trace_energies(net.train(), x, blocks).energies().mean(1)
     assert_close(got, want)
-    for a, b in zip(*(torch.autograd.grad(e.sum(), list(net.parameters())[:-2], allow_unused=True) for e in (got, want))): assert_close(a, b)
+    for a, b in zip(*(torch.autograd.grad(e.sum(),
+                                          list(net.parameters())[:-2], allow_unused=True) for e in (got, want))):
+        assert_close(a, b)
 
 
 def test_branch_of_foreign_blocks_is_named():
     net, x, seen = Stack(), images(), []
     blocks = find_blocks(net, x)
     net.train()
-    with pytest.raises(ValueError, match="'layers.0' is a PostBlock, whose branch is not known"): EnergyMeter(net, blocks, velocity="branch")
+    with pytest.raises(ValueError, match="'layers.0' is a PostBlock, whose branch is not known"):
+        EnergyMeter(net, blocks, velocity="branch")
     with pytest.raises(ValueError, match="expected the blocks"): EnergyMeter(net, blocks, velocity={"layers.0": "bn"})
     with pytest.raises(ValueError, match="velocity is 'speed'"): EnergyMeter(net, blocks, velocity="speed")
-    hooks = [layer.bn.register_forward_hook(lambda m, args, out: seen.append(out.detach().square().mean())) for layer in net.layers]
+    hooks = [
+        layer.bn.register_forward_hook(lambda m, args, out: seen.append(out.detach().square().mean()))
+        for layer in net.layers]
     with EnergyMeter(net, blocks, velocity={"layers.0": "bn", "layers.1": net.layers[1].bn}) as meter:
         net(x).sum().backward()   # the block adds to its branch in place
         assert_close(meter.take(), torch.stack(seen))
@@ -136,7 +144,8 @@ def test_blocks_by_pattern():
         assert list(meter.blocks) == ["flow.blocks.0", "flow.blocks.2"]
         net(x)
         assert_close(meter.take(), by_hand(net, x)[[0, 2]])
-    with pytest.raises(ValueError, match="matches no module; the nearest names are flow.blocks"): EnergyMeter(net, ["flow.block.0"])
+    with pytest.raises(ValueError, match="matches no module; the nearest names are flow.blocks"):
+        EnergyMeter(net, ["flow.block.0"])
     with pytest.raises(ValueError, match="'flow.blocks.0' is not in this"): EnergyMeter(net, find_blocks(small()[0]))
     for nothing in ({}, []):
         with pytest.raises(ValueError, match="blocks is empty"): EnergyMeter(net, nothing)
@@ -220,7 +229,9 @@ class LayerDrop(nn.Module):
     "Blocks that are left out with probability `p` in training; `never`: one that is in no pass."
     def __init__(self, p, K=4, never=False):
         super().__init__()
-        self.stem, self.blocks, self.p = nn.Linear(3, 3), nn.ModuleList(ResidualBlock(nn.Linear(3, 3)) for _ in range(K)), p
+        self.stem, self.blocks, self.p = nn.Linear(3,
+                                                   3), nn.ModuleList(ResidualBlock(nn.Linear(3, 3))
+                                                                     for _ in range(K)), p
         self.spare = ResidualBlock(nn.Linear(3, 3)) if never else None
 
     def forward(self, x):
@@ -262,7 +273,9 @@ def test_a_block_that_never_runs_is_the_error():
     with EnergyMeter(net) as meter:
         for _ in range(20): net(x); assert meter.take()[-1] == 0
         net(x)
-        with pytest.raises(RuntimeError, match="energies of 4 blocks, expected 5.*'spare' was not called in 21 passes: leave it out"): meter.take()
+        with pytest.raises(RuntimeError,
+                           match="energies of 4 blocks, expected 5.*'spare' was not called in 21 passes: leave it out"):
+            meter.take()
     with EnergyMeter(net, {"spare": net.spare}) as meter:
         net(x)
         with pytest.raises(RuntimeError, match="energies of 0 blocks, expected 1.*'spare' was not called"): meter.take()
@@ -468,10 +481,12 @@ def test_bad_input():
         with pytest.raises(ValueError, match="the batch is empty: block 'flow.blocks.0'"): net(x[:0])
     stack = Stack()
     with EnergyMeter(stack, {"stem": stack.stem}):
-        with pytest.raises(ValueError, match=r"'stem' gives \(4, 4, 6, 6\) for an input of \(4, 3, 6, 6\)"): stack(images())
+        with pytest.raises(ValueError, match=r"'stem' gives \(4, 4, 6, 6\) for an input of \(4, 3, 6, 6\)"):
+            stack(images())
     embedding = nn.Embedding(5, 3)
     with EnergyMeter(embedding, {"all": embedding}):
-        with pytest.raises(ValueError, match="no floating-point tensor goes into block 'all'"): embedding(torch.tensor([1, 2]))
+        with pytest.raises(ValueError, match="no floating-point tensor goes into block 'all'"):
+            embedding(torch.tensor([1, 2]))
 
 
 # What the definitions promise, for any motion
@@ -511,7 +526,8 @@ def test_energy_scales_with_the_square(traj, reduction, c):
 @given(motions(), reductions)
 def test_split_blocks_keep_the_energy(traj, reduction):
     assert_close(kinetic_energy(halved(traj), reduction), kinetic_energy(traj, reduction))
-    assert_close(block_energies(halved(traj), reduction).unflatten(0, (traj.K, 2)).sum(1), block_energies(traj, reduction))
+    assert_close(
+        block_energies(halved(traj), reduction).unflatten(0, (traj.K, 2)).sum(1), block_energies(traj, reduction))
 
 
 @many
@@ -520,7 +536,8 @@ def test_rotations_and_shifts_keep_the_energy(traj, seed):
     generator = torch.Generator().manual_seed(seed)
     def moved(x):
         d = x.shape[-1]
-        return x @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=x.dtype)).Q + torch.randn(d, generator=generator, dtype=x.dtype)
+        return x @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=x.dtype)).Q + torch.randn(
+            d, generator=generator, dtype=x.dtype)
     assert_close(block_energies(changed(traj, moved), "sum"), block_energies(traj, "sum"))
 
 
@@ -535,8 +552,10 @@ def test_mean_is_sum_over_features(traj):
 @given(motions(stages=1))
 def test_displacement_bounds_the_energy(traj):
     bound = traj.K * traj.h * kinetic_energy(traj, "sum")
-    assert (traj.displacement() ** 2 <= traj.path_length() ** 2 * (1 + 1e-9)).all() and (traj.path_length() ** 2 <= bound * (1 + 1e-9)).all()
-    line = traj.x[:1] + torch.linspace(0, 1, traj.K + 1, dtype=torch.float64).reshape(-1, 1, 1) * (traj.x[-1:] - traj.x[:1])
+    assert (traj.displacement() ** 2 <= traj.path_length() ** 2 *
+            (1 + 1e-9)).all() and (traj.path_length() ** 2 <= bound * (1 + 1e-9)).all()
+    line = traj.x[:1] + torch.linspace(0, 1, traj.K + 1, dtype=torch.float64).reshape(-1, 1,
+                                                                                      1) * (traj.x[-1:] - traj.x[:1])
     assert_close(traj.K * traj.h * kinetic_energy(Trajectory(line, traj.h), "sum"), traj.displacement() ** 2)
 
 
@@ -545,7 +564,8 @@ def test_displacement_bounds_the_energy(traj):
 def test_every_view_of_the_ledger_adds_up(traj, reduction, data):
     y = torch.tensor(data.draw(st.lists(st.sampled_from([-1, 3, 7]), min_size=traj.B, max_size=traj.B)))
     ledger = EnergyLedger(traj, y, reduction)
-    for view in (ledger.cells, ledger.blocks, ledger.classes, ledger.samples): assert view.sum().item() == pytest.approx(ledger.total, rel=1e-12)
+    for view in (ledger.cells, ledger.blocks, ledger.classes, ledger.samples):
+        assert view.sum().item() == pytest.approx(ledger.total, rel=1e-12)
     assert ledger.total == pytest.approx(kinetic_energy(traj, reduction).sum().item(), rel=1e-9)
     for c, label in enumerate(ledger.labels):
         assert_close(ledger.cells[:, c], block_energies(traj.samples(y == label), reduction).sum(1))
@@ -593,7 +613,8 @@ def test_with_the_loss_the_pass_it_is_made_of_is_known(held):
         out = net(x)
         assert_close(meter.take(out.sum()), by_hand(net, x))
         one, two = net(9 * x), net(x)
-        with pytest.raises(RuntimeError, match="in more than one pass.*the passes so far are forgotten.*call forget"): meter.take((one * two).sum())
+        with pytest.raises(RuntimeError, match="in more than one pass.*the passes so far are forgotten.*call forget"):
+            meter.take((one * two).sum())
         one, two = net(9 * x), net(x)
         with pytest.raises(RuntimeError, match="in more than one pass"): meter.take(one.sum())
         net(9 * x); meter.forget(); net(x)
@@ -631,11 +652,15 @@ def test_a_compiled_pass_that_is_given_up(fresh_compiler, backend):
 class Two(nn.Module):
     def __init__(self, way=None, off=False):
         super().__init__()
-        self.a, self.b, self.head, self.way, self.off = ResidualBlock(nn.Linear(3, 3)), ResidualBlock(nn.Linear(3, 3)), nn.Linear(3, 2), way, off
+        self.a, self.b, self.head, self.way, self.off = ResidualBlock(nn.Linear(3, 3)), ResidualBlock(nn.Linear(
+            3, 3)), nn.Linear(3, 2), way, off
 
     def forward(self, x):
         with torch.set_grad_enabled(not self.off): x = self.a(x)
-        return self.head(self.b(x) if self.way is None else checkpoint(self.b, x.requires_grad_() if self.off else x, use_reentrant=self.way))
+        return self.head(
+            self.b(x) if self.way is
+            None else checkpoint(self.b,
+                                 x.requires_grad_() if self.off else x, use_reentrant=self.way))
 
 
 @pytest.mark.parametrize("way", [None, False])
@@ -662,7 +687,8 @@ def test_a_reentrant_checkpoint_beside_other_blocks_is_named(off):
     net, x = Two(True, off), torch.randn(BATCH, 3)
     with EnergyMeter(net) as meter:
         net(x)
-        with pytest.raises(RuntimeError, match="'b' is in a gradient checkpoint, which needs use_reentrant=False"): meter.take()
+        with pytest.raises(RuntimeError, match="'b' is in a gradient checkpoint, which needs use_reentrant=False"):
+            meter.take()
 
 
 # Which axis counts the samples
@@ -686,7 +712,9 @@ def test_layers_that_say_so_are_summed_over_the_features_of_a_sample(T, B, first
 
 class Late(nn.Module):
     "Time first; nothing in it says so."
-    def __init__(self, out="mean"): super().__init__(); self.block, self.head, self.out = ResidualBlock(nn.Linear(6, 6)), nn.Linear(6, 2), out
+    def __init__(self, out="mean"):
+        super().__init__()
+        self.block, self.head, self.out = ResidualBlock(nn.Linear(6, 6)), nn.Linear(6, 2), out
     def forward(self, x): return self.head(self.block(x).mean(0) if self.out == "mean" else self.block(x)[-1])
 
 
@@ -694,7 +722,9 @@ class Late(nn.Module):
 def test_time_first_is_noticed_by_what_comes_out_of_the_model(out):
     net, x = Late(out), torch.randn(5, 4, 6)
     square = (net.block(x) - x).square().sum().item()
-    with EnergyMeter(net, reduction="sum"), pytest.raises(ValueError, match=r"'block' gives \(5, 4, 6\) and the model \(4, 2\).*batch_axis=1"): net(x)
+    with EnergyMeter(net, reduction="sum"), pytest.raises(
+            ValueError, match=r"'block' gives \(5, 4, 6\) and the model \(4, 2\).*batch_axis=1"):
+        net(x)
     for axis, samples in ((0, 5), (1, 4)):
         with EnergyMeter(net, reduction="sum", batch_axis=axis) as meter:
             net(x)
@@ -711,9 +741,11 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
         def forward(self, x): return x + self.attention(x, x, x)[0]
 
     net = nn.Sequential(Attends())
-    with pytest.raises(ValueError, match="'attention' in block '0' takes time first.*give batch_axis"): EnergyMeter(net, {"0": net[0]}, "sum")
+    with pytest.raises(ValueError, match="'attention' in block '0' takes time first.*give batch_axis"):
+        EnergyMeter(net, {"0": net[0]}, "sum")
     assert hook_count(net) == 0
-    for each, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")), (nn.Sequential(Attends(batch_first=True)), {})):
+    for each, kw in ((net, dict(batch_axis=1)), (net, dict(reduction="mean")),
+                     (nn.Sequential(Attends(batch_first=True)), {})):
         EnergyMeter(each, {"0": each[0]}, **{"reduction": "sum"} | kw).remove()
     for axis in (True, -1, 1.5, "1"):
         with pytest.raises(ValueError, match="batch_axis is"): EnergyMeter(net, {"0": net[0]}, "sum", batch_axis=axis)
@@ -724,7 +756,10 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
 @pytest.mark.parametrize("velocity", ["displacement", "branch"])
 def test_nothing_has_no_energy(shape, reduction, velocity):
     net = nn.Sequential(ResidualBlock(nn.Identity()))
-    with EnergyMeter(net, reduction=reduction, velocity=velocity), pytest.raises(ValueError, match="the batch is empty|the samples have no features"): net(torch.zeros(shape))
+    with EnergyMeter(net, reduction=reduction,
+                     velocity=velocity), pytest.raises(ValueError,
+                                                       match="the batch is empty|the samples have no features"):
+        net(torch.zeros(shape))
 
 
 def test_only_trajectories_have_energy():
@@ -736,7 +771,8 @@ def test_only_trajectories_have_energy():
 def test_relative_energy_at_any_scale(scale):
     traj = Trajectory(scale * torch.tensor([[[1., 2.], [0., 3.]], [[2., 2.], [0., 3.]]]))
     assert_close(relative_energy(traj), torch.tensor([[.2, 0.]]))
-    assert relative_energy(Trajectory(scale * torch.tensor([[[0., 0.], [0., 0.]], [[2., 2.], [0., 0.]]]))).isfinite().tolist() == [[False, False]]
+    assert relative_energy(Trajectory(
+        scale * torch.tensor([[[0., 0.], [0., 0.]], [[2., 2.], [0., 0.]]]))).isfinite().tolist() == [[False, False]]
 
 
 def test_ranks_of_many_values_need_little_memory():
@@ -747,19 +783,38 @@ def test_ranks_of_many_values_need_little_memory():
 
 # Everything else that cannot be meant
 
-ODD = [None, True, "x", b"x", 1j, float("nan"), float("inf"), -1., 0, 1e300, 10 ** 400, Fraction(1, 3), [], [1, "a"], {}, {"a": 1}, object(), print, range(5), torch.tensor(1),
-       torch.tensor(True), torch.tensor(1j), torch.empty((), device="meta"), torch.ones(3).to_sparse(), torch.ones(2, 3), torch.empty(0), np.array([1., 2.]), np.float32(.5),
-       np.bool_(True), torch.float32, "mean"]
+ODD = [
+    None, True, "x", b"x", 1j,
+    float("nan"),
+    float("inf"), -1., 0, 1e300, 10 ** 400,
+    Fraction(1, 3), [], [1, "a"], {}, {"a": 1},
+    object(), print,
+    range(5),
+    torch.tensor(1),
+    torch.tensor(True),
+    torch.tensor(1j),
+    torch.empty((), device="meta"),
+    torch.ones(3).to_sparse(),
+    torch.ones(2, 3),
+    torch.empty(0),
+    np.array([1., 2.]),
+    np.float32(.5),
+    np.bool_(True), torch.float32, "mean"]
 CALLS = {
     "block_energies": (block_energies, dict(traj=Trajectory(torch.ones(3, 4, 5)), reduction="mean")),
     "kinetic_energy": (kinetic_energy, dict(traj=Trajectory(torch.ones(3, 4, 5)), reduction="sum")),
     "relative_energy": (relative_energy, dict(traj=Trajectory(torch.ones(3, 4, 5)))),
     "EnergyLedger": (EnergyLedger, dict(traj=Trajectory(torch.ones(3, 4, 5)), y=None, reduction="mean")),
-    "EnergyMeter": (lambda **kw: EnergyMeter(**kw).remove(), dict(model=small()[0], blocks=None, reduction="mean", velocity="displacement", copy=False, batch_axis=None)),
-    "velocity": (lambda part: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), velocity={"0": part}), dict(part="velocity")),
+    "EnergyMeter": (lambda **kw: EnergyMeter(**kw).remove(),
+                    dict(model=small()[0], blocks=None, reduction="mean", velocity="displacement", copy=False,
+                         batch_axis=None)),
+    "velocity": (lambda part: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), velocity={"0": part}),
+                 dict(part="velocity")),
     "block": (lambda block: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), {"0": block}), dict(block=None)),
-    "put": (lambda energies: EnergyMeter(small()[0]).put(energies), dict(energies=torch.ones(3))),
-    "rank_correlation": (rank_correlation, dict(a=[1, 2, 3, 4.], b=[2, 1, 3, 4.], groups=None, clusters=None, resamples=20, level=.9, seed=0))}
+    "put": (lambda energies: EnergyMeter(small()[0]).put(energies),
+            dict(energies=torch.ones(3))), "rank_correlation": (rank_correlation,
+                                                                dict(a=[1, 2, 3, 4.], b=[2, 1, 3, 4.], groups=None,
+                                                                     clusters=None, resamples=20, level=.9, seed=0))}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -769,7 +824,8 @@ def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
 
 def test_positions_without_values_make_no_trajectory():
     whole = Trajectory(torch.ones(3, 4, 5))
-    for make, words in ((lambda: Trajectory(whole.x.to("meta")), "on meta, which has no values"), (lambda: whole.to("meta"), "cannot go to 'meta'"),
+    for make, words in ((lambda: Trajectory(whole.x.to("meta")),
+                         "on meta, which has no values"), (lambda: whole.to("meta"), "cannot go to 'meta'"),
                         (lambda: Trajectory([whole.x, whole.x.to("meta")]), "x is a list of 2, expected")):
         with pytest.raises(ValueError, match=words): make()
 

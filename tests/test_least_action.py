@@ -1,4 +1,5 @@
-"Least action beyond the lesson: known multipliers, other libraries, states, devices without values, and everything that is refused."
+"""Least action beyond the lesson: known multipliers, other libraries, states, devices without values, and everything
+that is refused."""
 import copy
 import io
 import pickle
@@ -48,7 +49,8 @@ def batch():
 def gradient(model): return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:the gradient of the task loss reaches no parameter")   # losses of a given value
+# losses of a given value
+pytestmark = pytest.mark.filterwarnings("ignore:the gradient of the task loss reaches no parameter")
 
 
 def worth(value, *shape): return torch.full(shape, value, requires_grad=True)   # a loss of this value
@@ -57,11 +59,13 @@ def worth(value, *shape): return torch.full(shape, value, requires_grad=True)   
 # A convex problem whose multiplier is known
 
 class Ridge:
-    "The shortest vector whose misfit is at most `level`; the multiplier by bisection, of which each step is a linear system."
+    """The shortest vector whose misfit is at most `level`; the multiplier by bisection, of which each step is a linear
+    system."""
     def __init__(self, seed, n=30, d=6, level=.2):
         g = torch.Generator().manual_seed(seed)
         self.A, self.level = torch.randn(n, d, generator=g, dtype=torch.float64), level
-        self.b = self.A @ torch.randn(d, generator=g, dtype=torch.float64) + .1 * torch.randn(n, generator=g, dtype=torch.float64)
+        self.b = self.A @ torch.randn(d, generator=g, dtype=torch.float64) + .1 * torch.randn(
+            n, generator=g, dtype=torch.float64)
         low, high = 0., 1e6
         for _ in range(100):
             self.lam = (low + high) / 2
@@ -70,7 +74,8 @@ class Ridge:
     def loss(self, t): return (self.A @ t - self.b).square().mean()
     def minimum(self, lam):
         n, d = self.A.shape
-        return torch.linalg.solve(torch.eye(d, dtype=torch.float64) + lam / n * self.A.T @ self.A, lam / n * self.A.T @ self.b)
+        return torch.linalg.solve(
+            torch.eye(d, dtype=torch.float64) + lam / n * self.A.T @ self.A, lam / n * self.A.T @ self.b)
 
 
 @pytest.mark.parametrize("rule", MOVING)
@@ -95,7 +100,8 @@ def test_fixed_weight_is_the_penalty_and_misses_the_multiplier():
 
 @pytest.mark.parametrize("name", ["dual ascent", "augmented", "proportional-integral"])
 def test_same_iterates_as_cooper(name):
-    "With the learning rate eta lambda on L + C/lambda and eta on C + lambda L the two codes do the same thing, step by step."
+    """With the learning rate eta lambda on L + C/lambda and eta on C + lambda L the two codes do the same thing, step
+    by step."""
     cooper = pytest.importorskip("cooper")
     from cooper.optim import AlternatingDualPrimalOptimizer, nuPI, nuPIInitType
     task = Ridge(0)
@@ -106,7 +112,8 @@ def test_same_iterates_as_cooper(name):
             augmented = name == "augmented"
             formulation = cooper.formulations.AugmentedLagrangian if augmented else cooper.formulations.Lagrangian
             multiplier = cooper.multipliers.DenseMultiplier(init=torch.ones(1, dtype=torch.float64))
-            penalty = cooper.penalty_coefficients.DensePenaltyCoefficient(torch.tensor([3.], dtype=torch.float64)) if augmented else None
+            penalty = cooper.penalty_coefficients.DensePenaltyCoefficient(torch.tensor(
+                [3.], dtype=torch.float64)) if augmented else None
             self.bound = cooper.Constraint(cooper.ConstraintType.INEQUALITY, formulation, multiplier, penalty)
 
         def compute_cmp_state(self, t):
@@ -115,8 +122,9 @@ def test_same_iterates_as_cooper(name):
 
     problem, theirs = Problem(), torch.zeros(6, dtype=torch.float64, requires_grad=True)
     pi = dict(Ki=torch.tensor(.5), Kp=torch.tensor(3.), ema_nu=.25, init_type=nuPIInitType.ZEROS)
-    dual = nuPI(problem.dual_parameters(), lr=1., maximize=True, **pi) if name == "proportional-integral" else torch.optim.SGD(
-        problem.dual_parameters(), lr=.5, maximize=True)
+    dual = nuPI(problem.dual_parameters(), lr=1.,
+                maximize=True, **pi) if name == "proportional-integral" else torch.optim.SGD(
+                    problem.dual_parameters(), lr=.5, maximize=True)
     pair = AlternatingDualPrimalOptimizer(problem, torch.optim.SGD([theirs], lr=.004), dual)
     common = dict(lambda0=1., tau=.5, target=task.level)
     law = {"dual ascent": DualAscent(**common), "augmented": AugmentedLagrangian(**common, penalty=3.),
@@ -148,7 +156,10 @@ def test_dual_ascent_against_plain_floats(losses, tau, target):
 @given(st.lists(st.floats(0, 50, width=32, allow_subnormal=False), min_size=1, max_size=20))
 @settings(max_examples=25, deadline=None)
 def test_without_their_extra_part_the_rules_are_dual_ascent(losses):
-    laws = [DualAscent(1., .5, 1.), ProportionalIntegral(1., .5, 1., gain=0.), AugmentedLagrangian(1., .5, 1., penalty=0.)]
+    laws = [
+        DualAscent(1., .5, 1.),
+        ProportionalIntegral(1., .5, 1., gain=0.),
+        AugmentedLagrangian(1., .5, 1., penalty=0.)]
     for loss in losses:
         for law in laws: law.update(torch.tensor(loss))
         assert laws[0].lam.item() == laws[1].lam.item()
@@ -344,7 +355,10 @@ def test_velocity_of_the_branch_is_the_same_action(net, batch):
     with LeastAction(flow, velocity="branch") as a, LeastAction(flow) as b:
         task = F.cross_entropy(flow(x), y)
         torch.testing.assert_close(a(task), b(task))
-    with LeastAction(flow, velocity={"flow.blocks.0": flow.flow.blocks[0].velocity, "flow.blocks.1": flow.flow.blocks[1].velocity}) as c:
+    with LeastAction(
+            flow,
+            velocity={"flow.blocks.0": flow.flow.blocks[0].velocity,
+                      "flow.blocks.1": flow.flow.blocks[1].velocity}) as c:
         torch.testing.assert_close(c(F.cross_entropy(flow(x), y)), task + b.action / c.lam.float())
 
 
@@ -356,11 +370,14 @@ def test_several_optimizers_and_a_scaler(net, batch, chunks):
     for scaled in (False, True):
         torch.manual_seed(0)
         model = make()
-        la, scaler = LeastAction(model, DualAscent(accumulate=chunks)), torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2. ** 8)
+        la, scaler = LeastAction(model,
+                                 DualAscent(accumulate=chunks)), torch.amp.GradScaler("cpu", enabled=scaled,
+                                                                                      init_scale=2. ** 8)
         opts = [torch.optim.SGD(model.flow.parameters(), lr=.1), torch.optim.SGD(model.head.parameters(), lr=.01)]
         for _ in range(5):
             for opt in opts: opt.zero_grad()
-            for xb, yb in zip(x.chunk(chunks), y.chunk(chunks)): scaler.scale(la(F.cross_entropy(model(xb), yb)) / chunks).backward()
+            for xb, yb in zip(x.chunk(chunks), y.chunk(chunks)):
+                scaler.scale(la(F.cross_entropy(model(xb), yb)) / chunks).backward()
             for opt in opts: scaler.step(opt)
             scaler.update()
         if reference is None: reference, lams_after = [p.clone() for p in model.parameters()], la.lam
@@ -397,7 +414,9 @@ class Reads(TorchDispatchMode):
     "Counts reads of single values, each of which would make a processor wait for a GPU."
     count = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default): self.count += 1
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default,
+                    torch.ops.aten.nonzero.default):
+            self.count += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -409,7 +428,8 @@ def test_a_step_reads_no_value_from_the_device(settings):
     la = LeastAction(net, **settings)
     la.history = _History(la.lam, size=4)   # folded twice within ten calls
     for _ in range(10):
-        loss = la(F.cross_entropy(net(torch.empty(4, 8, device="meta")), torch.zeros(4, dtype=torch.long, device="meta")))
+        loss = la(
+            F.cross_entropy(net(torch.empty(4, 8, device="meta")), torch.zeros(4, dtype=torch.long, device="meta")))
         loss.backward()
     assert la.lam.device.type == "meta" and la.history.count["stride"] == 4
 
@@ -506,9 +526,11 @@ def test_history_stays_small_and_evenly_spaced(net):
 
 
 @pytest.mark.parametrize("other, message", [
-    (lambda: LeastAction(dense_net(8, 3, 5, 8)), "3 blocks, this one 5; only in the state: none; only here: flow.blocks.3, flow.blocks.4"),
+    (lambda: LeastAction(dense_net(8, 3, 5, 8)), "3 blocks, this one 5; only in the state: none; only here: "
+                                                 "flow.blocks.3, flow.blocks.4"),
     (lambda: LeastAction(make(), reduction="sum"), "reduction 'mean', here it is 'sum'"),
-    (lambda: LeastAction(make(), controller=ProportionalIntegral()), "controller 'DualAscent', here it is 'ProportionalIntegral'"),
+    (lambda: LeastAction(make(), controller=ProportionalIntegral()), "controller 'DualAscent', here it is "
+                                                                     "'ProportionalIntegral'"),
     (lambda: LeastAction(make(), DualAscent(lambda0=torch.ones(4))), r"shape \(\), here \(4,\)")])
 def test_state_of_another_model_is_refused_whole(net, batch, other, message):
     x, y = batch
@@ -521,21 +543,24 @@ def test_state_of_another_model_is_refused_whole(net, batch, other, message):
 
 
 def test_state_of_something_else_is_refused(net):
-    with pytest.raises(ValueError, match="found no state of a LeastAction"): LeastAction(net).load_state_dict(net.state_dict())
+    with pytest.raises(ValueError, match="found no state of a LeastAction"):
+        LeastAction(net).load_state_dict(net.state_dict())
 
 
 # Rows of networks
 
 def rows_of(rule, *seeds, **settings):
     "Networks with this rule, trained in a row and one after the other."
-    train = partial(fit_many, partial(dense_net, 64, 10, 2, 8), digits().splits(60, seeds), least_action=rule, epochs=3, **settings)
+    train = partial(fit_many, partial(dense_net, 64, 10, 2, 8),
+                    digits().splits(60, seeds), least_action=rule, epochs=3, **settings)
     return [train(mode=mode) for mode in ("batched", "sequential")]
 
 
 @pytest.mark.parametrize("rule", MOVING)
 def test_rows_take_any_rule_and_a_multiplier_each(rule):
     first = [.1, 1., 10.]
-    made = lambda model, lambda0, tau: LeastAction(model, rule(lambda0, tau, average=.5, target=1., bounds=(min(lambda0, .5), None)))
+    made = lambda model, lambda0, tau: LeastAction(
+        model, rule(lambda0, tau, average=.5, target=1., bounds=(min(lambda0, .5), None)))
     row, alone = rows_of(made, 0, grid=dict(lambda0=first, tau=[.1, 1.]))
     assert row.curves["lambda"].shape[1:] == (6,)
     torch.testing.assert_close(row.curves["lambda"], alone.curves["lambda"], rtol=1e-3, atol=1e-4)
@@ -543,7 +568,8 @@ def test_rows_take_any_rule_and_a_multiplier_each(rule):
 
 
 def test_rows_of_fixed_weights():
-    row, alone = rows_of(lambda model, weight: LeastAction(model, FixedWeight(weight)), 0, grid=dict(weight=[.1, 1., 10.]))
+    row, alone = rows_of(lambda model, weight: LeastAction(model, FixedWeight(weight)), 0,
+                         grid=dict(weight=[.1, 1., 10.]))
     for runs in (row, alone): assert runs.curves["lambda"][-1].tolist() == pytest.approx([10., 1., .1])
 
 
@@ -554,12 +580,16 @@ def test_row_from_one_first_multiplier(rule):
 
 
 def test_room_for_a_row_is_made_everywhere(net):
-    each = [LeastAction(net, ProportionalIntegral(lam, tau=tau, average=.5, bounds=(lam, None))) for lam, tau in ((1., .1), (2., .2), (3., .2))]
+    each = [
+        LeastAction(net, ProportionalIntegral(lam, tau=tau, average=.5, bounds=(lam, None)))
+        for lam, tau in ((1., .1), (2., .2), (3., .2))]
     la = each[0]
     la.stack(each[1:])
     assert {b.shape[-1] for b in la.buffers()} == {3} and la.lam.tolist() == la.controller.low.tolist() == [1., 2., 3.]
     assert la.controller.tau.tolist() == [.1, .2, .2] and "tau=[0.1, 0.2, 0.2]" in str(la)
-    assert sum(len(m._forward_hooks) for m in net.modules()) == sum(len(m._forward_hooks) for m in watched(LeastAction).modules()), "one of them watches"
+    assert sum(len(m._forward_hooks)
+               for m in net.modules()) == sum(len(m._forward_hooks)
+                                              for m in watched(LeastAction).modules()), "one of them watches"
     with pytest.raises(ValueError, match=r"lambda has shape \(4,\), expected \(3,\)"): la.lam = torch.ones(4)
 
 
@@ -570,7 +600,8 @@ def watched(make_one):
 
 
 @pytest.mark.parametrize("other, message", [
-    (lambda net: LeastAction(net, ProportionalIntegral()), "ProportionalIntegral.*expected the same for all networks of a row"),
+    (lambda net: LeastAction(net, ProportionalIntegral()), "ProportionalIntegral.*expected the same for all networks "
+                                                           "of a row"),
     (lambda net: LeastAction(net, reduction="sum"), "expected the same"), (lambda net: LeastAction(net, weights={"*": 2.}), "expected the same"),
     (lambda net: LeastAction(net, DualAscent(every=2)), "every is 1 and 2, expected one"), (lambda net: LeastAction(net, DualAscent(average=.5)), "average is 'batch' and 0.5"),
     (lambda net: LeastAction(net, blocks=["flow.blocks.1"]), "expected the same")])
@@ -587,11 +618,13 @@ class Own(DualAscent):
 def test_what_a_rule_has_of_its_own_is_one_for_a_row(net, own):
     la, same, other = (LeastAction(net, Own(value)) for value in (own, own, torch.ones(2, 2)))
     if isinstance(own, np.ndarray) or type(own) is object:   # who knows whether two of them are the same?
-        with pytest.raises(ValueError, match="own is an .*expected one for all networks of a row.*mode='sequential'"): la.stack([same])
+        with pytest.raises(ValueError, match="own is an .*expected one for all networks of a row.*mode='sequential'"):
+            la.stack([same])
     else:
         la.stack([same])
         assert la.lam.shape == (2,)
-    with pytest.raises(ValueError, match="own is .* and a tensor .*, expected one"): LeastAction(net, Own(own)).stack([other])
+    with pytest.raises(ValueError, match="own is .* and a tensor .*, expected one"):
+        LeastAction(net, Own(own)).stack([other])
 
 
 # Controllers are descriptions
@@ -605,7 +638,8 @@ def test_one_description_serves_several_networks(batch, rule):
     las = [LeastAction(net, controller) for net in nets]
     las[0](F.cross_entropy(nets[0](x), y))
     assert las[0].lam != 2. and las[1].lam == controller.lam == 2. and las[0].calls == 1 and las[1].calls == 0
-    torch.testing.assert_close({k: v for k, v in controller.state_dict().items() if k in before}, before, equal_nan=True)
+    torch.testing.assert_close({k: v for k, v in controller.state_dict().items() if k in before}, before,
+                               equal_nan=True)
 
 
 @pytest.mark.parametrize("weight", [.1, 1, np.float32(.5), torch.tensor([.5, 4.]), [.5, 4.]])
@@ -633,7 +667,8 @@ def test_report_of_a_run(net):
 
 @pytest.mark.parametrize("lam", [1., 4.])
 def test_stationarity_at_a_known_solution(lam):
-    "At d = 1/2 the gradients balance at the price 1, at d = 1/4 at 1/3; at another price the difference of two opposite vectors remains."
+    """At d = 1/2 the gradients balance at the price 1, at d = 1/4 at 1/3; at another price the difference of two
+    opposite vectors remains."""
     flow = Flow([Push(), Push()], .5)
     la = LeastAction(flow, DualAscent(lambda0=lam, tau=0., target=.25))
     task = lambda: (flow(torch.zeros(1, 2)) - 1).square().mean()
@@ -679,11 +714,13 @@ def test_verdicts_of_bare_cases():
     assert kkt(curve(loss=t, lam=t * float("nan"))).verdict == "not finite"
     assert kkt(curve(loss=t[:7], lam=1 + t[:7])).verdict == "too short" != kkt(curve(loss=t[:8], lam=1 + t[:8])).verdict
     near = dict(loss=.1 + 0 * t, lam=1.5 + .01 * t)
-    assert kkt(curve(**near), target=.2, bounds=(1., None)).verdict == "unfinished"   # lambda is still above its lower bound
+    # lambda is still above its lower bound
+    assert kkt(curve(**near), target=.2, bounds=(1., None)).verdict == "unfinished"
     assert kkt(curve(**near), target=.2, bounds=(1.49, None)).verdict == "never binds"
     with pytest.raises(ValueError, match="lack lambda, action"): kkt({"loss": t})
     with pytest.raises(ValueError, match="have 20, 19 and 20 points"): kkt({"loss": t, "lambda": t[1:], "action": t})
-    with pytest.raises(ValueError, match="take one network of the row"): kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
+    with pytest.raises(ValueError, match="take one network of the row"):
+        kkt({k: torch.ones(9, 2) for k in ("loss", "lambda", "action")})
 
 
 @pytest.mark.parametrize("sides, verdict", [([1., -1., 1., -1.], "oscillates"), ([1., -1., 1.], "satisfied")])
@@ -749,7 +786,8 @@ def test_frozen_blocks(net, batch):
 
 def test_one_module_as_two_blocks(net):
     block = net.flow.blocks[0]
-    with pytest.raises(ValueError, match="'a' and 'b' are one module"): LeastAction(net, blocks={"a": block, "b": block})
+    with pytest.raises(ValueError, match="'a' and 'b' are one module"):
+        LeastAction(net, blocks={"a": block, "b": block})
 
 
 def test_calls_that_do_not_follow_one_forward_pass(net, batch):
@@ -784,7 +822,8 @@ def test_a_pass_that_broke_off_does_not_count(net, batch):
         hook.remove()
     la(F.cross_entropy(net(x), y))
     torch.testing.assert_close(la.energies, block_energies(net.trajectory(x)).mean(1).detach())
-    with pytest.raises(RuntimeError, match="the passes so far are forgotten"): la(F.cross_entropy(net(x), y) + F.cross_entropy(net(x), y))
+    with pytest.raises(RuntimeError, match="the passes so far are forgotten"):
+        la(F.cross_entropy(net(x), y) + F.cross_entropy(net(x), y))
     la(F.cross_entropy(net(x), y))
 
 
@@ -804,7 +843,8 @@ def test_a_copy_watches_nothing_and_says_so(net, batch, copied):
     la = LeastAction(net)
     la(F.cross_entropy(net(x), y))
     net2, la2 = copied((net, la))
-    with pytest.raises(RuntimeError, match="is a copy, which watches nothing: make a new one"): la2(F.cross_entropy(net2(x), y))
+    with pytest.raises(RuntimeError, match="is a copy, which watches nothing: make a new one"):
+        la2(F.cross_entropy(net2(x), y))
     again = LeastAction(net2)
     again.load_state_dict(la2.state_dict())
     torch.testing.assert_close(again(F.cross_entropy(net2(x), y)), la(F.cross_entropy(net(x), y)))
@@ -829,7 +869,8 @@ class Adds(nn.Module):
 
 def test_activations_in_place_after_the_blocks():
     torch.manual_seed(0)
-    net, x, y = nn.Sequential(Adds(), nn.ReLU(inplace=True), Adds(), nn.ReLU(inplace=True), nn.Linear(4, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    net, x, y = nn.Sequential(Adds(), nn.ReLU(inplace=True), Adds(), nn.ReLU(inplace=True),
+                              nn.Linear(4, 3)), torch.randn(6, 4), torch.randint(3, (6, ))
     first = x + net[0].field(x); middle = first.relu(); second = middle + net[2].field(middle)
     task = F.cross_entropy(net[4](second.relu()), y)
     by_hand = task + ((first - x).square().mean() + (second - middle).square().mean()) / (1 + task.item())
@@ -919,12 +960,15 @@ def test_a_state_of_single_precision_is_taken_over(net, batch, controller):
     x, y = batch
     la = LeastAction(net, controller)
     for _ in range(4): la(F.cross_entropy(net(x), y))
-    old = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in la.state_dict().items()}
+    old = {
+        k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in la.state_dict().items()}
     other = LeastAction(make(), controller)
     other.load_state_dict(old)
     assert other.lam.dtype == other.controller.sensor.total.dtype == other.history.points.dtype == torch.float64
     for k, v in la.state_dict().items():
-        if isinstance(v, torch.Tensor): torch.testing.assert_close(other.state_dict()[k], v, equal_nan=True, rtol=1e-6, atol=1e-6)
+        if isinstance(v, torch.Tensor):
+            torch.testing.assert_close(other.state_dict()[k], v, equal_nan=True, rtol=1e-6, atol=1e-6)
 
 
 def test_a_device_without_float64_gets_float32_and_a_warning(net):
@@ -966,7 +1010,8 @@ def test_the_objective_has_the_precision_of_the_loss_and_the_energies(net, batch
 # The clock against a plain reading of its description
 
 def plain_clock(losses, every, warmup, accumulate, average):
-    "What the controller sees: after each step, the loss of its batches, averaged over what came after the warm-up; at every `every`-th step."
+    """What the controller sees: after each step, the loss of its batches, averaged over what came after the warm-up; at
+    every `every`-th step."""
     found, window, level, mass = [], [], 0., 0.
     for i in range(len(losses)):
         found.append(None)
@@ -983,7 +1028,8 @@ def plain_clock(losses, every, warmup, accumulate, average):
 
 
 def average_of(level, mass, value, average):
-    return (average * level + (1 - average) * value, average * mass + 1 - average) if isinstance(average, float) else (0., 0.)
+    return (average * level + (1 - average) * value,
+            average * mass + 1 - average) if isinstance(average, float) else (0., 0.)
 
 
 @given(st.lists(st.floats(0, 9, width=32), min_size=1, max_size=24), st.sampled_from([None, 1, 2, 3, 5]), st.integers(0, 6), st.integers(1, 3),
@@ -993,7 +1039,8 @@ def test_the_clock_against_its_description(losses, every, warmup, accumulate, av
     sensor = least_action._Sensor(torch.zeros((), dtype=torch.float64), every, average, warmup, accumulate)
     seen = [sensor.see(torch.tensor(loss)) for loss in losses]
     for ours, theirs in zip(seen, plain_clock(losses, every, warmup, accumulate, average)):
-        assert (ours is None) == (theirs is None) and (ours is None or ours.item() == pytest.approx(theirs, rel=1e-6, abs=1e-9))
+        assert (ours is None) == (theirs is None) and (ours is None
+                                                       or ours.item() == pytest.approx(theirs, rel=1e-6, abs=1e-9))
 
 
 def test_losses_of_the_warm_up_enter_no_mean(net):
@@ -1019,7 +1066,8 @@ def test_rounding_below_zero_counts_as_zero(net, dtype):
         assert la.lam.item() == 1. and loss.grad == 1   # the objective itself is left alone
     for refused in (la, la.ascend):
         net(torch.ones(1, 8))
-        with pytest.raises(ValueError, match=r"the task loss was -0.[01]\d*, expected zero or more, up to rounding"): refused(torch.tensor(-.1, dtype=dtype, requires_grad=True))
+        with pytest.raises(ValueError, match=r"the task loss was -0.[01]\d*, expected zero or more, up to rounding"):
+            refused(torch.tensor(-.1, dtype=dtype, requires_grad=True))
     la.ascend(-1e-7)
     for loss in (-1., -.01):
         with pytest.raises(ValueError, match="expected zero or more"): la.ascend(loss)
@@ -1042,7 +1090,11 @@ def test_losses_that_are_zero_on_paper(net, dtype):
 def test_off_the_cpu_the_smallest_loss_is_kept_but_not_what_rounding_did(net):
     slack = least_action._slack(torch.float32)
     row = torch.tensor([-1e-9, -.1, 0., 2., float("nan"), float("inf"), -slack, float("-inf")])
-    torch.testing.assert_close(least_action._lifted(row, slack), torch.tensor([0., -.1, 0., 2., float("nan"), float("inf"), 0., float("-inf")]), equal_nan=True)
+    torch.testing.assert_close(least_action._lifted(row, slack),
+                               torch.tensor([0., -.1, 0., 2.,
+                                             float("nan"),
+                                             float("inf"), 0.,
+                                             float("-inf")]), equal_nan=True)
 
 
 def test_a_negative_loss_beside_one_that_is_not_a_number(net):
@@ -1066,7 +1118,8 @@ def test_a_loss_of_another_network_that_is_frozen(net, batch):
     x, y = batch
     other, la = make().requires_grad_(False), LeastAction(net)
     net(x)
-    with pytest.raises(RuntimeError, match="comes from another model or from parts that are frozen"): la(F.cross_entropy(other(x), y))
+    with pytest.raises(RuntimeError, match="comes from another model or from parts that are frozen"):
+        la(F.cross_entropy(other(x), y))
 
 
 REACH = "the gradient of the task loss reaches no parameter of this model"
@@ -1104,12 +1157,16 @@ def test_a_loss_that_reaches_the_model_is_not_told(way, recwarn):
     if way == "head only": net = Halves()
     if way == "frozen stem": net[:2].requires_grad_(False)
     if way == "row":
-        fit_many(partial(dense_net, 64, 10, 2, 8), digits().splits(60, [0, 1]), least_action=LeastAction, epochs=1, mode="batched")
+        fit_many(partial(dense_net, 64, 10, 2, 8),
+                 digits().splits(60, [0, 1]), least_action=LeastAction, epochs=1, mode="batched")
     else:
         la = LeastAction(net, x=x)
-        run = {"compiled": lambda: torch.compile(net, backend="aot_eager")(x), "data parallel": lambda: nn.DataParallel(net)(x),
-               "checkpoint": lambda: net[3](torch.utils.checkpoint.checkpoint(net[:3], x, use_reentrant=False)),
-               "functional": lambda: functional_call(net, {k: p.detach().clone().requires_grad_() for k, p in net.named_parameters()}, (x,))}.get(way, lambda: net(x))
+        run = {
+            "compiled": lambda: torch.compile(net, backend="aot_eager")(x),
+            "data parallel": lambda: nn.DataParallel(net)(x), "checkpoint": lambda: net[3]
+            (torch.utils.checkpoint.checkpoint(net[:3], x, use_reentrant=False)), "functional": lambda: functional_call(
+                net, {k: p.detach().clone().requires_grad_() for k, p in net.named_parameters()},
+                (x, ))}.get(way, lambda: net(x))
         la(F.cross_entropy(run(), y)).backward()
     assert not [w for w in recwarn if REACH in str(w.message)]
 
@@ -1117,14 +1174,23 @@ def test_a_loss_that_reaches_the_model_is_not_told(way, recwarn):
 def test_the_graph_is_walked_once(net, batch, monkeypatch):
     x, y = batch
     walks = []
-    monkeypatch.setattr(least_action, "graph_nodes", lambda *ends, real=least_action.graph_nodes: walks.append(ends) or real(*ends))
+    monkeypatch.setattr(least_action, "graph_nodes",
+                        lambda *ends, real=least_action.graph_nodes: walks.append(ends) or real(*ends))
     la = LeastAction(net)
     for _ in range(3): la(F.cross_entropy(net(x), y))
     assert len(walks) == 2   # of the loss and of the action
 
 
-NO_LOSSES = [None, True, "1", 1j, [1.], (1., 2.), {}, object(), torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.ones(2), torch.ones(0), torch.ones(1).to_sparse(),
-             torch.empty((), device="meta"), 10 ** 400]
+NO_LOSSES = [
+    None, True, "1", 1j, [1.], (1., 2.), {},
+    object(),
+    torch.tensor(1),
+    torch.tensor(True),
+    torch.tensor(1j),
+    torch.ones(2),
+    torch.ones(0),
+    torch.ones(1).to_sparse(),
+    torch.empty((), device="meta"), 10 ** 400]
 
 
 @pytest.mark.parametrize("loss", NO_LOSSES, ids=[f"{i}-{type(loss).__name__}" for i, loss in enumerate(NO_LOSSES)])
@@ -1165,7 +1231,8 @@ def test_the_objective_is_of_the_last_pass(net, batch):
     first, last = F.cross_entropy(net(x), y), F.cross_entropy(net(2 * x), y)
     la(last)
     torch.testing.assert_close(la.energies, block_energies(net.trajectory(2 * x)).mean(1).detach())
-    with pytest.raises(RuntimeError, match="in more than one pass"): la(F.cross_entropy(net(x + net(x).mean()), y))   # one inside the other
+    # one inside the other
+    with pytest.raises(RuntimeError, match="in more than one pass"): la(F.cross_entropy(net(x + net(x).mean()), y))
     net(x); la.forget()
     with pytest.raises(RuntimeError, match="energies of 0 blocks"): la(worth(1.))
 
@@ -1187,7 +1254,8 @@ def test_blocks_that_are_driven_without_their_model(net, batch):
     with LeastAction(find_blocks(net)) as la:
         for _ in range(3): loss = F.cross_entropy(net(x), y)
         la(loss)
-        with pytest.raises(RuntimeError, match="in more than one pass"): la(F.cross_entropy(net(x), y) + F.cross_entropy(net(x), y))
+        with pytest.raises(RuntimeError, match="in more than one pass"):
+            la(F.cross_entropy(net(x), y) + F.cross_entropy(net(x), y))
         la(F.cross_entropy(net(x), y))
 
 
@@ -1199,7 +1267,8 @@ class Parts(nn.Module):
         torch.manual_seed(0)
         self.a, self.b, self.head, self.how = Adds(), Adds(), nn.Linear(4, 3), how
     def forward(self, x):
-        with {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(self.how, torch.enable_grad)(): z = self.a(x)
+        with {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(self.how, torch.enable_grad)():
+            z = self.a(x)
         return self.head(self.b(z.clone()))
 
 
@@ -1214,7 +1283,9 @@ def test_frozen_parts_count_as_motion_without_gradient(how, frozen, asleep):
     if asleep: net.a.eval()
     la = LeastAction(net, blocks=["a", "b"])
     if asleep and not frozen:
-        with pytest.raises(RuntimeError, match=r"1 of 2 blocks are in evaluation mode \(a.*may stay in evaluation mode if"): la(F.cross_entropy(net(x), y))
+        with pytest.raises(RuntimeError,
+                           match=r"1 of 2 blocks are in evaluation mode \(a.*may stay in evaluation mode if"):
+            la(F.cross_entropy(net(x), y))
         la.remove(); la = LeastAction(net, blocks=["a", "b"], weights={"a": 0.})
     la(F.cross_entropy(net(x), y)).backward()
     torch.testing.assert_close(la.energies, expected)
@@ -1260,20 +1331,41 @@ def test_two_passes_per_step_move_lambda_once(net, batch):
 
 # Everything else that cannot be meant
 
-ODD = [None, True, "x", b"x", 1j, float("nan"), float("inf"), -1., 0, 1e300, 1e-45, 10 ** 400, Fraction(1, 3), Decimal(1), [], [1, "a"], {}, {"a": 1}, object(), print, range(5),
-       torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.tensor(-1.), torch.empty((), device="meta"), torch.ones(3).to_sparse(), torch.ones(2, 3),
-       torch.empty(0), np.array([1., 2.]), np.float32(.5), np.int64(3), np.bool_(True), torch.float32]
-SETTINGS = dict(lambda0=1., tau=1., target=0., bounds=(None, None), every=1, average="batch", warmup_steps=0, accumulate=1)
+ODD = [
+    None, True, "x", b"x", 1j,
+    float("nan"),
+    float("inf"), -1., 0, 1e300, 1e-45, 10 ** 400,
+    Fraction(1, 3),
+    Decimal(1), [], [1, "a"], {}, {"a": 1},
+    object(), print,
+    range(5),
+    torch.tensor(1),
+    torch.tensor(True),
+    torch.tensor(1j),
+    torch.tensor(-1.),
+    torch.empty((), device="meta"),
+    torch.ones(3).to_sparse(),
+    torch.ones(2, 3),
+    torch.empty(0),
+    np.array([1., 2.]),
+    np.float32(.5),
+    np.int64(3),
+    np.bool_(True), torch.float32]
+SETTINGS = dict(lambda0=1., tau=1., target=0., bounds=(None, None), every=1, average="batch", warmup_steps=0,
+                accumulate=1)
 CALLS = {
-    "dual_ascent": (dual_ascent, dict(lam=torch.tensor(1.), loss=torch.tensor(1.), tau=1., target=0., bounds=(1e-3, 9.))),
+    "dual_ascent": (dual_ascent, dict(lam=torch.tensor(1.), loss=torch.tensor(1.), tau=1., target=0.,
+                                      bounds=(1e-3, 9.))),
     "kkt": (lambda loss, lam, action, **kw: kkt({"loss": loss, "lambda": lam, "action": action}, **kw),
-            dict(loss=torch.rand(9), lam=torch.rand(9) + 1, action=torch.rand(9), target=0., bounds=(1e-3, 9.), tolerance=.1)),
-    "curves": (kkt, dict(curves={})), "DualAscent": (DualAscent, SETTINGS), "FixedWeight": (FixedWeight, dict(weight=1.)),
+            dict(loss=torch.rand(9), lam=torch.rand(9) + 1, action=torch.rand(9), target=0., bounds=(1e-3, 9.),
+                 tolerance=.1)), "curves": (kkt, dict(curves={})), "DualAscent": (DualAscent, SETTINGS),
+    "FixedWeight": (FixedWeight, dict(weight=1.)),
     "ProportionalIntegral": (ProportionalIntegral, SETTINGS | dict(gain=1., smooth=0., relative=False)),
     "AugmentedLagrangian": (AugmentedLagrangian, SETTINGS | dict(penalty=1.)),
-    "LeastAction": (lambda **kw: LeastAction(**{"model": make()} | kw), dict(
-        model=make(), controller=None, blocks=None, reduction="mean", velocity="displacement", weights=None, batch_axis=None)),
-    "lam": (lambda lam: setattr(LeastAction(make()), "lam", lam), dict(lam=2.)),
+    "LeastAction": (lambda **kw: LeastAction(**{"model": make()} | kw),
+                    dict(model=make(), controller=None, blocks=None, reduction="mean", velocity="displacement",
+                         weights=None,
+                         batch_axis=None)), "lam": (lambda lam: setattr(LeastAction(make()), "lam", lam), dict(lam=2.)),
     "stationarity": (lambda loss: LeastAction(make()).stationarity(lambda: loss), dict(loss=1.))}
 
 
@@ -1294,7 +1386,8 @@ def test_a_network_that_is_frozen_and_evaluated_says_so(net, batch):
 def test_stationarity_needs_a_loss_of_the_network(net, batch):
     x, y = batch
     la = LeastAction(net)
-    with pytest.raises(RuntimeError, match="the task loss has no gradient"): la.stationarity(lambda: F.cross_entropy(net(x), y).detach())
+    with pytest.raises(RuntimeError, match="the task loss has no gradient"):
+        la.stationarity(lambda: F.cross_entropy(net(x), y).detach())
     with pytest.raises(TypeError, match="task is a tensor .*, expected"): la.stationarity(F.cross_entropy(net(x), y))
 
 
@@ -1319,14 +1412,17 @@ def test_the_first_multiplier_is_what_was_given(lambda0):
 def test_numbers_of_any_library_are_settings(name, value, of):
     plain, given = (DualAscent(**{name: (None, v) if name == "bounds" else v}) for v in (value, of(value)))
     assert str(given) == str(plain) and given.sensor.get_extra_state() == plain.sensor.get_extra_state()
-    assert given.sensor.every == plain.sensor.every and type(given.sensor.every) is type(given.sensor.warmup_steps) is type(given.sensor.accumulate) is int
+    assert given.sensor.every == plain.sensor.every and type(given.sensor.every) is type(
+        given.sensor.warmup_steps) is type(given.sensor.accumulate) is int
 
 
 @pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction, Decimal, np.array])
 def test_decays_and_weights_of_any_library(net, of):
-    la = LeastAction(net, ProportionalIntegral(average=of(.5), gain=of(.5), smooth=of(.5), relative=np.True_), weights={"*": of(.5)})
+    la = LeastAction(net, ProportionalIntegral(average=of(.5), gain=of(.5), smooth=of(.5), relative=np.True_),
+                     weights={"*": of(.5)})
     la.remove()
-    assert type(la.controller.sensor.average) is float and la.controller.sensor.average == .5 and set(la.weights.tolist()) == {.5} and la.controller.gain == .5
+    assert type(la.controller.sensor.average) is float and la.controller.sensor.average == .5 and set(
+        la.weights.tolist()) == {.5} and la.controller.gain == .5
 
 
 class Shifts(nn.Module):
@@ -1339,7 +1435,8 @@ class Shifts(nn.Module):
 def test_an_action_without_gradient_is_refused_at_the_first_step(least_action):
     net = nn.Sequential(nn.Linear(8, 8), Shifts(), nn.Linear(8, 3))
     la = least_action(net, blocks=["1"])
-    with pytest.raises(RuntimeError, match="above zero and has no gradient"): la(F.cross_entropy(net(torch.randn(4, 8)), torch.zeros(4, dtype=torch.long)))
+    with pytest.raises(RuntimeError, match="above zero and has no gradient"):
+        la(F.cross_entropy(net(torch.randn(4, 8)), torch.zeros(4, dtype=torch.long)))
 
 
 def test_an_action_of_zero_is_looked_at_again():

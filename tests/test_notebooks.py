@@ -1,4 +1,5 @@
-"Every notebook runs from top to bottom under nbdev's runner: one case each, in a process of its own, without a network."
+"""Every notebook runs from top to bottom under nbdev's runner: one case each, in a process of its own, without a
+network."""
 import ast
 import os
 import re
@@ -20,7 +21,8 @@ REFUSED = re.compile(r'^ImportError:\s+\w+ requires .*PyTorch', re.M)   # by tra
 
 
 def count_cells_as_modules():
-    "For `make coverage`: an exported cell carries the file and the line numbers that it has in `lap_nb`, so that its lines count there."
+    """For `make coverage`: an exported cell carries the file and the line numbers that it has in `lap_nb`, so that its
+    lines count there."""
     from IPython.core.compilerop import CachingCompiler
     files = {path: path.read_text(encoding='utf-8') for path in (ROOT / 'lap_nb').rglob('*.py')}
     cache, parse, shift = CachingCompiler.cache, CachingCompiler.ast_parse, {}
@@ -70,7 +72,8 @@ def run_forked(notebook, log):
 
 
 def run_apart(forked, notebook, log):
-    "Run `notebook` in a process of its own, a fork of one that has imported the library already; what went wrong, or nothing."
+    """Run `notebook` in a process of its own, a fork of one that has imported the library already; what went wrong, or
+    nothing."""
     process = forked.Process(target=run_forked, args=(notebook, log))
     process.start()
     process.join(LIMIT)

@@ -1,4 +1,5 @@
-"The notebooks are the only source: what is generated from them is in step with them, and the package keeps its manners."
+"""The notebooks are the only source: what is generated from them is in step with them, and the package keeps its
+manners."""
 import ast
 import http.server
 import importlib
@@ -28,8 +29,12 @@ NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 
 # A module imports only from modules to its left.
-ORDER = ('checks files state stats plots data dynamics nets hooks attach kinetic transport regularity least_action training adapters ensembles depth '
-         'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes lab.bench lab.cli').split()
+ORDER = (
+    'checks files state stats plots data dynamics nets hooks attach kinetic transport regularity least_action '
+    'training adapters ensembles depth '
+    'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes '
+    'lab.bench lab.cli'
+).split()
 # Slow to import and needed by few calls: imported inside the functions that use them.
 LAZY = 'ot matplotlib scipy sklearn PIL ipywidgets dask pandas orjson lightning torchdiffeq transformers'.split()
 EXPORTED = {'export', 'exports', 'exporti'}
@@ -70,7 +75,8 @@ def default_modules():
 def modules():
     "All modules of the package, those of its laboratory as `lab.NAME`."
     folder = ROOT / 'lap_nb'
-    return sorted('.'.join(p.relative_to(folder).with_suffix('').parts) for p in folder.rglob('*.py') if not p.stem.startswith('_'))
+    return sorted('.'.join(p.relative_to(folder).with_suffix('').parts) for p in folder.rglob('*.py')
+                  if not p.stem.startswith('_'))
 
 
 def module_text(name): return (ROOT / 'lap_nb' / f'{name.replace(".", "/")}.py').read_text(encoding='utf-8')
@@ -80,9 +86,11 @@ def module_tree(name): return ast.parse(module_text(name), f'{name}.py')
 
 
 def imports(name):
-    "What the module `name` imports from modules of the package, anywhere in its text: pairs of a module and a name, which is empty for the module itself."
+    """What the module `name` imports from modules of the package, anywhere in its text: pairs of a module and a name,
+    which is empty for the module itself."""
     for node in ast.walk(module_tree(name)):
-        if isinstance(node, ast.Import): yield from ((a.name.removeprefix('lap_nb.'), '') for a in node.names if a.name.startswith('lap_nb.'))
+        if isinstance(node, ast.Import):
+            yield from ((a.name.removeprefix('lap_nb.'), '') for a in node.names if a.name.startswith('lap_nb.'))
         if not isinstance(node, ast.ImportFrom): continue
         above = f'lap_nb.{name}'.rsplit('.', node.level)[0] + '.' if node.level else ''
         path = f'{above}{node.module or ""}'.strip('.')
@@ -194,7 +202,9 @@ def test_expected_failures_are_entered():
     def idle(lines):
         nodes = list(ast.walk(parse(lines)))
         entered = {id(item.context_expr) for n in nodes if isinstance(n, ast.With) for item in n.items}
-        return any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'expect_fail' and id(n) not in entered for n in nodes)
+        return any(
+            isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'expect_fail' and id(n) not in entered
+            for n in nodes)
 
     no((where for where, _, _, lines in code_cells() if idle(lines)), 'write "with expect_fail(...): ..."')
 
@@ -203,18 +213,21 @@ def statements(lines):
     "How many statements a cell has; imports, docstrings and the headings of methods are none."
     nodes = list(ast.walk(parse(lines)))
     methods = {id(m) for n in nodes if isinstance(n, ast.ClassDef) for m in n.body if isinstance(m, ast.FunctionDef)}
-    found = (n for n in nodes if isinstance(n, ast.stmt) and not isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in methods)
+    found = (n for n in nodes
+             if isinstance(n, ast.stmt) and not isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in methods)
     return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in found)
 
 
 def test_ruff_finds_nothing():
-    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '.'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '.'], cwd=ROOT,
+                          capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
 
 
 def test_exported_cells_are_short():
     no((f'{where}: {count} statements' for where, _, directives, lines in code_cells()
-        if EXPORTED & directives.keys() and (count := statements(lines)) > MAX_STATEMENTS), f'an exported cell has at most {MAX_STATEMENTS} statements')
+        if EXPORTED & directives.keys() and (count := statements(lines)) > MAX_STATEMENTS),
+       f'an exported cell has at most {MAX_STATEMENTS} statements')
 
 
 # The package
@@ -263,7 +276,8 @@ def undocumented(name, thing):
     comments = docments(thing, returns=False, args_kwargs=True)
     if is_dataclass(thing): comments = {p: c for p, c in comments.items() if p in own.get('__annotations__', ())}
     elif own and '__init__' not in own: comments = {}
-    yield from (f'{name}: parameter {p} has no comment' for p, comment in comments.items() if p != 'self' and not comment)
+    yield from (f'{name}: parameter {p} has no comment' for p, comment in comments.items()
+                if p != 'self' and not comment)
 
 
 def test_public_names_are_documented():
@@ -312,7 +326,10 @@ def asked():
     "What settings.ini requires, for use, studies and development."
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT / 'settings.ini', encoding='utf-8')
-    return [Requirement(word) for key in ('requirements', 'lab_requirements', 'widgets_requirements', 'site_requirements', 'dev_requirements') for word in ini['DEFAULT'][key].split()]
+    return [
+        Requirement(word)
+        for key in ('requirements', 'lab_requirements', 'widgets_requirements', 'site_requirements', 'dev_requirements')
+        for word in ini['DEFAULT'][key].split()]
 
 
 def needed():
@@ -330,27 +347,33 @@ def needed():
     return {name: version.partition('+')[0] for (name, _), version in found.items()}
 
 
-def own_torch(name): return re.fullmatch('torch|sympy|triton|(nvidia|cuda)-.*', name)   # what another PyTorch may bring in other versions
+# what another PyTorch may bring in other versions
+def own_torch(name): return re.fullmatch('torch|sympy|triton|(nvidia|cuda)-.*', name)
 
 
 def test_every_package_has_its_version_in_the_constraints():
     wanted, found = pins('constraints.txt'), needed()
     other = found['torch'] != wanted['torch']   # make TORCH=...
-    no((f'{name} {version}, pinned: {wanted.get(name)}' for name, version in found.items()
-        if version != wanted.get(name) and not (other and own_torch(name))), 'installed in another version than constraints.txt says: make lock, then make install')
+    no((f'{name} {version}, pinned: {wanted.get(name)}'
+        for name, version in found.items() if version != wanted.get(name) and not (other and own_torch(name))),
+       'installed in another version than constraints.txt says: make lock, then make install')
 
 
 def test_the_settings_allow_the_versions_of_the_constraints():
     wanted = pins('constraints.txt')
-    no((f'{r}: {wanted.get(canonicalize_name(r.name))}' for r in asked() if not r.specifier.contains(wanted.get(canonicalize_name(r.name), '0'))),
+    no((f'{r}: {wanted.get(canonicalize_name(r.name))}'
+        for r in asked() if not r.specifier.contains(wanted.get(canonicalize_name(r.name), '0'))),
        'settings.ini asks for other versions than constraints.txt has: make lock')
 
 
 def test_the_lock_has_hashes_of_all_but_torch():
     text = (ROOT / 'requirements.lock').read_text(encoding='utf-8')
-    no((entry.split()[0] for entry in re.split(r'\n(?=[a-z0-9])', text)[1:] if not re.search(r' \\\n    --hash=sha256:[0-9a-f]{64}', entry)), 'no hash')
+    no((entry.split()[0] for entry in re.split(r'\n(?=[a-z0-9])', text)[1:]
+        if not re.search(r' \\\n    --hash=sha256:[0-9a-f]{64}', entry)), 'no hash')
     every, locked = pins('constraints.txt'), pins('requirements.lock')
-    assert locked == {name: version for name, version in every.items() if not re.fullmatch('torch|triton|(nvidia|cuda)-.*', name)}, 'make lock writes both'
+    assert locked == {
+        name: version for name, version in every.items()
+        if not re.fullmatch('torch|triton|(nvidia|cuda)-.*', name)}, 'make lock writes both'
 
 
 def dry(*goals, **variables):
@@ -365,7 +388,8 @@ def test_what_development_needs_is_installed_by_hash(goal):
     installs = re.findall(r'pip install .*', dry(goal, VENV='.venv-none'))
     assert [re.sub('.*version-check ', '', line) for line in installs] == [
         '--require-hashes --no-deps --only-binary :all: -r requirements.lock',
-        next(line.split('version-check ')[1] for line in installs if line.endswith(' torch')), '--no-deps --no-build-isolation -e .']
+        next(line.split('version-check ')[1] for line in installs if line.endswith(' torch')),
+        '--no-deps --no-build-isolation -e .']
     assert '-c constraints.txt' in installs[1]
 
 
@@ -375,9 +399,11 @@ def test_another_torch_brings_its_own(tmp_path, torch, pin):
     (tmp_path / 'pyvenv.cfg').touch()
     venv = os.path.relpath(tmp_path, ROOT)
     check('make', '-s', f'VENV={venv}', f'TORCH={torch}', f'{venv}/constraints-{torch}.txt')
-    lines, every = ((path.read_text(encoding='utf-8').splitlines()) for path in (tmp_path / f'constraints-{torch}.txt', ROOT / 'constraints.txt'))
+    lines, every = ((path.read_text(encoding='utf-8').splitlines())
+                    for path in (tmp_path / f'constraints-{torch}.txt', ROOT / 'constraints.txt'))
     assert [line for line in lines if own_torch(line.partition('==')[0])] == pin
-    assert [line for line in lines if line not in pin] == [line for line in every if not own_torch(line.partition('==')[0])]
+    assert [line for line in lines
+            if line not in pin] == [line for line in every if not own_torch(line.partition('==')[0])]
 
 
 def test_torch_is_pinned_in_the_constraints_only():
@@ -388,8 +414,9 @@ def test_torch_is_pinned_in_the_constraints_only():
 
 # Folders of any name
 
-NASTY = ["a b", "it's", 'say "hi"', '$HOME', '$x', '{x}', '$(touch hurt)', '`touch hurt`', 'größer 漢字', '#1', '100 %', '%d %(x)s', '(a) & b; c', '-dash', '--', 'a\\b',
-         '~', '*?[x]', '!', 'a=b', '<x>|y', ' ends ', '@', '${x}', '$$']
+NASTY = [
+    "a b", "it's", 'say "hi"', '$HOME', '$x', '{x}', '$(touch hurt)', '`touch hurt`', 'größer 漢字', '#1', '100 %',
+    '%d %(x)s', '(a) & b; c', '-dash', '--', 'a\\b', '~', '*?[x]', '!', 'a=b', '<x>|y', ' ends ', '@', '${x}', '$$']
 STUB = r"""#!/bin/sh
 # Stands for the Python of .venv: writes down what it is asked to do, and where.
 case "$1 $2" in "-c import sysconfig;"*) printf '%s\n' "$PWD/.venv/packages"; exit;; "-c "*) exit;; esac
@@ -405,7 +432,8 @@ def test_make_works_in_a_folder_of_any_name(name, tmp_path):
     (folder / '.venv' / 'bin').mkdir(parents=True)
     (folder / '.venv' / 'packages').mkdir()
     (folder / 'nbs' / '_site' / 'node_modules').mkdir(parents=True)
-    for file in ('Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt', 'requirements.lock', 'nbs/_site/package.json', 'nbs/_site/package-lock.json'):
+    for file in ('Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt', 'requirements.lock',
+                 'nbs/_site/package.json', 'nbs/_site/package-lock.json'):
         shutil.copy(ROOT / file, folder / file)
     for part in ('.ci', 'lap_nb', 'tests'): (folder / part).mkdir()
     shutil.copy(ROOT / '.ci' / 'run', folder / '.ci' / 'run')
@@ -416,7 +444,8 @@ def test_make_works_in_a_folder_of_any_name(name, tmp_path):
     (tmp_path / 'tools' / 'chromium').symlink_to(shutil.which('true'))
     env = os.environ | {'PATH': f'{tmp_path / "tools"}:{os.environ["PATH"]}'}
     make = lambda *words: subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
-    for words in [['make', goal] for goal in 'demo site book dist playground coverage lock mutants'.split()] + [['bash', str(folder / '.ci' / 'run')]]:
+    for words in [['make', goal] for goal in 'demo site book dist playground coverage lock mutants'.split()] + [[
+            'bash', str(folder / '.ci' / 'run')]]:
         done = make(*words)
         assert done.returncode == 0, f'{words}\n{done.stdout}{done.stderr}'
         if words[1:] == ['site']: assert f'The site is at {folder}/_docs/index.html\n' in done.stdout
@@ -425,7 +454,8 @@ def test_make_works_in_a_folder_of_any_name(name, tmp_path):
     calls = [call.splitlines()[1:] for call in said]
     for expected in ('.venv/bin/lap_compare --force', 'nbs/_site/render.py', '.venv/bin/nbdev_export', '-m build --no-isolation', '-m coverage report', '.ci/lock.py',
                      'tests/mutants.py', '-m pytest -n 2 --dist loadfile --no-loadscope-reorder'): assert expected.split() in calls, expected
-    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([name, 'said']) and not [*folder.rglob('hurt')]
+    assert sorted(path.name
+                  for path in folder.parent.iterdir()) == sorted([name, 'said']) and not [*folder.rglob('hurt')]
     assert make('make', 'clean').returncode == 0 and not (folder / '.venv').exists()
 
 
@@ -438,7 +468,9 @@ def test_a_machine_without_a_card_gets_the_cpu_build(tmp_path):
 
     def named(path, port):
         "Whether pip is given the index on this port."
-        done = subprocess.run(['make', '-n', '-B', 'demo', f'VENV={os.path.relpath(sys.prefix, ROOT)}', f'TORCH_INDEX=http://127.0.0.1:{port}'], cwd=ROOT, text=True,
+        done = subprocess.run([
+            'make', '-n', '-B', 'demo', f'VENV={os.path.relpath(sys.prefix, ROOT)}',
+            f'TORCH_INDEX=http://127.0.0.1:{port}'], cwd=ROOT, text=True,
                               env=os.environ | {'PATH': path, 'no_proxy': '127.0.0.1'}, capture_output=True, check=True)
         return f'--extra-index-url http://127.0.0.1:{port} --no-build-isolation -e' in done.stdout
 
@@ -461,15 +493,19 @@ def test_spelling(tmp_path):
     for notebook in NOTEBOOKS:
         text = '\n\n'.join(''.join(cell['source']) for cell in load(notebook)['cells'])
         (tmp_path / f'{notebook.stem}.md').write_text(text, encoding='utf-8')
-    documents = [*ROOT.glob('*.md'), *(NBS / '_site').glob('*.[pjh]*'), *(NBS / 'results').glob('*.md'), *(ROOT / 'tests').glob('*.py'),
-                 *(ROOT / '.github').rglob('*.[my]*'), *(ROOT / name for name in ('_quarto.yml', 'Makefile', 'setup.py', 'stubs.py'))]
-    done = run(sys.executable, '-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path, *(d for d in documents if 'lock' not in d.name))
+    documents = [
+        *ROOT.glob('*.md'), *(NBS / '_site').glob('*.[pjh]*'), *(NBS / 'results').glob('*.md'),
+        *(ROOT / 'tests').glob('*.py'), *(ROOT / '.github').rglob('*.[my]*'),
+        *(ROOT / name for name in ('_quarto.yml', 'Makefile', 'setup.py', 'stubs.py'))]
+    done = run(sys.executable, '-m', 'codespell_lib', '--toml', ROOT / 'pyproject.toml', tmp_path,
+               *(d for d in documents if 'lock' not in d.name))
     assert not done.stdout + done.stderr, done.stdout + done.stderr
 
 
 WORKFLOWS = {path.stem: path for path in sorted((ROOT / '.github' / 'workflows').glob('*.yml'))}
 flow = lambda name: yaml.safe_load(WORKFLOWS[name].read_text(encoding='utf-8'))
-RIGHTS = {('docs', 'deploy'): {'pages': 'write', 'id-token': 'write'}, ('release', 'publish'): {'id-token': 'write'}}   # of jobs; all others read
+# of jobs; all others read
+RIGHTS = {('docs', 'deploy'): {'pages': 'write', 'id-token': 'write'}, ('release', 'publish'): {'id-token': 'write'}}
 
 
 @pytest.mark.parametrize('name', WORKFLOWS)
@@ -481,18 +517,22 @@ def test_workflows_use_the_targets_of_the_makefile(name):
     assert all(('uses' in step) != ('run' in step) for step in steps)
     made = {word for step in steps for word in re.findall(r'make (?:\w+=\S+ )?(\w+)', step.get('run', ''))}
     assert made and made <= targets
-    assert all(job['timeout-minutes'] <= (15 if name == 'test' else 350) for job in jobs), 'the tests are to end within a quarter of an hour, everything some time'
+    assert all(job['timeout-minutes'] <= (15 if name == 'test' else 350)
+               for job in jobs), 'the tests are to end within a quarter of an hour, everything some time'
 
 
 @pytest.mark.parametrize('name', WORKFLOWS)
 def test_workflows_take_actions_by_commit(name):
     "A tag can be moved; the comment tells a reader, and Dependabot, which version the commit is."
     used = re.findall(r'uses: *(.*)', WORKFLOWS[name].read_text(encoding='utf-8'))
-    no((line for line in used if not re.fullmatch(r'[\w-]+/[\w-]+@[0-9a-f]{40} +# v\d+\.\d+\.\d+', line)), 'write owner/action@commit   # v1.2.3')
+    no((line for line in used if not re.fullmatch(r'[\w-]+/[\w-]+@[0-9a-f]{40} +# v\d+\.\d+\.\d+', line)),
+       'write owner/action@commit   # v1.2.3')
 
 
 def test_an_action_has_one_version_in_all_workflows():
-    pairs = {tuple(line.split('@')) for path in WORKFLOWS.values() for line in re.findall(r'uses: *(.*)', path.read_text(encoding='utf-8'))}
+    pairs = {
+        tuple(line.split('@')) for path in WORKFLOWS.values()
+        for line in re.findall(r'uses: *(.*)', path.read_text(encoding='utf-8'))}
     assert len(pairs) == len({action for action, _ in pairs})
 
 
@@ -504,8 +544,11 @@ def test_workflows_may_do_no_more_than_they_need(name):
         rights = RIGHTS.get((name, job))
         assert does.get('permissions') == rights, job
         steps = does['steps']
-        if rights: assert 'needs' in does and does['environment'] and not [s for s in steps if 'run' in s or 'checkout' in s['uses']]
-        assert all(s['with']['persist-credentials'] is False for s in steps if 'actions/checkout@' in s.get('uses', '')), 'no token stays in the checkout'
+        if rights:
+            assert 'needs' in does and does['environment'] and not [
+                s for s in steps if 'run' in s or 'checkout' in s['uses']]
+        assert all(s['with']['persist-credentials'] is False for s in steps
+                   if 'actions/checkout@' in s.get('uses', '')), 'no token stays in the checkout'
         assert 'secrets.' not in json.dumps(does)
 
 
@@ -519,7 +562,8 @@ def test_a_release_is_built_where_nothing_was_tested_or_kept():
 
 def test_newer_versions_are_proposed():
     bot = yaml.safe_load((ROOT / '.github' / 'dependabot.yml').read_text(encoding='utf-8'))
-    assert {(u['package-ecosystem'], u['directory']) for u in bot['updates']} == {('github-actions', '/'), ('pip', '/'), ('npm', '/nbs/_site')}
+    assert {(u['package-ecosystem'], u['directory']) for u in bot['updates']} == {('github-actions', '/'), ('pip', '/'),
+                                                                                  ('npm', '/nbs/_site')}
 
 
 def test_declared_versions_are_those_of_the_workflow():
@@ -535,7 +579,8 @@ def test_changelog_tells_of_the_version():
     import lap_nb
     version = re.search(r'^version = (\S+)$', (ROOT / 'settings.ini').read_text(encoding='utf-8'), re.M)[1]
     assert lap_nb.__version__ == version
-    assert re.search(rf'^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$', (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    assert re.search(rf'^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$',
+                     (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
 
 
 def test_each_requirement_has_its_row_in_the_guide():
@@ -545,19 +590,22 @@ def test_each_requirement_has_its_row_in_the_guide():
 
 
 def test_the_loss_needs_no_extra():
-    "Without the packages of the extras all modules beside the laboratory import, three lines train, and what lacks a package names its extra."
-    code = ('import sys\n'
-            'class Without:\n'
-            '    def find_spec(self, name, path=None, target=None):\n'
-            '        if name.partition(".")[0] in sys.argv[1].split(","): raise ModuleNotFoundError(f"No module named {name!r}", name=name)\n'
-            'sys.meta_path.insert(0, Without())\n'
-            'import importlib, torch, lap_nb as lap\n'
-            'for name in sys.argv[2:]: importlib.import_module("lap_nb." + name)\n'
-            'net = lap.dense_net(4, 2, K=2)\n'
-            'la = lap.LeastAction(net)\n'
-            'la(torch.nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 2)).backward()\n'
-            'try: lap.digits()\n'
-            'except ModuleNotFoundError as e: print(e)')
+    """Without the packages of the extras all modules beside the laboratory import, three lines train, and what lacks a
+    package names its extra."""
+    code = (
+        'import sys\n'
+        'class Without:\n'
+        '    def find_spec(self, name, path=None, target=None):\n'
+        '        if name.partition(".")[0] in sys.argv[1].split(","): raise ModuleNotFoundError(f"No module named '
+        '{name!r}", name=name)\n'
+        'sys.meta_path.insert(0, Without())\n'
+        'import importlib, torch, lap_nb as lap\n'
+        'for name in sys.argv[2:]: importlib.import_module("lap_nb." + name)\n'
+        'net = lap.dense_net(4, 2, K=2)\n'
+        'la = lap.LeastAction(net)\n'
+        'la(torch.nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 2)).backward()\n'
+        'try: lap.digits()\n'
+        'except ModuleNotFoundError as e: print(e)')
     extras = 'sklearn,ipywidgets,pandas,orjson,dask,distributed,voila,nbdev,nbformat,jupytext,pypandoc'
     said = python('-c', code, extras, *(name for name in modules() if not name.startswith('lab.')))
     assert said.strip() == "sklearn is not installed, expected it here: pip install 'lap_nb[lab]'"

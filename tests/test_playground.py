@@ -19,7 +19,8 @@ from conftest import ROOT
 from lap_nb.lab.widgets import LIMITS, PICTURES, Explorer, Setting, Trial, playground
 from test_site import AUDIT, AXE, LEVELS, sliders_say_what_they_show
 
-VOILA = re.search(r'-m voila (\S+) (.+)', (ROOT / 'Makefile').read_text(encoding='utf-8')).groups()   # the app, and how it is served
+# the app, and how it is served
+VOILA = re.search(r'-m voila (\S+) (.+)', (ROOT / 'Makefile').read_text(encoding='utf-8')).groups()
 PATIENCE = 300   # seconds until what never comes is called missing
 
 
@@ -67,7 +68,8 @@ def test_the_ends_of_the_sliders_can_be_set(ends):
 def test_same_setting_same_network():
     first, second = (Trial(Setting(steps=30)) for _ in range(2))
     assert first.train() and second.train()
-    for a, b in zip(first.model.parameters(), second.model.parameters()): torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for a, b in zip(first.model.parameters(), second.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_plain_training_has_no_multiplier():
@@ -159,7 +161,8 @@ def test_an_error_in_training_is_shown_and_the_panel_lives_on(panel, monkeypatch
 
 
 def test_a_slider_waits_for_few_pictures_of_few_parts(panel, monkeypatch):
-    "What a turn costs, counted: the layer two pictures, a setting one, of a line and a set of points for each class; all else is drawn beside."
+    """What a turn costs, counted: the layer two pictures, a setting one, of a line and a set of points for each class;
+    all else is drawn beside."""
     from matplotlib.axes import Axes
     drawn, parts, me = [], [], threading.get_ident()
     inner, plot = Trial.picture, Axes.plot
@@ -201,7 +204,8 @@ def trained():
 
 @pytest.fixture(autouse=True)
 def as_trained(request):
-    "Where ipywidgets itself takes a value to an end, a new network is right; the next test finds the trained one again."
+    """Where ipywidgets itself takes a value to an end, a new network is right; the next test finds the trained one
+    again."""
     if 'trained' not in request.fixturenames: return (yield)
     panel = request.getfixturevalue('trained')
     trial = panel.trial
@@ -213,7 +217,8 @@ def as_trained(request):
 def beyond(low, high):
     "States of a slider outside its limits, with its ends moved out of the way where ipywidgets would hold it."
     for value in (low - 1, -high, high + 1, 20_000, 1e9, float('inf'), float('nan')):
-        for ends in (dict(min=-1e12, max=1e12), dict(min=value - 1, max=value + 1), dict(base=1e9, min=-9., max=2.)): yield ends | dict(value=value)
+        for ends in (dict(min=-1e12, max=1e12), dict(min=value - 1, max=value + 1), dict(base=1e9, min=-9., max=2.)):
+            yield ends | dict(value=value)
 
 
 @pytest.mark.parametrize('name', LIMITS)
@@ -294,8 +299,11 @@ def served(notebook, *options):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-    command = [sys.executable, '-m', 'voila', str(notebook), *VOILA[1].split(), '--no-browser', f'--port={port}', *options]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as voila:
+    command = [
+        sys.executable, '-m', 'voila',
+        str(notebook), *VOILA[1].split(), '--no-browser', f'--port={port}', *options]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as voila:
         server = None
         try: yield (server := Server(voila))
         finally:
@@ -315,13 +323,16 @@ def fetch(address):
 def small(tmp_path):
     "A notebook whose kernel is there soon."
     import nbformat
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('6 * 7')], metadata=dict(kernelspec=dict(name='python3', display_name='', language='python')))
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell('6 * 7')],
+        metadata=dict(kernelspec=dict(name='python3', display_name='', language='python')))
     nbformat.write(notebook, tmp_path / 'small.ipynb')
     return tmp_path / 'small.ipynb'
 
 
 def test_a_page_too_many_is_refused_and_an_abandoned_one_gives_its_place_back(small):
-    with served(small, '--FewKernels.most=1', '--MappingKernelManager.cull_idle_timeout=5', '--MappingKernelManager.cull_interval=1') as server:
+    with served(small, '--FewKernels.most=1', '--MappingKernelManager.cull_idle_timeout=5',
+                '--MappingKernelManager.cull_interval=1') as server:
         answers = []
         first = threading.Thread(target=lambda: answers.append(fetch(server.address)))
         first.start()
@@ -330,7 +341,8 @@ def test_a_page_too_many_is_refused_and_an_abandoned_one_gives_its_place_back(sm
         assert status == 503 and '1 pages of the playground are open' in page and 'close one, or wait 1 minutes' in page
         first.join(PATIENCE)
         assert answers[0][0] == 200 and '42' in answers[0][2]
-        server.wait('Kernel shutdown')   # nobody looks at the first page, which a browser would have connected to its kernel
+        # nobody looks at the first page, which a browser would have connected to its kernel
+        server.wait('Kernel shutdown')
         end = time.monotonic() + PATIENCE   # it is said before it is done
         while fetch(server.address)[0] != 200: assert time.monotonic() < end, server.said
         server.wait('Kernel started', 2)
@@ -378,7 +390,8 @@ def app_page(browser, app):
     page.on('requestfailed', lambda r: faults.append(f'failed: {r.url}'))
     page.on('pageerror', lambda e: faults.append(str(e)))
     # voila asks a content network for its icon font: an empty answer stands in for it, here there is no network
-    page.route(re.compile(r'^https://cdn\.jsdelivr\.net/'), lambda route: route.fulfill(body='', content_type='text/css'))
+    page.route(re.compile(r'^https://cdn\.jsdelivr\.net/'),
+               lambda route: route.fulfill(body='', content_type='text/css'))
     page.set_default_timeout(1000 * PATIENCE)
     page.goto(app)
     page.wait_for_function('n => document.querySelectorAll(".explorer img").length == n', arg=2 * len(PICTURES))
@@ -387,7 +400,8 @@ def app_page(browser, app):
     assert not faults, faults
 
 
-def shown(panel): return {alt: panel.locator(f'img[alt="{html.escape(alt)}"]').get_attribute('src') for _, alt in PICTURES.values()}
+def shown(panel):
+    return {alt: panel.locator(f'img[alt="{html.escape(alt)}"]').get_attribute('src') for _, alt in PICTURES.values()}
 
 
 def picture(alt, unlike):
@@ -403,7 +417,8 @@ def test_app(app_page):
     status('untrained')
     gain, layer = (left.get_by_role('slider', name=name) for name in ('initial gain', 'layer'))
 
-    # a slider, by keyboard: the paths answer, the other pictures follow (how much is drawn for an answer is counted above)
+    # a slider, by keyboard: the paths answer, the other pictures follow (how much is drawn for an answer is counted
+    # above)
     untrained, beside = shown(left), shown(right)
     gain.focus()
     page.keyboard.press('ArrowLeft')
@@ -430,7 +445,8 @@ def test_app(app_page):
     for _ in range(4):   # where the machine is so busy that the training ends before the click, once more
         left.get_by_role('button', name='Train').click()
         status(re.compile('^epoch [0-9]+ of'))
-        page.evaluate("[...document.querySelectorAll('.explorer button')].find(button => button.innerText == 'Stop').click()")
+        page.evaluate(
+            "[...document.querySelectorAll('.explorer button')].find(button => button.innerText == 'Stop').click()")
         status(re.compile('^(stopped after epoch|trained)'))
         if 'stopped after epoch' in left.inner_text(): break
     accuracy = re.search(r'stopped after epoch (\d+); test accuracy ([\d.]+) %', left.inner_text())
@@ -439,13 +455,15 @@ def test_app(app_page):
 
 @pytest.mark.browser
 def test_app_stands_side_by_side_and_is_accessible(app_page):
-    "On a desktop two panels are beside each other, on a phone below each other; axe-core finds nothing of level A or AA."
+    """On a desktop two panels are beside each other, on a phone below each other; axe-core finds nothing of level A or
+    AA."""
     boxes = lambda: [panel.bounding_box() for panel in app_page.locator('.explorer').all()]
     one, two = boxes()
     assert one['y'] == two['y'] and one['x'] + one['width'] <= two['x'] and two['x'] + two['width'] <= 1500
     assert app_page.locator('h1').inner_text().startswith('The playground')
     assert sliders_say_what_they_show(app_page) == 2 * 6
-    told = app_page.locator('.explorer').get_by_role('status').evaluate_all('lines => lines.map(line => [line.ariaLive, line.innerText])')
+    told = app_page.locator('.explorer').get_by_role('status').evaluate_all(
+        'lines => lines.map(line => [line.ariaLive, line.innerText])')
     assert [(live, text.split(';')[0]) for live, text in told] == [('polite', 'untrained')] * 2
     app_page.set_viewport_size({'width': 390, 'height': 844})
     one, two = boxes()

@@ -1,4 +1,5 @@
-"What `make portable` wrote down: each assertion of a chapter that compares numbers has held with room on other processors and for other seeds."
+"""What `make portable` wrote down: each assertion of a chapter that compares numbers has held with room on other
+processors and for other seeds."""
 import ast
 import json
 import math
@@ -19,14 +20,18 @@ def note():
 
 
 def test_processors_and_seeds(note):
-    "A training ended differently under at least six processors, so these were different ones; and all seeds were shifted three times."
+    """A training ended differently under at least six processors, so these were different ones; and all seeds were
+    shifted three times."""
     assert len(set(note['trained'].values())) >= 6 and sum(name.startswith('seeds') for name in CONFIGURATIONS) >= 3
 
 
 @pytest.mark.parametrize('unit', NOTEBOOKS + TESTS)
 def test_room(unit, note):
-    if unit not in note['rooms']: pytest.skip(f'not run on other processors and for other seeds yet: `python tests/portable.py --only {unit}`')
-    little = {claim: room for claim, room in note['rooms'][unit].items() if room is not None and (isinstance(room, str) or room < ROOM)}
+    if unit not in note['rooms']:
+        pytest.skip(f'not run on other processors and for other seeds yet: `python tests/portable.py --only {unit}`')
+    little = {
+        claim: room for claim, room in note['rooms'][unit].items()
+        if room is not None and (isinstance(room, str) or room < ROOM)}
     assert not little, f'{unit}: widen what these say, or assert it of a committed record'
 
 
@@ -61,13 +66,18 @@ def test_what_is_watched(source, held, distances):
 
 
 def test_room_is_the_least_distance_over_how_far_it_is_from_the_usual():
-    assert room_of([3., 1., 2.]) == 1 and room_of([9., 3., 3., -1.]) == -.25 and room_of([2., 2., 5.]) == math.inf and room_of([-1., -1.]) == -math.inf
+    assert room_of([3., 1., 2.]) == 1 and room_of([9., 3., 3., -1.]) == -.25 and room_of([
+        2., 2., 5.]) == math.inf and room_of([-1., -1.]) == -math.inf
 
 
 def test_all_seeds_are_shifted():
-    draw = ("import portable, random, torch, numpy as np; from sklearn.datasets import make_moons; import sys; by = int(sys.argv[1]); torch.manual_seed(by); "
-            "print(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(by)), torch.initial_seed() - by, np.random.default_rng(by).random(), "
-            "np.random.RandomState(by).rand(), random.Random(by).random(), make_moons(3, noise=1., random_state=by)[0])")
-    said = [subprocess.run([sys.executable, '-c', draw, str(by)], env=os.environ | dict(LAP_NB_SEED_SHIFT=str(5 - by)), cwd=ROOT / 'tests', capture_output=True,
-                           text=True, check=True).stdout for by in (0, 5)]
+    draw = (
+        "import portable, random, torch, numpy as np; from sklearn.datasets import make_moons; import sys; by = "
+        "int(sys.argv[1]); torch.manual_seed(by); "
+        "print(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(by)), torch.initial_seed() - by, "
+        "np.random.default_rng(by).random(), "
+        "np.random.RandomState(by).rand(), random.Random(by).random(), make_moons(3, noise=1., random_state=by)[0])")
+    said = [
+        subprocess.run([sys.executable, '-c', draw, str(by)], env=os.environ | dict(LAP_NB_SEED_SHIFT=str(5 - by)),
+                       cwd=ROOT / 'tests', capture_output=True, text=True, check=True).stdout for by in (0, 5)]
     assert said[0] == said[1] and said[0]

@@ -18,12 +18,14 @@ SHAPE = re.compile(r'\[.*\]|(?:same|any|its) shape')
 
 def names(tree):
     "All names and attributes in a piece of code."
-    return {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)}
+    return {
+        n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)}
 
 
 def shown():
     "Names in the cells of all pages that run and are not exported themselves."
-    return set().union(*(names(parse(lines)) for _, _, directives, lines in code_cells() if not EXPORTED & set(directives)))
+    return set().union(*(names(parse(lines)) for _, _, directives, lines in code_cells()
+                         if not EXPORTED & set(directives)))
 
 
 def returned(things):
@@ -43,7 +45,9 @@ def without_example(exported, run):
     called = {full: thing for full, thing in exported.items() if thing.__name__ in run}
     results = returned(called.values())
     bases = {base for thing in called.values() if inspect.isclass(thing) for base in thing.__mro__}
-    return [full for full, thing in exported.items() if full not in called and thing.__name__ not in results and thing not in bases]
+    return [
+        full for full, thing in exported.items()
+        if full not in called and thing.__name__ not in results and thing not in bases]
 
 
 @pytest.fixture(scope='module')
@@ -75,12 +79,14 @@ def shapeless(full, thing):
     "Parameters that are tensors and do not say of what shape."
     if inspect.isclass(thing) and '__init__' not in vars(thing): return
     for name, p in docments(thing, full=True, returns=False).items():
-        if re.search(r'\bTensor\b', str(p.anno)) and not re.search('Callable|Module', str(p.anno)) and p.docment is not None and not SHAPE.search(p.docment):
+        if re.search(r'\bTensor\b', str(p.anno)) and not re.search('Callable|Module', str(
+                p.anno)) and p.docment is not None and not SHAPE.search(p.docment):
             yield f'{full}: {name}: {p.docment}'
 
 
 def test_tensors_say_their_shape(exported):
-    no((fault for full, thing in exported.items() for fault in shapeless(full, thing)), 'a shape in the comment of each tensor')
+    no((fault for full, thing in exported.items() for fault in shapeless(full, thing)),
+       'a shape in the comment of each tensor')
 
 
 def test_a_tensor_without_a_shape_is_found():
@@ -95,10 +101,11 @@ def test_a_tensor_without_a_shape_is_found():
 
 
 # What could be counted in more than one way: a word of the unit stands beside it.
-UNITS = dict(accuracy_drop='share', batch_size='samples', check_every='steps', chunk='samples|networks', crop='pixels|zeros', drop='share|probability|chance',
-             eval_every='epochs', every='steps', height='inches', label_smoothing='share', length='samples|tuple', memory='bytes', noise='standard deviation',
-             patience='points', seconds='time', shift='radii', side='pixels', steps='steps|gradient', timeout='seconds', tolerance='part|relative|mass',
-             warmup='steps|share', width='units|channels|inches|tuple')
+UNITS = dict(accuracy_drop='share', batch_size='samples', check_every='steps', chunk='samples|networks',
+             crop='pixels|zeros', drop='share|probability|chance', eval_every='epochs', every='steps', height='inches',
+             label_smoothing='share', length='samples|tuple', memory='bytes', noise='standard deviation',
+             patience='points', seconds='time', shift='radii', side='pixels', steps='steps|gradient', timeout='seconds',
+             tolerance='part|relative|mass', warmup='steps|share', width='units|channels|inches|tuple')
 
 
 def unitless(full, thing):
@@ -109,11 +116,13 @@ def unitless(full, thing):
     if inspect.isclass(thing) and not is_dataclass(thing): return
     for name, p in docments(thing, full=True, returns=False).items():
         number = re.search(r'\b(int|float)\b', str(p.anno))
-        if name in UNITS and number and p.docment and not re.search(UNITS[name], p.docment): yield f'{full}: {name}: {p.docment}'
+        if name in UNITS and number and p.docment and not re.search(UNITS[name], p.docment):
+            yield f'{full}: {name}: {p.docment}'
 
 
 def test_numbers_say_their_unit(exported):
-    no((fault for full, thing in exported.items() for fault in unitless(full, thing)), 'a unit in the comment: ' + ', '.join(UNITS))
+    no((fault for full, thing in exported.items() for fault in unitless(full, thing)),
+       'a unit in the comment: ' + ', '.join(UNITS))
 
 
 def test_a_number_without_a_unit_is_found():
@@ -132,10 +141,13 @@ def test_a_number_without_a_unit_is_found():
 def speechless(exported):
     "Public methods and properties without a docstring; those that PyTorch or another library defines are left out."
     for full, thing in exported.items():
-        theirs = {name for base in thing.__mro__[1:] if not base.__module__.startswith('lap_nb') for name in vars(base)} if inspect.isclass(thing) else {}
+        theirs = {
+            name for base in thing.__mro__[1:] if not base.__module__.startswith('lap_nb')
+            for name in vars(base)} if inspect.isclass(thing) else {}
         for name, member in vars(thing).items() if inspect.isclass(thing) else ():
             code = isinstance(member, property | staticmethod | classmethod) or inspect.isfunction(member)
-            if code and not name.startswith('_') and name not in theirs and not inspect.getdoc(member): yield f'{full}.{name}'
+            if code and not name.startswith('_') and name not in theirs and not inspect.getdoc(member):
+                yield f'{full}.{name}'
 
 
 def test_every_method_says_what_it_does(exported):

@@ -16,7 +16,8 @@ from lap_nb.regularity import holder_exponent, lipschitz_profile, local_lipschit
 quick = settings(max_examples=10, deadline=None)
 
 
-def numbers(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @quick
@@ -41,7 +42,8 @@ def test_pictures_agree_with_the_dense_jacobian():
     torch.manual_seed(0)
     f = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 2, 3)).double().eval()
     x = numbers(4, 2, 5, 5)
-    dense = torch.stack([torch.linalg.matrix_norm(torch.func.jacrev(lambda z: f(z[None])[0].flatten())(xi).flatten(1), 2) for xi in x])
+    dense = torch.stack([
+        torch.linalg.matrix_norm(torch.func.jacrev(lambda z: f(z[None])[0].flatten())(xi).flatten(1), 2) for xi in x])
     assert_close(local_lipschitz(f, x, 1000, 1e-8).values, dense, rtol=1e-4, atol=0)
 
 
@@ -57,9 +59,12 @@ def test_linear_blocks_of_a_flow():
         block.velocity = nn.Linear(5, 5, bias=False, dtype=torch.float64); block.velocity.weight.data = A
     profile = lipschitz_profile(net, numbers(6, 5), iterations=2000, tolerance=1e-9)
     steps = [torch.eye(5, dtype=torch.float64) + A for A in mats]
-    for row, S in zip(profile.blocks, steps): assert_close(row, torch.linalg.matrix_norm(S, 2).expand(6), rtol=1e-4, atol=0)
-    assert_close(profile.whole, torch.linalg.matrix_norm(steps[2] @ steps[1] @ steps[0], 2).expand(6), rtol=1e-4, atol=0)
-    assert (profile.whole <= profile.product * (1 + 1e-6)).all() and profile.names == ("flow.blocks.0", "flow.blocks.1", "flow.blocks.2")
+    for row, S in zip(profile.blocks, steps):
+        assert_close(row, torch.linalg.matrix_norm(S, 2).expand(6), rtol=1e-4, atol=0)
+    assert_close(profile.whole,
+                 torch.linalg.matrix_norm(steps[2] @ steps[1] @ steps[0], 2).expand(6), rtol=1e-4, atol=0)
+    assert (profile.whole <= profile.product *
+            (1 + 1e-6)).all() and profile.names == ("flow.blocks.0", "flow.blocks.1", "flow.blocks.2")
     assert "**whole**" in profile._repr_markdown_()
 
 
@@ -130,7 +135,8 @@ class Attends(nn.Module):
     "A transformer that returns a mapping, and calls its blocks by keyword."
     def __init__(self):
         super().__init__()
-        self.first, self.layers = nn.Linear(3, 8), nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0., batch_first=True, norm_first=True) for _ in range(2))
+        self.first, self.layers = nn.Linear(3, 8), nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, 0., batch_first=True, norm_first=True) for _ in range(2))
     def forward(self, x):
         x = self.first(x)
         for layer in self.layers: x = layer(src=x)
@@ -149,12 +155,16 @@ def test_attention_keywords_and_mappings():
 
 
 def test_stochastic_depth_is_random_too():
-    with pytest.raises(ValueError, match="in training mode"): lipschitz_profile(dense_net(3, 2, K=2, drop=.5).train(), torch.randn(5, 3))
+    with pytest.raises(ValueError, match="in training mode"):
+        lipschitz_profile(dense_net(3, 2, K=2, drop=.5).train(), torch.randn(5, 3))
 
 
 # The error of a constant, half precision, units, and unusable input of every kind
 
-def dense(f, x): return torch.stack([torch.linalg.matrix_norm(torch.func.jacrev(lambda z: f(z[None])[0].flatten())(xi).flatten(1).double(), 2) for xi in x])
+def dense(f, x):
+    return torch.stack([
+        torch.linalg.matrix_norm(torch.func.jacrev(lambda z: f(z[None])[0].flatten())(xi).flatten(1).double(), 2)
+        for xi in x])
 
 
 @pytest.mark.parametrize("d", [130, 200, 300])
@@ -167,7 +177,8 @@ def test_the_error_bound_holds(d, iterations):
     for f in (lambda z: z @ A.T, net):
         x = numbers(3, d)
         true, found = dense(f, x), local_lipschitz(f, x, iterations, 1e-6)
-        assert (found.values <= true * (1 + 1e-12)).all() and (true <= found.values * (1 + found.error) * (1 + 1e-12)).all()
+        assert (found.values <= true * (1 + 1e-12)).all() and (true <= found.values * (1 + found.error) *
+                                                               (1 + 1e-12)).all()
         settled = found.error <= 1e-6
         assert_close(found.values[settled], true[settled], rtol=1e-6, atol=0)
         assert found.converged == pytest.approx(settled.double().mean().item())
@@ -178,7 +189,10 @@ def test_what_has_converged_is_the_largest():
     d = 140
     for seed in range(40):
         A, u, start = numbers(d, d, seed=seed) / d ** .5, numbers(d, seed=seed + 1), numbers(1, d, seed=seed + 2)
-        M = [torch.eye(d).double() + .3 * A, A, torch.eye(d).double() + .05 * A + .12 * torch.outer(u, u) / u.square().sum(), torch.eye(d).double() + .3 * A.triu()][seed % 4]
+        M = [
+            torch.eye(d).double() + .3 * A, A,
+            torch.eye(d).double() + .05 * A + .12 * torch.outer(u, u) / u.square().sum(),
+            torch.eye(d).double() + .3 * A.triu()][seed % 4]
         found = local_lipschitz(lambda z: z @ M.T, start, 127, seed=seed)
         assert found.converged == 1
         assert_close(found.values[0], torch.linalg.matrix_norm(M, 2), rtol=1e-4, atol=0.)
@@ -192,7 +206,9 @@ def test_half_precision_is_widened(dtype):
     wide = dense_net(6, 2, K=3).eval(); wide.load_state_dict({k: v.float() for k, v in net.state_dict().items()})
     for small, large in ((net.flow, wide.flow), (torch.tanh, torch.tanh), (lambda z: 300 * z, lambda z: 300 * z)):
         assert_close(local_lipschitz(small, x).values, local_lipschitz(large, x.float()).values, rtol=1e-6, atol=0)
-        assert_close(holder_exponent(small, x).exponent, holder_exponent(large, x.float()).exponent, rtol=1e-4, atol=1e-4)
+        assert_close(
+            holder_exponent(small, x).exponent,
+            holder_exponent(large, x.float()).exponent, rtol=1e-4, atol=1e-4)
     profile = lipschitz_profile(net, x)
     assert profile.whole.dtype == torch.float32 and profile.converged == 1
     with pytest.raises(ValueError, match="model.float"): local_lipschitz(lambda z: net.flow(z), x)
@@ -203,7 +219,9 @@ def test_half_precision_is_widened(dtype):
 def test_steep_and_flat_maps_in_single_precision(scale, d):
     A = numbers(d, d).float()
     x = torch.randn(4, d)
-    assert_close(local_lipschitz(lambda z: z @ (scale * A).T, x).values, torch.linalg.matrix_norm(A.double(), 2).float().expand(4) * scale, rtol=1e-4, atol=0)
+    assert_close(
+        local_lipschitz(lambda z: z @ (scale * A).T, x).values,
+        torch.linalg.matrix_norm(A.double(), 2).float().expand(4) * scale, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("power", [-200, -66, 66, 200])
@@ -250,7 +268,8 @@ def test_unusable_maps_and_settings_are_explained(call, message):
 
 
 def test_more_distances_than_memory_are_refused_before_they_are_allocated():
-    with pytest.raises(MemoryError, match="3,000,000 by 3,000,000 points need"): holder_exponent(torch.tanh, torch.zeros(1, 1).expand(3_000_000, 1))
+    with pytest.raises(MemoryError, match="3,000,000 by 3,000,000 points need"):
+        holder_exponent(torch.tanh, torch.zeros(1, 1).expand(3_000_000, 1))
 
 
 @pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction])

@@ -31,14 +31,17 @@ PLACES = ("model", "opt", "least_action", "generators", "rng", "points", "step",
 def net(seed=0):
     "With dropout and batch norm: the global generator and buffers count."
     torch.manual_seed(seed)
-    velocity = lambda: nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.2), nn.Linear(16, 64))
+    velocity = lambda: nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.2), nn.Linear(
+        16, 64))
     return ResidualNet(Flow([velocity() for _ in range(2)]), nn.Linear(64, 10))
 
 
 def train(path, epochs=12, resume=False, seed=0, every=3, **settings):
     model = net(seed)
     settings = dict(batch_size=25, eval_every=2, optimizer="sgd", lr=.02, schedule="cosine", clip=1.) | settings
-    return fit(model, digits().split(100), LeastAction(model, DualAscent(every=3)), epochs=epochs, checkpoints=Checkpoints(path, resume, every), **settings)
+    return fit(model,
+               digits().split(100), LeastAction(model, DualAscent(every=3)), epochs=epochs,
+               checkpoints=Checkpoints(path, resume, every), **settings)
 
 
 def same(a, b, places=PLACES): return [p for p in places if digest(a[p]) != digest(b[p])]
@@ -69,7 +72,8 @@ def states(tmp_path_factory):
 def test_every_part_of_the_state_is_needed(tmp_path, states, place):
     "A checkpoint with one part of it from the start does not lead to the same end; the whole one does."
     straight, halved, start = states
-    save_checkpoint(tmp_path / "run.pt", halved if place is None else halved | {place: 1 if place == "at" else start[place]})
+    save_checkpoint(tmp_path / "run.pt",
+                    halved if place is None else halved | {place: 1 if place == "at" else start[place]})
     train(tmp_path / "run.pt", resume=True)
     differ = same(straight, load_checkpoint(tmp_path / "run.pt"))
     assert not differ if place is None else "model" in differ
@@ -78,8 +82,10 @@ def test_every_part_of_the_state_is_needed(tmp_path, states, place):
 def row(resume=False, callbacks=(), path=None, seeds=(0, 1)):
     split = digits().splits(60, seeds)
     ensemble = Ensemble([_made(partial(dense_net, 64, 10, 2, 8), s + 10 * resume) for s in seeds])
-    return train_loop(ensemble, split, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in seeds],
-                      TrainConfig(epochs=6, batch_size=25, eval_every=2, clip=.5), None, callbacks, path and Checkpoints(path, resume))
+    return train_loop(ensemble, split, _attached([LeastAction] * len(ensemble),
+                                                 ensemble), [torch.Generator().manual_seed(s) for s in seeds],
+                      TrainConfig(epochs=6, batch_size=25, eval_every=2, clip=.5), None, callbacks, path
+                      and Checkpoints(path, resume))
 
 
 def test_a_row_resumes_alike(tmp_path):
@@ -107,7 +113,8 @@ def test_another_training_is_refused_unless_forced(tmp_path, change, message):
     def again(resume):
         model = net()
         settings = dict(data=digits().split(100), batch_size=25, epochs=5) | change
-        return fit(model, least_action=LeastAction(model, DualAscent(every=3)), optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume), **settings)
+        return fit(model, least_action=LeastAction(model, DualAscent(every=3)), optimizer="sgd",
+                   checkpoints=Checkpoints(tmp_path / "run.pt", resume), **settings)
     train(tmp_path / "run.pt", 4)
     with pytest.raises(ValueError, match=message): again(True)
     assert again("force").curves["epoch"][-1] == 5
@@ -119,7 +126,9 @@ def test_another_network_or_no_least_action_is_refused(tmp_path):
         fit(net(), digits().split(100), batch_size=25, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
     other = dense_net(64, 10, 2)
     with pytest.raises(ValueError, match="(?s)of another network.*Missing key"):
-        fit(other, digits().split(100), LeastAction(other), batch_size=25, optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
+        fit(other,
+            digits().split(100), LeastAction(other), batch_size=25, optimizer="sgd",
+            checkpoints=Checkpoints(tmp_path / "run.pt", resume=True))
 
 
 def test_another_optimizer_is_refused_and_another_precision_goes_on(tmp_path):
@@ -127,7 +136,8 @@ def test_another_optimizer_is_refused_and_another_precision_goes_on(tmp_path):
         train(tmp_path / name, 2, **change)
         if name == "half": assert train(tmp_path / name, 4, resume=True).curves["epoch"].tolist() == [2, 4]
         else:
-            with pytest.raises(ValueError, match="of a training with adamw, now it is sgd"): train(tmp_path / name, 4, resume=True)
+            with pytest.raises(ValueError, match="of a training with adamw, now it is sgd"):
+                train(tmp_path / name, 4, resume=True)
     train(tmp_path / "full", 2)
     assert train(tmp_path / "full", 4, resume=True, precision="float16").curves["epoch"].tolist() == [2, 4]
 
@@ -135,7 +145,8 @@ def test_another_optimizer_is_refused_and_another_precision_goes_on(tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     "The state of least action alone, as the adapter for Hugging Face keeps it."
     save_checkpoint(tmp_path / "run.pt", LeastAction(net()).state_dict())
-    with pytest.raises(CheckpointError, match="holds no training, only action, "): train(tmp_path / "run.pt", resume=True)
+    with pytest.raises(CheckpointError, match="holds no training, only action, "):
+        train(tmp_path / "run.pt", resume=True)
 
 
 # Killed
@@ -163,7 +174,8 @@ class Nursery:
     def __init__(self, process): self.process = process
 
     def __call__(self, path, epochs, seed=0, kill_after=None, delay=0):
-        "Train; kill it `delay` seconds after that many of its points (None: never). The status: 0, or the signal that ended it."
+        """Train; kill it `delay` seconds after that many of its points (None: never). The status: 0, or the signal that
+        ended it."""
         self.process.stdin.write(f"{path} {epochs} {seed}\n"); self.process.stdin.flush()
         points = pid = 0
         while True:
@@ -179,7 +191,8 @@ class Nursery:
 @pytest.fixture(scope="module")
 def nursery():
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", NURSERY, Path(__file__).parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen([sys.executable, "-c", NURSERY, Path(__file__).parent], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True, env=env) as process:
         yield Nursery(process)
         process.stdin.close()
 
@@ -196,7 +209,8 @@ def test_resumed_training_has_the_same_bits(tmp_path, nursery):
 
 def test_killed_at_twenty_random_moments(tmp_path, nursery):
     "Up to 20 ms, a few steps, after a point of the training that is drawn."
-    whole, killed, epochs, draw, kills, steps = tmp_path / "whole.pt", tmp_path / "killed.pt", 30, torch.Generator().manual_seed(0), 0, [0]
+    whole, killed, epochs, draw, kills, steps = tmp_path / "whole.pt", tmp_path / "killed.pt", 30, torch.Generator(
+    ).manual_seed(0), 0, [0]
     assert nursery(whole, epochs) == 0
     while kills < 20:
         if steps[-1] > .8 * 4 * epochs: killed.unlink() # nearly done: once more from the start
@@ -206,7 +220,8 @@ def test_killed_at_twenty_random_moments(tmp_path, nursery):
     assert nursery(killed, epochs) == 0
     assert len(set(steps)) > 5, "the kills hit the training at different steps"
     assert not same(load_checkpoint(whole), load_checkpoint(killed))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.pt", "whole.pt"], "half-written neighbours are swept up"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.pt",
+                                                          "whole.pt"], "half-written neighbours are swept up"
 
 
 # The file
@@ -217,7 +232,8 @@ def test_what_is_not_a_whole_checkpoint_is_refused_by_name(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match="run.pt is damaged, or not a checkpoint .*delete it and start anew"): train(path, resume=True)
+        with pytest.raises(CheckpointError, match="run.pt is damaged, or not a checkpoint .*delete it and start anew"):
+            train(path, resume=True)
     for foreign in (b"epoch,loss\n1,2\n", pickle.dumps({"a": 1}), b"\x89PNG\r\n" * 99):
         path.write_bytes(foreign)
         with pytest.raises(CheckpointError, match="run.pt is damaged, or not"): load_checkpoint(path)
@@ -257,10 +273,12 @@ def test_digest_sees_type_shape_and_bits(dtype):
 # The disk
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    "For a while no file can grow beyond 5000 bytes: warnings, the old checkpoint, and the end that it would have been anyway."
+    """For a while no file can grow beyond 5000 bytes: warnings, the old checkpoint, and the end that it would have been
+    anyway."""
     train(tmp_path / "free.pt", every=None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    def fill(training): resource.setrlimit(resource.RLIMIT_FSIZE, (5000 if training.epoch < 8 else limits[0], limits[1]))
+    def fill(training):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000 if training.epoch < 8 else limits[0], limits[1]))
     try:
         with pytest.warns(UserWarning, match="full.pt could not be written at step .*still holds step 0") as told:
             train(tmp_path / "full.pt", every=None, callbacks=[fill])
@@ -307,7 +325,8 @@ def test_checkpoints_that_cannot_be_meant(settings, message):
 
 def test_settings_of_checkpoints_are_plain():
     kept = Checkpoints("run.pt", np.True_, np.int32(2), torch.tensor(3))
-    assert [type(v) for v in (kept.resume, kept.every, kept.rollback)] == [bool, int, int] and kept == Checkpoints("run.pt", True, 2, 3)
+    assert [type(v) for v in (kept.resume, kept.every, kept.rollback)] == [bool, int, int] and kept == Checkpoints(
+        "run.pt", True, 2, 3)
 
 
 @pytest.mark.parametrize("path", [str, Path, partial(Checkpoints, every=1)])
@@ -319,8 +338,10 @@ def test_a_path_alone_is_a_file_for_checkpoints(tmp_path, path):
 def test_a_file_is_free_for_another_training_whatever_ended_the_last(tmp_path):
     "Refused, stopped by an error, diverged, or done."
     path = tmp_path / "run.pt"
-    for error, settings in ((None, dict(epochs=2)), (FileExistsError, dict(epochs=2)), (ValueError, dict(epochs=4, resume=True, batch_size=20)),
-                            (Stop, dict(epochs=4, resume=True, callbacks=[stopper(4)])), (Diverged, dict(epochs=6, resume=True, lr=1e30))):
+    for error, settings in ((None, dict(epochs=2)), (FileExistsError, dict(epochs=2)),
+                            (ValueError, dict(epochs=4, resume=True, batch_size=20)),
+                            (Stop, dict(epochs=4, resume=True,
+                                        callbacks=[stopper(4)])), (Diverged, dict(epochs=6, resume=True, lr=1e30))):
         with pytest.raises(error) if error else nullcontext(): train(path, **settings)
         claim(path)()   # raises if it is not free
 
@@ -329,7 +350,8 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_name(tmp_path):
     train(tmp_path / "run.pt", 2)
     content = torch.load(tmp_path / "run.pt", weights_only=True)
     torch.save(content | dict(format=2), tmp_path / "run.pt")
-    with pytest.raises(CheckpointError, match="has format 2, expected 3: read it with the version of lap_nb that wrote it"):
+    with pytest.raises(CheckpointError,
+                       match="has format 2, expected 3: read it with the version of lap_nb that wrote it"):
         train(tmp_path / "run.pt", resume=True)
 
 
@@ -337,7 +359,8 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 1.])
 def test_the_last_good_checkpoint_is_good(tmp_path, clip):
-    "A gradient that overflows at the very step of a save is found before it is saved; clipping by its norm does not carry it to other blocks."
+    """A gradient that overflows at the very step of a save is found before it is saved; clipping by its norm does not
+    carry it to other blocks."""
     def spoil(training): training.model.head.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(Diverged, match=r"at step 9, first in head: .*run.pt \(step \d+\)") as e:
         train(tmp_path / "run.pt", callbacks=[spoil], every=1, clip=clip)
@@ -355,7 +378,8 @@ def test_step_and_block_do_not_depend_on_how_often_one_looks(every):
         model.flow.blocks[1].velocity[0].register_forward_hook(hook)
         return model
     model = spoil(net())
-    with pytest.raises(Diverged) as e: fit(model, digits().split(100), LeastAction(model), epochs=20, batch_size=25, check_every=every)
+    with pytest.raises(Diverged) as e:
+        fit(model, digits().split(100), LeastAction(model), epochs=20, batch_size=25, check_every=every)
     assert (e.value.step, e.value.block) == (10, "flow.blocks.1")
 
 
@@ -369,7 +393,9 @@ def test_an_infinite_lambda_stops():
 def test_roll_back_halves_the_rate_until_it_holds(tmp_path):
     def rescued(path, rollback):
         torch.manual_seed(0)
-        return fit(dense_net(64, 10), digits().split(300), optimizer="sgd", lr=3., epochs=20, checkpoints=Checkpoints(path, rollback=rollback))
+        return fit(dense_net(64, 10),
+                   digits().split(300), optimizer="sgd", lr=3., epochs=20,
+                   checkpoints=Checkpoints(path, rollback=rollback))
     with pytest.warns(UserWarning, match="0.5 of the learning rate") as told: run = rescued(tmp_path / "run.pt", 12)
     assert run.last["loss"].isfinite() and load_checkpoint(tmp_path / "run.pt")["lr_scale"] == .5 ** len(told)
     with pytest.warns(UserWarning), pytest.raises(Diverged): rescued(tmp_path / "other.pt", len(told) - 1)
@@ -392,14 +418,17 @@ def test_resuming_takes_the_settings_that_are_given(tmp_path, before, after):
     model, seen = dense_net(64, 10, K=2), {}
     split, key = digits().split(100), list(after)[-1]
     fit(model, split, epochs=1, checkpoints=tmp_path / "run.pt", **before)
-    def note(training): seen.update({k: v for k, v in training.descent.optimizer.param_groups[0].items() if k != "params"})
-    run = fit(model, split, epochs=2, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True), callbacks=[note], **after)
+    def note(training):
+        seen.update({k: v for k, v in training.descent.optimizer.param_groups[0].items() if k != "params"})
+    run = fit(model, split, epochs=2, checkpoints=Checkpoints(tmp_path / "run.pt", resume=True), callbacks=[note],
+              **after)
     assert seen[key] == run.provenance[key] == after[key]
 
 
 def test_divergence_goes_from_process_to_process():
     e = pickle.loads(pickle.dumps(Diverged("the objective is nan", 3, "blocks.1", "run.pt")))
-    assert (e.step, e.block, e.checkpoint) == (3, "blocks.1", "run.pt") and str(e) == str(Diverged("the objective is nan", 3, "blocks.1", "run.pt"))
+    assert (e.step, e.block, e.checkpoint) == (3, "blocks.1", "run.pt") and str(e) == str(
+        Diverged("the objective is nan", 3, "blocks.1", "run.pt"))
 
 
 def test_a_folder_is_not_a_damaged_checkpoint(tmp_path):

@@ -68,7 +68,9 @@ def visit(browser, url, **options):
     page.on('pageerror', lambda error: faults.append(f'error: {error}'))
     page.on('requestfailed', lambda request: faults.append(f'failed: {request.url}'))
     page.on('response', lambda response: response.status >= 400 and faults.append(f'{response.status}: {response.url}'))
-    page.on('request', lambda request: request.url.startswith((home, 'data:', 'blob:')) or faults.append(f'external: {request.url}'))
+    page.on(
+        'request', lambda request: request.url.startswith(
+            (home, 'data:', 'blob:')) or faults.append(f'external: {request.url}'))
     page.goto(url)
     page.evaluate('document.fonts.ready')
     if page.query_selector('.cell-widget'): page.wait_for_selector('.cell-widget .jupyter-widgets')
@@ -123,18 +125,29 @@ def test_page(browser, address, name):
             page.set_viewport_size(viewport)
             wide = page.evaluate('document.scrollingElement.scrollWidth - innerWidth')
             assert wide <= 0, f'at {viewport["width"]} pixels the page is {wide} pixels wider than the window'
-            broken = page.evaluate('[...document.querySelectorAll("main table:not(.parameters) code")].filter(c => /^[\\w.]+$/.test(c.innerText) && c.getClientRects().length > 1).map(c => c.innerText)')
+            broken = page.evaluate(
+                '[...document.querySelectorAll("main table:not(.parameters) code")].filter(c => '
+                '/^[\\w.]+$/.test(c.innerText) && c.getClientRects().length > 1).map(c => c.innerText)'
+            )
             assert not broken, f'at {viewport["width"]} pixels names in tables are broken in two: {broken}'
-        cut = page.evaluate('[...document.querySelectorAll("main pre")].filter(p => p.scrollWidth > p.clientWidth).map(p => p.innerText.slice(0, 80))')
+        cut = page.evaluate(
+            '[...document.querySelectorAll("main pre")].filter(p => p.scrollWidth > p.clientWidth).map(p => '
+            'p.innerText.slice(0, 80))'
+        )
         assert not cut, f'code or output that is cut off on a wide window: {cut}'
-        images = page.evaluate('[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0, i.src.slice(0, 80)])')
+        images = page.evaluate(
+            '[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0, i.src.slice(0, 80)])')
         assert not [i for i in images if not i[0]], 'pictures without alternative text'
         assert not [i for i in images if not i[1]], 'pictures that do not load'
-        assert not re.search(r'.*\]\(http.*', page.locator('main').inner_text()), 'a link inside a link, or one in code, is shown as Markdown'
+        assert not re.search(
+            r'.*\]\(http.*',
+            page.locator('main').inner_text()), 'a link inside a link, or one in code, is shown as Markdown'
         assert page.locator('h1').count() == 1 and page.locator('header, main, footer, nav').count() >= 5
         assert re.search(r'Built with nbdev and pandoc \d', page.locator('footer').inner_text())
         formulas, typeset, wrong = page.evaluate(
-            '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error], mjx-container [fill=red]"].map(s => document.querySelectorAll(s).length)')
+            '["span.math", "span.math > mjx-container", "merror, mjx-merror, [data-mjx-error], mjx-container '
+            '[fill=red]"].map(s => document.querySelectorAll(s).length)'
+        )
         assert (formulas, wrong) == (typeset, 0)
         assert typeset or not has_maths(NOTEBOOKS[PAGES.index(name)])
         assert not (found := barriers(page)), '\n'.join(found)
@@ -148,14 +161,19 @@ def test_first_page_is_light(browser, address, site):
         page.on('response', lambda response: loaded.add(response.url))
         page.goto(address + 'index.html', wait_until='load')
         page.evaluate('document.fonts.ready')
-    sizes = {name: (site / name).stat().st_size for url in loaded if (name := url.removeprefix(address)) and url.startswith(address)}
-    assert {'index.html', 'explorable.js'} <= set(sizes) and sum(sizes.values()) < 320_000, f'{sum(sizes.values()):,} bytes: {sizes}'
+    sizes = {
+        name: (site / name).stat().st_size for url in loaded
+        if (name := url.removeprefix(address)) and url.startswith(address)}
+    assert {'index.html', 'explorable.js'} <= set(sizes) and sum(
+        sizes.values()) < 320_000, f'{sum(sizes.values()):,} bytes: {sizes}'
 
 
 def test_pages_are_below_a_megabyte(site):
     "Without figures; and formulas need no script."
     assert not [page for page in PAGES if (site / page).stat().st_size > 1_000_000]
-    assert not list(site.rglob('tex-*.js')) and not [page for page in PAGES if r'\(' in re.sub(r'<(script|pre|code)\b.*?</\1>', '', (site / page).read_text(encoding='utf-8'), flags=re.S)]
+    assert not list(site.rglob('tex-*.js')) and not [
+        page for page in PAGES
+        if r'\(' in re.sub(r'<(script|pre|code)\b.*?</\1>', '', (site / page).read_text(encoding='utf-8'), flags=re.S)]
 
 
 def test_internal_links(contents, site):
@@ -165,16 +183,22 @@ def test_internal_links(contents, site):
         file, anchor = target.path or name, urllib.parse.unquote(target.fragment)
         return (site / file).is_file() and (not anchor or anchor in contents[file]['ids'])
 
-    broken = [f'{name}: {link}' for name, page in contents.items() for link in page['links'] if not leads_somewhere(name, link)]
+    broken = [
+        f'{name}: {link}' for name, page in contents.items() for link in page['links']
+        if not leads_somewhere(name, link)]
     assert not broken
     assert all(len(set(page['ids'])) == len(page['ids']) for page in contents.values()), 'an id stands twice on a page'
 
 
 def linkcheck(url, depth=-1):
-    "LinkChecker's rows for all that can be reached from a page within its site: address, where it stands, and whether it is there."
-    done = subprocess.run([sys.executable, '-m', 'linkcheck', '--no-status', '--verbose', '--threads=2', f'--recursion-level={depth}', '--output=csv', url], capture_output=True, text=True, timeout=300)
+    """LinkChecker's rows for all that can be reached from a page within its site: address, where it stands, and whether
+    it is there."""
+    done = subprocess.run([
+        sys.executable, '-m', 'linkcheck', '--no-status', '--verbose', '--threads=2', f'--recursion-level={depth}',
+        '--output=csv', url], capture_output=True, text=True, timeout=300)
     return [(row['urlname'], row['parentname'], row['valid'] == 'True')
-            for row in csv.DictReader((line for line in done.stdout.splitlines() if line and not line.startswith('#')), delimiter=';')]
+            for row in csv.DictReader((line for line in done.stdout.splitlines()
+                                       if line and not line.startswith('#')), delimiter=';')]
 
 
 def test_links_by_linkchecker(address, site):
@@ -182,8 +206,10 @@ def test_links_by_linkchecker(address, site):
     pytest.importorskip('linkcheck', reason='LinkChecker is missing: run `make test`, which installs it')
     rows = linkcheck(address + 'index.html')
     assert not [row for row in rows if not row[2]]
-    assert not set(PAGES) - {urllib.parse.urldefrag(name)[0].rpartition('/')[2] for name, _, _ in rows}, 'pages that no link leads to'
-    (site / 'broken.html').write_text('<a href="index.html">there</a><a href="nowhere.html">not there</a>', encoding='utf-8')
+    assert not set(PAGES) - {urllib.parse.urldefrag(name)[0].rpartition('/')[2]
+                             for name, _, _ in rows}, 'pages that no link leads to'
+    (site / 'broken.html').write_text('<a href="index.html">there</a><a href="nowhere.html">not there</a>',
+                                      encoding='utf-8')
     assert {name for name, _, valid in linkcheck(address + 'broken.html', 1) if not valid} == {'nowhere.html'}
     (site / 'broken.html').unlink()
 
@@ -191,7 +217,8 @@ def test_links_by_linkchecker(address, site):
 def rare_word(contents, name):
     "A word of the running text of the page `name` that stands on no other page."
     others = ' '.join(page['text'] for other, page in contents.items() if other != name)
-    return next((word for word in re.findall(r'\b[a-z]{6,}\b', contents[name]['prose']) if word not in others), None)   # a short page may have none of its own
+    # a short page may have none of its own
+    return next((word for word in re.findall(r'\b[a-z]{6,}\b', contents[name]['prose']) if word not in others), None)
 
 
 MARKED = """word => [...document.querySelectorAll("#search-results [role=option] mark")].some(m => m.textContent.toLowerCase() === word)"""
@@ -220,7 +247,8 @@ FOUND = '() => [...document.querySelectorAll("#search-results .where")].map(e =>
 
 @pytest.mark.browser
 def test_search_puts_titles_first_and_forgives_a_letter(browser, address):
-    "The page of that name; entries by their own names; with a letter too few, too many, other, or two exchanged the same as without."
+    """The page of that name; entries by their own names; with a letter too few, too many, other, or two exchanged the
+    same as without."""
     with visit(browser, address + 'index.html') as page:
         def search(words):
             page.locator('#search').fill('')
@@ -228,9 +256,12 @@ def test_search_puts_titles_first_and_forgives_a_letter(browser, address):
             page.wait_for_selector('#search-results [role=option], #search-results .none')
             return page.evaluate(FOUND)
 
-        for title in ('Optimal transport', 'The kinetic bias', 'Least action', 'Elastic depth'): assert search(title)[0] == title
+        for title in ('Optimal transport', 'The kinetic bias', 'Least action', 'Elastic depth'):
+            assert search(title)[0] == title
         for name in ('shorten', 'relative_energy', 'kinetic_energy'): assert search(name)[0].endswith(f' › {name}')
-        for word, typos in {'lipschitz': ('lipshitz', 'lipschittz', 'lipschizt', 'lipschutz'), 'straightness': ('straigthness',)}.items():
+        for word, typos in {
+                'lipschitz': ('lipshitz', 'lipschittz', 'lipschizt', 'lipschutz'),
+                'straightness': ('straigthness', )}.items():
             right = search(word)
             assert right and all(search(typo) == right for typo in typos)
         assert not search('qzxqzx')
@@ -247,7 +278,8 @@ def test_search_says_when_nothing_is_found(browser, address):
 
 @pytest.mark.browser
 def test_names_in_prose_lead_to_their_definitions(browser, address, contents):
-    links = [(name, text, href) for name, page in contents.items() for href, text in page['names'] if '//' not in href and '#' in href]
+    links = [(name, text, href) for name, page in contents.items() for href, text in page['names']
+             if '//' not in href and '#' in href]
     assert links, 'no name in the running text is linked'
     name, text, href = links[0]
     with visit(browser, address + name) as page:
@@ -266,7 +298,8 @@ def test_public_names_are_documented(contents):
 
 
 def entry_lacks(article, thing, file):
-    "What is missing in the entry of a function: the link to its source, or an argument's row with its whole type and its meaning."
+    """What is missing in the entry of a function: the link to its source, or an argument's row with its whole type and
+    its meaning."""
     if not re.search(rf'<a href="[^"]*/{re.escape(file)}#L\d+" class="api-source">', article): yield 'source'
     cells = [re.findall(r'<td>(.*?)</td>', row, re.S) for row in re.findall(r'<tr>(.*?)</tr>', article, re.S)]
     texts = [[html.unescape(re.sub(r'<[^>]+>', '', cell)).strip() for cell in row] for row in cells if row]
@@ -282,7 +315,8 @@ def entry_lacks(article, thing, file):
 def entries(site):
     "Page and name of each entry: its address and its text."
     found = [(page, *re.search(r'<h3 id="([^"]*)">([\w.]+)</h3>', article).groups(), article) for page in PAGES
-             for article in re.findall(r'<article class="api">.*?</article>', (site / page).read_text(encoding='utf-8'), re.S)]
+             for article in re.findall(r'<article class="api">.*?</article>', (site /
+                                                                               page).read_text(encoding='utf-8'), re.S)]
     return {(page, name): (f'{page}#{anchor}', article) for page, anchor, name, article in found}
 
 
@@ -293,7 +327,9 @@ def test_entries_list_arguments_and_source(entries):
         for full, (address, file) in names.items():
             name = full.removeprefix(f'{module}.')
             thing = getattr(importlib.import_module(module), name, None)   # methods are None
-            if not (inspect.isfunction(thing) or is_dataclass(thing)) or name not in importlib.import_module(module).__all__: continue
+            if not (inspect.isfunction(thing)
+                    or is_dataclass(thing)) or name not in importlib.import_module(module).__all__:
+                continue
             lacks = list(entry_lacks(entries[address.partition('#')[0], name][1], thing, file))
             seen, lacking = seen + 1, lacking | ({full: lacks} if lacks else {})
     assert seen > 50 and not lacking
@@ -306,7 +342,8 @@ def test_every_link_of_a_name_leads_to_its_entry(contents, entries):
         for href, name in content['names']:
             path, _, anchor = href.partition('#')
             where = entries.get((path or page, name.removesuffix('()')))
-            if where and f'{path or page}#{anchor}' != where[0]: wrong.append(f'{page}: {name} leads to {href}, its entry is {where[0]}')
+            if where and f'{path or page}#{anchor}' != where[0]:
+                wrong.append(f'{page}: {name} leads to {href}, its entry is {where[0]}')
     assert not wrong
     namesakes = [name for (page, name), (address, _) in entries.items() if not address.endswith('#' + name.lower())]
     assert namesakes, 'nothing is tested here any more'
@@ -350,7 +387,9 @@ def test_playground_is_scrubbed_without_a_kernel(browser, address):
         for slider in (0, 1):
             page.locator('.cell-widget [role=slider]').nth(slider).focus()
             page.keyboard.press('ArrowRight')
-            page.wait_for_function('old => [...document.querySelectorAll(".cell-widget p")].some(p => p.offsetParent && p.innerText !== old)', arg=seen[-1][0])
+            page.wait_for_function(
+                'old => [...document.querySelectorAll(".cell-widget p")].some(p => p.offsetParent && p.innerText !== old)',
+                arg=seen[-1][0])
             seen.append((numbers.inner_text(), shown()))
             assert sliders_say_what_they_show(page) == 2
         assert len({text for text, _ in seen}) == len({str(images) for _, images in seen}) == 3
@@ -408,7 +447,8 @@ FOCUSED = """() => { const e = document.activeElement, box = e.getBoundingClient
 @pytest.mark.browser
 @pytest.mark.parametrize('name, among', [('index.html', {'A', 'BUTTON', 'combobox'}), ('playground.html', {'A', 'slider'}), ('guide.html', {'A', 'SUMMARY'})])
 def test_each_stop_of_the_tab_key_is_seen(browser, address, name, among):
-    "From the address bar through the whole page and out again: nothing that has the focus is hidden or unmarked, nothing is a trap."
+    """From the address bar through the whole page and out again: nothing that has the focus is hidden or unmarked,
+    nothing is a trap."""
     with visit(browser, address + name) as page:
         page.add_style_tag(content='* { transition: none !important }')
         stops = []
@@ -440,8 +480,10 @@ def test_code_is_copied_and_headings_have_addresses(browser, address):
         for number in range(blocks.count()):
             blocks.nth(number).hover()
             blocks.nth(number).get_by_role('button', name='Copy the code').click()
-            page.wait_for_function('n => document.querySelectorAll("main div.sourceCode .copy")[n].dataset.done', arg=number)
-            assert page.evaluate('navigator.clipboard.readText()').split() == blocks.nth(number).locator('code').inner_text().split()
+            page.wait_for_function('n => document.querySelectorAll("main div.sourceCode .copy")[n].dataset.done',
+                                   arg=number)
+            assert page.evaluate('navigator.clipboard.readText()').split() == blocks.nth(number).locator(
+                'code').inner_text().split()
         headings = page.locator('main :is(h2, h3)[id]')
         assert headings.count() == page.locator('.permalink').count() > 3
         page.get_by_role('link', name='Link to: Two commands').click()
@@ -460,14 +502,17 @@ def test_each_page_has_a_twin_in_markdown(site):
         prose = re.sub(r'^(`{3,}).*?^\1$|`[^`\n]+`', '', text, flags=re.M | re.S)
         assert text.startswith('# ') and f'href="{page.replace(".html", ".md")}"' in whole
         assert not re.search(r'^:::|\{=html\}|^`{3,} ?\{', text, re.M), page
-        files = {link.partition('#')[0] for link in re.findall(r'\]\(([^()\s]+)\)', prose) if not re.match(r'[a-z]+:', link)} - {''}
+        files = {
+            link.partition('#')[0]
+            for link in re.findall(r'\]\(([^()\s]+)\)', prose) if not re.match(r'[a-z]+:', link)} - {''}
         assert not [file for file in files if not (site / file).is_file()], page
 
 
 def test_a_link_to_a_page_shows_what_it_is(site):
     "What messengers read: title, description, and a picture that is there, by whole addresses."
     for page in PAGES:
-        card = dict(re.findall(r'<meta property="og:(\w+)" content="([^"]+)">', (site / page).read_text(encoding='utf-8')))
+        card = dict(
+            re.findall(r'<meta property="og:(\w+)" content="([^"]+)">', (site / page).read_text(encoding='utf-8')))
         assert {'title', 'description', 'url', 'image'} <= set(card) and card['url'].endswith('/' + page)
         assert (site / card['image'].removeprefix(card['url'].removesuffix(page))).is_file()
 
@@ -516,7 +561,8 @@ def test_a_formula_that_cannot_be_typeset_is_named(scripts, tmp_path):
             scripts['render'].typeset([page], tmp_path / 'maths.css')
             assert '<mjx-container' in page.read_text(encoding='utf-8') and (tmp_path / 'maths.css').stat().st_size
         else:
-            with pytest.raises(scripts['render'].SiteError, match=f'page.html: .*{re.escape(tex)}'): scripts['render'].typeset([page], tmp_path / 'maths.css')
+            with pytest.raises(scripts['render'].SiteError, match=f'page.html: .*{re.escape(tex)}'):
+                scripts['render'].typeset([page], tmp_path / 'maths.css')
 
 
 def test_missing_assets_have_a_remedy(copy):
@@ -527,19 +573,23 @@ def test_missing_assets_have_a_remedy(copy):
 # The runner
 
 def write_notebook(path, *codes, outputs=()):
-    cells = [{'cell_type': 'code', 'id': f'cell{i}', 'metadata': {}, 'execution_count': None, 'source': code.splitlines(True), 'outputs': []}
-             for i, code in enumerate(codes)]
+    cells = [{
+        'cell_type': 'code', 'id': f'cell{i}', 'metadata': {}, 'execution_count': None, 'source': code.splitlines(True),
+        'outputs': []} for i, code in enumerate(codes)]
     cells[-1]['outputs'] = list(outputs)
     meta = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
-    path.write_text(json.dumps({'cells': cells, 'metadata': meta, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
+    path.write_text(json.dumps({'cells': cells, 'metadata': meta, 'nbformat': 4, 'nbformat_minor': 5}),
+                    encoding='utf-8')
 
 
 def test_running_twice_changes_nothing(tmp_path):
     path = tmp_path / 'toy.ipynb'
     kept = {'output_type': 'stream', 'name': 'stdout', 'text': ['from a GPU\n']}
-    write_notebook(path, 'from ipywidgets import HTML, IntSlider, Stack, VBox, jslink',
-                   's, t = IntSlider(0, 0, 1), Stack([HTML("a"), HTML("b")])\njslink((s, "value"), (t, "selected_index"))\nVBox([s, t])',
-                   '#| gpu\nraise RuntimeError', outputs=[kept])
+    write_notebook(
+        path, 'from ipywidgets import HTML, IntSlider, Stack, VBox, jslink',
+        's, t = IntSlider(0, 0, 1), Stack([HTML("a"), HTML("b")])\njslink((s, "value"), (t, '
+        '"selected_index"))\nVBox([s, t])',
+        '#| gpu\nraise RuntimeError', outputs=[kept])
     texts = []
     for _ in range(2):
         done = script(ROOT, 'execute.py', path)

@@ -1,4 +1,5 @@
-"State outside the state dicts: settings as plain numbers, and a training that ends on the same bits whatever its parts remember for themselves."
+"""State outside the state dicts: settings as plain numbers, and a training that ends on the same bits whatever its
+parts remember for themselves."""
 import itertools
 import random
 import threading
@@ -32,7 +33,9 @@ GLOBAL_NUMPY = np.random.default_rng(0)
 
 # Settings
 
-NUMBERS = [np.float32, np.float64, np.float16, Fraction, Decimal, torch.tensor, np.array, lambda v: torch.tensor(v, dtype=torch.float64), np.longdouble]
+NUMBERS = [
+    np.float32, np.float64, np.float16, Fraction, Decimal, torch.tensor, np.array,
+    lambda v: torch.tensor(v, dtype=torch.float64), np.longdouble]
 
 @pytest.mark.parametrize("of", NUMBERS)
 @pytest.mark.parametrize("name, value", [("lr", .25), ("weight_decay", .5), ("label_smoothing", .125), ("momentum", .5), ("gamma", .5), ("warmup", .25), ("clip", 2.)])
@@ -60,11 +63,24 @@ def test_milestones_of_any_kind(value): assert TrainConfig(milestones=value).mil
 class Word(str, Enum): SGD = "sgd"
 
 @pytest.mark.parametrize("value", [np.str_("sgd"), Word.SGD])
-def test_words_are_plain(value): assert type(TrainConfig(optimizer=value).optimizer) is str and TrainConfig(optimizer=value).optimizer == "sgd"
+def test_words_are_plain(value):
+    assert type(TrainConfig(optimizer=value).optimizer) is str and TrainConfig(optimizer=value).optimizer == "sgd"
 
 
-CANNOT = [True, np.True_, "1", b"1", 1j, np.complex64(1), float("nan"), np.float32("inf"), Decimal("NaN"), Decimal("sNaN"), Fraction(10 ** 400), np.ones(1), np.ones(2),
-          torch.ones(3), [1.], {}, object(), np.datetime64("2020"), torch.ones((), device="meta")]
+CANNOT = [
+    True, np.True_, "1", b"1", 1j,
+    np.complex64(1),
+    float("nan"),
+    np.float32("inf"),
+    Decimal("NaN"),
+    Decimal("sNaN"),
+    Fraction(10 ** 400),
+    np.ones(1),
+    np.ones(2),
+    torch.ones(3), [1.], {},
+    object(),
+    np.datetime64("2020"),
+    torch.ones((), device="meta")]
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "label_smoothing", "momentum", "gamma", "warmup", "clip"])
 def test_what_cannot_be_meant_by_a_number_is_refused(name):
@@ -85,17 +101,21 @@ def test_other_settings_that_cannot_be_meant(name, value):
 
 
 def test_a_training_with_settings_of_any_kind_resumes(tmp_path):
-    settings = dict(lr=np.logspace(-3, -2, 2)[0], weight_decay=np.float32(.5), clip=Fraction(1, 2), gamma=torch.tensor(.5), warmup=np.float64(.25), schedule=np.str_("multistep"),
-                    milestones=np.array([.5, .75]), batch_size=np.int64(25), eval_every=torch.tensor(1), flip=np.False_, seed=np.int64(3), epochs=np.float64(4))
+    settings = dict(lr=np.logspace(-3, -2, 2)[0], weight_decay=np.float32(.5), clip=Fraction(1, 2),
+                    gamma=torch.tensor(.5), warmup=np.float64(.25), schedule=np.str_("multistep"),
+                    milestones=np.array([.5, .75]), batch_size=np.int64(25), eval_every=torch.tensor(1), flip=np.False_,
+                    seed=np.int64(3), epochs=np.float64(4))
     def run(**more):
         torch.manual_seed(0)
         return fit(dense_net(64, 10, 2, 8), SPLIT, **settings, **more)
     def cut(training):
         if training.epoch == 2: raise Stop
-    with pytest.raises(Stop): run(checkpoints=Checkpoints(tmp_path / "a.pt", every=np.int32(2), rollback=np.int64(1)), callbacks=[cut])
+    with pytest.raises(Stop):
+        run(checkpoints=Checkpoints(tmp_path / "a.pt", every=np.int32(2), rollback=np.int64(1)), callbacks=[cut])
     check_same(run(), run(checkpoints=Checkpoints(tmp_path / "a.pt", resume=np.True_)))
     plain = load_checkpoint(tmp_path / "a.pt")["config"]
-    assert {type(v) for v in plain.values()} <= {int, float, str, bool, tuple, type(None)} and {type(m) for m in plain["milestones"]} == {float}
+    assert {type(v) for v in plain.values()} <= {int, float, str, bool, tuple, type(None)} and {
+        type(m) for m in plain["milestones"]} == {float}
 
 
 @pytest.mark.parametrize("seed", [1.5, "a", None, True, 2 ** 64, -2 ** 63 - 1, np.ones(2)])
@@ -110,13 +130,16 @@ class Remembers(nn.Module):
     def __init__(self, state=None, move=lambda self: 0.):
         super().__init__()
         velocity = lambda: nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))
-        self.net, self.state, self.move = ResidualNet(Flow([velocity() for _ in range(2)]), nn.Linear(64, 10)), state, move
+        self.net, self.state, self.move = ResidualNet(Flow([velocity() for _ in range(2)]), nn.Linear(64,
+                                                                                                      10)), state, move
     def forward(self, x): return self.net(x) * (1 + .1 * self.moved())
     def moved(self): return self.move(self) if self.training else 0.
 
 
 class Buffered(Remembers):
-    def __init__(self, persistent=False): super().__init__(); self.register_buffer("mean", torch.zeros(()), persistent=persistent)
+    def __init__(self, persistent=False):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=persistent)
     def moved(self):
         if self.training: self.mean += .01
         return self.mean
@@ -190,19 +213,39 @@ class Dropped(Remembers):
 def with_state(state, move): return lambda: Remembers(state(), move)
 
 KINDS = {
-    "nothing": Remembers, "global generators": Dropped, "buffer": Buffered, "buffer assigned anew": Reassigned, "random depth": at_random_depth,
-    "counter": with_state(lambda: 0, counts), "torch generator": with_state(lambda: torch.Generator().manual_seed(1), lambda self: torch.rand((), generator=self.state).item()),
-    "python generator": with_state(lambda: random.Random(1), lambda self: self.state.random()), "numpy generator": with_state(lambda: np.random.default_rng(1), lambda self: self.state.random()),
-    "numpy random state": with_state(lambda: np.random.RandomState(1), lambda self: self.state.randn()), "philox": with_state(lambda: np.random.Generator(np.random.Philox(1)), lambda self: self.state.random()),
-    "mersenne": with_state(lambda: np.random.Generator(np.random.MT19937(1)), lambda self: self.state.normal()),
-    "tensor": with_state(lambda: torch.zeros(()), tensor), "tensor in place": with_state(lambda: torch.zeros(()), inplace), "array": with_state(lambda: np.zeros(2), array), "list": with_state(list, listed),
-    "deque": with_state(lambda: deque(maxlen=4), listed), "dict": with_state(lambda: {"n": 0}, entries), "counter of collections": with_state(Counter, entries), "defaultdict": with_state(lambda: defaultdict(int), entries),
-    "ordered": with_state(lambda: OrderedDict(n=0), entries), "namespace": with_state(lambda: SimpleNamespace(n=0), fields), "set": with_state(set, set_), "enum": with_state(lambda: Phase.EVEN, phase),
-    "nested": with_state(lambda: {"a": (1, []), "rng": random.Random(1)}, nested), "object": with_state(Own, lambda self: self.state.draw()), "protocol": with_state(WithProtocol, lambda self: self.state.draw()),
-    "fraction": with_state(lambda: Fraction(1), lambda self: (setattr(self, "state", self.state / 2), float(self.state))[1]), "numpy number": with_state(lambda: np.float32(1), lambda self: (setattr(self, "state", self.state * np.float32(.9)), float(self.state))[1]),
-    "closure": lambda: Remembers(None, cells()), "method": lambda: Remembers(None, partial(lambda own, self: own.draw(), Own())), "global generator": lambda: (GLOBAL.manual_seed(4), Remembers(None, drawn_globally))[1],
-    "global NumPy generator": lambda: (setattr(GLOBAL_NUMPY.bit_generator, "state", np.random.default_rng(4).bit_generator.state), Remembers(None, drawn_from_numpy))[1],
-    "hook of a closure": lambda: hooked(hook_of(np.random.default_rng(5).random)), "hook of an object": lambda: hooked(hook_of(Own().draw)), "hook with a protocol": lambda: hooked(hook_of(WithProtocol().draw)), "gradient hook": gradient_noise}
+    "nothing": Remembers, "global generators": Dropped, "buffer": Buffered, "buffer assigned anew": Reassigned,
+    "random depth": at_random_depth, "counter": with_state(lambda: 0, counts),
+    "torch generator": with_state(lambda: torch.Generator().manual_seed(1), lambda self: torch.rand(
+        (), generator=self.state).item()), "python generator": with_state(lambda: random.Random(1),
+                                                                          lambda self: self.state.random()),
+    "numpy generator": with_state(lambda: np.random.default_rng(1), lambda self: self.state.random()),
+    "numpy random state": with_state(lambda: np.random.RandomState(1), lambda self: self.state.randn()),
+    "philox": with_state(lambda: np.random.Generator(np.random.Philox(1)), lambda self: self.state.random()),
+    "mersenne": with_state(lambda: np.random.Generator(np.random.MT19937(1)),
+                           lambda self: self.state.normal()), "tensor": with_state(lambda: torch.zeros(
+                               ()), tensor), "tensor in place": with_state(lambda: torch.zeros(
+                                   ()), inplace), "array": with_state(lambda: np.zeros(2), array),
+    "list": with_state(list, listed), "deque": with_state(lambda: deque(maxlen=4), listed), "dict": with_state(
+        lambda: {"n": 0}, entries), "counter of collections": with_state(Counter, entries), "defaultdict": with_state(
+            lambda: defaultdict(int),
+            entries), "ordered": with_state(lambda: OrderedDict(n=0),
+                                            entries), "namespace": with_state(lambda: SimpleNamespace(n=0),
+                                                                              fields), "set": with_state(set, set_),
+    "enum": with_state(lambda: Phase.EVEN,
+                       phase), "nested": with_state(lambda: {"a": (1, []), "rng": random.Random(1)},
+                                                    nested), "object": with_state(Own, lambda self: self.state.draw()),
+    "protocol": with_state(WithProtocol, lambda self: self.state.draw()), "fraction": with_state(
+        lambda: Fraction(1), lambda self: (setattr(self, "state", self.state / 2), float(self.state))[1]),
+    "numpy number": with_state(lambda: np.float32(1), lambda self:
+                               (setattr(self, "state", self.state * np.float32(.9)), float(self.state))[1]),
+    "closure": lambda: Remembers(None, cells()),
+    "method": lambda: Remembers(None, partial(lambda own, self: own.draw(), Own())), "global generator": lambda:
+    (GLOBAL.manual_seed(4), Remembers(None, drawn_globally))[1], "global NumPy generator": lambda:
+    (setattr(GLOBAL_NUMPY.bit_generator, "state",
+             np.random.default_rng(4).bit_generator.state), Remembers(None, drawn_from_numpy))[1],
+    "hook of a closure": lambda: hooked(hook_of(np.random.default_rng(5).random)),
+    "hook of an object": lambda: hooked(hook_of(Own().draw)),
+    "hook with a protocol": lambda: hooked(hook_of(WithProtocol().draw)), "gradient hook": gradient_noise}
 
 
 class Stop(Exception): "Ends a training between two steps."
@@ -219,8 +262,11 @@ def trained(make, path=None, stop=None, least_action=LeastAction, callbacks=lamb
         return old(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Training, "train_step", train_step)
-        try: return fit(model, SPLIT, la, epochs=epochs, batch_size=25, eval_every=2, optimizer="sgd", lr=.05, checkpoints=kept, callbacks=callbacks(), **settings)
-        finally: m.undo()
+        try:
+            return fit(model, SPLIT, la, epochs=epochs, batch_size=25, eval_every=2, optimizer="sgd", lr=.05,
+                       checkpoints=kept, callbacks=callbacks(), **settings)
+        finally:
+            m.undo()
 
 
 def check_same(a, b):
@@ -242,7 +288,9 @@ def test_a_training_resumes_whatever_its_parts_remember(tmp_path, kind):
     straight = trained(KINDS[kind])
     check_same(straight, stopped_and_resumed(KINDS[kind], tmp_path / "run.pt", stop))
     if kind != "nothing" and kind != "random depth":
-        assert not all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), trained(Remembers).model.parameters())), "the kind has an effect"
+        assert not all(
+            torch.equal(a, b) for a, b in zip(straight.model.parameters(),
+                                              trained(Remembers).model.parameters())), "the kind has an effect"
 
 
 class Tightening(DualAscent):
@@ -256,7 +304,8 @@ class Tightening(DualAscent):
 @pytest.mark.parametrize("stop", [1, 5, 10])
 def test_a_controller_of_ones_own(tmp_path, stop):
     la = partial(LeastAction, controller=Tightening())
-    check_same(trained(Remembers, least_action=la), stopped_and_resumed(Remembers, tmp_path / "run.pt", stop, least_action=la))
+    check_same(trained(Remembers, least_action=la),
+               stopped_and_resumed(Remembers, tmp_path / "run.pt", stop, least_action=la))
 
 
 # Callbacks
@@ -265,10 +314,12 @@ def test_a_stop_by_a_callback_is_remembered(tmp_path):
     stop = lambda: [lambda t: t.epoch == 2]
     straight = trained(Remembers, callbacks=stop)
     trained(Remembers, tmp_path / "run.pt", callbacks=stop)
-    with pytest.warns(UserWarning, match='a callback has stopped this training after epoch 2.*resume="force" goes on'): resumed = trained(Remembers, tmp_path / "run.pt", seed=9, callbacks=stop)
+    with pytest.warns(UserWarning, match='a callback has stopped this training after epoch 2.*resume="force" goes on'):
+        resumed = trained(Remembers, tmp_path / "run.pt", seed=9, callbacks=stop)
     check_same(straight, resumed)
     model = Remembers()
-    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimizer="sgd", checkpoints=Checkpoints(tmp_path / "run.pt", resume="force")).curves["epoch"].tolist() == [2, 4]
+    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimizer="sgd",
+               checkpoints=Checkpoints(tmp_path / "run.pt", resume="force")).curves["epoch"].tolist() == [2, 4]
 
 
 class Patience:
@@ -325,7 +376,8 @@ def test_a_list_that_has_gone_on_is_left_and_said(tmp_path):
     callbacks = lambda: [lambda t: seen.append(t.epoch)]
     trained(Remembers, tmp_path / "run.pt", epochs=2, callbacks=callbacks)
     seen.append("mine")
-    with pytest.warns(UserWarning, match="seen stays as it is now"): trained(Remembers, tmp_path / "run.pt", callbacks=callbacks)
+    with pytest.warns(UserWarning, match="seen stays as it is now"):
+        trained(Remembers, tmp_path / "run.pt", callbacks=callbacks)
     assert seen == [2, "mine", 4]
 
 
@@ -341,7 +393,8 @@ def test_callbacks_that_are_none(wrong):
     (with_state(lambda: (x for x in [.1] * 99), lambda self: next(self.state)), "model.state is an iterator"), (with_state(random.SystemRandom, lambda self: self.state.random()), "model.state draws from the system"),
     (with_state(lambda: {"a": [random.SystemRandom()]}, lambda self: 0.), "model.state draws from the system"), (lambda: hooked(hook_of(random.SystemRandom().random)), "hook 0 of model.net.flow.blocks.0.velocity draws")])
 def test_what_no_checkpoint_can_hold_is_refused_by_name_before_work(tmp_path, make, said):
-    with pytest.raises(ValueError, match=f"{said}.*train without checkpoint"): trained(make, tmp_path / "run.pt", every=1)
+    with pytest.raises(ValueError, match=f"{said}.*train without checkpoint"):
+        trained(make, tmp_path / "run.pt", every=1)
     assert trained(make).curves["epoch"][-1] == 4
 
 
@@ -349,7 +402,8 @@ def test_a_callback_whose_state_no_checkpoint_can_hold_is_refused_by_name(tmp_pa
     class Holds(Kept):
         def state_dict(self): return {"n": self.n, "more": [object()]}
     for callback in (Holds(), (lambda it: lambda t: next(it) < 0)(itertools.count())):
-        with pytest.raises(ValueError, match="callback 0, .*train without checkpoint"): trained(Remembers, tmp_path / "run.pt", every=1, callbacks=lambda: [callback])
+        with pytest.raises(ValueError, match="callback 0, .*train without checkpoint"):
+            trained(Remembers, tmp_path / "run.pt", every=1, callbacks=lambda: [callback])
 
 
 def test_settings_of_a_module_are_those_that_are_given(tmp_path):
@@ -379,7 +433,8 @@ def test_roll_back_takes_what_parts_remember_back(tmp_path):
     "A counter and a generator stand where they would without the overflow."
     seen, ONCE[:] = [], [True]
     callbacks = lambda: [lambda t: seen.append((t.epoch, t.model.state, t.model.rng.getstate()))]
-    with pytest.warns(UserWarning, match="Going on from there"): trained(Fails, tmp_path / "run.pt", callbacks=callbacks, rollback=1)
+    with pytest.warns(UserWarning, match="Going on from there"):
+        trained(Fails, tmp_path / "run.pt", callbacks=callbacks, rollback=1)
     trained(Fails, callbacks=callbacks)
     assert seen[:2] == seen[2:] and not ONCE
 
@@ -394,7 +449,9 @@ def test_a_row_at_random_depth_resumes(tmp_path, mode):
             return old(self, *args)
         with pytest.MonkeyPatch.context() as m:
             m.setattr(Training, "train_step", train_step)
-            return fit_many(at_random_depth, digits().splits(60, [0, 1]), epochs=4, batch_size=25, eval_every=2, mode=mode, checkpoints=folder and Checkpoints(folder, resume, 1))
+            return fit_many(at_random_depth,
+                            digits().splits(60, [0, 1]), epochs=4, batch_size=25, eval_every=2, mode=mode,
+                            checkpoints=folder and Checkpoints(folder, resume, 1))
     straight = run()
     with pytest.raises(Stop): run(tmp_path / "row", 7)
     resumed = run(tmp_path / "row", resume=True)
@@ -403,15 +460,29 @@ def test_a_row_at_random_depth_resumes(tmp_path, mode):
 
 # Captured and put back
 
-VALUES = [None, 1, 2 ** 200, 1.5, 1j, "a", b"b", np.float16(.5), np.arange(3), np.zeros((0, 2)), np.array(3), np.array(["a", "b"]), torch.arange(4.), torch.zeros(0), [1, [2, (3, None)]],
-          {"a": {1: 2}, ("b", 1): [3]}, deque([1, 2]), {1, 2}, frozenset({3}), defaultdict(list, a=[1]), Fraction(1, 3), Decimal("0.1"), Phase.ODD, SimpleNamespace(a=1, b=[2])]
+VALUES = [
+    None, 1, 2 ** 200, 1.5, 1j, "a", b"b",
+    np.float16(.5),
+    np.arange(3),
+    np.zeros((0, 2)),
+    np.array(3),
+    np.array(["a", "b"]),
+    torch.arange(4.),
+    torch.zeros(0), [1, [2, (3, None)]], {"a": {1: 2}, ("b", 1): [3]},
+    deque([1, 2]), {1, 2},
+    frozenset({3}),
+    defaultdict(list, a=[1]),
+    Fraction(1, 3),
+    Decimal("0.1"), Phase.ODD,
+    SimpleNamespace(a=1, b=[2])]
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: type(v).__name__)
 def test_what_is_captured_survives_a_file_and_comes_back(tmp_path, value):
     from copy import deepcopy
     save_checkpoint(tmp_path / "a.pt", {"it": capture(value)})
     found = restore(load_checkpoint(tmp_path / "a.pt")["it"], deepcopy(value))
-    assert type(found) is type(value) and digest(capture(found)) == digest(capture(value)) and repr(found) == repr(value)
+    assert type(found) is type(value) and digest(capture(found)) == digest(
+        capture(value)) and repr(found) == repr(value)
 
 
 def test_containers_are_filled_in_place():
@@ -445,8 +516,10 @@ def test_one_network_is_trained_by_one_call_at_a_time():
     thread = threading.Thread(target=lambda: fit(model, SPLIT, epochs=1, callbacks=[wait]))
     thread.start(); inside.wait(60)
     try:
-        with pytest.raises(RuntimeError, match="is being trained by another call.*deepcopy"): fit(model, SPLIT, epochs=1)
-        with pytest.raises(RuntimeError, match="is being trained by another call"): fit(nn.Sequential(model), SPLIT, epochs=1)
+        with pytest.raises(RuntimeError, match="is being trained by another call.*deepcopy"):
+            fit(model, SPLIT, epochs=1)
+        with pytest.raises(RuntimeError, match="is being trained by another call"):
+            fit(nn.Sequential(model), SPLIT, epochs=1)
         fit(Remembers(), SPLIT, epochs=1)
     finally: done.set(); thread.join()
     assert fit(model, SPLIT, epochs=1).curves["epoch"].tolist() == [1]
@@ -454,7 +527,8 @@ def test_one_network_is_trained_by_one_call_at_a_time():
 
 def test_a_training_inside_a_training_is_refused_and_leaves_nothing():
     model = Remembers()
-    with pytest.raises(RuntimeError, match="is being trained"): fit(model, SPLIT, epochs=1, callbacks=[lambda t: fit(model, SPLIT, epochs=1)])
+    with pytest.raises(RuntimeError, match="is being trained"):
+        fit(model, SPLIT, epochs=1, callbacks=[lambda t: fit(model, SPLIT, epochs=1)])
     fit(model, SPLIT, epochs=1)
 
 
@@ -490,8 +564,11 @@ class OfAll:
         return OfAll.calls == 3
 
 
-STOPS = {"slots": Slotted, "a class's attribute": OfAll, "a function's attribute": on_itself, "set in a call": Late, "its method": lambda: Late().__call__,
-         "default": lambda: lambda t, calls=[]: (calls.append(t.step), len(calls) == 3)[1], "keyword default": lambda: lambda t, *, rng=random.Random(0): rng.random() < .5}
+STOPS = {
+    "slots": Slotted, "a class's attribute": OfAll, "a function's attribute": on_itself, "set in a call": Late,
+    "its method": lambda: Late().__call__, "default": lambda: lambda t, calls=[]:
+    (calls.append(t.step), len(calls) == 3)[1],
+    "keyword default": lambda: lambda t, *, rng=random.Random(0): rng.random() < .5}
 
 @pytest.mark.parametrize("kind", STOPS)
 def test_a_callback_stops_where_it_would_have_wherever_it_counts(tmp_path, kind):

@@ -23,12 +23,14 @@ def test_interval_of_the_mean_is_students(values):
     x = torch.tensor(values, dtype=torch.float64)
     low, high = t.interval(.9, len(x) - 1, x.mean().item(), x.std().item() / len(x) ** .5)
     found = confidence_interval(x, level=.9)
-    assert (found.mean, found.low, found.high) == pytest.approx((x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
 
 
 @pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])
 def test_too_little_for_an_interval(values):
-    with pytest.raises(ValueError, match="expected at least two finite values in one row"): confidence_interval(torch.tensor(values))
+    with pytest.raises(ValueError, match="expected at least two finite values in one row"):
+        confidence_interval(torch.tensor(values))
 
 
 # A rate, a median, a mean by resampling
@@ -59,7 +61,8 @@ def test_the_interval_covers_the_median():
 
 def test_the_bootstrap_weighs_its_values():
     "A value of weight zero is as good as not there; equal weights of any size are those of a plain mean."
-    values, one = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.ones(30, dtype=torch.float64)
+    values, one = torch.rand(30, generator=torch.Generator().manual_seed(0),
+                             dtype=torch.float64), torch.ones(30, dtype=torch.float64)
     plain = bootstrap_mean(values, one / 30, 500, .9, 0)
     assert plain == bootstrap_mean(values, one, 500, .9, 0)
     assert plain[0] < values.mean() < plain[1]
@@ -88,7 +91,8 @@ def test_resampled_ranks_are_those_of_repeated_values():
     times = rng.integers(3, size=(20, 12))
     want = [spearmanr(np.repeat(a, t), np.repeat(b, t)).statistic for t in times]
     np.testing.assert_allclose(stats._spearman(a, b, times), want)
-    assert np.isnan(stats._spearman(a, b, np.array([[0] * 12, [3] + [0] * 11, [1, 1] + [0] * 10]))).all()   # nothing, one value, two values
+    # nothing, one value, two values
+    assert np.isnan(stats._spearman(a, b, np.array([[0] * 12, [3] + [0] * 11, [1, 1] + [0] * 10]))).all()
 
 
 def test_within_groups_the_trend_between_them_is_gone():
@@ -117,8 +121,10 @@ def test_rank_correlation_interval_covers():
 
 def test_rank_correlation_bad_input():
     with pytest.raises(ValueError, match="found 3 and 2 values"): rank_correlation([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="found 2 values in a group, expected at least three"): rank_correlation([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="found 2 values in a group, expected at least three"):
+        rank_correlation([1, 2], [1, 2])
     with pytest.raises(ValueError, match="found 0 values in a group"): rank_correlation([], [])
-    with pytest.raises(ValueError, match="found 1 values in a group"): rank_correlation(range(4), range(4), groups=[0, 0, 0, 1])
+    with pytest.raises(ValueError, match="found 1 values in a group"):
+        rank_correlation(range(4), range(4), groups=[0, 0, 0, 1])
     with pytest.raises(ValueError, match="finite"): rank_correlation([1, 2, float("nan")], [1, 2, 3])
     with pytest.raises(ValueError, match="nothing varies"): rank_correlation([1, 2, 3], [1, 1, 1])

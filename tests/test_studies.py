@@ -1,4 +1,5 @@
-"Records that survive kills, doubles and damage; studies in several processes and on Dask; the promises about bad input."
+"""Records that survive kills, doubles and damage; studies in several processes and on Dask; the promises about bad
+input."""
 import errno
 import itertools
 import json
@@ -36,7 +37,8 @@ from lap_nb.stats import confidence_interval, Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(net=Net(K=2, width=8), schedule=Schedule(steps=6, points=2))
-METHODS = (Method('default'), Method('small', init='orthogonal', gain=.1), Method('least', least_action=dict(lambda0=1., tau=1.)))
+METHODS = (Method('default'), Method('small', init='orthogonal',
+                                     gain=.1), Method('least', least_action=dict(lambda0=1., tau=1.)))
 TINY = Study('tiny', 'Is no row lost?', (Grid(('circles',), (20, 30), METHODS, seeds=3, **SMALL),))
 WANTED = {(cell.config, seed) for cell, seeds in TINY.cells() for seed in range(seeds)}
 
@@ -57,14 +59,23 @@ def registered(monkeypatch):
 
 def test_fingerprint_sees_every_change_and_no_more():
     cell = Cell('circles', 20, METHODS[0])
-    others = [replace(cell, n=21), replace(cell, data='moons'), replace(cell, version=2), replace(cell, measures=('transport',)),
-              replace(cell, net=Net(K=8)), replace(cell, schedule=Schedule(steps=501)), replace(cell, method=Method('default', h=.5)),
-              replace(cell, method=METHODS[2]), replace(cell, method=Method('least', least_action=dict(lambda0=1., tau=2.)))]
+    others = [
+        replace(cell, n=21),
+        replace(cell, data='moons'),
+        replace(cell, version=2),
+        replace(cell, measures=('transport', )),
+        replace(cell, net=Net(K=8)),
+        replace(cell, schedule=Schedule(steps=501)),
+        replace(cell, method=Method('default', h=.5)),
+        replace(cell, method=METHODS[2]),
+        replace(cell, method=Method('least', least_action=dict(lambda0=1., tau=2.)))]
     assert len({c.config for c in [cell, *others]}) == 10
     assert cell.config == Cell('circles', 20, Method('default', h=1.), Net(), Schedule(steps=500)).config
-    schedule = Schedule(others=dict(optimizer='sgd', crop=2))   # which was written otherwise when the first records were made
+    # which was written otherwise when the first records were made
+    schedule = Schedule(others=dict(optimizer='sgd', crop=2))
     assert replace(cell, data='digits', method=Method('default'), schedule=schedule).config == '5febd75a98db'
-    assert Method('m', least_action=dict(tau=1., lambda0=2.)) == Method('m', least_action=(('lambda0', 2.), ('tau', 1.)))
+    assert Method('m', least_action=dict(tau=1., lambda0=2.)) == Method('m',
+                                                                        least_action=(('lambda0', 2.), ('tau', 1.)))
 
 
 @pytest.mark.parametrize('make, message', [
@@ -97,20 +108,23 @@ def test_every_study_is_sound(name, scale):
 @pytest.mark.parametrize('kind', nets.NETS)
 def test_every_network_takes_every_method(kind):
     "Each way to start and to run that some study asks of this kind of network, in small."
-    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in catalogue.STUDIES for scale in ('cpu', 'gpu') for cell, _ in load_study(name, scale).cells()
-             if cell.net.kind == kind for m in [cell.method]}
+    asked = {(m.init, m.skip_init, m.h, bool(m.drop)) for name in catalogue.STUDIES for scale in ('cpu', 'gpu')
+             for cell, _ in load_study(name, scale).cells() if cell.net.kind == kind for m in [cell.method]}
     assert asked
     for init, skip_init, h, drop in sorted(asked):
         net = make_net(Net(kind, 6, 8), Method('m', init=init, skip_init=skip_init, h=h, drop=.5 * drop), (3, 8, 8), 10)
         assert net(torch.rand(4, 3, 8, 8)).shape == (4, 10)
-        assert any(isinstance(m, StochasticDepth) for m in net.modules()) == drop and any(isinstance(m, SkipInit) for m in net.modules()) == skip_init
+        assert any(isinstance(m, StochasticDepth)
+                   for m in net.modules()) == drop and any(isinstance(m, SkipInit) for m in net.modules()) == skip_init
 
 
 @pytest.mark.parametrize('name', ['mnist-low-data', 'fashion-low-data', 'cifar-low-data', 'cifar-large'])
 def test_rivals_have_the_same_budget(name):
-    "At the scale of a GPU: on each data set, size and network eight families, three candidates in each, least action among them."
+    """At the scale of a GPU: on each data set, size and network eight families, three candidates in each, least action
+    among them."""
     groups = {}
-    for cell, _ in load_study(name, 'gpu').cells(): groups.setdefault((cell.data, cell.n, cell.net), []).append(cell.method)
+    for cell, _ in load_study(name, 'gpu').cells():
+        groups.setdefault((cell.data, cell.n, cell.net), []).append(cell.method)
     for methods in groups.values():
         families = [m.family or m.name for m in methods if m.name != 'published']
         assert {family: families.count(family) for family in families} == dict.fromkeys(
@@ -124,7 +138,8 @@ def test_flipped_labels_leave_the_test_part_alone():
 
 
 def test_methods_start_where_they_say():
-    "A zero-initialised branch and gain 0 do not move; the normal initialisation has the stated deviation; dropping is for training only."
+    """A zero-initialised branch and gain 0 do not move; the normal initialisation has the stated deviation; dropping is
+    for training only."""
     x = torch.randn(50, 16)
     for method in (Method('skip', skip_init=True), Method('zero', init='orthogonal', gain=0.)):
         assert (make_net(Net(K=3), method, (16,), 2).trajectory(x).x == x).all()
@@ -156,19 +171,22 @@ def test_divergence_is_a_result(tmp_path):
 
 # Records.
 
-NOTE = dict(config='c', cell='c', lap_nb='0', device='cpu', device_name='x', threads=1, device_seconds=1., settings=dict(method=dict(name='m')))
+NOTE = dict(config='c', cell='c', lap_nb='0', device='cpu', device_name='x', threads=1, device_seconds=1.,
+            settings=dict(method=dict(name='m')))
 COLUMNS = dict(study='tiny', scale='cpu', data='circles', n=20, net='dense', method='m')
 
 
 def test_columns_that_readers_rely_on(tmp_path, registered):
     run_study(TINY, tmp_path, device='cpu')
     row = load_records('tiny', tmp_path).where(method='least', n=30).rows[0]
-    for key in ('study data n method init gain seed test_accuracy_last test_accuracy_best val_accuracy_last energy_per_sample '
+    for key in ('study data n method init gain seed test_accuracy_last test_accuracy_best val_accuracy_last '
+                'energy_per_sample '
                 'energy_per_block straightness lambda task_loss diverged').split(): assert key in row
     assert len(row['energy_per_block']) == 2 and row['lambda'] > 1 and row['K'] == 2
     torch.testing.assert_close(sum(row['energy_per_block']), row['energy_per_sample'], rtol=1e-4, atol=0)
     run = load_records('tiny', tmp_path).runs[row['run']]
-    for key in 'device device_name cores modes torch commit config wall_seconds device_seconds format settings'.split(): assert key in run
+    for key in 'device device_name cores modes torch commit config wall_seconds device_seconds format settings'.split():
+        assert key in run
     assert written(tmp_path / 'tiny.jsonl') == WANTED
     assert run_study(TINY, tmp_path, device='cpu') == 0
 
@@ -202,7 +220,8 @@ def test_damage_is_named(tmp_path):
 
 def three(path, **note):
     "A record of three rows, as lines: the run and its rows."
-    append_rows(path, NOTE | note, [dict(seed=s, test_accuracy_last=s / 4, energy_per_block=[1., 2.]) for s in range(3)], COLUMNS)
+    append_rows(path, NOTE | note,
+                [dict(seed=s, test_accuracy_last=s / 4, energy_per_block=[1., 2.]) for s in range(3)], COLUMNS)
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -211,10 +230,14 @@ def test_rows_that_a_merge_doubled_are_taken_once(order, tmp_path):
     "Line by line merges of branches with the same rows, whatever their order."
     parts = {name: three(tmp_path / name, config=name) for name in 'ABC'}
     (tmp_path / 'r.jsonl').write_bytes(b''.join(line for name in order for line in parts[name]))
-    with pytest.warns(UserWarning, match=rf'r.jsonl says {4 * (len(order) - len(set(order)))} things twice.* repeats line \d') as told: lines = read_lines(tmp_path / 'r.jsonl')
+    with pytest.warns(
+            UserWarning,
+            match=rf'r.jsonl says {4 * (len(order) - len(set(order)))} things twice.* repeats line \d') as told:
+        lines = read_lines(tmp_path / 'r.jsonl')
     assert len(told) == 1
     rows = [line for line in lines if 'seed' in line]
-    assert [(row['config'], row['seed']) for row in rows] == [(name, seed) for name in dict.fromkeys(order) for seed in range(3)]
+    assert [(row['config'], row['seed']) for row in rows] == [
+        (name, seed) for name in dict.fromkeys(order) for seed in range(3)]
     assert len(lines) == 4 * len(set(order)) and Records(rows, {}).where(config='A').confidence_interval().n == 3
 
 
@@ -226,10 +249,16 @@ def test_rows_that_contradict_each_other_are_named(name, value, tmp_path):
     path.write_bytes(b''.join(lines) + store._line(other).encode())
     for read in (read_lines, done):
         if value is None: continue
-        with pytest.raises(ValueError, match=rf'lines 3 and 5 of r.jsonl contradict each other: of circles/20/dense/\w+, seed 1, one has {name} .*Keep one of the two'): read(path)
+        with pytest.raises(
+                ValueError,
+                match=rf'lines 3 and 5 of r.jsonl contradict each other: of circles/20/dense/\w+, seed 1, one has '
+                      rf'{name} .*Keep one of the two'
+        ):
+            read(path)
     note = store._parsed(lines[0], '') | dict(threads=7)
     path.write_bytes(b''.join(lines) + store._line(note).encode())
-    with pytest.raises(ValueError, match='lines 1 and 5 .* of the run .* one has threads 1, the other 7'): read_lines(path)
+    with pytest.raises(ValueError, match='lines 1 and 5 .* of the run .* one has threads 1, the other 7'):
+        read_lines(path)
 
 
 def test_the_same_numbers_from_two_runs_are_one_row(tmp_path):
@@ -237,7 +266,8 @@ def test_the_same_numbers_from_two_runs_are_one_row(tmp_path):
     a, b = three(tmp_path / 'a'), three(tmp_path / 'b')
     assert a[0] != b[0]
     (tmp_path / 'r.jsonl').write_bytes(b''.join(a + b))
-    with pytest.warns(UserWarning, match='says 3 things twice'): rows = [line for line in read_lines(tmp_path / 'r.jsonl') if 'seed' in line]
+    with pytest.warns(UserWarning, match='says 3 things twice'):
+        rows = [line for line in read_lines(tmp_path / 'r.jsonl') if 'seed' in line]
     assert [row['run'] for row in rows] == [store._parsed(a[0], '')['id']] * 3
 
 
@@ -285,8 +315,10 @@ def test_what_json_forbids_is_refused_by_the_number_of_its_line(at, old, new, so
     with pytest.raises(ValueError, match=f'line {at + 1} of r.jsonl is not JSON'): read_lines(path)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-2 ** 63 + 1, 2 ** 63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2 ** 63 + 1, 2 ** 63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
 
 
 @given(st.dictionaries(st.text(max_size=6).filter(lambda k: k not in ('kind', 'id', 'sha', *store._ROW)), JSON, max_size=4), st.booleans(), st.sampled_from([None, (', ', ': '), (',', ' : ')]))
@@ -306,7 +338,8 @@ def test_most_lines_are_read_at_a_glance():
     "All that `append_rows` writes, runs of a study among them: reading quickly rests on it."
     for path in (ROOT / 'nbs' / 'results').glob('*-low-data.jsonl'):
         lines = path.read_bytes().splitlines()
-        assert None not in store._at_a_glance(lines) and store._at_a_glance(lines[:3]) == [store._parsed(line, '') for line in lines[:3]]
+        assert None not in store._at_a_glance(lines) and store._at_a_glance(lines[:3]) == [
+            store._parsed(line, '') for line in lines[:3]]
 
 
 def test_a_line_of_two_objects_is_found(tmp_path):
@@ -322,20 +355,29 @@ def test_a_line_of_two_objects_is_found(tmp_path):
 def test_what_could_not_be_read_is_not_written(row, says, tmp_path):
     with pytest.raises((ValueError, TypeError), match=says): append_rows(tmp_path / 'r.jsonl', NOTE, [row], COLUMNS)
     for columns in (dict(n=-1), dict(n=True), dict(method=3)):
-        with pytest.raises(ValueError, match=f'{next(iter(columns))} is .*no record holds that'): append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=0)], COLUMNS | columns)
+        with pytest.raises(ValueError, match=f'{next(iter(columns))} is .*no record holds that'):
+            append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=0)], COLUMNS | columns)
     for note in (dict(threads=True), dict(device_seconds=-1.), dict(settings=dict(net=3, method=dict(name='m')))):
-        with pytest.raises(ValueError, match='no record holds that'): append_rows(tmp_path / 'r.jsonl', NOTE | note, [dict(seed=0)], COLUMNS)
+        with pytest.raises(ValueError, match='no record holds that'):
+            append_rows(tmp_path / 'r.jsonl', NOTE | note, [dict(seed=0)], COLUMNS)
     assert not (tmp_path / 'r.jsonl').exists()
 
 
 def test_a_frame_of_rows_and_back(tmp_path):
     "Rows come back as plain values; what one lacks is None in it, and NaN among numbers."
-    rows = [dict(data='a', n=1, seed=0, gain=None, x=1., found=[1, 2]), dict(data='a', n=1, seed=1, gain=.1, x=None, diverged=True)]
+    rows = [
+        dict(data='a', n=1, seed=0, gain=None, x=1., found=[1, 2]),
+        dict(data='a', n=1, seed=1, gain=.1, x=None, diverged=True)]
     found = Records(rows, {})
-    assert found.rows == [row | {k: row.get(k) for k in ('gain', 'x', 'found', 'diverged')} for row in rows] and Records(found.frame, {}).rows == found.rows
-    assert [list(group.values('seed')) for group in found.by('gain').values()] == [[0], [1]] and list(found.by('gain', 'n')) == [(None, 1), (.1, 1)]
-    assert len(found.where(gain=None)) == len(found.where(gain=[.1, 5])) == 1 and len(found.where(gain=[None, .1])) == 2 and all(type(r['seed']) is int for r in found.rows)
-    assert found.values('x').isnan().tolist() == [False, True] and not len(found.where(n=2)) and len(Records([], {})) == 0
+    assert found.rows == [row | {k: row.get(k) for k in ('gain', 'x', 'found', 'diverged')}
+                          for row in rows] and Records(found.frame, {}).rows == found.rows
+    assert [list(group.values('seed'))
+            for group in found.by('gain').values()] == [[0], [1]] and list(found.by('gain', 'n')) == [(None, 1),
+                                                                                                      (.1, 1)]
+    assert len(found.where(gain=None)) == len(found.where(gain=[.1, 5])) == 1 and len(
+        found.where(gain=[None, .1])) == 2 and all(type(r['seed']) is int for r in found.rows)
+    assert found.values('x').isnan().tolist() == [False, True] and not len(found.where(n=2)) and len(Records([],
+                                                                                                             {})) == 0
     for column in ('data', 'found'):
         with pytest.raises(ValueError, match=f'{column} is no column of numbers'): found.values(column)
     with pytest.raises(ValueError, match='no column'): Records([dict(x=10 ** 400)], {}).values('y')
@@ -346,7 +388,9 @@ def test_an_append_reads_what_was_added_and_no_more(tmp_path, monkeypatch):
     "Counted, not timed: bytes looked through and lines parsed, in records of 30 and 3,000 rows."
     counts = {}
     original, parse = store._networks, store._parsed
-    monkeypatch.setattr(store, '_networks', lambda lines, *where: (counts.update(bytes=counts['bytes'] + len(lines)), original(lines, *where))[1])
+    monkeypatch.setattr(
+        store, '_networks', lambda lines, *where:
+        (counts.update(bytes=counts['bytes'] + len(lines)), original(lines, *where))[1])
     monkeypatch.setattr(store, '_parsed', lambda *args: (counts.update(lines=counts['lines'] + 1), parse(*args))[1])
     cost = {}
     for n in (30, 3000):
@@ -370,14 +414,16 @@ def test_what_a_writer_has_seen_does_not_mislead_it(steps):
     try:
         path = folder / 'r.jsonl'
         for k, step in enumerate(['append', *steps]):
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')] if path.exists() else []
+            lines = [line for line in path.read_bytes().splitlines(keepends=True)
+                     if line.endswith(b'\n')] if path.exists() else []
             if step == 'others': path.write_bytes(b''.join(lines + three(folder / f'{k}', config=f'o{k}')))
             if step == 'half': path.write_bytes(b''.join(lines) + b'{"study":"tiny","half')
             if step == 'cut': path.write_bytes(b''.join(lines[:-1]))
             if step == 'replace': (folder / 'new').write_bytes(b''.join(lines[:4])); (folder / 'new').replace(path)
             if step == 'delete': path.unlink(missing_ok=True)
             if step == 'rewrite': path.write_bytes(b''.join(reversed(lines)))
-            if step == 'spaces': path.write_bytes(b''.join(json.dumps(json.loads(line)).encode() + b'\n' for line in lines))
+            if step == 'spaces':
+                path.write_bytes(b''.join(json.dumps(json.loads(line)).encode() + b'\n' for line in lines))
             fresh = store._Index(path.absolute()).look()
             assert store.networks_in(path) == fresh
             new = append_rows(path, NOTE | dict(config=f'c{k % 3}'), [dict(seed=s) for s in range(2)], COLUMNS)
@@ -401,10 +447,15 @@ def test_a_full_disk_is_named_and_the_other_cells_are_tried(tmp_path, monkeypatc
     before = path.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(os, 'fsync', full(*range(1000)))
-        with pytest.raises(RuntimeError, match=rf'5 cells failed.*No space left on device; make room on that disk.*{re.escape(str(path))}'): run_study(TINY, tmp_path, device='cpu')
-        with pytest.raises(OSError, match='No space left on device; make room') as error: append_rows(path, NOTE, [dict(seed=5)], COLUMNS)
+        with pytest.raises(
+                RuntimeError,
+                match=rf'5 cells failed.*No space left on device; make room on that disk.*{re.escape(str(path))}'):
+            run_study(TINY, tmp_path, device='cpu')
+        with pytest.raises(OSError, match='No space left on device; make room') as error:
+            append_rows(path, NOTE, [dict(seed=5)], COLUMNS)
         assert error.value.errno == errno.ENOSPC and error.value.filename == str(path)
-    assert path.read_bytes() == before and ran == [cell.name for cell, _ in sorted(TINY.cells(), key=lambda c: c[0].name != ran[0])]
+    assert path.read_bytes() == before and ran == [
+        cell.name for cell, _ in sorted(TINY.cells(), key=lambda c: c[0].name != ran[0])]
     assert run_study(TINY, tmp_path, device='cpu') == 15 and written(path) == WANTED
 
 
@@ -428,8 +479,10 @@ def test_a_disk_without_locks_is_named(number, tmp_path, monkeypatch):
     def flock(*args): raise OSError(number, os.strerror(number))
     monkeypatch.setattr('fcntl.flock', flock)
     monkeypatch.setattr(run, 'run_cell', lambda *args: pytest.fail('it trained'))
-    with pytest.raises(RuntimeError, match=rf'6 cells failed.*has no locks.*{re.escape(str(tmp_path))}'): run_study(TINY, tmp_path, device='cpu')
-    with pytest.raises(OSError, match='has no locks') as error: append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=5)], COLUMNS)
+    with pytest.raises(RuntimeError, match=rf'6 cells failed.*has no locks.*{re.escape(str(tmp_path))}'):
+        run_study(TINY, tmp_path, device='cpu')
+    with pytest.raises(OSError, match='has no locks') as error:
+        append_rows(tmp_path / 'r.jsonl', NOTE, [dict(seed=5)], COLUMNS)
     assert error.value.errno == number and not list(tmp_path.glob('*.jsonl'))
 
 
@@ -442,9 +495,11 @@ def test_a_record_is_a_file(tmp_path):
 def test_versions_in_one_table_are_told():
     rows = [dict(data='a', n=1, net='d', method='m', seed=s, scale='cpu', run=str(s % 2)) for s in range(4)]
     run = dict(device='cpu', device_name='x', threads=1, epochs=3, torch='2.13.0')
-    same, mixed = (Records(rows, {'0': run | dict(lap_nb='0.1.0'), '1': run | dict(lap_nb=other)}) for other in ('0.1.0', '0.2.0'))
+    same, mixed = (Records(rows, {'0': run | dict(lap_nb='0.1.0'), '1': run | dict(lap_nb=other)})
+                   for other in ('0.1.0', '0.2.0'))
     assert same.versions == ['lap_nb 0.1.0 with torch 2.13.0'] and 'version' not in repr(same) + same.caption
-    for text in (repr(mixed), mixed.caption): assert text.endswith('; several versions: lap_nb 0.1.0 with torch 2.13.0, lap_nb 0.2.0 with torch 2.13.0')
+    for text in (repr(mixed), mixed.caption):
+        assert text.endswith('; several versions: lap_nb 0.1.0 with torch 2.13.0, lap_nb 0.2.0 with torch 2.13.0')
     assert 'version' not in mixed.where(run='1').caption
 
 
@@ -487,7 +542,8 @@ def test_bad_runs_write_nothing(tmp_path, options, message, monkeypatch):
 
 def test_missing_data_is_said_before_any_work(tmp_path):
     both = Study('both', '?', (Grid(('circles', 'mnist'), (20,), METHODS[:1], seeds=2, **SMALL),))
-    with pytest.raises(FileNotFoundError, match='LAP_NB_DATA'): run_study(both, tmp_path, device='cpu', root=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='LAP_NB_DATA'):
+        run_study(both, tmp_path, device='cpu', root=str(tmp_path))
     assert not (tmp_path / 'both.jsonl').exists()
     assert run_study(both, tmp_path, device='cpu', root=str(tmp_path), only='circles/*') == 2
 
@@ -500,7 +556,8 @@ def test_no_cell_is_finished_on_another_device(tmp_path, monkeypatch):
 
 def test_a_failing_cell_does_not_stop_the_others(tmp_path):
     mixed = Study('mixed', '?', (Grid(('circles',), (20, 5000), METHODS[:1], seeds=2, **SMALL),))
-    with pytest.raises(RuntimeError, match='1 cells failed, the others are recorded; the first, circles/5000'): run_study(mixed, tmp_path, device='cpu')
+    with pytest.raises(RuntimeError, match='1 cells failed, the others are recorded; the first, circles/5000'):
+        run_study(mixed, tmp_path, device='cpu')
     assert len(written(tmp_path / 'mixed.jsonl')) == 2
 
 
@@ -529,7 +586,8 @@ def process(forked, folder):
 
 
 def test_killed_again_and_again_two_at_once(tmp_path, forked):
-    "Two processes on one record, both killed with SIGKILL when one has written a cell, twice, then one of two: complete, no row lost or doubled."
+    """Two processes on one record, both killed with SIGKILL when one has written a cell, twice, then one of two:
+    complete, no row lost or doubled."""
     path, before = tmp_path / 'tiny.jsonl', set()
     for second_lives in (False, False, True):
         (first, to_first), (second, to_second) = process(forked, tmp_path), process(forked, tmp_path)
@@ -566,10 +624,12 @@ def test_dask_survives_the_death_of_a_worker(tmp_path, monkeypatch, forked):
         assert killed and written(path) == {(c.config, s) for c, k in slow.cells() for s in range(k)}
         client.run(partial(setattr, lap_nb, '__version__', '0.0.7'), workers=[list(client.run(os.getpid))[0]])
         more = replace(slow, name='more')
-        with pytest.raises(ValueError, match='worker tcp.* has other versions: lap_nb 0.0.7, here .*install the same on all'):
+        with pytest.raises(ValueError,
+                           match='worker tcp.* has other versions: lap_nb 0.0.7, here .*install the same on all'):
             run_study(more, tmp_path, scheduler=cluster.scheduler_address, device='cpu')
         client.run(partial(setattr, lap_nb, '__version__', '0.0.7'))        # after the start
-        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match='6 cells failed.*the worker that trained it has other versions: lap_nb 0.0.7'):
+        with monkeypatch.context() as patched, pytest.raises(
+                RuntimeError, match='6 cells failed.*the worker that trained it has other versions: lap_nb 0.0.7'):
             patched.setattr(run, '_common_device', lambda *args: run.provenance(torch.device('cpu'))['device_name'])
             run_study(more, tmp_path, scheduler=cluster.scheduler_address, device='cpu')
         assert not (tmp_path / 'more.jsonl').exists()
@@ -582,7 +642,8 @@ def test_workers_of_different_kinds_are_refused():
     class Client:
         def wait_for_workers(self, *args, **kwargs): pass
         def run(self, *args): return {'tcp://a': ('GPU A', ''), 'tcp://b': ('GPU B', '')}
-    with pytest.raises(ValueError, match="workers' devices differ: GPU A, GPU B"): run._common_device(Client(), 'cuda', None, [])
+    with pytest.raises(ValueError, match="workers' devices differ: GPU A, GPU B"):
+        run._common_device(Client(), 'cuda', None, [])
 
 
 PARENT = """
@@ -600,14 +661,16 @@ def announcing(*args):
 
 def endless(folder):
     run._run_there = announcing
-    run_study(replace(LONGER, grids=(replace(LONGER.grids[0], schedule=Schedule(steps=10 ** 7, points=1)),)), folder, scheduler='local', device='cpu')
+    run_study(replace(LONGER, grids=(replace(LONGER.grids[0], schedule=Schedule(steps=10 ** 7, points=1)), )), folder,
+              scheduler='local', device='cpu')
 
 
 def test_local_workers_end_with_an_interrupt_of_their_parent(tmp_path):
     "All that hold its output have ended when it closes: they would train for days."
     script = tmp_path / 'parent.py'
     script.write_text(PARENT.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True,
                           env=os.environ | dict(DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT='60s')) as parent:
         try:
             worker = int(parent.stdout.readline())
@@ -642,10 +705,11 @@ print(json.dumps(answers))
 def test_command(tmp_path):
     script, rest = tmp_path / 'command.py', ['--out', str(tmp_path), '--device', 'cpu']
     script.write_text(COMMAND)
-    calls = [['tiny', *rest, '--seeds', '2', '--only', 'circles/20/*'], ['tiny', *rest], ['tiny', *rest, '--resume'], ['--list', *rest],
-             ['tini', *rest], ['tiny', *rest, '--resume', '--seeds', '1,1']]
+    calls = [['tiny', *rest, '--seeds', '2', '--only', 'circles/20/*'], ['tiny', *rest], ['tiny', *rest, '--resume'],
+             ['--list', *rest], ['tini', *rest], ['tiny', *rest, '--resume', '--seeds', '1,1']]
     run = subprocess.run([sys.executable, script, json.dumps(calls)], capture_output=True, text=True,
-                         env=os.environ | dict(PYTHONPATH=os.pathsep.join((os.path.dirname(__file__), str(ROOT))), OMP_NUM_THREADS='1'))
+                         env=os.environ | dict(PYTHONPATH=os.pathsep.join(
+                             (os.path.dirname(__file__), str(ROOT))), OMP_NUM_THREADS='1'))
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout)
     assert [code for code, _, _ in answers] == [0, 2, 0, 0, 2, 2]
@@ -660,7 +724,8 @@ def test_command(tmp_path):
 def test_commands_of_the_results_folder_train_every_cell(scale):
     "As a shell expands them: each names cells, and together they name all."
     text = (ROOT / 'nbs' / 'results' / 'README.md').read_text().split(f'## On a {scale.upper()}')[1]
-    script = 'lap_study() { printf "%s\\t" "$@"; echo; }\nlap_bench() { :; }\npython() { :; }\n' + re.search('```bash\n(.*?)```', text, re.S)[1]
+    script = 'lap_study() { printf "%s\\t" "$@"; echo; }\nlap_bench() { :; }\npython() { :; }\n' + re.search(
+        '```bash\n(.*?)```', text, re.S)[1]
     calls = subprocess.run(['bash', '-euc', script], capture_output=True, text=True, check=True).stdout.splitlines()
     found = {name: set() for name in catalogue.STUDIES}
     for name, *options in (call.strip('\t').split('\t') for call in calls):
@@ -686,24 +751,32 @@ def test_variations_that_cannot_be(spec, says):
 
 def test_descriptions_that_cannot_be_meant(tmp_path):
     grid = TINY.grids[0]
-    for changed, says in ((dict(data="circles"), "data is .*, expected"), (dict(schedule=Schedule(points=0)), "points is 0"), (dict(thin=0), "thin is 0"),
+    for changed, says in ((dict(data="circles"), "data is .*, expected"), (dict(schedule=Schedule(points=0)),
+                                                                           "points is 0"), (dict(thin=0), "thin is 0"),
                           (dict(net=Net("resnet", 10, 8)), "expected a multiple of its 3 stages")):
         with pytest.raises(ValueError, match=says): replace(TINY, grids=(replace(grid, **changed),))
-    for changed, says in ((dict(measures=("transports",)), "no measure 'transports'"), (dict(net=Net("densee")), "no network 'densee'")):
-        with pytest.raises(ValueError, match=says): run_study(replace(TINY, grids=(replace(grid, **changed),)), tmp_path, device="cpu")
-    for described, says in ((dict(gain=.1), "which the default initialisation does not take"), (dict(h=0.), "expected a positive number"), (dict(lr=0.), "expected a positive number")):
+    for changed, says in ((dict(measures=("transports", )), "no measure 'transports'"), (dict(net=Net("densee")),
+                                                                                         "no network 'densee'")):
+        with pytest.raises(ValueError, match=says):
+            run_study(replace(TINY, grids=(replace(grid, **changed), )), tmp_path, device="cpu")
+    for described, says in ((dict(gain=.1), "which the default initialisation does not take"),
+                            (dict(h=0.), "expected a positive number"), (dict(lr=0.), "expected a positive number")):
         with pytest.raises(ValueError, match=says): Method("mine", **described)
 
 
 def test_columns_that_there_are_not():
-    found = Records([dict(data="a", n=1, net="d", method="m", family="m", seed=s, test_accuracy_last=.5, diverged=False) for s in range(3)], {})
-    for read in (lambda: found.by("way"), lambda: found.values("test_acc"), lambda: found.confidence_interval("test_acc"), lambda: found.where(way="m")):
+    found = Records([
+        dict(data="a", n=1, net="d", method="m", family="m", seed=s, test_accuracy_last=.5, diverged=False)
+        for s in range(3)], {})
+    for read in (lambda: found.by("way"), lambda: found.values("test_acc"),
+                 lambda: found.confidence_interval("test_acc"), lambda: found.where(way="m")):
         with pytest.raises(ValueError, match="no column"): read()
 
 
 def test_a_study_of_ones_own_in_a_new_session(tmp_path):
     run_study(replace(TINY, name="mine"), tmp_path, device="cpu")
-    with pytest.raises(ValueError, match="is there, but no description of a study 'mine'.*stale=True"): load_records("mine", tmp_path)
+    with pytest.raises(ValueError, match="is there, but no description of a study 'mine'.*stale=True"):
+        load_records("mine", tmp_path)
     assert len(load_records("mine", tmp_path, stale=True)) == len(WANTED)
 
 
@@ -711,7 +784,8 @@ def test_a_measure_that_cannot_be_kept_fails_its_cells_only(tmp_path, monkeypatc
     monkeypatch.setitem(run.MEASURES, "odd", lambda model, split: dict(odd=object()))
     monkeypatch.setitem(run.MEASURES, "norm", lambda model, split: dict(norm=sum(p.norm() for p in model.parameters())))
     first, second = (replace(TINY.grids[0], sizes=(n,), measures=(name,)) for n, name in ((20, "odd"), (30, "norm")))
-    with pytest.raises(RuntimeError, match="cells failed, the others are recorded"): run_study(replace(TINY, grids=(first, second)), tmp_path, device="cpu")
+    with pytest.raises(RuntimeError, match="cells failed, the others are recorded"):
+        run_study(replace(TINY, grids=(first, second)), tmp_path, device="cpu")
     rows = [row for row in read_lines(tmp_path / "tiny.jsonl") if row.get("kind") != "run"]
     assert rows and all(isinstance(row["norm"], float) for row in rows)
 
@@ -722,7 +796,8 @@ def test_a_description_in_numbers_of_any_library_is_the_same(of):
     def described(number, count):
         method = Method("m", h=number(.5), drop=number(.25), lr=number(.5), least_action=dict(tau=number(.5)))
         schedule = Schedule(steps=count(20), lr=number(.5), others=dict(momentum=number(.5)))
-        return Study("s", "which?", (Grid(("digits",), (count(50),), (method,), count(2), Net(K=count(3)), schedule),), version=count(1))
+        return Study("s", "which?", (Grid(("digits", ), (count(50), ),
+                                          (method, ), count(2), Net(K=count(3)), schedule), ), version=count(1))
     plain, given = described(float, int), described(of, whole)
     (a, n), (b, m) = plain.cells()[0], given.cells()[0]
     assert a.config == b.config and n == m and type(m) is int and a.name == b.name
@@ -736,13 +811,19 @@ def test_sizes_as_an_array():
 def test_what_chapter_depth_says_of_longer_steps():
     "Longer steps against skipped blocks, by the areas under the depth curves on record."
     said = {}
-    for (data, net), rows in load_records('depth', ROOT / 'nbs' / 'results').where(diverged=False).by('data', 'net').items():
-        gap = {m: confidence_interval(rows.where(method=m).values('area_lengthened') - rows.where(method=m).values('area_skip')) for m in ('default', 'constant-0.1')}
+    for (data, net), rows in load_records('depth', ROOT / 'nbs' / 'results').where(diverged=False).by('data',
+                                                                                                      'net').items():
+        gap = {
+            m: confidence_interval(
+                rows.where(method=m).values('area_lengthened') - rows.where(method=m).values('area_skip'))
+            for m in ('default', 'constant-0.1')}
         said[data.partition(':')[0], net] = [verdict(gap[m]) for m in gap]
     constant = {place: word for place, (_, word) in said.items()}
-    assert len(constant) == 8 and {place for place, word in constant.items() if word != 'better'} == {('mnist', 'vit8x32')} and constant['mnist', 'vit8x32'] == 'open'
+    assert len(constant) == 8 and {place for place, word in constant.items() if word != 'better'} == {
+        ('mnist', 'vit8x32')} and constant['mnist', 'vit8x32'] == 'open'
     worse = {('cifar10_part', 'dense9x64'), ('mnist', 'conv-bn9x16'), ('mnist', 'staged8x8'), ('mnist', 'vit8x32')}
-    assert {place: word for place, (word, _) in said.items()} == {place: 'worse' if place in worse else 'better' for place in said}
+    assert {place: word
+            for place, (word, _) in said.items()} == {place: 'worse' if place in worse else 'better' for place in said}
 
 
 @pytest.mark.parametrize('name', ['mnist-low-data', 'fashion-low-data', 'cifar-low-data'])
@@ -752,7 +833,9 @@ def test_decisions_that_stand_together_are_among_those_that_stand_alone(name):
     table = [row for row in standings(found) if row['gap'] is not None]
     ours = {(row['n'], row['family']): row for row in table}
     chosen = {(n, family): rows for (n, family), rows in found.tuned().by('n', 'family').items()}
-    p = {at: ttest_rel(chosen[at[0], 'least-action'].values('test_accuracy_last'), chosen[at].values('test_accuracy_last')).pvalue for at in ours}
+    p = {
+        at: ttest_rel(chosen[at[0], 'least-action'].values('test_accuracy_last'),
+                      chosen[at].values('test_accuracy_last')).pvalue for at in ours}
     ordered = sorted(p, key=p.get)
     first_open = next((k for k, at in enumerate(ordered) if p[at] > .05 / (len(ordered) - k)), len(ordered))
     assert {at for at, row in ours.items() if row['decides'] != 'open'} == set(ordered[:first_open])
@@ -764,8 +847,11 @@ def test_decisions_that_stand_together_are_among_those_that_stand_alone(name):
 def test_one_decision_is_its_interval_and_more_are_stricter(gaps):
     gaps = [Interval(mean, mean - half, mean + half, 12) for mean, half in gaps]
     words = decide_together(gaps)
-    assert all(decide_together([gap]) == [verdict(gap)] for gap in gaps if abs(abs(gap.mean) - (gap.high - gap.low) / 2) > 1e-6)
-    assert all(word in ('open', verdict(gap)) for word, gap in zip(words, gaps) if abs(abs(gap.mean) - (gap.high - gap.low) / 2) > 1e-6)
+    assert all(
+        decide_together([gap]) == [verdict(gap)] for gap in gaps
+        if abs(abs(gap.mean) - (gap.high - gap.low) / 2) > 1e-6)
+    assert all(word in ('open', verdict(gap)) for word, gap in zip(words, gaps)
+               if abs(abs(gap.mean) - (gap.high - gap.low) / 2) > 1e-6)
     assert decide_together(gaps[::-1])[::-1] == words or len({abs(g.mean) / (g.high - g.low) for g in gaps}) < len(gaps)
 
 
@@ -777,6 +863,8 @@ def test_edges_of_grids():
         return edge_of(Records(rows, {m: run(settings) for m, settings in methods.items()}), chosen)
     rates = dict(low=dict(lr=3e-4), middle={}, high=dict(lr=3e-3))   # in the middle the schedule's
     assert [edge(m, **rates) for m in rates] == ['lr', '', 'lr']
-    least = {f'{lam}': dict(least_action=[['lambda0', lam], ['tau', tau]]) for lam, tau in ((.1, .02), (1., .1), (5., 1.))}
+    least = {
+        f'{lam}': dict(least_action=[['lambda0', lam], ['tau', tau]]) for lam, tau in ((.1, .02), (1., .1), (5., 1.))}
     assert [edge(m, **least) for m in least] == ['lambda0, tau', '', 'lambda0, tau']
-    assert edge('a', a=dict(gain=.1)) == '' and edge('a', a=dict(gain=.1), b=dict(gain=.2)) == 'gain' and edge('a', a=dict(drop=.1), b=dict(drop=.1, skip_init=True)) == ''
+    assert edge('a', a=dict(gain=.1)) == '' and edge('a', a=dict(gain=.1), b=dict(gain=.2)) == 'gain' and edge(
+        'a', a=dict(drop=.1), b=dict(drop=.1, skip_init=True)) == ''

@@ -43,7 +43,8 @@ def test_both_forms_of_the_objective_have_parallel_gradients():
 def test_both_forms_stop_at_the_same_point():
     def minimum(objective):
         theta = torch.tensor(0., dtype=torch.float64, requires_grad=True)
-        opt = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+        opt = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-12, tolerance_change=0,
+                                line_search_fn="strong_wolfe")
         def closure():
             opt.zero_grad(); loss = objective(theta); loss.backward()
             return loss
@@ -96,7 +97,8 @@ def test_loss_must_be_one_number_and_follow_one_forward_pass():
 
 
 def test_model_without_residual_block():
-    with pytest.raises(ValueError, match="no residual block found in Sequential"): LeastAction(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="no residual block found in Sequential"):
+        LeastAction(nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("least_action", [None, LeastAction])
@@ -105,14 +107,17 @@ def test_every_network_of_a_row_is_what_it_is_alone(least_action):
     runs = fit_many(make, row, least_action=least_action, epochs=6, batch_size=25, eval_every=2)
     for i, seed in enumerate(row.seeds):
         model = _made(make, seed)
-        alone = fit(model, row.member(i), least_action and least_action(model), seed=seed, epochs=6, batch_size=25, eval_every=2)
+        alone = fit(model, row.member(i), least_action and least_action(model), seed=seed, epochs=6, batch_size=25,
+                    eval_every=2)
         for name, curve in alone.curves.items():
             tolerance = dict(rtol=0, atol=.01) if "accuracy" in name else dict(rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(runs[i].curves[name], curve, **tolerance)
 
 
 def test_networks_do_not_depend_on_their_neighbours():
-    pair, trio = (fit_many(make, digits().splits(60, seeds), least_action=LeastAction, epochs=4) for seeds in ([5, 6], [5, 7, 6]))
+    pair, trio = (fit_many(make,
+                           digits().splits(60, seeds), least_action=LeastAction, epochs=4)
+                  for seeds in ([5, 6], [5, 7, 6]))
     for name in ("loss", "lambda", "action"):
         torch.testing.assert_close(pair[1].curves[name], trio[2].curves[name], rtol=1e-3, atol=1e-5)
 
@@ -154,7 +159,8 @@ def test_training_settings_that_cannot_work(settings, message):
 
 
 def test_divergence_stops_with_a_word_of_advice():
-    with pytest.raises(FloatingPointError, match="diverged; lower lr"): fit(make(), digits().split(60), epochs=3, lr=1e30)
+    with pytest.raises(FloatingPointError, match="diverged; lower lr"):
+        fit(make(), digits().split(60), epochs=3, lr=1e30)
 
 
 def test_a_row_needs_one_split_per_seed():
@@ -179,13 +185,15 @@ IMAGES = Dataset(digits().x.view(-1, 1, 8, 8), digits().y, digits().test, "digit
 def conv(seed=0):
     torch.manual_seed(seed)
     field = lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
-    return ResidualNet(Flow([field(), field()]), nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), nn.Conv2d(1, 4, 3, padding=1))
+    return ResidualNet(Flow([field(), field()]), nn.Sequential(nn.Flatten(), nn.Linear(256, 10)),
+                       nn.Conv2d(1, 4, 3, padding=1))
 
 
 def fitted(least_action=LeastAction, model=make, data=SMALL, seed=0, **settings):
     torch.manual_seed(seed)
     model = model()
-    return fit(model, data, least_action and least_action(model), **dict(epochs=6, batch_size=25, eval_every=2) | settings)
+    return fit(model, data, least_action and least_action(model),
+               **dict(epochs=6, batch_size=25, eval_every=2) | settings)
 
 
 def weights(run): return torch.cat([p.detach().flatten() for p in run.model.parameters()])
@@ -229,13 +237,16 @@ def test_a_row_with_options_is_what_its_networks_are_alone(settings):
     from lap_nb.training import train_loop
     row = digits().splits(60, [3, 4])
     ensemble = Ensemble([_made(make, s) for s in row.seeds])
-    curves = train_loop(ensemble, row, _attached([LeastAction] * len(ensemble), ensemble), [torch.Generator().manual_seed(s) for s in row.seeds],
+    curves = train_loop(ensemble, row, _attached([LeastAction] * len(ensemble), ensemble),
+                        [torch.Generator().manual_seed(s) for s in row.seeds],
                         TrainConfig(epochs=4, batch_size=25, eval_every=2, **settings))
     loose = 5e-2 if "precision" in settings else 1e-3
     for i, seed in enumerate(row.seeds):
         model = _made(make, seed)
-        alone = fit(model, row.member(i), LeastAction(model), seed=seed, epochs=4, batch_size=25, eval_every=2, **settings)
-        for name in ("loss", "lambda", "energy"): torch.testing.assert_close(curves[name][:, i], alone.curves[name], rtol=loose, atol=1e-4)
+        alone = fit(model, row.member(i), LeastAction(model), seed=seed, epochs=4, batch_size=25, eval_every=2,
+                    **settings)
+        for name in ("loss", "lambda", "energy"):
+            torch.testing.assert_close(curves[name][:, i], alone.curves[name], rtol=loose, atol=1e-4)
 
 
 def test_pictures_of_a_row_are_moved_as_alone():
@@ -264,13 +275,15 @@ def test_half_precision_follows_full(precision):
 def test_float16_skips_a_step_that_overflows():
     "The first scale, 65536, is too large for this loss: the steps until it fits are left out, and it is no divergence."
     scales = []
-    run = fitted(None, model=lambda: init_velocities_(make(), 3.), precision="float16", check_every=1, callbacks=[lambda t: scales.append(t.descent.scaler.get_scale())])
+    run = fitted(None, model=lambda: init_velocities_(make(), 3.), precision="float16", check_every=1,
+                 callbacks=[lambda t: scales.append(t.descent.scaler.get_scale())])
     assert run.last["loss"].isfinite() and scales[-1] < 65536
 
 
 def test_channels_last_gives_the_same_training():
     plain, fast = (fitted(model=conv, data=IMAGES.split(60), channels_last=form) for form in (False, True))
-    for name in ("loss", "lambda", "energy"): torch.testing.assert_close(fast.curves[name], plain.curves[name], rtol=1e-3, atol=1e-5)
+    for name in ("loss", "lambda", "energy"):
+        torch.testing.assert_close(fast.curves[name], plain.curves[name], rtol=1e-3, atol=1e-5)
 
 
 COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
@@ -281,14 +294,20 @@ def test_compiled_training_has_the_gradients_of_the_eager_one(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()   # of other tests
     compiled = []
-    def whole(model, compile=torch.compile, **options): compiled.append(options); return compile(model, fullgraph=True, **options)
+    def whole(model, compile=torch.compile, **options):
+        compiled.append(options)
+        return compile(model, fullgraph=True, **options)
     monkeypatch.setattr(torch, "compile", whole)
-    settings = dict(model=partial(dense_net, 64, 10, 2, 8), optimizer="sgd", momentum=0., weight_decay=0., lr=.5, epochs=3, batch_size=60, eval_every=1)
+    settings = dict(model=partial(dense_net, 64, 10, 2, 8), optimizer="sgd", momentum=0., weight_decay=0., lr=.5,
+                    epochs=3, batch_size=60, eval_every=1)
     eager, fast = (fitted(compile=c, **settings) for c in (False, True))
     assert compiled == [dict(backend="inductor")] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(weights(fast), weights(eager), rtol=1e-4, atol=1e-6)
-    for name in ("loss", "lambda", "action", "energy"): torch.testing.assert_close(fast.curves[name], eager.curves[name], rtol=1e-4, atol=1e-6)
-    assert (weights(eager) - weights(fitted(**settings | dict(lr=1e-12)))).norm() > .1, "the steps are large enough to tell gradients apart"
+    for name in ("loss", "lambda", "action", "energy"):
+        torch.testing.assert_close(fast.curves[name], eager.curves[name], rtol=1e-4, atol=1e-6)
+    assert (
+        weights(eager) -
+        weights(fitted(**settings | dict(lr=1e-12)))).norm() > .1, "the steps are large enough to tell gradients apart"
 
 
 def test_early_stop_waits_for_validation():
@@ -337,12 +356,15 @@ def test_a_plain_training_leaves_no_hooks_and_keeps_its_numbers():
 
 def test_unknown_setting_is_named():
     with pytest.raises(TypeError, match="no setting epoch, expected some of epochs"): fit(make(), SMALL, epoch=3)
-    with pytest.raises(TypeError, match="no setting optimiser"): fit_many(make, digits().splits(60, range(2)), optimiser="sgd")
+    with pytest.raises(TypeError, match="no setting optimiser"):
+        fit_many(make, digits().splits(60, range(2)), optimiser="sgd")
 
 
 def test_settings_by_name_stand_in_place_of_those_of_the_configuration():
     config = TrainConfig(epochs=2, batch_size=20, eval_every=1, lr=.1)
-    for given in (dict(config=config), dict(config=config, lr=.1), dict(config=replace(config, lr=.5), lr=.1), dict(epochs=2, batch_size=20, eval_every=1, lr=.1)):
+    for given in (dict(config=config), dict(config=config,
+                                            lr=.1), dict(config=replace(config, lr=.5),
+                                                         lr=.1), dict(epochs=2, batch_size=20, eval_every=1, lr=.1)):
         assert fit(make(), SMALL, **given).provenance.items() >= asdict(config).items()
         assert fit_many(make, digits().splits(40, range(2)), **given).provenance.items() >= asdict(config).items()
     for wrong in ("sgd", dict(lr=.1), TrainConfig, .1):
@@ -370,21 +392,24 @@ def test_the_same_seeds_give_the_numbers_they_always_gave(name):
     "In float64, where processors differ by 1e-8 after these few steps."
     kind, _, mode = name.partition(" ")
     maker, settings = KINDS[kind]
-    data, net, train = digits(), lambda: dense_net(64, 10, 3, 16).double(), dict(epochs=4, batch_size=25, eval_every=2) | settings
+    data, net, train = digits(), lambda: dense_net(64, 10, 3, 16).double(), dict(epochs=4, batch_size=25,
+                                                                                 eval_every=2) | settings
     data = replace(data, x=data.x.double())
     if mode: run = fit_many(net, data.splits(60, range(3)), least_action=maker, mode=mode, **train)
     else:
         torch.manual_seed(0)
         run = fit(model := net(), data.split(100), maker and maker(model), **train)
     for curve, numbers in RUNS[name].items():
-        torch.testing.assert_close(run.curves[curve].double(), torch.tensor(numbers, dtype=torch.float64), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(run.curves[curve].double(), torch.tensor(numbers, dtype=torch.float64), rtol=1e-6,
+                                   atol=1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [{}, dict(precision="float16", clip=1.), dict(precision="bfloat16", channels_last=True), dict(compile=True)])
 def test_on_a_gpu(settings):
-    cpu, gpu = fitted(model=conv, data=IMAGES.split(60)), fitted(model=lambda: conv().cuda(), data=IMAGES.split(60), crop=0, **settings)
+    cpu, gpu = fitted(model=conv, data=IMAGES.split(60)), fitted(model=lambda: conv().cuda(), data=IMAGES.split(60),
+                                                                 crop=0, **settings)
     torch.testing.assert_close(gpu.curves["loss"], cpu.curves["loss"], rtol=.1, atol=.02)
 
 
@@ -394,7 +419,8 @@ def test_a_step_on_a_gpu_waits_for_nothing():
     from lap_nb.training import Training, batches
     model = conv().cuda()
     split = IMAGES.split(200).to("cuda")
-    training = Training(model, split, LeastAction(model), [torch.Generator().manual_seed(0)], TrainConfig(batch_size=50, clip=1.))
+    training = Training(model, split, LeastAction(model), [torch.Generator().manual_seed(0)],
+                        TrainConfig(batch_size=50, clip=1.))
     for x, y in batches(split, training.draws.generators, 50): training.train_step(x, y)
     training.at = 0
     found = list(batches(split, training.draws.generators, 50))
@@ -408,17 +434,22 @@ def test_a_step_on_a_gpu_waits_for_nothing():
 @pytest.mark.parametrize("maker", [None, LeastAction, partial(LeastAction, controller=AugmentedLagrangian(target=.5, average=.9)), partial(LeastAction, controller=FixedWeight()),
                                    partial(LeastAction, controller=ProportionalIntegral(accumulate=2), weights={"*": 2.})])
 def test_a_step_reads_no_value_from_the_device(monkeypatch, row, maker):
-    "On the meta device tensors have no values, so any read would raise. Two epochs, each with a step whose energies are kept, and a last batch that is smaller."
+    """On the meta device tensors have no values, so any read would raise. Two epochs, each with a step whose energies
+    are kept, and a last batch that is smaller."""
     from lap_nb import ensembles, training
     cpu = lambda self, seeds, device: self.__dict__.update(generators=[torch.Generator().manual_seed(s) for s in seeds])
     monkeypatch.setattr(ensembles.Ensemble, "_seed", cpu)   # meta has no generators
-    monkeypatch.setattr(training, "make_optimizer", lambda params, config: torch.optim.SGD(list(params), lr=.1, momentum=.9, foreach=False))   # nor fused optimizers
+    # nor fused optimizers
+    monkeypatch.setattr(training, "make_optimizer",
+                        lambda params, config: torch.optim.SGD(list(params), lr=.1, momentum=.9, foreach=False))
     split = copy(digits().splits(60, [0, 1]) if row else SMALL)
-    for part in ("x", "y", "train", "val", "test"): object.__setattr__(split, part, getattr(split, part).to("meta"))   # unchecked: to check is to read
+    # unchecked: to check is to read
+    for part in ("x", "y", "train", "val", "test"): object.__setattr__(split, part, getattr(split, part).to("meta"))
     model = (Ensemble([make(), make()]) if row else make()).to("meta")
     la = maker and (ensembles._attached([maker] * 2, model) if row else maker(model))
     gens = [torch.Generator().manual_seed(s) for s in range(1 + row)]
-    loop = training.Training(model, split, la, gens, training.TrainConfig(batch_size=25, epochs=2, eval_every=1, clip=1., schedule="cosine"))
+    loop = training.Training(model, split, la, gens,
+                             training.TrainConfig(batch_size=25, epochs=2, eval_every=1, clip=1., schedule="cosine"))
     for _ in range(2):
         for x, y in training.batches(split, gens, 25): loop.train_step(x, y)
         loop.epoch, loop.at = loop.epoch + 1, 0
@@ -437,7 +468,8 @@ def test_on_the_cpu_a_step_reads_the_sign_of_the_loss_and_nothing_else(precision
     for maker, reads in ((None, 0), (LeastAction, 3)):
         model = make()
         gens = [torch.Generator().manual_seed(0)]
-        loop, found = Training(model, SMALL, maker and maker(model), gens, TrainConfig(precision=precision, clip=1.)), Reads()
+        loop, found = Training(model, SMALL, maker and maker(model), gens, TrainConfig(precision=precision,
+                                                                                       clip=1.)), Reads()
         loop.train_step(SMALL.x[:5], SMALL.y[:5])   # makes the state of the optimizer
         with found:
             for x, y in batches(SMALL, gens, 25): loop.train_step(x, y)
@@ -481,7 +513,8 @@ def test_arguments_of_another_kind(wrong, message):
 
 
 def test_what_is_attached_to_one_network_is_not_for_many():
-    with pytest.raises(TypeError, match="expected what makes one for each"): fit_many(make, digits().splits(60, [0, 1]), least_action=LeastAction(make()), epochs=1)
+    with pytest.raises(TypeError, match="expected what makes one for each"):
+        fit_many(make, digits().splits(60, [0, 1]), least_action=LeastAction(make()), epochs=1)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
@@ -500,7 +533,8 @@ def test_frozen_parameters_stay_as_they_are(mode):
 
 def test_a_folder_is_no_checkpoint(tmp_path):
     for resume in (False, True):
-        with pytest.raises(IsADirectoryError, match="is a folder, expected a file"): fit(make(), SMALL, epochs=1, checkpoints=Checkpoints(tmp_path, resume))
+        with pytest.raises(IsADirectoryError, match="is a folder, expected a file"):
+            fit(make(), SMALL, epochs=1, checkpoints=Checkpoints(tmp_path, resume))
 
 
 @pytest.mark.parametrize("least_action", [None, LeastAction])
@@ -528,7 +562,8 @@ def test_a_negative_loss_that_was_noted_on_the_device_ends_the_training():
         return la
     with pytest.raises(ValueError, match="the task loss was -0.25, expected zero or more"): fitted(maker)
     for mode in ("sequential", "batched"):
-        with pytest.raises(ValueError, match="the task loss was -0.25"): fit_many(make, digits().splits(60, [0, 1]), least_action=maker, epochs=1, mode=mode)
+        with pytest.raises(ValueError, match="the task loss was -0.25"):
+            fit_many(make, digits().splits(60, [0, 1]), least_action=maker, epochs=1, mode=mode)
 
 
 def test_least_action_of_another_network_or_taken_off_is_refused():
@@ -542,7 +577,9 @@ def test_least_action_of_another_network_or_taken_off_is_refused():
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
 def test_values_for_each_network_come_from_the_grid(mode):
     with pytest.raises(ValueError, match=r"expected .*one per network.*grid=dict\(lambda0="):
-        fit_many(make, digits().splits(60, [0, 1]), least_action=partial(LeastAction, controller=DualAscent(torch.ones(2))), epochs=1, mode=mode)
+        fit_many(make,
+                 digits().splits(60, [0, 1]), least_action=partial(LeastAction, controller=DualAscent(torch.ones(2))),
+                 epochs=1, mode=mode)
 
 
 @pytest.mark.parametrize("row", [False, True])
@@ -565,7 +602,8 @@ def test_a_parameter_that_is_not_finite_is_found_in_any_network(row):
 
 def test_a_data_set_that_was_not_split_is_named():
     for train in (lambda: fit(make(), digits()), lambda: fit_many(make, digits(), range(2), epochs=1)):
-        with pytest.raises(TypeError, match='data is an object of type Dataset, expected Split: .*Dataset.split'): train()
+        with pytest.raises(TypeError, match='data is an object of type Dataset, expected Split: .*Dataset.split'):
+            train()
 
 
 class Trips(nn.Module):
@@ -589,7 +627,8 @@ def test_evaluation_puts_every_mode_back():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_rows_for_several_networks_are_refused(seeds):
-    with pytest.raises(ValueError, match=f"data has rows for {seeds} networks, expected those of one"): fit(make(), digits().splits(60, range(seeds)), epochs=1)
+    with pytest.raises(ValueError, match=f"data has rows for {seeds} networks, expected those of one"):
+        fit(make(), digits().splits(60, range(seeds)), epochs=1)
 
 
 def test_without_git_there_is_no_commit(monkeypatch):
@@ -613,9 +652,13 @@ class Gives(nn.Module):
     def forward(self, x): return self.of(self.net(x))
 
 
-NO_LOGITS = [(lambda z: z[:, :1], r"gave \[\d+, 1\], expected logits"), (lambda z: (z, z), "an object of type tuple"), (lambda z: [z], "an object of type list"), (lambda z: None, "type NoneType"),
-             (lambda z: z[:, 0], r"gave \[\d+\]"), (lambda z: z[:, :9], r"gave \[\d+, 9\]"), (lambda z: z.argmax(1), "int64"), (lambda z: z.sum(), r"gave \[\]"), (lambda z: z.long(), "int64"), (lambda z: z[:5], r"gave \[5, 10\]"),
-             (lambda z: z + 0j, "complex64"), (lambda z: {"loss": z}, "type dict"), (lambda z: z[..., None], r"gave \[\d+, 10, 1\]"), (lambda z: z > 0, "bool")]
+NO_LOGITS = [(lambda z: z[:, :1], r"gave \[\d+, 1\], expected logits"), (lambda z: (z, z), "an object of type tuple"),
+             (lambda z: [z], "an object of type list"), (lambda z: None, "type NoneType"),
+             (lambda z: z[:, 0], r"gave \[\d+\]"), (lambda z: z[:, :9], r"gave \[\d+, 9\]"),
+             (lambda z: z.argmax(1), "int64"), (lambda z: z.sum(), r"gave \[\]"), (lambda z: z.long(), "int64"),
+             (lambda z: z[:5], r"gave \[5, 10\]"), (lambda z: z + 0j, "complex64"),
+             (lambda z: {"loss": z}, "type dict"), (lambda z: z[..., None], r"gave \[\d+, 10, 1\]"),
+             (lambda z: z > 0, "bool")]
 
 @pytest.mark.parametrize("of, message", NO_LOGITS)
 def test_what_is_no_logits_has_no_accuracy(of, message):
@@ -644,7 +687,8 @@ def test_logits_that_are_nan_are_not_right():
 @pytest.mark.parametrize("least_action", [None, LeastAction])
 def test_outputs_without_a_gradient_are_refused(of, least_action):
     model = Gives(of)
-    with pytest.raises(ValueError, match="the model's output has no gradient"): fit(model, SMALL, least_action and least_action(model.net), epochs=1)
+    with pytest.raises(ValueError, match="the model's output has no gradient"):
+        fit(model, SMALL, least_action and least_action(model.net), epochs=1)
 
 
 def test_gradients_that_are_off_and_parameters_that_cannot_have_any_are_refused():
@@ -670,13 +714,15 @@ def test_train_loss_is_the_mean_over_all_samples_since_the_last_point(least_acti
         run = fitted(least_action, epochs=5)
     for i, epochs in enumerate([(0, 1), (2, 3), (4,)]):
         of = [(n, loss) for epoch, n, loss in seen if epoch in epochs]
-        assert run.curves["train_loss"][i].item() == pytest.approx(sum(n * loss for n, loss in of) / sum(n for n, _ in of), rel=1e-5)
+        assert run.curves["train_loss"][i].item() == pytest.approx(
+            sum(n * loss for n, loss in of) / sum(n for n, _ in of), rel=1e-5)
         assert run.curves["loss"][i].item() == of[-1][1], "of the last mini-batch"
 
 
 def test_a_row_has_the_mean_losses_of_its_networks():
     row = digits().splits(60, [3, 4])
-    together, alone = (fit_many(make, row, epochs=4, batch_size=25, eval_every=2, mode=mode) for mode in ("batched", "sequential"))
+    together, alone = (fit_many(make, row, epochs=4, batch_size=25, eval_every=2, mode=mode)
+                       for mode in ("batched", "sequential"))
     torch.testing.assert_close(together.curves["train_loss"], alone.curves["train_loss"], rtol=1e-4, atol=1e-6)
 
 
@@ -684,7 +730,8 @@ def test_a_row_has_the_mean_losses_of_its_networks():
 
 def frozen_norm():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(.5)), nn.Linear(16, 10))
+    return nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(),
+                         nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(.5)), nn.Linear(16, 10))
 
 
 @pytest.mark.parametrize("mode", ["alone", "sequential", "batched"])
@@ -697,9 +744,12 @@ def test_what_was_frozen_by_hand_stays_frozen(mode):
     found = [fit(model(), SMALL, epochs=3, eval_every=1).model] if mode == "alone" else \
             [run.model for run in (lambda runs: [runs[i] for i in range(2)])(fit_many(model, digits().splits(60, [0, 1]), epochs=3, eval_every=1, mode=mode))]
     for net in found:
-        assert torch.equal(net[1].running_mean, torch.zeros(16)) and torch.equal(net[3][1].running_mean, torch.zeros(16))
+        assert torch.equal(net[1].running_mean, torch.zeros(16)) and torch.equal(net[3][1].running_mean,
+                                                                                 torch.zeros(16))
         assert net[1].num_batches_tracked == 0
-        if mode == "alone": assert [net.training, net[0].training, net[1].training, net[3].training, net[3][2].training] == [True, True, False, False, False]
+        if mode == "alone":
+            assert [net.training, net[0].training, net[1].training, net[3].training,
+                    net[3][2].training] == [True, True, False, False, False]
 
 
 def test_a_network_in_evaluation_mode_is_trained_but_for_its_frozen_parts():
@@ -721,13 +771,16 @@ def with_a_frozen_block(how):
 
 @pytest.mark.parametrize("how", ["network", "block"])
 def test_a_frozen_block_counts_in_the_action_and_stays_asleep(how):
-    "Whether it was put in evaluation mode by hand, or the whole network was when the training began; alone and in rows."
+    """Whether it was put in evaluation mode by hand, or the whole network was when the training began; alone and in
+    rows."""
     net, settings = with_a_frozen_block(how), dict(epochs=2, eval_every=1)
     run = fit(net, digits().split(60), least_action=(la := LeastAction(net)), **settings)
     assert la.meter.idle == {"0": "in evaluation mode"} and la.energies.min() > 0
-    assert net[0].velocity[1].num_batches_tracked == 0 and net[1].training and not any(m.training for m in net[0].modules())
+    assert net[0].velocity[1].num_batches_tracked == 0 and net[1].training and not any(m.training
+                                                                                       for m in net[0].modules())
     for mode in ("sequential", "batched"):
-        member = fit_many(lambda: with_a_frozen_block(how), digits().splits(60, [0, 1]), least_action=LeastAction, mode=mode, **settings)[0]
+        member = fit_many(lambda: with_a_frozen_block(how),
+                          digits().splits(60, [0, 1]), least_action=LeastAction, mode=mode, **settings)[0]
         torch.testing.assert_close(member.curves["action"], run.curves["action"])
         assert member.model[0].velocity[1].num_batches_tracked == 0
 
@@ -745,8 +798,19 @@ def test_a_train_method_of_ones_own_is_heard():
 
 # Wrong arguments, drawn
 
-ODD = [None, True, "a", b"a", -1, 0, 2.5, 1e308, -1e308, float("nan"), float("inf"), 1j, 2 ** 70, [], [1], {}, (), object(), print, torch.ones(2), torch.tensor(float("nan")), torch.zeros(0), torch.ones(2, device="meta"),
-       torch.ones(3).to_sparse(), torch.ones(2, dtype=torch.complex64), nn.Linear(2, 2), digits()]
+ODD = [
+    None, True, "a", b"a", -1, 0, 2.5, 1e308, -1e308,
+    float("nan"),
+    float("inf"), 1j, 2 ** 70, [], [1], {}, (),
+    object(), print,
+    torch.ones(2),
+    torch.tensor(float("nan")),
+    torch.zeros(0),
+    torch.ones(2, device="meta"),
+    torch.ones(3).to_sparse(),
+    torch.ones(2, dtype=torch.complex64),
+    nn.Linear(2, 2),
+    digits()]
 
 def calls():
     from lap_nb import training as t
@@ -754,12 +818,23 @@ def calls():
     p = nn.Parameter(torch.ones(2, 2)); p.grad = torch.ones(2, 2)
     pictures, moves = IMAGES.split(60), torch.zeros(4, 3, dtype=torch.long)
     config = {name: getattr(TrainConfig(), name) for name in TrainConfig.__dataclass_fields__} | dict(epochs=1)
-    return {"shift_flip": (t.shift_flip, dict(x=x, moves=moves, crop=1)), "batches": (lambda **k: list(t.batches(**k)), dict(split=pictures, generators=[g], batch_size=20, crop=1, flip=True, skip=0, share=(0, 1))),
-            "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=.1)), "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
-            "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)), "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1, steps=5)),
-            "make_optimizer": (t.make_optimizer, dict(params=[p], config=TrainConfig())), "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1., row=False)), "TrainConfig": (TrainConfig, config),
-            "Checkpoints": (t.Checkpoints, dict(path="run.pt", resume=False, every=None, rollback=0)),
-            "fit": (t.fit, dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoints=None) | config)}
+    return {
+        "shift_flip": (t.shift_flip, dict(x=x, moves=moves, crop=1)),
+        "batches": (lambda **k: list(t.batches(**k)),
+                    dict(split=pictures, generators=[g], batch_size=20, crop=1, flip=True, skip=0,
+                         share=(0, 1))), "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=.1)),
+        "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
+        "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)),
+        "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1,
+                                                steps=5)), "make_optimizer": (t.make_optimizer,
+                                                                              dict(params=[p], config=TrainConfig())),
+        "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1.,
+                                                  row=False)), "TrainConfig": (TrainConfig, config),
+        "Checkpoints": (t.Checkpoints,
+                        dict(path="run.pt", resume=False, every=None,
+                             rollback=0)), "fit": (t.fit,
+                                                   dict(model=make(), data=SMALL, least_action=None, seed=0,
+                                                        progress=False, callbacks=[], checkpoints=None) | config)}
 
 
 @pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimizer", "clip_gradients", "TrainConfig", "Checkpoints", "fit"])
@@ -773,17 +848,21 @@ def test_one_wrong_argument_is_told_in_words_of_ours(name, tmp_path, monkeypatch
         for value in [v for v in ODD if (argument, v is True) != ("compile", True)]:   # compiling takes a while
             try: f(**right | {argument: value})
             except (TypeError, ValueError, FloatingPointError, OSError) as e:
-                if not re.search("expected|must|need|diverged|are for|there is no|too large", str(e)): raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
+                if not re.search("expected|must|need|diverged|are for|there is no|too large", str(e)):
+                    raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
             except RuntimeError as e:
-                if not any("The model was called with" in note for note in getattr(e, "__notes__", ())): raw.append(f"{argument}={value!r}: {e}")
+                if not any("The model was called with" in note for note in getattr(e, "__notes__", ())):
+                    raw.append(f"{argument}={value!r}: {e}")
             except Exception as e: raw.append(f"{argument}={value!r}: {type(e).__name__}: {e}")
     assert not raw, "\n".join(raw)
 
 
 def looks(data):
     "What puts a network into evaluation mode for a while, by name."
-    return dict(evaluate=lambda net: evaluate(net, data), depth_curve=lambda net: depth_curve(net, data), latency=lambda net: latency({'net': net}, data.x[:2], repeats=1),
-                recompute_statistics=lambda net: recompute_statistics(net, data.x[:9]), Elastic=lambda net: Elastic(net, data.x[:2]))
+    return dict(evaluate=lambda net: evaluate(net, data), depth_curve=lambda net: depth_curve(net, data),
+                latency=lambda net: latency({'net': net}, data.x[:2], repeats=1),
+                recompute_statistics=lambda net: recompute_statistics(net, data.x[:9]),
+                Elastic=lambda net: Elastic(net, data.x[:2]))
 
 
 @pytest.mark.parametrize('name', looks(None))

@@ -21,8 +21,8 @@ from lap_nb import transport
 from lap_nb.dynamics import Flow, Trajectory
 from lap_nb.kinetic import kinetic_energy
 from lap_nb.nets import dense_net, init_velocities_
-from lap_nb.transport import (action_split, cost_matrix, cyclical_monotonicity, entropic_w2, exact_gap, gap_curve, mccann, measure_transport,
-                              monotonicity, optimal_coupling, plot_splits, sliced_w2)
+from lap_nb.transport import (action_split, cost_matrix, cyclical_monotonicity, entropic_w2, exact_gap, gap_curve,
+                              mccann, measure_transport, monotonicity, optimal_coupling, plot_splits, sliced_w2)
 
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=25, deadline=None)
@@ -48,7 +48,8 @@ def brute_force(x, y):
 
 
 def orbit(n, m, S, seed):
-    "`n * m` points of mean 0 and covariance `S` exactly, and the map that turns them into each other by 1/m of a full turn."
+    """`n * m` points of mean 0 and covariance `S` exactly, and the map that turns them into each other by 1/m of a full
+    turn."""
     z = cloud(n, 2, seed)
     c, s = math.cos(2 * math.pi / m), math.sin(2 * math.pi / m)
     turn = torch.tensor([[c, -s], [s, c]], dtype=z.dtype)
@@ -106,7 +107,8 @@ def test_translation_costs_its_square_and_leaves_no_gap():
 def test_one_dimension_is_sorting():
     x, y = cloud(501, 1, 0), cloud(501, 1, 1).exp()
     by_order = (x.sort(0).values - y.sort(0).values).square().mean().item()
-    for solver in ("assignment", "simplex"): assert_close(optimal_coupling(x, y, solver=solver).cost, by_order, rtol=1e-9, atol=1e-12)
+    for solver in ("assignment", "simplex"):
+        assert_close(optimal_coupling(x, y, solver=solver).cost, by_order, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", range(2, 8))
@@ -122,7 +124,8 @@ def test_permuted_ends_have_the_gap_of_brute_force(n, solver):
 def test_solvers_agree_with_pot(n, d):
     x, y = cloud(n, d, 0), cloud(n, d, 1)
     pot = ot.emd2([], [], ot.dist(x.numpy(), y.numpy()))
-    for solver in ("assignment", "simplex"): assert_close(optimal_coupling(x, y, solver=solver).cost, pot, rtol=1e-9, atol=0)
+    for solver in ("assignment", "simplex"):
+        assert_close(optimal_coupling(x, y, solver=solver).cost, pot, rtol=1e-9, atol=0)
 
 
 def test_weights_agree_with_pot_and_with_copies():
@@ -201,7 +204,8 @@ def test_permutations_and_isometries_change_nothing(seed, n, d):
     b = cloud(1, d, seed + 3)
     one = exact_gap(x, y)
     for moved in (exact_gap(x[order], y[order]), exact_gap(x @ Q + b, y @ Q + b)):
-        for name in ("displacement", "w2", "gap", "self_share"): assert_close(getattr(moved, name), getattr(one, name), rtol=1e-8, atol=1e-9)
+        for name in ("displacement", "w2", "gap", "self_share"):
+            assert_close(getattr(moved, name), getattr(one, name), rtol=1e-8, atol=1e-9)
 
 
 @quick
@@ -303,7 +307,9 @@ def test_far_from_the_origin_no_digits_are_lost():
 
 
 def test_stages_add_up():
-    staged = Trajectory([torch.stack([cloud(20, 6, k) for k in range(2)]), torch.stack([cloud(20, 3, k) for k in range(3)])])
+    staged = Trajectory([
+        torch.stack([cloud(20, 6, k) for k in range(2)]),
+        torch.stack([cloud(20, 3, k) for k in range(3)])])
     split = action_split(staged, torch.arange(20) % 2)
     alone = [action_split(stage, torch.arange(20) % 2) for stage in staged.stages]
     for row in ("all", "class 0", "class 1"):
@@ -312,7 +318,9 @@ def test_stages_add_up():
 
 
 def test_a_record_of_stages_is_plain_json():
-    staged = Trajectory([torch.stack([cloud(20, 6, k) for k in range(2)]), torch.stack([cloud(20, 3, k) for k in range(3)])])
+    staged = Trajectory([
+        torch.stack([cloud(20, 6, k) for k in range(2)]),
+        torch.stack([cloud(20, 3, k) for k in range(3)])])
     record = measure_transport(staged, torch.arange(20) % 2)
     assert json.loads(json.dumps(record)) == record and record["dim"] == [6, 3]
     assert_close(record["stage 1: total"] + record["stage 2: total"], record["all: total"])
@@ -381,7 +389,8 @@ def test_the_bounds_are_on_their_sides(seed, n, d):
     exact = optimal_coupling(x, y).cost
     above, below = entropic_w2(x, y, .2, tolerance=1e-2, reduction="sum"), sliced_w2(x, y, 200, reduction="sum")
     assert above.value >= exact * (1 - 1e-9)
-    assert below.interval[0] - (below.value - below.interval[0]) * 2 <= exact * (1 + 1e-9)   # six standard errors below the mean
+    # six standard errors below the mean
+    assert below.interval[0] - (below.value - below.interval[0]) * 2 <= exact * (1 + 1e-9)
 
 
 def test_entropic_value_converges_to_the_exact_one_and_sliced_is_exact_for_translations():
@@ -427,7 +436,8 @@ x, y = cloud(6, 2, 0), cloud(6, 2, 1)
     (lambda: exact_gap(x, y, reduction="median"), "reduction is 'median', expected one of 'mean', 'sum'"),
     (lambda: exact_gap(x, y, solver="sinkhorn"), "expected one of 'auto', 'assignment', 'simplex'"),
     (lambda: optimal_coupling(x, y[:5], solver="assignment"), "use solver='simplex'"),
-    (lambda: action_split(Trajectory(torch.stack([x, y])), torch.zeros(5)), r"labels have shape \(5,\), expected one for each sample: \(6,\)"),
+    (lambda: action_split(Trajectory(torch.stack([x, y])), torch.zeros(5)), r"labels have shape \(5,\), expected one "
+                                                                            r"for each sample: \(6,\)"),
     (lambda: gap_curve(x, y, sizes=[1, 4]), "expected from 2 to the 6"),
     (lambda: gap_curve(x, y[:5]), "start has 6 points, end 5"),
     (lambda: monotonicity(x, y[:5]), "start has 6 points, end 5"),
@@ -458,17 +468,20 @@ def test_two_directions_are_enough_for_a_bound():
 def test_the_simplex_proves_its_plan_at_any_scale(scale):
     start, end, weights = cloud(40, 3, 0), cloud(40, 3, 1), torch.arange(1, 41.) / 820
     want = optimal_coupling(start, end, weights, solver='simplex').cost
-    assert optimal_coupling(scale * start, scale * end, weights, solver='simplex').cost == pytest.approx(scale ** 2 * want, rel=1e-9)
+    assert optimal_coupling(scale * start, scale * end, weights,
+                            solver='simplex').cost == pytest.approx(scale ** 2 * want, rel=1e-9)
 
 
 def test_too_large_a_cloud_is_refused_before_it_is_allocated():
     many = torch.zeros(1, 1).expand(2_000_000, 1)
-    for call, size in ((cost_matrix, "2.98"), (exact_gap, "5.96"), (optimal_coupling, "5.96")):   # one matrix; two for an assignment
+    # one matrix; two for an assignment
+    for call, size in ((cost_matrix, "2.98"), (exact_gap, "5.96"), (optimal_coupling, "5.96")):
         with pytest.raises(MemoryError, match=rf"2,000,000 by 2,000,000 points need {size}e\+04 GiB"): call(many, many)
 
 
 def test_a_solver_that_does_not_converge_is_an_error(recwarn):
-    with pytest.raises(RuntimeError, match="did not reach an optimum in 1 iterations"): optimal_coupling(x, y, solver="simplex", max_iter=1)
+    with pytest.raises(RuntimeError, match="did not reach an optimum in 1 iterations"):
+        optimal_coupling(x, y, solver="simplex", max_iter=1)
     assert not recwarn.list
 
 
@@ -490,22 +503,19 @@ def trained_like(n, d=16, seed=0):
 
 
 CLOUDS = {
-    "trained": lambda: trained_like(600),
-    "independent, plane": lambda: (cloud(600, 2, 0), cloud(600, 2, 1)),
-    "independent, 64 dimensions": lambda: (cloud(300, 64, 0), cloud(300, 64, 1)),
-    "quarter turn": lambda: (cloud(500, 2, 0), cloud(500, 2, 0).flip(1) * torch.tensor([1., -1.])),
-    "heavy tails": lambda: (torch.tan(cloud(400, 3, 0)), torch.tan(cloud(400, 3, 1))),
-    "line": lambda: (cloud(400, 1, 0), cloud(400, 1, 1) ** 3),
-    "twins": lambda: (cloud(60, 2, 0).repeat(8, 1), cloud(40, 2, 1).repeat(12, 1)),
-    "grid": lambda: (g := torch.cartesian_prod(torch.arange(20.), torch.arange(20.)), g[torch.randperm(400, generator=torch.Generator().manual_seed(0))]),
-    "all equal": lambda: (torch.zeros(200, 2), torch.ones(200, 2)),
-    "tiny": lambda: (1e-150 * cloud(100, 2, 0), 1e-150 * cloud(100, 2, 1)),
-    "huge": lambda: (1e100 * cloud(100, 2, 0), 1e100 * cloud(100, 2, 1)),
-    "all one point": lambda: (torch.zeros(50, 2), torch.zeros(50, 2)),
-    "an outlier": lambda: (cloud(300, 4, 0).index_fill(0, torch.tensor(7), 1e6), cloud(300, 4, 1)),
-    "far apart": lambda: (cloud(300, 4, 0), 1e5 + cloud(300, 4, 1)),
-    "one": lambda: (cloud(1, 2, 0), cloud(1, 2, 1)),
-}
+    "trained": lambda: trained_like(600), "independent, plane": lambda: (cloud(600, 2, 0), cloud(600, 2, 1)),
+    "independent, 64 dimensions": lambda: (cloud(300, 64, 0), cloud(300, 64, 1)), "quarter turn": lambda:
+    (cloud(500, 2, 0), cloud(500, 2, 0).flip(1) * torch.tensor([1., -1.])), "heavy tails": lambda:
+    (torch.tan(cloud(400, 3, 0)), torch.tan(cloud(400, 3, 1))), "line": lambda:
+    (cloud(400, 1, 0), cloud(400, 1, 1) ** 3), "twins": lambda:
+    (cloud(60, 2, 0).repeat(8, 1), cloud(40, 2, 1).repeat(12, 1)), "grid": lambda: (g := torch.cartesian_prod(
+        torch.arange(20.), torch.arange(20.)), g[torch.randperm(400, generator=torch.Generator().manual_seed(0))]),
+    "all equal": lambda: (torch.zeros(200, 2), torch.ones(200, 2)), "tiny": lambda:
+    (1e-150 * cloud(100, 2, 0), 1e-150 * cloud(100, 2, 1)), "huge": lambda:
+    (1e100 * cloud(100, 2, 0), 1e100 * cloud(100, 2, 1)), "all one point": lambda:
+    (torch.zeros(50, 2), torch.zeros(50, 2)), "an outlier": lambda:
+    (cloud(300, 4, 0).index_fill(0, torch.tensor(7), 1e6), cloud(300, 4, 1)), "far apart": lambda:
+    (cloud(300, 4, 0), 1e5 + cloud(300, 4, 1)), "one": lambda: (cloud(1, 2, 0), cloud(1, 2, 1)), }
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -516,7 +526,8 @@ def test_every_matching_is_scipys_and_carries_a_dense_proof(name):
     unit = cost.max().item() or 1.
     assert_close(best.cost / unit, cost[rows, columns].mean().item() / unit, rtol=1e-10, atol=1e-12)
     assert sorted(best.target.tolist()) == list(range(len(x)))
-    assert ((best.f[:, None] + best.g - cost) / unit).max() < 1e-12 and abs((best.f.mean() + best.g.mean()).item() - best.cost) < 1e-12 * unit
+    assert ((best.f[:, None] + best.g - cost) / unit).max() < 1e-12 and abs((best.f.mean() + best.g.mean()).item() -
+                                                                            best.cost) < 1e-12 * unit
 
 
 @pytest.mark.parametrize("guess", ["none", "random", "reversed", "not a number"])
@@ -547,10 +558,12 @@ print((memory("VmHWM") - before) / (8 * len(x) ** 2))
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs the peak of the process' memory, which Linux can reset")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs the peak of the process' memory, "
+                                                                            "which Linux can reset")
 def test_no_more_memory_than_two_matrices_of_costs(tmp_path):
     torch.save(trained_like(2500, 64), tmp_path / "clouds.pt")
-    found = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "clouds.pt"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "clouds.pt"], capture_output=True, text=True,
+                           check=True).stdout
     assert .9 < float(found) < 2, f"{found} matrices"
 
 
@@ -575,12 +588,14 @@ def test_a_class_of_one_sample_is_noted():
 
 @pytest.mark.parametrize('seed', range(3))
 def test_sensitivity_is_a_share_by_brute_force(seed):
-    "Displacements dealt out by the seed; a sample counts if some exchange of its end with another's shortens the whole."
+    """Displacements dealt out by the seed; a sample counts if some exchange of its end with another's shortens the
+    whole."""
     x = cloud(12, 2, seed)
     y = x + .4 * cloud(12, 2, seed + 50)
     z = x + (y - x)[torch.randperm(12, generator=torch.Generator().manual_seed(seed))]
-    pays = [any((x[i] - z[j]).square().sum() + (x[j] - z[i]).square().sum() < (x[i] - z[i]).square().sum() + (x[j] - z[j]).square().sum() - 1e-9
-                for j in range(12)) for i in range(12)]
+    pays = [
+        any((x[i] - z[j]).square().sum() + (x[j] - z[i]).square().sum() < (x[i] - z[i]).square().sum() +
+            (x[j] - z[j]).square().sum() - 1e-9 for j in range(12)) for i in range(12)]
     assert 0 < sum(pays) < 12
     assert exact_gap(x, y, seed=seed).sensitivity == pytest.approx(sum(pays) / 12)
 
@@ -588,7 +603,8 @@ def test_sensitivity_is_a_share_by_brute_force(seed):
 def test_the_fewest_neighbours_that_make_a_cycle():
     x = cloud(20, 2, 0)
     assert cyclical_monotonicity(x, 2 * x + 1, length=3, near=2, cycles=50).rate == 0
-    with pytest.raises(ValueError, match='from 2 to 19'): cyclical_monotonicity(x, 2 * x + 1, length=3, near=1, cycles=50)
+    with pytest.raises(ValueError, match='from 2 to 19'):
+        cyclical_monotonicity(x, 2 * x + 1, length=3, near=1, cycles=50)
 
 
 def test_record_measures_mccann_against_the_way_walked():
@@ -617,8 +633,11 @@ def exactly(x, y):
     "Displacement and W2^2 summed over features, and the share of pairs in the wrong order, in exact arithmetic."
     X, Y, n = fractions(x), fractions(y), len(x)
     cost = [[sum((a - b) ** 2 for a, b in zip(p, q)) for q in Y] for p in X]
-    wrong = sum(sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i))
-    return sum(cost[i][i] for i in range(n)) / n, min(sum(cost[i][p[i]] for i in range(n)) for p in permutations(range(n))) / n, wrong / (n * (n - 1) / 2)
+    wrong = sum(
+        sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i))
+    return sum(cost[i][i]
+               for i in range(n)) / n, min(sum(cost[i][p[i]] for i in range(n))
+                                           for p in permutations(range(n))) / n, wrong / (n * (n - 1) / 2)
 
 
 def spoiled(kind, seed):
@@ -636,11 +655,14 @@ def spoiled(kind, seed):
     elif kind == "tiny steps": y = x + y / size
     elif kind == "tiny": x, y = x / size ** 4, y / size ** 4
     elif kind == "huge": x, y = x * size ** 4, y * size ** 4
-    elif kind == "all sizes": x, y = x * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None], y * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None]
+    elif kind == "all sizes":
+        x, y = x * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None], y * torch.logspace(-8, 8, 6, dtype=x.dtype)[:,
+                                                                                                                 None]
     return x, y
 
 
-KINDS = ("one point far", "two points far", "far on both sides", "far starts", "a far end", "all shifted", "ends shifted", "two clumps", "tiny steps", "tiny", "huge", "all sizes")
+KINDS = ("one point far", "two points far", "far on both sides", "far starts", "a far end", "all shifted",
+         "ends shifted", "two clumps", "tiny steps", "tiny", "huge", "all sizes")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -650,17 +672,20 @@ def test_rounding_against_exact_arithmetic(kind, seed):
     moved, least, wrong = exactly(x, y)
     for solver in ("assignment", "simplex"):
         gap = exact_gap(x, y, reduction="sum", solver=solver)
-        assert gap.displacement == pytest.approx(float(moved), rel=1e-13) and gap.w2 == pytest.approx(float(least), rel=1e-9)
+        assert gap.displacement == pytest.approx(float(moved), rel=1e-13) and gap.w2 == pytest.approx(
+            float(least), rel=1e-9)
         assert gap.gap == pytest.approx(float(moved - least), rel=1e-7, abs=1e-14 * float(moved))
         assert gap.interval[0] <= gap.gap * (1 + 1e-9) and gap.gap <= gap.interval[1] * (1 + 1e-9)
     assert monotonicity(x, y).rate == wrong
     assert cyclical_monotonicity(x, y, 2, cycles=3000).rate == pytest.approx(wrong, abs=.06)
     best = optimal_coupling(x, y)
     assert best.cost == pytest.approx(float(least), rel=1e-12)
-    assert ((best.f[:, None] + best.g - cost_matrix(x, y)) <= 1e-12 * (best.f.abs()[:, None] + best.g.abs() + cost_matrix(x, y))).all()
+    assert ((best.f[:, None] + best.g - cost_matrix(x, y))
+            <= 1e-12 * (best.f.abs()[:, None] + best.g.abs() + cost_matrix(x, y))).all()
     assert sliced_w2(x, y, 50, reduction="sum").interval[0] <= float(least) * (1 + 1e-12)
     for row, exact in zip(cost_matrix(x, y).tolist(), fractions(x)):
-        for found, end in zip(row, fractions(y)): assert found == pytest.approx(float(sum((a - b) ** 2 for a, b in zip(exact, end))), rel=1e-7)
+        for found, end in zip(row, fractions(y)):
+            assert found == pytest.approx(float(sum((a - b) ** 2 for a, b in zip(exact, end))), rel=1e-7)
 
 
 @pytest.mark.parametrize("far", [1e3, 1e7, 1e9, 1e12, 1e100])
@@ -669,20 +694,25 @@ def test_a_far_point_at_rest_changes_only_the_mean(far):
     alone = exact_gap(x[1:], y[1:])
     x[0] = y[0] = far
     gap = exact_gap(x, y)
-    for name in ("displacement", "w2", "gap"): assert getattr(gap, name) == pytest.approx(getattr(alone, name) * 59 / 60, rel=1e-12)
+    for name in ("displacement", "w2", "gap"):
+        assert getattr(gap, name) == pytest.approx(getattr(alone, name) * 59 / 60, rel=1e-12)
     assert gap.interval[0] > .5 * gap.gap and gap.sensitivity > .9
     assert monotonicity(x, y).rate == exactly_wrong(x, y) > .4
 
 
 def exactly_wrong(x, y):
     X, Y, n = fractions(x), fractions(y), len(x)
-    return sum(sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i)) / (n * (n - 1) / 2)
+    return sum(
+        sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n)
+        for j in range(i)) / (n * (n - 1) / 2)
 
 
 MEASURES = dict(
-    gap=lambda x, y: exact_gap(x, y).gap, w2=lambda x, y: exact_gap(x, y).w2, displacement=lambda x, y: exact_gap(x, y).displacement,
-    coupling=lambda x, y: optimal_coupling(x, y).cost, unequal=lambda x, y: optimal_coupling(x[:-3], y).cost, sliced=lambda x, y: sliced_w2(x, y, 50).value,
-    entropic=lambda x, y: entropic_w2(x, y, .2).value, path=lambda x, y: action_split(Trajectory(torch.stack([x, x + (y.flip(0) - x) / 3, y]))).parts["all"][2],
+    gap=lambda x, y: exact_gap(x, y).gap, w2=lambda x, y: exact_gap(x, y).w2,
+    displacement=lambda x, y: exact_gap(x, y).displacement, coupling=lambda x, y: optimal_coupling(x, y).cost,
+    unequal=lambda x, y: optimal_coupling(x[:-3], y).cost, sliced=lambda x, y: sliced_w2(x, y, 50).value,
+    entropic=lambda x, y: entropic_w2(x, y, .2).value,
+    path=lambda x, y: action_split(Trajectory(torch.stack([x, x + (y.flip(0) - x) / 3, y]))).parts["all"][2],
     mccann=lambda x, y: mccann(Trajectory(torch.stack([x, x + (y.flip(0) - x) / 3, y])))[0].detour.max().item() ** 2)
 
 
@@ -690,7 +720,8 @@ MEASURES = dict(
 @pytest.mark.parametrize("power", [-400, -100, -66, 66, 100, 400])
 def test_units_that_are_powers_of_two_change_no_digit(name, power):
     x, y = cloud(20, 3, 0), cloud(20, 3, 1)
-    assert MEASURES[name](x * 2. ** power, y * 2. ** power) == pytest.approx(MEASURES[name](x, y) * 4. ** power, rel=1e-13)
+    assert MEASURES[name](x * 2. ** power, y * 2. ** power) == pytest.approx(MEASURES[name](x, y) * 4. ** power,
+                                                                             rel=1e-13)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -704,8 +735,11 @@ def test_the_distance_of_the_means_is_added_to_that_of_the_centred_clouds():
     x, y = x - x.mean(0), y - y.mean(0)
     still = exact_gap(x, y, reduction="sum")
     moved = exact_gap(x, y + b, reduction="sum")
-    assert moved.gap == pytest.approx(still.gap, rel=1e-6) and moved.w2 == pytest.approx(still.w2 + b.square().sum().item(), rel=1e-13)
-    for bound in (sliced_w2, entropic_w2): assert bound(x, y + b, reduction="sum").value == pytest.approx(bound(x, y, reduction="sum").value + b.square().sum().item(), rel=1e-13)
+    assert moved.gap == pytest.approx(still.gap, rel=1e-6) and moved.w2 == pytest.approx(
+        still.w2 + b.square().sum().item(), rel=1e-13)
+    for bound in (sliced_w2, entropic_w2):
+        assert bound(x, y + b, reduction="sum").value == pytest.approx(
+            bound(x, y, reduction="sum").value + b.square().sum().item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -720,14 +754,18 @@ def test_narrow_points_are_measured_as_the_numbers_they_are(dtype):
 def test_squares_that_float64_does_not_hold_are_refused_and_rates_are_not(scale):
     x, y = cloud(9, 2, 0), cloud(9, 2, 1)
     for measure in (exact_gap, optimal_coupling, cost_matrix, sliced_w2, entropic_w2):
-        with pytest.raises(ValueError, match="squared distances are of the order of 1e.*(divide|multiply) the points"): measure(scale * x, scale * y)
-    assert monotonicity(scale * x, scale * y) == monotonicity(x, y) and cyclical_monotonicity(scale * x, scale * y) == cyclical_monotonicity(x, y)
+        with pytest.raises(ValueError, match="squared distances are of the order of 1e.*(divide|multiply) the points"):
+            measure(scale * x, scale * y)
+    assert monotonicity(scale * x, scale * y) == monotonicity(x, y) and cyclical_monotonicity(
+        scale * x, scale * y) == cyclical_monotonicity(x, y)
     assert_close(gap_curve(scale * x, scale * y).gaps, gap_curve(x, y).gaps)
 
 
 def test_straightness_of_a_record_does_not_vanish_in_single_precision():
     traj = torch.stack([cloud(9, 2, k) for k in range(4)]).float()
-    assert_close(measure_transport(Trajectory(1e-30 * traj))["straightness"], measure_transport(Trajectory(traj))["straightness"], rtol=1e-5, atol=0)
+    assert_close(
+        measure_transport(Trajectory(1e-30 * traj))["straightness"],
+        measure_transport(Trajectory(traj))["straightness"], rtol=1e-5, atol=0)
 
 
 def test_a_start_far_from_the_best_is_mended_by_the_prices_found(monkeypatch):
@@ -745,30 +783,40 @@ def test_a_start_far_from_the_best_is_mended_by_the_prices_found(monkeypatch):
 # Any arguments: what is documented, and no silent nan
 
 ODD = [None, "a", -1, 0, 1.5, math.nan, math.inf, 10 ** 30, True, [], {}, torch.tensor([1, 2]), b"x", object(), 1 + 2j]
-NAMED = {exact_gap: ("weights", "reduction", "resamples", "level", "seed", "solver", "max_bytes"), optimal_coupling: ("a", "b", "solver", "max_iter", "max_bytes"),
-         cost_matrix: ("max_bytes",), gap_curve: ("sizes", "repeats", "seed"), monotonicity: ("level",), cyclical_monotonicity: ("length", "cycles", "near", "level", "seed"),
-         sliced_w2: ("directions", "seed", "reduction"), entropic_w2: ("epsilon", "max_iter", "tolerance", "reduction", "max_bytes")}
+NAMED = {
+    exact_gap: ("weights", "reduction", "resamples", "level", "seed", "solver", "max_bytes"),
+    optimal_coupling: ("a", "b", "solver", "max_iter", "max_bytes"), cost_matrix: ("max_bytes", ),
+    gap_curve: ("sizes", "repeats", "seed"), monotonicity: ("level", ),
+    cyclical_monotonicity: ("length", "cycles", "near", "level", "seed"),
+    sliced_w2: ("directions", "seed", "reduction"), entropic_w2: ("epsilon", "max_iter", "tolerance", "reduction",
+                                                                  "max_bytes")}
 POINTS = {
-    "zero features": torch.zeros(5, 0), "zero points": torch.zeros(0, 2), "no axis of features": torch.zeros(5), "nan": torch.full((5, 2), math.nan),
-    "infinite": torch.full((5, 2), math.inf), "complex": torch.zeros(5, 2, dtype=torch.complex64), "sparse": torch.eye(5, 2).to_sparse(), "meta": torch.zeros(5, 2, device="meta"),
-    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "list": [[1., 2.]] * 5, "nothing": None,
-}
+    "zero features": torch.zeros(5, 0), "zero points": torch.zeros(0, 2), "no axis of features": torch.zeros(5),
+    "nan": torch.full((5, 2), math.nan), "infinite": torch.full(
+        (5, 2), math.inf), "complex": torch.zeros(5, 2, dtype=torch.complex64), "sparse": torch.eye(5, 2).to_sparse(),
+    "meta": torch.zeros(5, 2, device="meta"), "nested": torch.nested.nested_tensor([torch.zeros(2),
+                                                                                    torch.zeros(3)]),
+    "list": [[1., 2.]] * 5, "nothing": None, }
 
 
 @pytest.mark.parametrize("function", NAMED, ids=lambda f: f.__name__)
 def test_odd_arguments_and_points_are_explained(function):
     x, y = cloud(5, 2, 0), cloud(5, 2, 1)
-    tried = [((points, y), {}) for points in POINTS.values()] + [((x, points), {}) for points in POINTS.values()] + [((x, y), {n: v}) for n in NAMED[function] for v in ODD]
+    tried = [((points, y), {}) for points in POINTS.values()] + [((x, points), {}) for points in POINTS.values()] + [
+        ((x, y), {n: v}) for n in NAMED[function] for v in ODD]
     refused = 0
     for args, settings_ in tried:
         try: found = function(*args, **settings_)
         except (ValueError, MemoryError) as error:
             refused += 1
-            assert any(word in str(error) for word in ("expected", "not finite", "free", "use solver")), (settings_, str(error))
+            assert any(word in str(error)
+                       for word in ("expected", "not finite", "free", "use solver")), (settings_, str(error))
         except RuntimeError as error: assert "raise max_iter" in str(error)
         else:
-            numbers = [v for v in vars(found).values() if isinstance(v, (float, torch.Tensor))] if not isinstance(found, torch.Tensor) else [found]
-            assert not any(math.isnan(v) if isinstance(v, float) else v.to_dense().isnan().any() for v in numbers), settings_
+            numbers = [v for v in vars(found).values()
+                       if isinstance(v, (float, torch.Tensor))] if not isinstance(found, torch.Tensor) else [found]
+            assert not any(math.isnan(v) if isinstance(v, float) else v.to_dense().isnan().any()
+                           for v in numbers), settings_
     assert refused > len(tried) / 2
 
 
@@ -776,7 +824,8 @@ def test_odd_arguments_and_points_are_explained(function):
                                       lambda x, y, reduction: action_split(Trajectory(torch.stack([x, y])), None, reduction)])
 @pytest.mark.parametrize("reduction", ["average", "Mean", "", None, 1, ["mean"]])
 def test_other_reductions_are_refused_everywhere(function, reduction):
-    with pytest.raises(ValueError, match="""reduction is .*, expected .*['"]mean['"].*['"]sum['"]"""): function(x, y, reduction=reduction)
+    with pytest.raises(ValueError, match="""reduction is .*, expected .*['"]mean['"].*['"]sum['"]"""):
+        function(x, y, reduction=reduction)
 
 
 @pytest.mark.parametrize("points", [torch.arange(10).view(5, 2), torch.arange(10, dtype=torch.uint8).view(5, 2), torch.randn(5, 2, requires_grad=True), torch.randn(2, 5).T, torch.ones(1, 2).expand(5, 2)])
@@ -806,6 +855,8 @@ def test_bounds_hold_beside_a_far_point(far, dtype):
 @pytest.mark.parametrize("of", [np.float32, np.float64, torch.tensor, Fraction, np.array])
 def test_settings_are_numbers_of_any_library(of):
     x, y = torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(0)).unbind()
-    for f in (exact_gap, monotonicity, cyclical_monotonicity): assert repr(f(x, y, level=of(.5))) == repr(f(x, y, level=.5))
+    for f in (exact_gap, monotonicity, cyclical_monotonicity):
+        assert repr(f(x, y, level=of(.5))) == repr(f(x, y, level=.5))
     assert type(exact_gap(x, y, level=of(.5)).level) is float
-    assert entropic_w2(x, y, epsilon=of(.5), tolerance=of(.125), max_bytes=of(1e6)) == entropic_w2(x, y, epsilon=.5, tolerance=.125)
+    assert entropic_w2(x, y, epsilon=of(.5), tolerance=of(.125),
+                       max_bytes=of(1e6)) == entropic_w2(x, y, epsilon=.5, tolerance=.125)

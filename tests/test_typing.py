@@ -68,8 +68,9 @@ def checked(tmp_path_factory):
     shutil.copy(ROOT / 'lap_nb' / 'py.typed', package)
     (folder / 'use.py').write_text(USE)
     (folder / 'misuse.py').write_text(MISUSE)
-    done = subprocess.run([sys.executable, '-m', 'mypy', '--config-file', ROOT / 'pyproject.toml', '--cache-dir', folder / 'cache', '.'],
-                          cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-m', 'mypy', '--config-file', ROOT / 'pyproject.toml', '--cache-dir', folder / 'cache', '.'],
+        cwd=folder, capture_output=True, text=True, timeout=300)
     assert not done.stderr, done.stderr
     found = re.findall(r'^(\S+?):(\d+): error: (.*)$', done.stdout, re.M)
     assert 'checked' in done.stdout, done.stdout

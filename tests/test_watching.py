@@ -70,7 +70,8 @@ class Least(Plain):
     *((order, way, 'eager') for way in ('function', 'method') for order in ('PL', 'LP', 'PLPL', 'PPLL', 'LL')),
     *(('PLPL', way, 'eager') for way in ('blocks', 'step')), ('LP', 'function', 'aot_eager'), ('PLL', 'method', 'aot_eager')])
 def test_plain_and_measured_networks_compile_in_any_order(fresh_compiler, order, way, backend):
-    made = [{'P': Plain, 'L': Least}[kind](way, backend=backend, fullgraph=way != 'step', dynamic=order == 'LP') for kind in order]
+    made = [{'P': Plain, 'L': Least}[kind](way, backend=backend, fullgraph=way != 'step', dynamic=order == 'LP')
+            for kind in order]
     for _ in range(2):
         for each in made: each.step()
 
@@ -84,8 +85,10 @@ def test_plain_and_measured_networks_with_inductor(fresh_compiler):
 @pytest.mark.parametrize('way', ['function', 'method'])
 def test_looks_and_changes_between_compiled_steps(fresh_compiler, way):
     plain, least = Plain(way, backend='eager'), Least(way, backend='eager')
-    looks = {'eval': lambda n: n.eval()(X), 'no_grad': lambda n: n(X), 'find': lambda n: find_blocks(n, X), 'trace': lambda n: trace(n, X),
-             'energies': lambda n: trace_energies(n, X), 'copy': copy.deepcopy, 'other batch': lambda n: n(X[:3])}
+    looks = {
+        'eval': lambda n: n.eval()(X), 'no_grad': lambda n: n(X), 'find': lambda n: find_blocks(n, X),
+        'trace': lambda n: trace(n, X), 'energies': lambda n: trace_energies(n, X), 'copy': copy.deepcopy,
+        'other batch': lambda n: n(X[:3])}
     for each in (plain, least): each.step()
     for name, look in looks.items():
         with torch.no_grad():
@@ -149,7 +152,8 @@ def test_copies_of_a_measured_network_are_free():
         assert_close(twin(X), twin.head(twin.trajectory(X).x[-1]))   # its own forward, not that of the first
         assert_close(meter.take(), energies(n))
         shallow = copy.copy(n.flow.blocks[0])   # as nn.DataParallel makes
-        with pytest.raises(RuntimeError, match="a copy of block 'flow.blocks.0' was called that shares its hooks"): shallow(torch.randn(4, 3))
+        with pytest.raises(RuntimeError, match="a copy of block 'flow.blocks.0' was called that shares its hooks"):
+            shallow(torch.randn(4, 3))
     assert not own(n)
 
 
@@ -211,7 +215,9 @@ def test_looks_in_two_threads_at_once(call):
     alone = copy.deepcopy(n)
     want = [trace_energies(alone, x).energies() for x in data]
     for energies, found in zip(want, in_threads(*(partial(call, n, x, residual(n)) for x in data))):
-        assert_close(found.energies() if call is trace_energies else torch.cat([s.steps.square().mean(2) for s in found.stages]), energies)
+        assert_close(
+            found.energies() if call is trace_energies else torch.cat([s.steps.square().mean(2) for s in found.stages]),
+            energies)
     assert hook_count(n) == 0
 
 
@@ -248,7 +254,8 @@ def test_threads_and_checkpoints():
     class Checkpointed(nn.Module):
         def __init__(self): super().__init__(); self.inner = n
         def forward(self, x):
-            for layer in self.inner: x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
+            for layer in self.inner:
+                x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
             return x
     model, data = Checkpointed(), [torch.randn(5, 3), torch.randn(6, 3)]
     alone = copy.deepcopy(n)
@@ -315,9 +322,11 @@ class Gated(nn.Module):
         return x
 
 
-NETS = {'plain': (lambda: dense_net(3, 2, K=2, hidden=4), lambda: torch.randn(4, 3)),
-        'norms and dropout': (lambda: nn.Sequential(conv_net((1, 6, 6), 2, K=1, width=4), nn.Dropout(.5)), lambda: torch.randn(4, 1, 6, 6)),
-        'gates': (Gated, lambda: torch.randn(4, 3))}
+NETS = {
+    'plain': (lambda: dense_net(3, 2, K=2, hidden=4), lambda: torch.randn(4, 3)),
+    'norms and dropout': (lambda: nn.Sequential(conv_net(
+        (1, 6, 6), 2, K=1, width=4), nn.Dropout(.5)), lambda: torch.randn(4, 1, 6, 6)),
+    'gates': (Gated, lambda: torch.randn(4, 3))}
 
 
 def passing(kind):
@@ -326,21 +335,28 @@ def passing(kind):
     return call
 
 
-def named(call): return lambda model, x: call(model, x, {n: m for n, m in model.named_modules() if isinstance(m, ResidualBlock)})
-CALLS = {'find_blocks': find_blocks, 'trace': named(trace), 'trace_energies': named(trace_energies), 'Tracer': lambda model, x: Tracer(model),
-         'EnergyMeter': lambda model, x: EnergyMeter(model), 'LeastAction': lambda model, x: LeastAction(model, x=x)}
+def named(call):
+    return lambda model, x: call(model, x, {n: m for n, m in model.named_modules() if isinstance(m, ResidualBlock)})
+CALLS = {
+    'find_blocks': find_blocks, 'trace': named(trace), 'trace_energies': named(trace_energies),
+    'Tracer': lambda model, x: Tracer(model), 'EnergyMeter': lambda model, x: EnergyMeter(model),
+    'LeastAction': lambda model, x: LeastAction(model, x=x)}
 
 
 def everything(model):
     "All that a look may not change, as text."
     weight = torch.ones((), requires_grad=True)
     weight.exp().backward()   # fails where hooks for saved tensors are left
-    hooks = [[list(t) for n, t in vars(m).items() if 'hooks' in n and t is not None and not isinstance(t, bool)] for m in model.modules()]
-    return {'hooks': hooks, 'attributes': [sorted(vars(m)) for m in model.modules()], 'modes': [m.training for m in model.modules()],
-            'backward': weight.grad.item(), 'grad mode': torch.is_grad_enabled(), 'inference mode': torch.is_inference_mode_enabled(),
-            'random state': torch.get_rng_state().tolist(), 'state': {k: v.tolist() for k, v in model.state_dict().items()},
-            'requires_grad': [(p.requires_grad, p.grad is None) for p in model.parameters()],
-            'deterministic': torch.are_deterministic_algorithms_enabled(), 'autocast': torch.is_autocast_enabled('cpu')}
+    hooks = [[list(t) for n, t in vars(m).items() if 'hooks' in n and t is not None and not isinstance(t, bool)]
+             for m in model.modules()]
+    return {
+        'hooks': hooks, 'attributes': [sorted(vars(m))
+                                       for m in model.modules()], 'modes': [m.training for m in model.modules()],
+        'backward': weight.grad.item(), 'grad mode': torch.is_grad_enabled(),
+        'inference mode': torch.is_inference_mode_enabled(), 'random state': torch.get_rng_state().tolist(),
+        'state': {k: v.tolist() for k, v in model.state_dict().items()}, 'requires_grad': [
+            (p.requires_grad, p.grad is None) for p in model.parameters()],
+        'deterministic': torch.are_deterministic_algorithms_enabled(), 'autocast': torch.is_autocast_enabled('cpu')}
 
 
 @pytest.mark.parametrize('call', CALLS)
@@ -354,13 +370,16 @@ def test_an_interrupt_at_any_bytecode_leaves_nothing_behind(name, call):
     count = INTERRUPTS // len(NETS) if call == 'find_blocks' else INTERRUPTS // 10
     hits = 0
     for at in sorted(draw.sample(range(1, total + 1), min(count, total))):
-        model = make().train(call not in ('trace', 'trace_energies'))   # a traced pass is one in the mode the network is in
+        # a traced pass is one in the mode the network is in
+        model = make().train(call not in ('trace', 'trace_energies'))
         calls = getattr(model, 'calls', None)
         before = everything(model)
         _, hit = interrupted(lambda: look(model, x), at)
         after = everything(model)
         hits += hit
-        if calls is not None and call.startswith('trace'): after['state'].pop('calls'), before['state'].pop('calls'), after.pop('random state'), before.pop('random state')
+        if calls is not None and call.startswith('trace'):
+            after['state'].pop('calls'), before['state'].pop('calls'), after.pop('random state'), before.pop(
+                'random state')
         assert after == before, (at, [k for k in before if after[k] != before[k]])
     assert hits > count / 3   # the others fell into a finalizer
 
@@ -397,12 +416,15 @@ def test_a_network_of_nan_has_blocks_without_a_size():
     n = net()
     with torch.no_grad(): n.flow.blocks[1].velocity[2].bias.fill_(float('nan'))
     blocks = find_blocks(n, X)
-    assert len(blocks) == 3 and blocks.moved['flow.blocks.1'] is None and 'its output is not finite' in blocks.why['flow.blocks.1']
+    assert len(blocks) == 3 and blocks.moved['flow.blocks.1'] is None and 'its output is not finite' in blocks.why[
+        'flow.blocks.1']
 
 
 class Partly(nn.Module):
     "Three blocks: the second without gradients, the third in a checkpoint of the older kind."
-    def __init__(self): super().__init__(); self.blocks = nn.ModuleList(ResidualBlock(nn.Linear(3, 3)) for _ in range(3))
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(nn.Linear(3, 3)) for _ in range(3))
     def forward(self, x):
         x = self.blocks[0](x.requires_grad_())
         with torch.no_grad(): y = self.blocks[1](x)
@@ -421,7 +443,8 @@ def test_blocks_that_count_without_gradient_are_known_for_each_thread():
         assert meter.idle == {}
         partly(X.clone())
         assert other.idle == {'blocks.1': 'without gradients', 'blocks.2': 'in a gradient checkpoint'}
-        with pytest.raises(RuntimeError, match="2 blocks, expected 3, .*'blocks.2' is in a gradient checkpoint"): other.take()
+        with pytest.raises(RuntimeError, match="2 blocks, expected 3, .*'blocks.2' is in a gradient checkpoint"):
+            other.take()
 
 
 @pytest.mark.parametrize('given_up', ['used', 'dropped', 'forgotten'])

@@ -26,20 +26,24 @@ from ..stats import confidence_interval, Correlation, Interval, rank_correlation
 
 # %% ../../nbs/95_analysis.ipynb #56178303
 def _check_columns(frame, columns:Iterable[str]):
-    unknown = [described(c) if not isinstance(c, str) else c for c in columns if not isinstance(c, str) or len(frame) and c not in frame]
+    unknown = [
+        described(c) if not isinstance(c, str) else c for c in columns
+        if not isinstance(c, str) or len(frame) and c not in frame]
     if unknown: raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(frame)}")
 
 class Records:
     "Rows of a study, one per network, and where they came from. `frame` holds them, a `DataFrame` of pandas."
     def __init__(self,
-        rows,                 # dictionaries, one per network, or a `DataFrame`; columns as `nbs/results/README.md` lists them
+        # dictionaries, one per network, or a `DataFrame`; columns as `nbs/results/README.md` lists them
+        rows,
         runs:dict[str, dict], # provenance of the rows, by their column `run`
     ):
         with extra("lab"): from pandas import DataFrame
         self.frame, self.runs = rows if isinstance(rows, DataFrame) else DataFrame(rows), runs
 
     def __len__(self)->int: return len(self.frame)
-    def __repr__(self)->str: return f"{len(self)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}{self._mixed()}"
+    def __repr__(self) -> str:
+        return f"{len(self)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}{self._mixed()}"
 
     @property
     def rows(self)->list[dict]:
@@ -49,7 +53,8 @@ class Records:
 
     def _column(self, name:str)->list:
         "Plain values of a column, None where there is none."
-        return [None if value != value else value for value in self.frame[name].tolist()] if name in self.frame else [None] * len(self)
+        return [None if value != value else value
+                for value in self.frame[name].tolist()] if name in self.frame else [None] * len(self)
 
     def _runs(self)->list[dict]: return [self.runs[run] for run in dict.fromkeys(self._column("run"))]
 
@@ -69,22 +74,29 @@ class Records:
         **columns, # column = value, or a list of values
     )->"Records":
         "The rows that have these values; raises `ValueError` on an unknown column."
-        wanted = {k: [as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [as_python(v)] for k, v in columns.items()}
-        odd = next((each for v in wanted.values() for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
-        if odd is not None: raise TypeError(f"found {described(odd)}, expected a value of a column, or a list of values")
+        wanted = {
+            k: [as_python(each) for each in v] if isinstance(v, (list, tuple, set)) else [as_python(v)]
+            for k, v in columns.items()}
+        odd = next((each for v in wanted.values()
+                    for each in v if not isinstance(each, (str, int, float, list, dict, type(None)))), None)
+        if odd is not None:
+            raise TypeError(f"found {described(odd)}, expected a value of a column, or a list of values")
         _check_columns(self.frame, wanted)
         found = self.frame
-        for name, values in wanted.items(): found = found[[value in values for value in Records(found, {})._column(name)]]
+        for name, values in wanted.items():
+            found = found[[value in values for value in Records(found, {})._column(name)]]
         return Records(found, self.runs)
 
     def by(self,
         *columns:str, # to group by
     )->dict:          # value of the column, or tuple of values -> `Records`
-        "Groups of rows, in the order of their first; those without a column are under None. Raises `ValueError` on an unknown column."
+        """Groups of rows, in the order of their first; those without a column are under None. Raises `ValueError` on an
+        unknown column."""
         _check_columns(self.frame, columns)
         groups = {}
         for at, key in enumerate(zip(*map(self._column, columns))): groups.setdefault(key, []).append(at)
-        return {key[0] if len(columns) == 1 else key: Records(self.frame.iloc[at], self.runs) for key, at in groups.items()}
+        return {
+            key[0] if len(columns) == 1 else key: Records(self.frame.iloc[at], self.runs) for key, at in groups.items()}
 
 # %% ../../nbs/95_analysis.ipynb #abac6b63
 def _device(run:dict)->str:
@@ -101,8 +113,10 @@ def values(self:Records,
     "A column as numbers; raises `ValueError` if no network that was trained to the end has it."
     lost = self.frame["diverged"].eq(True) if "diverged" in self.frame else [False] * len(self)
     if not all(lost): _check_columns(self.frame, [column])
-    if column not in self.frame or self.frame[column].isna().all(): return torch.full((len(self),), math.nan, dtype=torch.float64)
-    if self.frame[column].dtype.kind not in "biuf": raise ValueError(f"{column} is no column of numbers, the first is {described(self._column(column)[0])}")
+    if column not in self.frame or self.frame[column].isna().all():
+        return torch.full((len(self), ), math.nan, dtype=torch.float64)
+    if self.frame[column].dtype.kind not in "biuf":
+        raise ValueError(f"{column} is no column of numbers, the first is {described(self._column(column)[0])}")
     return torch.tensor(self.frame[column].to_numpy("float64"))
 
 @patch
@@ -122,10 +136,19 @@ def advantage(self:Records,
     scale:float=100.,                # factor on the numbers
 )->Interval:
     "Mean of the differences to a rival, paired by data, size and seed."
-    mine, rival = (dict(zip(zip(*map(each._column, ("data", "n", "seed"))), each._column(column))) for each in (self, over))
+    mine, rival = (dict(zip(zip(*map(each._column, ("data", "n", "seed"))), each._column(column)))
+                   for each in (self, over))
     both = [(mine[k], rival[k]) for k in mine if k in rival]
-    if len(both) != len(mine) or len(mine) != len(self) or len(rival) != len(over): raise ValueError(f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed: choose one method and one kind of network of each with where(...)")
-    if any(a is None or b is None for a, b in both): raise ValueError(f"{column} is missing in some rows: where networks diverged, leave their seeds out, and say so; where it is not theirs (lambda without least action), choose another column")
+    if len(both) != len(mine) or len(mine) != len(self) or len(rival) != len(over):
+        raise ValueError(
+            f"{len(self)} rows and {len(over)} rows of the rival do not pair by data, size and seed: choose one "
+            f"method and one kind of network of each with where(...)"
+        )
+    if any(a is None or b is None for a, b in both):
+        raise ValueError(
+            f"{column} is missing in some rows: where networks diverged, leave their seeds out, and say so; where it "
+            f"is not theirs (lambda without least action), choose another column"
+        )
     return confidence_interval(torch.tensor([float(scale) * (a - b) for a, b in both], dtype=torch.float64))
 
 # %% ../../nbs/95_analysis.ipynb #27f4d2b3
@@ -148,7 +171,8 @@ def _of_method(run:dict)->dict:
     "What a run says about its method, as columns of its rows."
     settings = run["settings"]
     method = settings["method"]
-    return dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K), device=run["device_name"])
+    return dict(family=method.get("family", method["name"]), K=settings.get("net", {}).get("K", Net.K),
+                device=run["device_name"])
 
 @checked
 def load_records(
@@ -167,7 +191,10 @@ def load_records(
     rows = [line | method[line["run"]] for line in lines if "seed" in line]
     chosen = scale or (mine.scale if mine else "gpu" if any(row["scale"] == "gpu" for row in rows) else "cpu")
     if not stale and not mine and name not in STUDIES:
-        raise ValueError(f"{path} is there, but no description of a study {name!r}: enter yours by STUDIES[{name!r}] = lambda scale: ..., or read all rows with stale=True")
+        raise ValueError(
+            f"{path} is there, but no description of a study {name!r}: enter yours by STUDIES[{name!r}] = lambda "
+            f"scale: ..., or read all rows with stale=True"
+        )
     current = None if stale else {cell.config for cell, _ in (mine or load_study(name, chosen)).cells()}
     return Records([row for row in rows if row["scale"] == chosen and (stale or row["config"] in current)], runs)
 
@@ -185,16 +212,21 @@ def _candidate(run:dict)->dict[str, float]:
     method, schedule = run["settings"]["method"], run["settings"].get("schedule", {})
     common = {name: schedule.get(name, getattr(Schedule, name)) for name in ("lr", "weight_decay")}
     own = {f.name: f.default for f in fields(Method)} | common | method
-    return {k: v for k, v in (own | dict(own["least_action"]) | dict(own["penalty"])).items() if type(v) in (int, float)}
+    return {
+        k: v for k, v in (own | dict(own["least_action"]) | dict(own["penalty"])).items() if type(v) in (int, float)}
 
 def edge_of(
     family:Records, # all candidates of a family
     chosen:str,     # the method that was chosen
 )->str:             # as `lr` or `lambda0, tau`; empty where there are candidates on both sides
-    "Settings by which a choice lies at the edge of its grid: each candidate has another value, and the chosen one the least or the largest."
+    """Settings by which a choice lies at the edge of its grid: each candidate has another value, and the chosen one the
+    least or the largest."""
     tried = {method: _candidate(family.runs[rows.frame["run"].iloc[0]]) for method, rows in family.by("method").items()}
     values = {name: [numbers.get(name) for numbers in tried.values()] for name in tried[chosen]}
-    return ", ".join(name for name, all_ in values.items() if len(all_) > 1 and None not in all_ and len(set(all_)) == len(all_) and tried[chosen][name] in (min(all_), max(all_)))
+    return ", ".join(
+        name for name, all_ in values.items()
+        if len(all_) > 1 and None not in all_ and len(set(all_)) == len(all_) and tried[chosen][name] in (min(all_),
+                                                                                                          max(all_)))
 
 @checked
 def decide_together(
@@ -219,21 +251,30 @@ def standings(
     found:Records,               # of one or more data sets and sizes
     reference:str="least-action", # family that the others are compared with
 )->list[dict]:                   # per data, size and family: chosen method, its `edge`, `last` and `best` accuracy, `gap` of the reference over it, what it `decides` beside the others, `energy`, `diverged`
-    "Families side by side, each with the candidate chosen on validation (`edge_of` its grid?); intervals are None where networks diverged. More than five gaps are decided together, by Holm's rule."
+    """Families side by side, each with the candidate chosen on validation (`edge_of` its grid?); intervals are None
+    where networks diverged. More than five gaps are decided together, by Holm's rule."""
     table, nets = [], list(found.by("net"))
-    if len(nets) > 1: raise ValueError(f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
+    if len(nets) > 1:
+        raise ValueError(
+            f"the rows are of {', '.join(nets)}, expected one kind of network: choose it with where(net=...)")
     for (data, n), group in sorted(found.by("data", "n").items()):
         candidates, families = group.by("family"), group.tuned().by("family")
-        if reference not in families: raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
+        if reference not in families:
+            raise ValueError(f"no family {reference!r} on {data}, n = {n}; there are {', '.join(families)}")
         for family, rows in families.items():
             lost = int(rows.values("test_accuracy_last").isnan().sum())
-            pair = family != reference and not lost and families[reference].values("test_accuracy_last").isfinite().all()
+            pair = family != reference and not lost and families[reference].values(
+                "test_accuracy_last").isfinite().all()
             chosen = rows.frame["method"].iloc[0]
-            table.append(dict(data=data, n=n, family=family, method=chosen, edge=edge_of(candidates[family], chosen), seeds=len(rows), diverged=lost,
-                last=None if lost else rows.confidence_interval(), best=None if lost else rows.confidence_interval("test_accuracy_best"),
-                gap=families[reference].advantage(rows) if pair else None, energy=rows.values("energy_per_sample").nanmedian().item()))
+            table.append(
+                dict(data=data, n=n, family=family, method=chosen, edge=edge_of(candidates[family], chosen),
+                     seeds=len(rows), diverged=lost, last=None if lost else rows.confidence_interval(),
+                     best=None if lost else rows.confidence_interval("test_accuracy_best"),
+                     gap=families[reference].advantage(rows) if pair else None,
+                     energy=rows.values("energy_per_sample").nanmedian().item()))
     compared = [row for row in table if row["gap"] is not None]
-    words = decide_together([row["gap"] for row in compared]) if len(compared) > 5 else [verdict(row["gap"]) for row in compared]
+    words = decide_together([row["gap"]
+                             for row in compared]) if len(compared) > 5 else [verdict(row["gap"]) for row in compared]
     for row in table: row["decides"] = None
     for row, word in zip(compared, words): row["decides"] = word
     return table
@@ -243,11 +284,14 @@ def standings(
 def standings_table(
     table:list[dict], # from `standings`, of one data set
 )->str:               # Markdown
-    "Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, the difference to the reference with its interval; a dagger and the setting where the choice is at the edge of its grid."
+    """Families in rows, sizes in columns: accuracy at the last epoch, best epoch in brackets, the difference to the
+    reference with its interval; a dagger and the setting where the choice is at the edge of its grid."""
     sizes, families = dict.fromkeys(r["n"] for r in table), dict.fromkeys(r["family"] for r in table)
     at = {(r["family"], r["n"]): r for r in table}
     lines = ["| family | " + " | ".join(f"n = {as_text(n)}" for n in sizes) + " |", "|:--|" + ":--|" * len(sizes)]
-    return "\n".join(lines + [f"| {as_text(f)} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |" for f in families])
+    return "\n".join(lines + [
+        f"| {as_text(f)} | " + " | ".join(_standing(at[f, n]) if (f, n) in at else "" for n in sizes) + " |"
+        for f in families])
 
 def _standing(r:dict)->str:
     "One place of the table; a difference that its interval decides is in italics, or bold if the whole table bears it."
@@ -265,8 +309,10 @@ def caption(self:Records
     data, scales = (sorted(self.frame[name].unique()) for name in ("data", "scale"))
     seeds = sorted({len(group) for group in self.by("data", "n", "net", "method").values()})
     epochs = sorted({run["epochs"] for run in self._runs()})
-    return (f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs; "
-            f"{' and '.join(scales)} scale; {self.device}{self._mixed()}")
+    return (
+        f"{', '.join(data)}; {' or '.join(map(str, seeds))} seeds; "
+        f"{' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs; "
+        f"{' and '.join(scales)} scale; {self.device}{self._mixed()}")
 
 @patch
 @checked
@@ -278,19 +324,25 @@ def plot(self:Records,
     ax:Axes|None=None,                 # matplotlib axes; None: a new figure
     label:str="{}",                  # of a line, with its value of `by`
 ):                                   # the axes
-    "Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in the label."
+    """Mean of `y` with its 95 % interval against `x`; networks that diverged are left out of the mean, and counted in
+    the label."""
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
     groups = self.by(by)
     ordered = sorted(groups.items()) if all(isinstance(value, (int, float)) for value in groups) else groups.items()
-    line = {"default": 0, "least": 1} if by == "method" else {}   # plain networks and least action look the same in all figures
+    # plain networks and least action look the same in all figures
+    line = {"default": 0, "least": 1} if by == "method" else {}
     for value, group in ordered:
         i = line.setdefault(value, len(line))
-        values = {at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0])) if at is not None}
-        lost = sum(bool(diverged) for at, diverged in zip(group._column(x), group._column("diverged")) if at is not None)
-        points = {at: confidence_interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
-        ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()], **mark(i),
-                    ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
+        values = {
+            at: rows.values(y) for at, rows in sorted(group.by(x).items(), key=lambda item: (item[0] is None, item[0]))
+            if at is not None}
+        lost = sum(
+            bool(diverged) for at, diverged in zip(group._column(x), group._column("diverged")) if at is not None)
+        points = {
+            at: confidence_interval(scale * v[v.isfinite()]) for at, v in values.items() if v.isfinite().sum() > 1}
+        ax.errorbar(list(points), [p.mean for p in points.values()], [(p.high - p.low) / 2 for p in points.values()],
+                    **mark(i), ms=4, capsize=2, label=label.format(value) + f" ({lost} diverged)" * bool(lost))
     ax.set(xlabel=x, ylabel=y.replace("_", " ")); ax.legend(frameon=False)
     return ax
 
@@ -318,13 +370,17 @@ def overview(
     "What studies there are, what is recorded of them, on which device, and what is stale against the code."
     table = []
     for name, scale in ((n, s) for n in STUDIES for s in ("cpu", "gpu")):
-        path, wanted = results(out) / f"{name}.jsonl", {(c.config, s) for c, k in load_study(name, scale).cells() for s in range(k)}
+        path, wanted = results(out) / f"{name}.jsonl", {
+            (c.config, s) for c, k in load_study(name, scale).cells() for s in range(k)}
         lines = read_lines(path)
         runs = {line["id"]: line for line in lines if line.get("kind") == "run" and line["scale"] == scale}
         rows = {(line["config"], line["seed"]) for line in lines if "seed" in line and line["scale"] == scale}
         configs = {c for c, _ in wanted}
-        table.append(dict(study=name, scale=scale, networks=len(wanted), recorded=len(rows & wanted), stale=sum(c not in configs for c, _ in rows),
-            seconds=round(sum(r["device_seconds"] for r in runs.values())), device="; ".join(sorted({_device(r) for r in runs.values()}))))
+        table.append(
+            dict(study=name, scale=scale, networks=len(wanted), recorded=len(rows & wanted),
+                 stale=sum(c not in configs
+                           for c, _ in rows), seconds=round(sum(r["device_seconds"] for r in runs.values())),
+                 device="; ".join(sorted({_device(r) for r in runs.values()}))))
     return table
 
 # %% ../../nbs/95_analysis.ipynb #f1dab178

@@ -109,8 +109,10 @@ class Sides:
     warm:bool = True            # run both sides once before
 
     def __post_init__(self):
-        if self.unit not in ("seconds", "bytes"): raise ValueError(f"unit is {self.unit!r}, expected 'seconds' or 'bytes'")
-        if self.better not in ("lower", "higher"): raise ValueError(f"better is {self.better!r}, expected 'lower' or 'higher'")
+        if self.unit not in ("seconds", "bytes"):
+            raise ValueError(f"unit is {self.unit!r}, expected 'seconds' or 'bytes'")
+        if self.better not in ("lower", "higher"):
+            raise ValueError(f"better is {self.better!r}, expected 'lower' or 'higher'")
 
 # %% ../../nbs/11_performance.ipynb #87e5c3bd
 def measure(
@@ -123,13 +125,17 @@ def measure(
     costs, start = [], time.perf_counter()
     while len(costs) < (1 if sides.exact else sides.least) or not sides.exact and time.perf_counter() - start < seconds:
         costs.append((float(sides.top()), float(sides.bottom())))
-        if not all(0 < cost < float("inf") for cost in costs[-1]): raise ValueError(f"{sides.name}: the sides cost {costs[-1][0]:g} and {costs[-1][1]:g}, expected positive, finite numbers")
+        if not all(0 < cost < float("inf") for cost in costs[-1]):
+            raise ValueError(
+                f"{sides.name}: the sides cost {costs[-1][0]:g} and {costs[-1][1]:g}, expected positive, finite numbers"
+            )
     ratios, (tops, bottoms) = [a / b for a, b in costs], zip(*costs)
     median, (low, high) = statistics.median(ratios), median_interval(ratios)
     met = None if sides.goal is None else median <= sides.goal if sides.better == "lower" else median >= sides.goal
-    return dict(name=sides.name, ratio_median=median, ratio_min=min(ratios), ratio_max=max(ratios), goal=sides.goal, pairs=len(ratios),
-                ratio_low=low, ratio_high=high, ratio_of_best=min(tops) / min(bottoms), better=sides.better, met=met, what=sides.what,
-                unit=sides.unit, top=statistics.median(tops), bottom=statistics.median(bottoms))
+    return dict(name=sides.name, ratio_median=median, ratio_min=min(ratios), ratio_max=max(ratios), goal=sides.goal,
+                pairs=len(ratios), ratio_low=low, ratio_high=high, ratio_of_best=min(tops) / min(bottoms),
+                better=sides.better, met=met, what=sides.what, unit=sides.unit, top=statistics.median(tops),
+                bottom=statistics.median(bottoms))
 
 # %% ../../nbs/11_performance.ipynb #e63bfaa3
 BENCHMARKS:dict[str, Callable] = {}
@@ -152,10 +158,12 @@ class _Steps:
     def __init__(self, device, width:int=64, batch:int=16, dtype=None, compiled:bool=False):
         with seeded(0):
             net, self.x, self.y = resnet18(width).to(device), torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-        self.device, self.x, self.y, self.dtype, self.compiled = device, self.x.to(device), self.y.to(device), dtype, compiled
+        self.device, self.x, self.y, self.dtype, self.compiled = device, self.x.to(device), self.y.to(
+            device), dtype, compiled
         self.blocks = list(find_blocks(net, self.x[:2]))
         ways = ("plain", "trace", "action")
-        self.way = {way: self._built(deepcopy(net), way) for way in ways} if compiled else dict.fromkeys(ways, self._built(net, None))
+        self.way = {way: self._built(deepcopy(net), way)
+                    for way in ways} if compiled else dict.fromkeys(ways, self._built(net, None))
 
     def _built(self, net, way):
         "Network, its compiled form, optimizer and watcher; a compiled network has its hooks for good."
@@ -180,7 +188,8 @@ class _Steps:
         return cost
 
     def step(self, model, opt, watch):
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): loss = F.cross_entropy(model(self.x), self.y)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            loss = F.cross_entropy(model(self.x), self.y)
         if isinstance(watch, LeastAction): loss = watch(loss)
         elif watch is not None: watch.take()
         opt.zero_grad(); loss.backward(); opt.step()
@@ -189,24 +198,28 @@ class _Steps:
 def _settings(device, batch:int)->list[tuple[str, dict]]:
     "Variants of the row: one on a CPU, of this batch; on a GPU eager and compiled, in float32 and bfloat16."
     if device.type == "cpu": return [("", dict(batch=batch))]
-    return [("", dict(batch=128)), ("-bf16", dict(batch=128, dtype=torch.bfloat16)), ("-compiled", dict(batch=128, compiled=True)),
+    return [("", dict(batch=128)), ("-bf16", dict(batch=128, dtype=torch.bfloat16)),
+            ("-compiled", dict(batch=128, compiled=True)),
             ("-compiled-bf16", dict(batch=128, compiled=True, dtype=torch.bfloat16))]
 
 def _pairs(device, name:str, way:str, goal:float, what:str, batch:int, least:int)->Iterable[Sides]:
     "Time and memory of one kind of step over the plain one; batch size and number of pairs for a CPU."
     for suffix, settings in _settings(device, batch):
         steps = _Steps(device, **settings)
-        yield Sides(name + suffix, lambda: steps(way), lambda: steps("plain"), f"{what}, batch {settings['batch']}", goal, least=least)
-        yield Sides(f"{name}{suffix}-memory", lambda: steps(way, memory), lambda: steps("plain", memory), f"{what}, batch {settings['batch']}: peak memory", 1.05,
-                    unit="bytes", exact=True, warm=False)
+        yield Sides(name + suffix, lambda: steps(way), lambda: steps("plain"), f"{what}, batch {settings['batch']}",
+                    goal, least=least)
+        yield Sides(f"{name}{suffix}-memory", lambda: steps(way, memory), lambda: steps("plain", memory),
+                    f"{what}, batch {settings['batch']}: peak memory", 1.05, unit="bytes", exact=True, warm=False)
 
 @benchmark("trace-overhead")
 def _trace_overhead(device):
-    return _pairs(device, "trace-overhead", "trace", 1.02, "step that traces energies / plain step, ResNet-18 at 32x32", batch=16, least=25)
+    return _pairs(device, "trace-overhead", "trace", 1.02, "step that traces energies / plain step, ResNet-18 at 32x32",
+                  batch=16, least=25)
 
 @benchmark("step-overhead")
 def _step_overhead(device):
-    return _pairs(device, "step-overhead", "action", 1.03, "step with least action / plain step, ResNet-18 at 32x32", batch=128, least=7)
+    return _pairs(device, "step-overhead", "action", 1.03, "step with least action / plain step, ResNet-18 at 32x32",
+                  batch=128, least=7)
 
 # %% ../../nbs/11_performance.ipynb #178d4baa
 def plain_loop(
@@ -237,8 +250,10 @@ def _fit_overhead(device, epochs=20):
     data = load("digits")
     split, make = data.split(1000, 0).to(device), partial(_fresh, 0, device)
     def side(train): net = make(); return clock(lambda: train(net), device, own=True)
-    return [Sides("fit-overhead", lambda: side(lambda net: fit(net, split, epochs=epochs)), lambda: side(lambda net: plain_loop(net, split, epochs)),
-                  f"fit / a loop written by hand, {epochs} epochs of digits, n = 1000", 1.05, least=25)]
+    return [
+        Sides("fit-overhead", lambda: side(lambda net: fit(net, split, epochs=epochs)),
+              lambda: side(lambda net: plain_loop(net, split, epochs)),
+              f"fit / a loop written by hand, {epochs} epochs of digits, n = 1000", 1.05, least=25)]
 
 # %% ../../nbs/11_performance.ipynb #dd977ecf
 @benchmark("ensemble-speedup")
@@ -247,9 +262,10 @@ def _ensemble_speedup(device, members=50, epochs=10):
     def one_by_one():
         for seed in seeds: plain_loop(_fresh(seed, device), split.member(seed), epochs, seed)
     together = lambda: fit_many(partial(dense_net, 64, 10), split, device=device, epochs=epochs)
-    return [Sides("ensemble-speedup", lambda: clock(one_by_one, device), lambda: clock(together, device),
-                  f"{members} runs of a plain loop / {members} networks at once, {epochs} epochs of digits, n = 300", 20 if device.type == "cuda" else 3,
-                  better="higher", least=9)]
+    return [
+        Sides("ensemble-speedup", lambda: clock(one_by_one, device), lambda: clock(together, device),
+              f"{members} runs of a plain loop / {members} networks at once, {epochs} epochs of digits, n = 300",
+              20 if device.type == "cuda" else 3, better="higher", least=9)]
 
 # %% ../../nbs/11_performance.ipynb #589e1546
 def published_loop(
@@ -261,10 +277,13 @@ def published_loop(
 )->float:                # lambda at the end
     "Training with SGD, a multistep schedule and a multiplier that ascends in each step, in plain PyTorch."
     from torch.utils.data import DataLoader, TensorDataset
-    sets = {part: TensorDataset(*(t[getattr(split, part)].cpu() for t in (split.x, split.y))) for part in ("train", "val", "test")}
+    sets = {
+        part: TensorDataset(*(t[getattr(split, part)].cpu() for t in (split.x, split.y)))
+        for part in ("train", "val", "test")}
     train = DataLoader(sets["train"], batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
     opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9, weight_decay=1e-4, nesterov=True)
-    schedule, lam, device = torch.optim.lr_scheduler.MultiStepLR(opt, [max(1, epochs // 2), max(1, 3 * epochs // 4)]), 1., next(net.parameters()).device
+    schedule, lam, device = torch.optim.lr_scheduler.MultiStepLR(
+        opt, [max(1, epochs // 2), max(1, 3 * epochs // 4)]), 1., next(net.parameters()).device
     for _ in range(epochs):
         net.train(); seen = right = total = 0
         for x, y in train:
@@ -299,7 +318,8 @@ def _pictures(n:int, held:int, device)->Split:
     at = torch.arange(len(x)).split([n, held, held])
     return Split(x, y, *at, "noise", 10, (0,)).to(device)
 
-CONFIG = dict(channels_last=True, batch_size=128, lr=.1, weight_decay=1e-4, optimizer="sgd", schedule="multistep", milestones=(.5, .75), eval_every=1)
+CONFIG = dict(channels_last=True, batch_size=128, lr=.1, weight_decay=1e-4, optimizer="sgd", schedule="multistep",
+              milestones=(.5, .75), eval_every=1)
 
 @benchmark("published-loop", slow=True)
 def _published_loop(device):
@@ -309,9 +329,11 @@ def _published_loop(device):
         with seeded(0): net = conv_net((1, 28, 28), 10, width=width).to(device)
         return clock(lambda: train(net), device)
     def ours(net): fit(net, split, LeastAction(net), epochs=epochs, compile=big, **CONFIG)
-    return [Sides("published-loop", lambda: side(lambda net: published_loop(net, split, epochs)), lambda: side(ours),
-                  f"published loop / fit with least action, {epochs} epoch{'s' * big} of 500 pictures, 9 blocks of {width} filters",
-                  3. if big else 1., better="higher", least=3)]
+    return [
+        Sides(
+            "published-loop", lambda: side(lambda net: published_loop(net, split, epochs)), lambda: side(ours),
+            f"published loop / fit with least action, {epochs} epoch{'s' * big} of 500 pictures, 9 blocks of {width} filters",
+            3. if big else 1., better="higher", least=3)]
 
 # %% ../../nbs/11_performance.ipynb #854ea06e
 class _Driven(nn.Module):
@@ -333,7 +355,9 @@ def _train_circles(forward, net, x, y, steps:int, device)->float:
             opt.zero_grad(); (task + action / lam).backward(); opt.step()
     seconds = clock(train, device)
     with torch.no_grad(): right = (forward(x)[0].argmax(1) == y).float().mean().item()
-    if right < .95: raise RuntimeError(f"accuracy on the circles is {right:.3f}, expected at least 0.95: the two sides do not do the same work")
+    if right < .95:
+        raise RuntimeError(
+            f"accuracy on the circles is {right:.3f}, expected at least 0.95: the two sides do not do the same work")
     return seconds
 
 @benchmark("ode-route", needs="torchdiffeq")
@@ -350,8 +374,10 @@ def _ode_route(device, steps=60):
     def metered(net, x):
         if not torch.is_grad_enabled(): return net(x), None
         with EnergyMeter(net) as meter: return net(x), meter.take().sum()
-    return [Sides("ode-route", lambda: side(solver), lambda: side(metered),
-                  f"Runge-Kutta 4 through torchdiffeq / blocks with a meter, {steps} steps on circles, both above 95 %", better="higher")]
+    return [
+        Sides("ode-route", lambda: side(solver), lambda: side(metered),
+              f"Runge-Kutta 4 through torchdiffeq / blocks with a meter, {steps} steps on circles, both above 95 %",
+              better="higher")]
 
 # %% ../../nbs/11_performance.ipynb #f9da57ba
 def _moved_digits(n:int)->tuple[Tensor, Tensor]:
@@ -380,9 +406,12 @@ def _gap_sides(n:int, allowed:float)->Iterable[Sides]:
     def pot(): return ot.emd2([], [], ot.dist(x, y), numItermax=10_000_000)
     ours = lambda: _on_one_core(lambda: exact_gap(start, end))
     pair = partial(Sides, least=1, warm=False)
-    return [pair(f"exact-gap-{n}", ours, lambda: allowed, f"exact gap of {n} points in 64 dimensions, one core / {allowed:g} s", 1.),
-            pair(f"exact-gap-{n}-pot", ours, lambda: _on_one_core(pot), "the same / POT's emd2 called directly"),
-            pair(f"exact-gap-{n}-scipy", ours, lambda: _on_one_core(scipy), "the same / SciPy's assignment called directly")]
+    return [
+        pair(f"exact-gap-{n}", ours, lambda: allowed,
+             f"exact gap of {n} points in 64 dimensions, one core / {allowed:g} s", 1.),
+        pair(f"exact-gap-{n}-pot", ours, lambda: _on_one_core(pot), "the same / POT's emd2 called directly"),
+        pair(f"exact-gap-{n}-scipy", ours, lambda: _on_one_core(scipy),
+             "the same / SciPy's assignment called directly")]
 
 @benchmark("exact-gap")
 def _exact_gap(device): return _gap_sides(2048, .2)
@@ -399,8 +428,12 @@ def _select(names:Iterable[str])->list[str]:
     for name in names:
         if name not in BENCHMARKS:
             near = get_close_matches(name, BENCHMARKS, 1)
-            raise ValueError(f"no benchmark {name!r}{f' (did you mean {near[0]}?)' if near else ''}: there are {', '.join(BENCHMARKS)}")
-        if missing := _missing(name): raise ValueError(f"{name} needs {' and '.join(missing)}, not installed: pip install {' '.join(missing)}")
+            raise ValueError(
+                f"no benchmark {name!r}{f' (did you mean {near[0]}?)' if near else ''}: there are "
+                f"{', '.join(BENCHMARKS)}"
+            )
+        if missing := _missing(name):
+            raise ValueError(f"{name} needs {' and '.join(missing)}, not installed: pip install {' '.join(missing)}")
     return names or [name for name in BENCHMARKS if not (BENCHMARKS[name].slow or _missing(name))]
 
 def _missing(name:str)->list[str]: return [p for p in BENCHMARKS[name].needs if find_spec(p) is None]
@@ -408,18 +441,23 @@ def _missing(name:str)->list[str]: return [p for p in BENCHMARKS[name].needs if 
 def _target(out:str|Path, force:bool)->Path:
     "The file to write; raises before any work if it could not be written or would replace a file."
     path = Path(out)
-    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder, expected a file: name one with --out {path / 'lap_bench.json'}")
-    if path.exists() and not force: raise FileExistsError(f"{path} exists already: choose another --out, or overwrite with --force")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file: name one with --out {path / 'lap_bench.json'}")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists already: choose another --out, or overwrite with --force")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent): pass
-    except OSError as e: raise OSError(f"cannot write to the folder {path.parent} ({e.strerror or e}): choose another one with --out") from e
+    except OSError as e:
+        raise OSError(
+            f"cannot write to the folder {path.parent} ({e.strerror or e}): choose another one with --out") from e
     return path
 
 # %% ../../nbs/11_performance.ipynb #27c8c651
 @checked
 def run_benchmarks(
-    names:Iterable[str]=(),          # as in `BENCHMARKS`; none: all but the slow ones, and those whose packages are missing
+    # as in `BENCHMARKS`; none: all but the slow ones, and those whose packages are missing
+    names:Iterable[str]=(),
     device:str="auto",               # as in pick_device
     seconds:float=10.,               # time for the pairs of each row
     out:str|Path|None=None,          # record to write; None: none
@@ -427,8 +465,10 @@ def run_benchmarks(
     report:Callable[[str], None]=lambda line: None, # gets a line for each row as it is done
 )->dict:                             # the record: format, provenance, rows, left_out, wall_seconds
     "Measure; raises `ValueError` on an unknown name and `FileExistsError` rather than replace a file."
-    names, path, device, start = _select(names), None if out is None else _target(out, force), pick_device(device), time.perf_counter()
-    left_out = {name: f"needs {' and '.join(lost)}" for name in BENCHMARKS if (lost := _missing(name)) and name not in names}
+    names, path, device, start = _select(names), None if out is None else _target(
+        out, force), pick_device(device), time.perf_counter()
+    left_out = {
+        name: f"needs {' and '.join(lost)}" for name in BENCHMARKS if (lost := _missing(name)) and name not in names}
     record = dict(format=FORMAT, provenance=provenance(device, seconds=seconds), rows=[], left_out=left_out)
     for name, why in left_out.items(): report(f"{name}: left out, {why}")
     for name in names:
@@ -442,18 +482,28 @@ def run_benchmarks(
 # %% ../../nbs/11_performance.ipynb #24d57a82
 def _line(row:dict)->str:
     "A row in words."
-    goal = "" if row["goal"] is None else f", goal {'<=' if row['better'] == 'lower' else '>='} {row['goal']:g}: {'met' if row['met'] else 'NOT met'}"
-    span = "one pair" if row["pairs"] == 1 else f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}], {row['pairs']} pairs from {row['ratio_min']:.3f} to {row['ratio_max']:.3f}"
+    goal = "" if row[
+        "goal"] is None else f", goal {'<=' if row['better'] == 'lower' else '>='} {row['goal']:g}: {'met' if row['met'] else 'NOT met'}"
+    span = "one pair" if row[
+        "pairs"] == 1 else f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}], {row['pairs']} pairs from {row['ratio_min']:.3f} to {row['ratio_max']:.3f}"
     return f"{row['name']}: {row['ratio_median']:.3f} ({span}){goal}"
 
 def bench_table(
     record:dict, # as `run_benchmarks` returns it
 )->str:          # Markdown
     "The rows as a table."
-    said = lambda row: ", open" if row["pairs"] > 1 and row["ratio_low"] < row["goal"] < row["ratio_high"] else "" if row["met"] else ", not met"
+    said = lambda row: ", open" if row["pairs"] > 1 and row["ratio_low"] < row["goal"] < row[
+        "ratio_high"] else "" if row["met"] else ", not met"
     cost = lambda row, side: f"{row[side]:.3g} s" if row["unit"] == "seconds" else f"{row[side] / 2**20:.3g} MiB"
-    goal = lambda row: "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{said(row)}"
-    span = lambda row: "one pair" if row["pairs"] == 1 else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" + " (range)" * (row["pairs"] < 6)
+    goal = lambda row: "" if row["goal"
+                                 ] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{said(row)}"
+    span = lambda row: "one pair" if row[
+        "pairs"] == 1 else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" + " (range)" * (row["pairs"] < 6)
     what = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "&#124;")   # formulas stay
-    rows = [f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} | {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |" for r in record["rows"]]
-    return "\n".join(["| row | what | ratio | 95 % interval | best | goal | costs | pairs |", "|---|---|---|---|---|---|---|---|", *rows])
+    rows = [
+        f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} "
+        f"| {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |"
+        for r in record["rows"]]
+    return "\n".join([
+        "| row | what | ratio | 95 % interval | best | goal | costs | pairs |", "|---|---|---|---|---|---|---|---|",
+        *rows])

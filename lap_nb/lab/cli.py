@@ -46,7 +46,9 @@ def _seeds(text:str)->list[int]|None:
     try:
         if ":" in text: return list(range(*map(int, text.split(":"))))
         return [int(s) for s in text.split(",")] if "," in text else list(range(int(text)))
-    except ValueError: raise ValueError(f"seeds is {text!r}, expected a number like 20, a list like 0,3,5 or a range like 10:20") from None
+    except ValueError:
+        raise ValueError(
+            f"seeds is {text!r}, expected a number like 20, a list like 0,3,5 or a range like 10:20") from None
 
 @call_parse
 def lap_study(
@@ -66,8 +68,10 @@ def lap_study(
     with _one_line_errors("lap_study"):
         if list or not name: print(text_table(overview(out))); return
         if threads: torch.set_num_threads(threads)
-        chosen = load_study(name, ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
-        written = run_study(chosen, out, _seeds(seeds or ""), device, only or "", resume, root, scheduler or "", progress=True)
+        chosen = load_study(name,
+                            ("gpu" if pick_device(device).type == "cuda" else "cpu") if scale == "auto" else scale)
+        written = run_study(chosen, out, _seeds(seeds or ""), device, only or "", resume, root, scheduler or "",
+                            progress=True)
         print(f"{written} rows written to {results(out) / (name + '.jsonl')}")
 
 # %% ../../nbs/96_cli.ipynb #8877c64e
@@ -87,15 +91,19 @@ def lap_compare(
     root:str=None,       # folder with the files of mnist and fashion_mnist (default: the variable LAP_NB_DATA)
     download:bool=False, # fetch files of mnist or fashion_mnist that are missing
 ):
-    "Compare plain, tuned plain and least-action networks on the same seeds; print a table, write a record and a picture."
+    """Compare plain, tuned plain and least-action networks on the same seeds; print a table, write a record and a
+    picture."""
     with _one_line_errors("lap_compare"):
-        print(compare(data, n, seeds, epochs, device, lambda0, tau, every, out, resume, force, root, download, progress=True).table())
+        print(
+            compare(data, n, seeds, epochs, device, lambda0, tau, every, out, resume, force, root, download,
+                    progress=True).table())
         print("wrote " + " and ".join(str(Path(out) / name) for name in FILES))
 
 # %% ../../nbs/96_cli.ipynb #f21a282e
 @call_parse
 def lap_bench(
-    names:_positional(str, "benchmarks to run; none: all but the slow ones", "*")=(), # benchmarks to run; none: all but the slow ones
+    # benchmarks to run; none: all but the slow ones
+    names:_positional(str, "benchmarks to run; none: all but the slow ones", "*")=(),
     device:str="auto",     # where to measure: auto, cpu, cuda, cuda:0, ...
     out:str="lap_bench.json", # record to write
     seconds:float=10.,     # time for the pairs of each row

@@ -44,7 +44,11 @@ class Comparison:
         one_of("method", method, METHODS)
         found = self.rows.where(family=method)
         lost = [row["seed"] for row in found.rows if row["diverged"]]
-        if lost: raise FloatingPointError(f"{method} diverged with the seeds {', '.join(map(str, lost))}: there is nothing to compare, lower lambda0 or tau")
+        if lost:
+            raise FloatingPointError(
+                f"{method} diverged with the seeds {', '.join(map(str, lost))}: there is nothing to compare, lower "
+                f"lambda0 or tau"
+            )
         return Records(found.frame.sort_values("seed"), found.runs)
 
     def advantage(self,
@@ -55,7 +59,8 @@ class Comparison:
 
     def table(self
     )->str: # of fixed-width lines
-        "Means over seeds with 95 % intervals, energy per sample; the paired difference is least action minus the row's method, in points."
+        """Means over seeds with 95 % intervals, energy per sample; the paired difference is least action minus the
+        row's method, in points."""
         return _table(self)
 
     def plot(self):
@@ -76,7 +81,11 @@ class Comparison:
         study = comparison() if study is None else study
         found = load_records(study, out)
         wanted = sum(seeds for _, seeds in study.cells())
-        if len(found) < wanted: raise ValueError(f"the record of {study.name} in {out} has {len(found)} of {wanted} networks: go on with it by lap_compare --resume and the same settings")
+        if len(found) < wanted:
+            raise ValueError(
+                f"the record of {study.name} in {out} has {len(found)} of {wanted} networks: go on with it by "
+                f"lap_compare --resume and the same settings"
+            )
         plane = found.where(method=[m.name for m in study.grids[1].methods])
         tried = found.where(method=[m.name for m in study.grids[0].methods])
         return cls(tried.tuned(), tried, plane)
@@ -107,7 +116,8 @@ def _draw_accuracy(c:Comparison, ax):
         ax.scatter(torch.linspace(at - .15, at + .15, len(values)), values, s=9, color=_color(method), alpha=.6)
         ax.errorbar(at + .3, mean.mean, mean.high - mean.mean, fmt=MARKERS[method], capsize=4, color=_color(method))
     row = c.rows.rows[0]
-    ax.set(xticks=range(3), xticklabels=METHODS, ylabel="test accuracy, last epoch (%)", title=f"{row['data']}, n = {row['n']}")
+    ax.set(xticks=range(3), xticklabels=METHODS, ylabel="test accuracy, last epoch (%)",
+           title=f"{row['data']}, n = {row['n']}")
 
 def _draw_energy(c:Comparison, ax):
     "Mean energy of every block, over test samples and seeds."
@@ -119,7 +129,8 @@ def _draw_energy(c:Comparison, ax):
 def _draw_paths(c:Comparison, method:str, ax):
     "Paths of the 2-D example."
     row = c.plane.where(method=f"paths-{method}", seed=0).rows[0]
-    Trajectory(torch.tensor(row["paths"])).plot(torch.tensor(row["labels"]), ax=ax).set_title(f"{row['data']}, {method}")
+    Trajectory(torch.tensor(row["paths"])).plot(torch.tensor(row["labels"]),
+                                                ax=ax).set_title(f"{row['data']}, {method}")
 
 # %% ../../nbs/12_compare.ipynb #d4cf0243
 def _draw(c:Comparison):
@@ -143,9 +154,14 @@ FILES = ("lap_compare.jsonl", "lap_compare.png")
 # %% ../../nbs/12_compare.ipynb #5d9a5239
 @contextmanager
 def _output(out:Path, resume:bool, force:bool)->Iterator[Path]: # folder to write to
-    "Raise if files are there that nobody asked to go on with or to replace; what is to be replaced is written elsewhere first."
+    """Raise if files are there that nobody asked to go on with or to replace; what is to be replaced is written
+    elsewhere first."""
     taken = [str(out / name) for name in FILES if (out / name).exists()]
-    if taken and not (resume or force): raise FileExistsError(f"{' and '.join(taken)} exist already: go on with --resume, make them anew with --force, or choose another --out")
+    if taken and not (resume or force):
+        raise FileExistsError(
+            f"{' and '.join(taken)} exist already: go on with --resume, make them anew with --force, or choose "
+            f"another --out"
+        )
     if not taken or not force:
         yield out
         return
@@ -170,7 +186,8 @@ def compare(
     download:bool=False,  # fetch a larger data set that is missing
     progress:bool=False,  # show a bar
 )->Comparison:
-    "Train the three methods on the same seeds and samples, record them and draw them; raises before any training if an argument cannot work."
+    """Train the three methods on the same seeds and samples, record them and draw them; raises before any training if
+    an argument cannot work."""
     study = comparison(data, n, seeds, epochs, lambda0, tau, every)
     if download: load(data.partition(":")[0], root, download)
     dataset(study.data()[0], root).splits(n, range(seeds))

@@ -23,7 +23,8 @@ from ..ensembles import as_python
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
     try: pairs = tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
-    except (TypeError, ValueError): raise TypeError(f"found {described(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"found {described(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
     return tuple((name, as_python(setting)) for name, setting in pairs)
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Method:
     def __post_init__(self):
         for name in ("least_action", "penalty"): object.__setattr__(self, name, _frozen(getattr(self, name)))
         check_fields(self)
-        if self.least_action and self.penalty: raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
+        if self.least_action and self.penalty:
+            raise ValueError(f"{self.name} has least action and a penalty, expected one of them")
         one_of(f"init of {self.name}", self.init, INITS)
-        if self.init == "default" and self.gain != 1: raise ValueError(f"{self.name} has gain {self.gain:g}, which the default initialisation does not take: choose init='orthogonal' or 'normal'")
+        if self.init == "default" and self.gain != 1:
+            raise ValueError(
+                f"{self.name} has gain {self.gain:g}, which the default initialisation does not take: choose "
+                f"init='orthogonal' or 'normal'"
+            )
         for name in ("h", "lr"):
-            if not (getattr(self, name) is None or getattr(self, name) > 0): raise ValueError(f"{name} of {self.name} is {getattr(self, name)!r}, expected a positive number")
+            if not (getattr(self, name) is None or getattr(self, name) > 0):
+                raise ValueError(f"{name} of {self.name} is {getattr(self, name)!r}, expected a positive number")
 
 # %% ../../nbs/91_design.ipynb #98a40212
 INITS = ("default", "orthogonal", "normal")
@@ -63,7 +70,8 @@ class Net:
     width:int=64     # hidden units, or filters
     def __post_init__(self):
         check_fields(self)
-        if self.K < 1 or self.width < 1: raise ValueError(f"K is {self.K} and width {self.width}, expected at least one block and one unit")
+        if self.K < 1 or self.width < 1:
+            raise ValueError(f"K is {self.K} and width {self.width}, expected at least one block and one unit")
     def __str__(self)->str: return f"{self.kind}{self.K}x{self.width}"
 
 @dataclass(frozen=True)
@@ -75,7 +83,8 @@ class Schedule:
     points:int=10            # evaluations on the way
     epochs:int=0             # passes through the samples, whatever their number; 0: as many as the steps need
     weight_decay:float=.01   # unless the method has its own
-    others:tuple=()          # further settings of `fit`, a mapping or pairs: optimizer, schedule, milestones, crop, flip, ...
+    # further settings of `fit`, a mapping or pairs: optimizer, schedule, milestones, crop, flip, ...
+    others:tuple=()
     def __post_init__(self):
         object.__setattr__(self, "others", _frozen(self.others))
         check_fields(self)
@@ -126,7 +135,8 @@ STAGES = dict(resnet=3, resnext=3, staged=2) # over which the blocks of a networ
 
 def _check_grid(g:Grid):
     "Raise if a grid asks for what there is not."
-    if g.net.K % (stages := STAGES.get(g.net.kind, 1)): raise ValueError(f"K of {g.net.kind} is {g.net.K}, expected a multiple of its {stages} stages")
+    if g.net.K % (stages := STAGES.get(g.net.kind, 1)):
+        raise ValueError(f"K of {g.net.kind} is {g.net.K}, expected a multiple of its {stages} stages")
     counts(steps=g.schedule.steps, batch_size=g.schedule.batch_size, points=g.schedule.points, thin=g.thin)
 
 # %% ../../nbs/91_design.ipynb #9ac49d07
@@ -144,7 +154,9 @@ class Study:
         for grid in self.grids: _check_grid(grid)
         names = [cell.name for cell, _ in self.cells()]
         twice = sorted(name for name, times in Counter(names).items() if times > 1)
-        if twice: raise ValueError(f"study {self.name} has cells twice: {', '.join(twice[:3])}; give methods of a grid different names")
+        if twice:
+            raise ValueError(
+                f"study {self.name} has cells twice: {', '.join(twice[:3])}; give methods of a grid different names")
 
     @checked
     def cells(self,
@@ -155,7 +167,9 @@ class Study:
                  for g in self.grids for d in g.data for n in g.sizes for m in g.methods]
         patterns = [p.strip() for p in only.split(",") if p.strip()]
         found = [(c, s) for c, s in cells if not patterns or any(fnmatch.fnmatchcase(c.name, p) for p in patterns)]
-        if not found: raise ValueError(f"no cell of {self.name} matches {only!r}; the first of its {len(cells)} cells is {cells[0][0].name}")
+        if not found:
+            raise ValueError(
+                f"no cell of {self.name} matches {only!r}; the first of its {len(cells)} cells is {cells[0][0].name}")
         return found
 
 # %% ../../nbs/91_design.ipynb #33794b9f
@@ -167,13 +181,16 @@ def data(self:Study,
     return list(dict.fromkeys(cell.data for cell, _ in self.cells(only)))
 
 # %% ../../nbs/91_design.ipynb #8e2bd3cd
-RECORDED = dict(optimizer="optimiser") # names that settings have in records, where these are older than the names of today
+# names that settings have in records, where these are older than the names of today
+RECORDED = dict(optimizer="optimiser")
 
 def changed_fields(value):
-    "A frozen description as plain JSON values, as records have it, with the fields left out that are at their defaults."
+    """A frozen description as plain JSON values, as records have it, with the fields left out that are at their
+    defaults."""
     if not hasattr(value, "__dataclass_fields__"): return value
     found = {f.name: changed_fields(v) for f in fields(value) if (v := getattr(value, f.name)) != f.default}
-    return found | {"others": tuple((RECORDED.get(k, k), v) for k, v in found["others"])} if "others" in found else found
+    return found | {"others": tuple(
+        (RECORDED.get(k, k), v) for k, v in found["others"])} if "others" in found else found
 
 def checksum(value)->str: # 12 hexadecimal digits
     "Checksum of plain JSON values."

@@ -47,7 +47,8 @@ def _clock(f:Callable)->tuple[float, float]: # wall and processor seconds
 def measure_modes(
     make_model:Callable[[], nn.Module], # one network
     data:Split,                         # of `S` networks
-    modes:Sequence[str],                # as for `fit_many`; `"batched:matmul"` names a form of convolution, `"plain"` is a loop written by hand
+    # as for `fit_many`; `"batched:matmul"` names a form of convolution, `"plain"` is a loop written by hand
+    modes:Sequence[str],
     device:str="cpu",                   # where
     steps:int=10,                       # training steps of each network that are timed
     batch_size:int=100,                 # samples per step and network
@@ -60,7 +61,8 @@ def measure_modes(
     def train(mode, steps):
         if mode == "plain": return _by_hand(lambda: make_model().to(device), split, steps)
         way, _, conv = mode.partition(":")
-        fit_many(make_model, split, epochs=steps, device=device, batch_size=n, mode=way, conv=conv or None, eval_every=10 ** 6)
+        fit_many(make_model, split, epochs=steps, device=device, batch_size=n, mode=way, conv=conv or None,
+                 eval_every=10 ** 6)
     found = {mode: [] for mode in modes}
     for mode in modes: mode == "processes" or train(mode, 2)
     for mode in [m for _ in range(repeats) for m in modes]:
@@ -72,10 +74,14 @@ def measure_modes(
 def _nets()->dict:
     "Name to maker, samples of one network, numbers of members and timed steps."
     forms = ["plain", "sequential", "batched:grouped", "batched:unfolded", "batched:matmul"]
-    return {"dense, 64 features": (partial(dense_net, 64, 10), (64,), {1: 200, 2: 100, 5: 60, 10: 40, 20: 30, 50: 20}, ["plain", "sequential", "batched"]),
-            "8 filters, 8 x 8": (partial(conv_net, (1, 8, 8), 10, 3, 8), (1, 8, 8), {1: 30, 2: 20, 5: 10, 10: 8, 20: 6, 50: 4}, forms),
-            "16 filters, 16 x 16": (partial(conv_net, (1, 16, 16), 10, 3, 16), (1, 16, 16), {1: 10, 2: 8, 5: 4, 20: 2}, forms),
-            "32 filters, 28 x 28": (partial(conv_net, (1, 28, 28), 10, 3, 32), (1, 28, 28), {1: 6, 2: 4, 5: 2}, forms)}
+    return {
+        "dense, 64 features": (partial(dense_net, 64, 10), (64, ), {1: 200, 2: 100, 5: 60, 10: 40, 20: 30,
+                                                                    50: 20}, ["plain", "sequential", "batched"]),
+        "8 filters, 8 x 8": (partial(conv_net, (1, 8, 8), 10, 3,
+                                     8), (1, 8, 8), {1: 30, 2: 20, 5: 10, 10: 8, 20: 6, 50: 4}, forms),
+        "16 filters, 16 x 16": (partial(conv_net, (1, 16, 16), 10, 3, 16), (1, 16, 16), {1: 10, 2: 8, 5: 4,
+                                                                                         20: 2}, forms),
+        "32 filters, 28 x 28": (partial(conv_net, (1, 28, 28), 10, 3, 32), (1, 28, 28), {1: 6, 2: 4, 5: 2}, forms)}
 
 @checked
 def record_modes(
@@ -94,7 +100,8 @@ def record_modes(
         flops = forward_flops(make_model(), torch.rand(100, *shape))
         for S, steps in lengths.items():
             note = dict(net=name, flops=flops, members=S, steps=steps, **_here(device))
-            for mode, seconds in measure_modes(make_model, _noise(shape, S), [*modes, *extra], device, steps, 100, repeats).items():
+            for mode, seconds in measure_modes(make_model, _noise(shape, S), [*modes, *extra], device, steps, 100,
+                                               repeats).items():
                 wall, processor = ([float(f"{s[k]:.4g}") for s in seconds] for k in (0, 1))
                 rows.append(note | dict(mode=mode, wall=wall, processor=processor))
             write_atomically(path, (json.dumps(dict(format=1, rows=rows), indent=1) + "\n").encode())
@@ -109,22 +116,33 @@ def read_modes(
 )->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
     "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
     try: found = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): restore it from its history, or write to another file") from e
     if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):
-        raise ValueError(f"{path} is no record of modes in format 1: read it with the version of lap_nb that wrote it, or write to another file")
+        raise ValueError(
+            f"{path} is no record of modes in format 1: read it with the version of lap_nb that wrote it, or write to "
+            f"another file"
+        )
     for i, row in enumerate(found["rows"]):
         wrong = [k for k, kind in _MODE_ROW.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
-        wrong = wrong or [k for k in ("wall", "processor") if not row[k] or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in row[k])]
-        if wrong: raise ValueError(f"row {i} of {path} lacks {', '.join(wrong)} of the expected type: restore the file from its history")
+        wrong = wrong or [
+            k for k in ("wall", "processor")
+            if not row[k] or not all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in row[k])]
+        if wrong:
+            raise ValueError(
+                f"row {i} of {path} lacks {', '.join(wrong)} of the expected type: restore the file from its history")
     return found
 
 # %% ../../nbs/97_modes.ipynb #c4242113
 def _noise(shape, S:int)->Split:
     "One batch of 100 random samples, the same for all `S` networks."
-    x, rows = torch.rand(102, *shape, generator=torch.Generator().manual_seed(0)), lambda *at: torch.arange(*at).expand(S, -1)
-    return Split(x, torch.arange(102) % 10, rows(100), rows(100, 101), torch.tensor([101]), "noise", 10, tuple(range(S)))
+    x, rows = torch.rand(102, *shape,
+                         generator=torch.Generator().manual_seed(0)), lambda *at: torch.arange(*at).expand(S, -1)
+    return Split(x,
+                 torch.arange(102) % 10, rows(100), rows(100, 101), torch.tensor([101]), "noise", 10, tuple(range(S)))
 
 def _here(device:str)->dict:
     "Device, by name, versions and load, as part of a row."
     note = provenance(torch.device(device))
-    return {k: note[k] for k in ("device", "device_name", "cores", "threads", "lap_nb", "torch", "commit")} | dict(load=round(os.getloadavg()[0], 1))
+    return {k: note[k] for k in ("device", "device_name", "cores", "threads", "lap_nb", "torch", "commit")
+            } | dict(load=round(os.getloadavg()[0], 1))

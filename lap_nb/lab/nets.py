@@ -26,8 +26,9 @@ def _resnet(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn
 def _staged(shape:tuple[int, ...], classes:int, K:int, width:int, **options)->nn.Module:
     return staged_net(shape, classes, (K // 2,) * 2, width, **options)
 
-NETS = {"dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet, "resnext": resnext_net, "vit": vit_net,
-        "staged": _staged}
+NETS = {
+    "dense": _dense, "conv": partial(conv_net, norm=False), "conv-bn": conv_net, "resnet": _resnet,
+    "resnext": resnext_net, "vit": vit_net, "staged": _staged}
 
 # %% ../../nbs/92_architectures.ipynb #a3be4cf7
 @checked
@@ -38,7 +39,9 @@ def make_net(
     classes:int,            # logits
 )->nn.Module:
     "A network of a study, drawn from the global generator."
-    options = {k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items() if v not in (False, 0.) and (k, v) != ("h", 1.)}
+    options = {
+        k: v for k, v in dict(h=method.h, skip_init=method.skip_init, drop=method.drop).items()
+        if v not in (False, 0.) and (k, v) != ("h", 1.)}
     model = NETS[net.kind](shape, classes, K=net.K, width=net.width, **options)
     if method.random_depth: RandomDepth(model)
     return model if method.init == "default" else init_velocities_(model, method.gain, method.init)

@@ -31,7 +31,8 @@ from lap_nb.training import provenance
 
 # %% ../../nbs/08a_published.ipynb #b1b89430
 class PublishedEncoder(nn.Module):
-    "Pictures `[B, C, 28, 28]` with values in [0, 1] to `[B, width, 14, 14]` in float32, whatever precision the convolutions have."
+    """Pictures `[B, C, 28, 28]` with values in [0, 1] to `[B, width, 14, 14]` in float32, whatever precision the
+    convolutions have."""
     def __init__(self,
         channels:int=1,     # of the pictures
         width:int=64,       # channels of the flow; even
@@ -58,7 +59,8 @@ def published_net(
     channels:int=1,   # of the pictures
     side:int=28,      # rows and columns of the pictures, in pixels; even
 )->ResidualNet:
-    "The published network for small pictures (`onerep` of the authors' code): an encoder, blocks of one shape, a head of three layers."
+    """The published network for small pictures (`onerep` of the authors' code): an encoder, blocks of one shape, a head
+    of three layers."""
     counts(classes=classes, width=width, channels=channels)
     whole("n_blocks", n_blocks, 1, most=MOST_BLOCKS)
     if whole("side", side, 2) % 2: raise ValueError(f"side is {side}, expected an even number: the encoder halves it")
@@ -75,7 +77,8 @@ def start_from_(
     start:str,       # `"official"`, `"kaiming"` or `"blocks"`
     gain:float=.01,  # of the orthogonal matrices; Kaiming's start has none
 )->nn.Module:        # the same network
-    "Draw the weights of a start from the global generator; biases are zero where the start draws the layer. Raises `ValueError` on an unknown one."
+    """Draw the weights of a start from the global generator; biases are zero where the start draws the layer. Raises
+    `ValueError` on an unknown one."""
     one_of("start", start, STARTS)
     for layer in (model.flow if start == "blocks" else model).modules():
         if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
@@ -110,13 +113,14 @@ class Arm:
 
 LAP = dict(lambda0=1., tau=1.)
 DECIDING = (dict(), LAP, dict(lambda0=30.))
-OTHERS = (dict(lambda0=5., tau=1., every=5), dict(lambda0=3.), dict(lambda0=300.), dict(label_smoothing=.05), dict(label_smoothing=.1),
-          dict(label_smoothing=.2), dict(lr=.03), dict(lr=.01))
+OTHERS = (dict(lambda0=5., tau=1., every=5), dict(lambda0=3.), dict(lambda0=300.), dict(label_smoothing=.05),
+          dict(label_smoothing=.1), dict(label_smoothing=.2), dict(lr=.03), dict(lr=.01))
 
 # %% ../../nbs/08a_published.ipynb #406051b9
 def published_cells(
 )->list[tuple[int, Arm, int]]: # (training samples, arm, seed), in the order in which they are trained
-    "All networks of the study: at each size first what decides the hypotheses, ten seeds of each start, then the other arms."
+    """All networks of the study: at each size first what decides the hypotheses, ten seeds of each start, then the
+    other arms."""
     cells = []
     for n in (100, 500, 300, 200, 400):
         cells += [(n, Arm(s, **a), seed) for seed in range(10) for s in STARTS for a in DECIDING]
@@ -127,27 +131,34 @@ def published_cells(
 # %% ../../nbs/08a_published.ipynb #a8ba1f85
 EPOCHS, BATCH, MILESTONES, POINTS = 300, 100, (150, 225, 250), 10
 
-def _rule(arm:Arm): return DualAscent(arm.lambda0, arm.tau, every=arm.every) if arm.tau else FixedWeight(1 / arm.lambda0)
+def _rule(arm: Arm):
+    return DualAscent(arm.lambda0, arm.tau, every=arm.every) if arm.tau else FixedWeight(1 / arm.lambda0)
 
 class _Training:
     "A network on its way: what changes is saved and read back to the bit."
     def __init__(self, split:Split, arm:Arm, seed:int, precision:str, epochs:int=EPOCHS):
         self.split, self.arm, self.seed, self.precision, self.epochs = split, arm, seed, precision, epochs
         torch.manual_seed(seed)
-        self.model = start_from_(published_net(split.classes, channels=split.x.shape[1], side=split.x.shape[2]), arm.start)
+        self.model = start_from_(published_net(split.classes, channels=split.x.shape[1], side=split.x.shape[2]),
+                                 arm.start)
         self.opt = torch.optim.SGD(self.model.parameters(), lr=arm.lr, momentum=.9, weight_decay=1e-4)
         self.la = LeastAction(self.model, _rule(arm)) if arm.lambda0 else None
         self.epoch, self.points = 0, []
 
-    def fixed(self)->dict: return dict(arm=asdict(self.arm), seed=self.seed, precision=self.precision, epochs=self.epochs, torch=str(torch.__version__))
+    def fixed(self) -> dict:
+        return dict(arm=asdict(self.arm), seed=self.seed, precision=self.precision, epochs=self.epochs,
+                    torch=str(torch.__version__))
 
     def state(self)->dict:
-        return dict(fixed=self.fixed(), model=self.model.state_dict(), opt=self.opt.state_dict(), la=None if self.la is None else self.la.state_dict(),
-                    epoch=self.epoch, points=self.points)
+        return dict(fixed=self.fixed(), model=self.model.state_dict(), opt=self.opt.state_dict(),
+                    la=None if self.la is None else self.la.state_dict(), epoch=self.epoch, points=self.points)
 
     def load(self, state:dict):
         if state.get("fixed") != self.fixed():
-            raise ValueError(f"the progress is of {state.get('fixed')}, this is {self.fixed()}: finish it as it was begun, or delete it")
+            raise ValueError(
+                f"the progress is of {state.get('fixed')}, this is {self.fixed()}: finish it as it was begun, or "
+                f"delete it"
+            )
         self.model.load_state_dict(state["model"]); self.opt.load_state_dict(state["opt"])
         if self.la is not None: self.la.load_state_dict(state["la"])
         self.epoch, self.points = state["epoch"], state["points"]
@@ -157,7 +168,8 @@ class _Training:
 # %% ../../nbs/08a_published.ipynb #7828ae69
 def _one_epoch(t:_Training):
     "Batches in an order of their own for each seed and epoch."
-    for group in t.opt.param_groups: group["lr"] = t.arm.lr * .1 ** sum(t.epoch >= m * t.epochs // EPOCHS for m in MILESTONES)
+    for group in t.opt.param_groups:
+        group["lr"] = t.arm.lr * .1 ** sum(t.epoch >= m * t.epochs // EPOCHS for m in MILESTONES)
     order = torch.randperm(len(t.split.train), generator=torch.Generator().manual_seed(1000 * t.seed + t.epoch))
     for at in t.split.train[order].split(BATCH):
         with t.autocast(): logits = t.model(t.split.x[at])
@@ -171,7 +183,8 @@ def _one_epoch(t:_Training):
 def _right(t:_Training, index:Tensor)->float:
     "Share of these samples that is classified rightly."
     t.model.eval()
-    with t.autocast(): right = sum((t.model(t.split.x[at]).argmax(-1) == t.split.y[at]).sum().item() for at in index.split(500))
+    with t.autocast():
+        right = sum((t.model(t.split.x[at]).argmax(-1) == t.split.y[at]).sum().item() for at in index.split(500))
     t.model.train()
     return right / len(index)
 
@@ -194,17 +207,22 @@ def train_published(
     save_seconds:float=240., # between two saves
 )->tuple[dict, nn.Module]:   # a row of plain values, and the network
     "Train one network of the study; raises `ValueError` if `progress` is of another training."
-    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision is {precision!r}, expected float32 or bfloat16")
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is {precision!r}, expected float32 or bfloat16")
     t, saved = _Training(split, arm, seed, precision, epochs), time.monotonic()
     if progress is not None and Path(progress).exists(): t.load(load_checkpoint(progress))
-    held, half = split.val, split.test[torch.randperm(len(split.test), generator=torch.Generator().manual_seed(seed))[:1000]]
+    held, half = split.val, split.test[torch.randperm(len(split.test),
+                                                      generator=torch.Generator().manual_seed(seed))[:1000]]
     t.model.train()
     while t.epoch < t.epochs:
         _one_epoch(t)
         if t.epoch % max(1, t.epochs // POINTS) == 0 or t.epoch == t.epochs:
-            t.points.append(dict(epoch=t.epoch, val=_right(t, held), half=_right(t, half), loss=t.last_loss, **_price(t)))
+            t.points.append(
+                dict(epoch=t.epoch, val=_right(t, held), half=_right(t, half), loss=t.last_loss, **_price(t)))
         if not math.isfinite(t.last_loss): break
-        if progress is not None and time.monotonic() - saved > save_seconds: save_checkpoint(progress, t.state()); saved = time.monotonic()
+        if progress is not None and time.monotonic() - saved > save_seconds:
+            save_checkpoint(progress, t.state())
+            saved = time.monotonic()
     return _published_row(t), t.model
 
 def _price(t:_Training)->dict:
@@ -214,10 +232,13 @@ def _price(t:_Training)->dict:
 def _published_row(t:_Training)->dict:
     "What one network did; the best epochs are among the points of the curve."
     energies, best = _motion(t), max(t.points, key=lambda p: p["val"], default={})
-    return dict(seed=t.seed, test_accuracy_last=_right(t, t.split.test), test_accuracy_best=best.get("half"), val_accuracy_last=t.points[-1]["val"] if t.points else None,
-        best_of_half_test=max((p["half"] for p in t.points), default=None), energy_per_block=energies, energy_per_sample=sum(energies),
-        task_loss=t.last_loss, diverged=not math.isfinite(t.last_loss), precision=t.precision, epochs=t.epoch,
-        curve={k: [p[k] for p in t.points] for k in (t.points[0] if t.points else ())}, **{"lambda": t.la.lam.item() if t.la is not None else None})
+    return dict(seed=t.seed, test_accuracy_last=_right(t, t.split.test), test_accuracy_best=best.get("half"),
+                val_accuracy_last=t.points[-1]["val"] if t.points else None, best_of_half_test=max(
+                    (p["half"] for p in t.points),
+                    default=None), energy_per_block=energies, energy_per_sample=sum(energies), task_loss=t.last_loss,
+                diverged=not math.isfinite(t.last_loss), precision=t.precision, epochs=t.epoch,
+                curve={k: [p[k] for p in t.points] for k in (t.points[0] if t.points else ())},
+                **{"lambda": t.la.lam.item() if t.la is not None else None})
 
 # %% ../../nbs/08a_published.ipynb #75365837
 def _pays(seconds:float=2.)->float:
@@ -241,9 +262,13 @@ def run_published(
     sizes:Sequence[int]=(),        # training samples; empty: all
     limit:int|None=None,           # networks at most
 )->int:                            # networks trained
-    "Train what the record lacks, in order; several processes may do so at once. Raises `ValueError` where bfloat16 does not pay."
+    """Train what the record lacks, in order; several processes may do so at once. Raises `ValueError` where bfloat16
+    does not pay."""
     if precision == "bfloat16" and (ratio := _pays()) > .95:
-        raise ValueError(f"a convolution in bfloat16 takes {ratio:.2f} of its time in float32 here, expected less than 0.95: run with precision='float32'")
+        raise ValueError(
+            f"a convolution in bfloat16 takes {ratio:.2f} of its time in float32 here, expected less than 0.95: run "
+            f"with precision='float32'"
+        )
     path, found = Path(out) / f"published-{data}.jsonl", load(data)
     _check_precision(path, precision)
     todo = [c for c in published_cells() if only in c[1].name and (not sizes or c[0] in sizes)]
@@ -255,10 +280,11 @@ def run_published(
 
 # %% ../../nbs/08a_published.ipynb #de529fd0
 def _columns(data:str, n:int, arm:Arm)->dict:
-    return dict(study=f"published-{data}", scale="published", data=data, n=n, net="published9x64", method=arm.name, start=arm.start,
-                objective=arm.method)
+    return dict(study=f"published-{data}", scale="published", data=data, n=n, net="published9x64", method=arm.name,
+                start=arm.start, objective=arm.method)
 
-def _config(data:str, n:int, arm:Arm)->str: return digest(dict(data=data, n=n, arm=asdict(arm), epochs=EPOCHS, batch=BATCH, version=1))[:12]
+def _config(data: str, n: int, arm: Arm) -> str:
+    return digest(dict(data=data, n=n, arm=asdict(arm), epochs=EPOCHS, batch=BATCH, version=1))[:12]
 
 def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)->bool:
     "Train and record one network, unless it is there, or another process is at it."
@@ -271,8 +297,11 @@ def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)-
             if (config, seed) in done(path): return False
             clock, cpu = time.perf_counter(), time.process_time()
             row, _ = train_published(data.split(n, seed, n_val=1000), arm, seed, precision, state)
-            note = provenance(torch.device("cpu"), cell=f"{data.name}/{n}/{arm.name}", config=config, epochs=EPOCHS, precision=precision, version=1,
-                settings=dict(method=dict(asdict(arm), name=arm.name), net=dict(kind="published", K=9, width=64), data=data.name, n=n),
+            note = provenance(
+                torch.device("cpu"), cell=f"{data.name}/{n}/{arm.name}", config=config, epochs=EPOCHS,
+                precision=precision, version=1, settings=dict(method=dict(asdict(arm), name=arm.name),
+                                                              net=dict(kind="published", K=9,
+                                                                       width=64), data=data.name, n=n),
                 wall_seconds=time.perf_counter() - clock, device_seconds=time.process_time() - cpu)
             append_rows(path, note, [row], _columns(data.name, n, arm))
             state.unlink(missing_ok=True)
@@ -281,7 +310,11 @@ def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)-
 
 def _check_precision(path:Path, precision:str):
     other = {line["precision"] for line in read_lines(path) if "seed" in line} - {precision}
-    if other: raise ValueError(f"{path} holds networks in {', '.join(other)}, expected {precision}: run with that precision, or write to another folder")
+    if other:
+        raise ValueError(
+            f"{path} holds networks in {', '.join(other)}, expected {precision}: run with that precision, or write to "
+            f"another folder"
+        )
 
 # %% ../../nbs/08a_published.ipynb #ea07e593
 def published_rows(
@@ -302,7 +335,9 @@ def paired_points(
 )->Tensor:                              # differences in points of accuracy, `[seeds]`, NaN left out
     "Differences between two arms, seed by seed, of the seeds that both have."
     def values(start, objective):
-        return {r["seed"]: r[column] for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n) and r[column] is not None}
+        return {
+            r["seed"]: r[column] for r in rows
+            if (r["start"], r["objective"], r["n"]) == (start, objective, n) and r[column] is not None}
     ours, theirs = values(start, objective), values(over_start or start, over)
     return 100 * torch.tensor([ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())], dtype=torch.float64)
 
@@ -310,14 +345,20 @@ def published_table(
     rows:list[dict],    # of `published_rows`
     n:int=100,          # training samples
 )->str:
-    "Accuracy of every arm that is recorded at this size, and its paired difference to the plain network of the same start, with 95 % intervals."
-    arms = dict.fromkeys((r["start"], r["objective"]) for r in sorted(rows, key=lambda r: (r["start"], r["objective"])) if r["n"] == n)
+    """Accuracy of every arm that is recorded at this size, and its paired difference to the plain network of the same
+    start, with 95 % intervals."""
+    arms = dict.fromkeys(
+        (r["start"], r["objective"]) for r in sorted(rows, key=lambda r: (r["start"], r["objective"])) if r["n"] == n)
     lines = [f"{'start':10}{'objective':16}{'seeds':>6}  {'test accuracy %':18}minus plain, same start"]
     for start, objective in arms:
-        own = 100 * torch.tensor([r["test_accuracy_last"] for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n)], dtype=torch.float64)
+        own = 100 * torch.tensor(
+            [r["test_accuracy_last"]
+             for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n)], dtype=torch.float64)
         gap = paired_points(rows, start, objective, n=n)
-        spelt = lambda v: f"{confidence_interval(v).mean:.1f} [{confidence_interval(v).low:.1f}, {confidence_interval(v).high:.1f}]" if len(v) > 1 else f"{v.mean():.1f}"
-        lines.append(f"{start:10}{objective:16}{len(own):6}  {spelt(own):18}" + ("" if objective == "plain" or not len(gap) else f"{spelt(gap)} ({len(gap)} pairs)"))
+        spelt = lambda v: f"{confidence_interval(v).mean:.1f} [{confidence_interval(v).low:.1f}, {confidence_interval(v).high:.1f}]" if len(
+            v) > 1 else f"{v.mean():.1f}"
+        lines.append(f"{start:10}{objective:16}{len(own):6}  {spelt(own):18}" +
+                     ("" if objective == "plain" or not len(gap) else f"{spelt(gap)} ({len(gap)} pairs)"))
     return "\n".join(lines)
 
 # %% ../../nbs/08a_published.ipynb #1ec60f53
@@ -331,17 +372,22 @@ def plot_published(
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
     for k, objective in enumerate(objectives):
         for i, start in enumerate(STARTS):
-            own = [100 * r["test_accuracy_last"] for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n)]
-            left.plot([i + .22 * (k - 1)] * len(own), own, "o", color=colors()[k], alpha=.5, ms=4, label=objective if i == 0 else None)
+            own = [
+                100 * r["test_accuracy_last"] for r in rows
+                if (r["start"], r["objective"], r["n"]) == (start, objective, n)]
+            left.plot([i + .22 * (k - 1)] * len(own), own, "o", color=colors()[k], alpha=.5, ms=4,
+                      label=objective if i == 0 else None)
             gap = paired_points(rows, start, objective, n=n)
             if k and len(gap) > 1:
                 found = confidence_interval(gap)
-                right.errorbar(i + .22 * (k - 1.5), found.mean, [[found.mean - found.low], [found.high - found.mean]], fmt="o", capsize=4, color=colors()[k])
+                right.errorbar(i + .22 * (k - 1.5), found.mean, [[found.mean - found.low], [found.high - found.mean]],
+                               fmt="o", capsize=4, color=colors()[k])
     right.axhline(0, color="gray", lw=.8)
     for ax, label in ((left, "test accuracy (%)"), (right, "minus plain, same start (points)")):
         ax.set(xticks=range(3), xticklabels=STARTS, xlabel="start", ylabel=label, xlim=(-.5, 2.5))
     if not right.containers:
         right.set_yticks([])
-        right.text(.5, .5, "no interval yet:\nit takes two seeds", transform=right.transAxes, ha="center", va="center", color="gray")
+        right.text(.5, .5, "no interval yet:\nit takes two seeds", transform=right.transAxes, ha="center", va="center",
+                   color="gray")
     left.legend(frameon=False, fontsize="small")
     return fig

@@ -35,10 +35,12 @@ from ..transport import measure_transport
 # %% ../../nbs/94_run.ipynb #0cb7df99
 @checked
 def dataset(
-    spec:str,              # name of a data set, with variations: `"digits:flip=0.2"`, `"circles:noise=0.3"`, `"mnist:pool=2"`
+    # name of a data set, with variations: `"digits:flip=0.2"`, `"circles:noise=0.3"`, `"mnist:pool=2"`
+    spec:str,
     root:str|None=None,    # folder of the larger sets; None: `LAP_NB_DATA`
 )->Dataset:
-    "A data set by name: `noise` of the points, `flip` a share of the labels outside the test part, `pool` pictures by averaging."
+    """A data set by name: `noise` of the points, `flip` a share of the labels outside the test part, `pool` pictures by
+    averaging."""
     return _loaded(spec, root)
 
 @lru_cache(maxsize=4)
@@ -48,7 +50,11 @@ def _loaded(spec:str, root:str|None)->Dataset:
     options = _variations(spec, name, rest)
     found = getattr(sets, name)(noise=options["noise"]) if "noise" in options else load(name, root)
     if "pool" in options:
-        if found.x.ndim != 4 or options["pool"] > min(found.x.shape[2:]): raise ValueError(f"{spec!r} asks for pool, which is for pictures of that size or more; samples have shape {list(found.x.shape[1:])}")
+        if found.x.ndim != 4 or options["pool"] > min(found.x.shape[2:]):
+            raise ValueError(
+                f"{spec!r} asks for pool, which is for pictures of that size or more; samples have shape "
+                f"{list(found.x.shape[1:])}"
+            )
         found = replace(found, x=nn.functional.avg_pool2d(found.x, options["pool"]))
     return _flipped(found, options["flip"]) if "flip" in options else found
 
@@ -58,10 +64,15 @@ def _variations(spec:str, name:str, rest:str)->dict:
     unknown = {key for key, _, _ in pairs} - {"noise", "flip", "pool"}
     if unknown: raise ValueError(f"{spec!r} asks for {', '.join(sorted(unknown))}, expected noise, flip or pool")
     try: found = {key: (int if key == "pool" else float)(value) for key, _, value in pairs}
-    except ValueError: raise ValueError(f"{spec!r} has something else than a number, expected variations like noise=0.3, flip=0.2 or pool=2") from None
+    except ValueError:
+        raise ValueError(
+            f"{spec!r} has something else than a number, expected variations like noise=0.3, flip=0.2 or pool=2"
+        ) from None
     if len(found) < len(pairs): raise ValueError(f"{spec!r} asks for a variation twice, expected each once")
-    if "noise" in found and name not in ("circles", "moons"): raise ValueError(f"{spec!r} asks for noise, which only circles and moons have")
-    if not (0 <= found.get("flip", 0) <= 1 and 0 <= found.get("noise", 0) < math.inf and found.get("pool", 1) > 0): raise ValueError(f"{spec!r} is out of range: flip is a share from 0 to 1, noise zero or more, pool at least 1")
+    if "noise" in found and name not in ("circles", "moons"):
+        raise ValueError(f"{spec!r} asks for noise, which only circles and moons have")
+    if not (0 <= found.get("flip", 0) <= 1 and 0 <= found.get("noise", 0) < math.inf and found.get("pool", 1) > 0):
+        raise ValueError(f"{spec!r} is out of range: flip is a share from 0 to 1, noise zero or more, pool at least 1")
     return found
 
 def _flipped(data:Dataset, share:float)->Dataset:
@@ -84,20 +95,25 @@ def measure_motion(
     "Energy per test sample and per block (mean over features), and straightness."
     traj = model.trajectory(split.x[split.test[:TEST_CAP]])
     energies = block_energies(traj).mean(1)
-    return dict(energy_per_sample=energies.sum().item(), energy_per_block=energies.tolist(), straightness=traj.straightness().mean().item())
+    return dict(energy_per_sample=energies.sum().item(), energy_per_block=energies.tolist(),
+                straightness=traj.straightness().mean().item())
 
 @torch.no_grad()
 def _measured_transport(model:nn.Module, split:Split)->dict:
     "The split of the action and the checks of optimality, of the first stage."
     found = measure_transport(model.trajectory(split.x[split.test[:EXACT_CAP]]))
     columns = dict(optimal="all: optimal", assignment_gap="all: assignment", path_gap="all: path")
-    return {k: found[v] for k, v in columns.items()} | {k: found[v][0] for k, v in dict(self_share="gap: self_share", sensitivity="gap: sensitivity",
-        monotonicity="monotonicity", cyclical_3="cyclical_3", mccann_detour="mccann_detour").items()}
+    return {k: found[v] for k, v in columns.items()} | {
+        k: found[v][0]
+        for k, v in dict(self_share="gap: self_share", sensitivity="gap: sensitivity", monotonicity="monotonicity",
+                         cyclical_3="cyclical_3", mccann_detour="mccann_detour").items()}
 
 def _measured_regularity(model:nn.Module, split:Split)->dict:
-    "Local Lipschitz constants (95th percentile over samples) of each block and of the whole flow, and the Hölder exponent."
+    """Local Lipschitz constants (95th percentile over samples) of each block and of the whole flow, and the Hölder
+    exponent."""
     found = measure_regularity(model, split.x[split.test[:EXACT_CAP]])
-    return dict(lipschitz_per_block=found["lipschitz block 0.95"], lipschitz=found["lipschitz whole 0.95"][0], holder=found["holder on"])
+    return dict(lipschitz_per_block=found["lipschitz block 0.95"], lipschitz=found["lipschitz whole 0.95"][0],
+                holder=found["holder on"])
 
 def _measured_depth(model:nn.Module, split:Split, ways:tuple[str, ...], columns:str, part:str="test")->dict:
     "Of accuracy at every depth, the columns that are named."
@@ -107,14 +123,18 @@ def _measured_depth(model:nn.Module, split:Split, ways:tuple[str, ...], columns:
 def _measured_paths(model:nn.Module, split:Split, points:int=120)->dict:
     "Paths of test samples in the plane, rounded, with their labels."
     at = split.test[:points]
-    with torch.no_grad(): return dict(labels=split.y[at].tolist(), paths=model.trajectory(split.x[at]).x.round(decimals=3).tolist())
+    with torch.no_grad():
+        return dict(labels=split.y[at].tolist(), paths=model.trajectory(split.x[at]).x.round(decimals=3).tolist())
 
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
-MEASURES = {"transport": _measured_transport, "paths": _measured_paths, "regularity": _measured_regularity, "pruning": measure_pruning, "speed": measure_speed,
-    "depth": partial(_measured_depth, ways=("skip", "lengthened"), columns="counts skip lengthened settled area_skip area_lengthened path_gap largest_share"),
-    "best": partial(_measured_depth, ways=("best",), columns="best kept_best"),
-    "tuning": partial(_measured_depth, ways=("lengthened",), columns="part counts lengthened settled", part="val"),
-} # name -> function of a model and its split that returns columns
+MEASURES = {
+    "transport": _measured_transport, "paths": _measured_paths, "regularity": _measured_regularity,
+    "pruning": measure_pruning, "speed": measure_speed,
+    "depth": partial(_measured_depth, ways=("skip", "lengthened"),
+                     columns="counts skip lengthened settled area_skip area_lengthened path_gap largest_share"),
+    "best": partial(_measured_depth, ways=("best", ), columns="best kept_best"),
+    "tuning": partial(_measured_depth, ways=("lengthened", ), columns="part counts lengthened settled",
+                      part="val"), }   # name -> function of a model and its split that returns columns
 
 # %% ../../nbs/94_run.ipynb #716e5557
 def _objective(m:Method):
@@ -126,11 +146,14 @@ def _row(cell:Cell, run, split:Split)->dict:
     "What one network did."
     model, last = run.model.eval(), {k: v.item() for k, v in run.last.items() if v.ndim == 0}
     motion = measure_motion(model, split)
-    extra = {} if not math.isfinite(motion["energy_per_sample"]) else {k: v for name in cell.measures for k, v in MEASURES[name](model, split).items()}
+    extra = {} if not math.isfinite(motion["energy_per_sample"]) else {
+        k: v for name in cell.measures for k, v in MEASURES[name](model, split).items()}
     lam = last.get("lambda", math.inf)
-    return dict(seed=run.provenance["seed"], test_accuracy_last=last["test_accuracy"], test_accuracy_best=run.best_test_accuracy.item(),
-        val_accuracy_last=last["val_accuracy"], **motion, **{"lambda": lam}, task_loss=last["loss"],
-        diverged=not math.isfinite(last["loss"] + motion["energy_per_sample"]), **extra, **(_curve(run) if cell.curve else {}))
+    return dict(seed=run.provenance["seed"], test_accuracy_last=last["test_accuracy"],
+                test_accuracy_best=run.best_test_accuracy.item(), val_accuracy_last=last["val_accuracy"], **motion,
+                **{"lambda": lam}, task_loss=last["loss"],
+                diverged=not math.isfinite(last["loss"] + motion["energy_per_sample"]), **extra,
+                **(_curve(run) if cell.curve else {}))
 
 def _curve(run, points:int=6)->dict:
     "Action and lambda of the last batch at a few epochs."
@@ -152,8 +175,10 @@ def run_cell(
     device, data, s, m = torch.device(device), dataset(cell.data, root), cell.schedule, cell.method
     split, epochs, clock, cpu = data.splits(cell.n, seeds), s.length(cell.n), time.perf_counter(), time.process_time()
     split = replace(split, test=split.test[::cell.thin]).to(device)
-    settings = dict(epochs=epochs, batch_size=min(s.batch_size, cell.n), lr=m.lr or s.lr, label_smoothing=m.label_smoothing,
-                    weight_decay=s.weight_decay if m.weight_decay is None else m.weight_decay, eval_every=max(1, epochs // s.points), **dict(s.others))
+    settings = dict(epochs=epochs, batch_size=min(s.batch_size,
+                                                  cell.n), lr=m.lr or s.lr, label_smoothing=m.label_smoothing,
+                    weight_decay=s.weight_decay if m.weight_decay is None else m.weight_decay,
+                    eval_every=max(1, epochs // s.points), **dict(s.others))
     make = partial(make_net, cell.net, m, tuple(data.x.shape[1:]), data.classes)
     try:
         runs = fit_many(make, split, seeds, _objective(m), device, **settings, progress=bar)
@@ -161,22 +186,23 @@ def run_cell(
     except FloatingPointError: rows, modes = [dict(seed=seed, diverged=True) for seed in seeds], []
     if device.type == "cuda": torch.cuda.synchronize(device)
     wall = time.perf_counter() - clock
-    note = dict(cell=cell.name, config=cell.config, settings=changed_fields(cell), epochs=epochs, modes=modes, wall_seconds=wall,
-                device_seconds=wall if device.type == "cuda" else time.process_time() - cpu)
+    note = dict(cell=cell.name, config=cell.config, settings=changed_fields(cell), epochs=epochs, modes=modes,
+                wall_seconds=wall, device_seconds=wall if device.type == "cuda" else time.process_time() - cpu)
     return provenance(device, **note), rows
 
 # %% ../../nbs/94_run.ipynb #a19ceb76
 def _columns(study:Study, cell:Cell)->dict:
     "What every row of a cell says about itself."
     m = cell.method
-    return dict(study=study.name, scale=study.scale, data=cell.data, n=cell.n, net=str(cell.net), method=m.name, init=m.init,
-                gain=None if m.init == "default" else m.gain)
+    return dict(study=study.name, scale=study.scale, data=cell.data, n=cell.n, net=str(cell.net), method=m.name,
+                init=m.init, gain=None if m.init == "default" else m.gain)
 
 def _cost(cell:Cell, seeds:int)->float:
     "Work of a cell, in no particular unit: steps times samples times parameters, and something for each step."
     s = cell.schedule
     steps = s.length(cell.n) * math.ceil(cell.n / min(s.batch_size, cell.n))
-    return steps * (1 + seeds * min(s.batch_size, cell.n) * cell.net.K * (cell.net.width / 64) ** (2 if cell.net.kind != "dense" else 1) / 500)
+    return steps * (1 + seeds * min(s.batch_size, cell.n) * cell.net.K *
+                    (cell.net.width / 64) ** (2 if cell.net.kind != "dense" else 1) / 500)
 
 class _Share:
     "The part of a progress bar that one cell fills, one step per epoch."
@@ -201,8 +227,9 @@ def _todo(study:Study, path:Path, seeds:Sequence[int]|None, only:str, device_nam
         others = {known[cell.config, s] for s in wanted if (cell.config, s) in known} - {device_name}
         missing = tuple(s for s in wanted if (cell.config, s) not in known)
         if missing and others:
-            raise ValueError(f"{cell.name} was begun on {', '.join(others)}, this is {device_name}: one cell, one device; "
-                             "finish it there, or write to another folder with --out")
+            raise ValueError(
+                f"{cell.name} was begun on {', '.join(others)}, this is {device_name}: one cell, one device; "
+                "finish it there, or write to another folder with --out")
         if missing: tasks.append(_Task(cell, missing, _cost(cell, len(missing))))
     return tasks
 
@@ -220,14 +247,18 @@ def _check_known(study:Study):
         if g.net.kind not in NETS: raise ValueError(f"no network {g.net.kind!r}; there are {', '.join(NETS)}")
         unknown = [name for name in g.measures if name not in MEASURES]
         if unknown: raise ValueError(f"no measure {', '.join(map(repr, unknown))}; there are {', '.join(MEASURES)}")
-        for objective in filter(None, map(_objective, g.methods)): objective(dense_net(1, 2, K=2))   # raises where its settings cannot be
+        # raises where its settings cannot be
+        for objective in filter(None, map(_objective, g.methods)): objective(dense_net(1, 2, K=2))
 
 def _check_folder(folder:Path):
     "Raise unless files can be written to a folder, made if missing."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise OSError(f"cannot write to the folder {folder} ({e.strerror or e}): choose a folder you can write to with --out") from e
+    except OSError as e:
+        raise OSError(
+            f"cannot write to the folder {folder} ({e.strerror or e}): choose a folder you can write to with --out"
+        ) from e
 
 def _written(path:Path, study:Study, waiting:dict, failed:dict)->int: # rows
     "Write what was measured of cells; what the system refuses stays among the waiting."
@@ -257,17 +288,25 @@ def run_study(
     from tqdm.auto import tqdm
     _check_seeds(seeds); _check_known(study)
     path = results(out) / f"{study.name}.jsonl"
-    if path.parent.exists() and not path.parent.is_dir(): raise NotADirectoryError(f"{path.parent} is a file, expected a folder for the records: choose another one with --out")
-    if path.exists() and not resume: raise FileExistsError(f"{path} exists: go on with it by --resume, or choose another --out")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(
+            f"{path.parent} is a file, expected a folder for the records: choose another one with --out")
+    if path.exists() and not resume:
+        raise FileExistsError(f"{path} exists: go on with it by --resume, or choose another --out")
     with _workers(scheduler, device, root, study.data(only)) as (work, name):
         tasks, written, failed, waiting = _todo(study, path, seeds, only, name), 0, {}, {}
         if tasks: _check_folder(path.parent)
-        with tqdm(total=sum(t.cost for t in tasks), disable=not progress, mininterval=1, smoothing=0, bar_format=BAR) as bar:
+        with tqdm(total=sum(t.cost for t in tasks), disable=not progress, mininterval=1, smoothing=0,
+                  bar_format=BAR) as bar:
             for task, outcome in work(study, tasks, path, bar):
                 if isinstance(outcome, Exception): failed[task.cell.name] = outcome
                 elif outcome is not None: waiting[task.cell] = outcome
                 written += _written(path, study, waiting, failed)
-    if failed: raise RuntimeError(f"{len(failed)} cells failed, the others are recorded; the first, {next(iter(failed))}: {next(iter(failed.values()))}")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} cells failed, the others are recorded; the first, {next(iter(failed))}: "
+            f"{next(iter(failed.values()))}"
+        )
     return written
 
 # %% ../../nbs/94_run.ipynb #8e829464
@@ -278,7 +317,8 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 def _workers(scheduler:str, device:str, root:str|None, specs:list[str])->Iterator[tuple[Callable, str]]:
     "A function that runs tasks and yields `(task, outcome)`, and the name of the device they run on."
     if scheduler:
-        with _client(scheduler) as client: yield partial(_run_remote, client, device, root), _common_device(client, device, root, specs)
+        with _client(scheduler) as client:
+            yield partial(_run_remote, client, device, root), _common_device(client, device, root, specs)
     else:
         where = pick_device(device)
         for spec in specs: dataset(spec, root)
@@ -308,12 +348,15 @@ def _client(scheduler:str):
     try: from dask.distributed import Client, LocalCluster
     except ImportError as e: raise RuntimeError("--scheduler needs Dask: pip install dask distributed") from e
     if scheduler == "local":
-        with LocalCluster(threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client: yield client
+        with LocalCluster(threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+            yield client
         return
     try: client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as e:
-        raise OSError(f"no Dask scheduler at {scheduler} ({e}): start one with `dask scheduler`, workers with `dask worker ADDRESS`, "
-                      "or use --scheduler local") from e
+        raise OSError(
+            f"no Dask scheduler at {scheduler} ({e}): start one with `dask scheduler`, workers with `dask worker "
+            f"ADDRESS`, "
+            "or use --scheduler local") from e
     with client: yield client
 
 def _inspect(device:str, root:str|None, specs:list[str])->tuple[str, str]:
@@ -331,7 +374,11 @@ def _common_device(client, device:str, root:str|None, specs:list[str])->str:
     for worker, (_, problem) in found.items():
         if problem: raise ValueError(f"worker {worker} cannot run this study: {problem}")
     names = {name for name, _ in found.values()}
-    if len(names) > 1: raise ValueError(f"the workers' devices differ: {', '.join(sorted(names))}; a study runs on one kind, choose it with --device")
+    if len(names) > 1:
+        raise ValueError(
+            f"the workers' devices differ: {', '.join(sorted(names))}; a study runs on one kind, choose it with "
+            f"--device"
+        )
     for worker, theirs in client.run(_versions).items(): _check_versions(theirs, f"worker {worker}")
     return names.pop()
 
@@ -342,8 +389,14 @@ def _versions()->dict[str, str|None]:
 
 def _check_versions(theirs:Mapping, who:str):
     "Raise if somebody has other versions than this process; a commit is compared where both have one."
-    differ = [f"{name} {theirs[name]}, here {mine}" for name, mine in _versions().items() if theirs.get(name) != mine and None not in (theirs.get(name), mine)]
-    if differ: raise ValueError(f"{who} has other versions: {'; '.join(differ)}. A study is trained by one code: install the same on all, and start the workers anew")
+    differ = [
+        f"{name} {theirs[name]}, here {mine}" for name, mine in _versions().items()
+        if theirs.get(name) != mine and None not in (theirs.get(name), mine)]
+    if differ:
+        raise ValueError(
+            f"{who} has other versions: {'; '.join(differ)}. A study is trained by one code: install the same on all, "
+            f"and start the workers anew"
+        )
 
 def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task], path:Path, bar)->Iterator[tuple[_Task, object]]:
     "All cells to the workers; a cell whose worker dies goes to another."

@@ -28,9 +28,11 @@ from .design import checksum
 
 # %% ../../nbs/93_store.ipynb #fc63d501
 def as_json(value):
-    "As JSON keeps it: floats with six digits, those that are not finite as null. Raises `TypeError` where it would not be read as it was written."
+    """As JSON keeps it: floats with six digits, those that are not finite as null. Raises `TypeError` where it would
+    not be read as it was written."""
     if isinstance(value, float): return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, int) and abs(value) >= 2 ** 63: raise WrongKind(f"found {described(value)}, expected one below 2**63")
+    if isinstance(value, int) and abs(value) >= 2 ** 63:
+        raise WrongKind(f"found {described(value)}, expected one below 2**63")
     if isinstance(value, Mapping):
         odd = next((k for k in value if not isinstance(k, str)), None)
         if odd is not None: raise WrongKind(f"found the key {described(odd)}, expected a name")
@@ -49,14 +51,17 @@ def _line(value:dict)->str:
 def _compact(value)->str: return json.dumps(value, separators=(",", ":"), allow_nan=False)
 def _sha(body:bytes)->str: return hashlib.sha256(body).hexdigest()[:12]
 
-_NOTE = dict(id=(str,), config=(str,), scale=(str,), device=(str,), device_name=(str,), threads=(int,), device_seconds=(int, float), settings=(dict,))
-_ROW = dict(run=(str,), config=(str,), seed=(int,), study=(str,), scale=(str,), data=(str,), n=(int,), net=(str,), method=(str,))
+_NOTE = dict(id=(str, ), config=(str, ), scale=(str, ), device=(str, ), device_name=(str, ), threads=(int, ),
+             device_seconds=(int, float), settings=(dict, ))
+_ROW = dict(run=(str, ), config=(str, ), seed=(int, ), study=(str, ), scale=(str, ), data=(str, ), n=(int, ),
+            net=(str, ), method=(str, ))
 
 def _lacking(value:dict)->list[str]:
     "Of what every line of its kind holds, what a line lacks, or has of another type or size."
     is_run = value.get("kind") == "run"
     lacking = [name for name, kinds in (_NOTE if is_run else _ROW).items() if type(value.get(name)) not in kinds]
-    return lacking or [name for name in (("threads",) if is_run else ("seed", "n")) if not 0 <= value[name] < 2 ** 63] or (_lacking_settings(value) if is_run else [])
+    return lacking or [name for name in (("threads", ) if is_run else ("seed", "n")) if not 0 <= value[name] < 2 ** 63
+                       ] or (_lacking_settings(value) if is_run else [])
 
 def _lacking_settings(run:dict)->list[str]:
     method = run["settings"].get("method")
@@ -75,18 +80,24 @@ def _at_a_glance(lines:list[bytes])->list[dict|None]:
 
 def _is_as_written(line:bytes, value:dict)->bool:
     "Is the text of these values surely that of `append_rows`? Takes the checksum out of the values."
-    if value.pop("sha", None) != _sha(line[:-22]) or b" " in line and b'" ' in line or b"\t" in line or b"\r" in line: return False
+    if value.pop("sha", None) != _sha(line[:-22]) or b" " in line and b'" ' in line or b"\t" in line or b"\r" in line:
+        return False
     keys = line.count(b'":') - 1
-    return (keys == len(value) or keys == _n_keys(value)) and (_is_row(value) or not _is_foreign(value) and not _lacking(value))
+    return (keys == len(value) or keys == _n_keys(value)) and (_is_row(value)
+                                                               or not _is_foreign(value) and not _lacking(value))
 
 def _n_keys(value:dict)->int: return len(value) + sum([_n_keys(v) for v in value.values() if type(v) is dict])
-def _is_foreign(value:dict)->bool: return value.get("kind") == "run" and (type(value.get("format")), value.get("format")) != (int, FORMAT)
+def _is_foreign(value: dict) -> bool:
+    return value.get("kind") == "run" and (type(value.get("format")), value.get("format")) != (int, FORMAT)
 
 _columns, _kinds = itemgetter(*_ROW), [kind for (kind,) in _ROW.values()]
 def _is_row(value:dict)->bool:
     "As `_lacking` has it, in a quarter of the time."
-    try: return "kind" not in value and [*map(type, _columns(value))] == _kinds and 0 <= value["seed"] < 2 ** 63 and 0 <= value["n"] < 2 ** 63
-    except KeyError: return False
+    try:
+        return "kind" not in value and [*map(type, _columns(value))
+                                        ] == _kinds and 0 <= value["seed"] < 2 ** 63 and 0 <= value["n"] < 2 ** 63
+    except KeyError:
+        return False
 
 # %% ../../nbs/93_store.ipynb #b41d07ab
 def _parsed(line:bytes, where:str)->dict:
@@ -95,18 +106,31 @@ def _parsed(line:bytes, where:str)->dict:
         value = json.loads(line, object_pairs_hook=_once_each, parse_constant=_no_number)
         if not isinstance(value, dict): raise ValueError(f"found {type(value).__name__}, expected an object")
         sha = value.pop("sha", None)
-        sums = _sha(_compact(value)[:-1].encode()), checksum(value)   # of the values as they are written; of lines from before, sorted
-    except (ValueError, RecursionError) as e: raise ValueError(f"{where} is not JSON ({e}): restore the file from its history, or move it away") from e
-    if sha not in sums: raise ValueError(f"{where} was altered: its checksum is {sha}, its values give {sums[0]}; restore it from its history")
+        # of the values as they are written; of lines from before, sorted
+        sums = _sha(_compact(value)[:-1].encode()), checksum(value)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON ({e}): restore the file from its history, or move it away") from e
+    if sha not in sums:
+        raise ValueError(
+            f"{where} was altered: its checksum is {sha}, its values give {sums[0]}; restore it from its history")
     if _is_foreign(value):
-        raise ValueError(f"{where} has format {described(value.get('format'))}, expected {FORMAT}: read it with the version of lap_nb that wrote it ({value.get('lap_nb')})")
-    if lacking := _lacking(value): raise ValueError(f"{where} is no line of a record, it lacks {', '.join(lacking)} of the expected type and size: restore the file from its history")
+        raise ValueError(
+            f"{where} has format {described(value.get('format'))}, expected {FORMAT}: read it with the version of "
+            f"lap_nb that wrote it ({value.get('lap_nb')})"
+        )
+    if lacking := _lacking(value):
+        raise ValueError(
+            f"{where} is no line of a record, it lacks {', '.join(lacking)} of the expected type and size: restore "
+            f"the file from its history"
+        )
     return value
 
 def _once_each(pairs:list)->dict:
     "An object whose keys stand there once each."
     found = dict(pairs)
-    if len(found) < len(pairs): raise ValueError(f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands there twice")
+    if len(found) < len(pairs):
+        raise ValueError(
+            f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands there twice")
     return found
 
 def _no_number(name:str): raise ValueError(f"{name} is no number of JSON")
@@ -121,15 +145,20 @@ def read_lines(
     whole, _, _ = (path.read_bytes() if _is_there(path) else b"").rpartition(b"\n")
     numbered = [(i, line) for i, line in enumerate(whole.split(b"\n"), 1) if line]
     quick = _at_a_glance([line for _, line in numbered])
-    lines = _once([(i, value or _parsed(line, f"line {i} of {path.name}")) for (i, line), value in zip(numbered, quick)], path.name)
+    lines = _once([
+        (i, value or _parsed(line, f"line {i} of {path.name}")) for (i, line), value in zip(numbered, quick)],
+                  path.name)
     runs = {line["id"] for line in lines if "id" in line}
     lost = next((line["run"] for line in lines if "seed" in line and line["run"] not in runs), None)
-    if lost is not None: raise ValueError(f"{path.name} has rows of the run {lost}, but not its provenance: restore the file from its history")
+    if lost is not None:
+        raise ValueError(
+            f"{path.name} has rows of the run {lost}, but not its provenance: restore the file from its history")
     return lines
 
 def _is_there(path:Path)->bool:
     "Is there a record? Raises `OSError` if there is something else."
-    if path.exists() and not path.is_file(): raise OSError(f"{path} is not a file, expected a record: move it away, or choose another folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file, expected a record: move it away, or choose another folder")
     return path.exists()
 
 def _once(lines:list[tuple[int, dict]], name:str)->list[dict]:
@@ -140,18 +169,27 @@ def _once(lines:list[tuple[int, dict]], name:str)->list[dict]:
         at, said = first.setdefault(_key(line), (i, line))
         if at == i: continue
         other = [k for k in said | line if k != "run" and said.get(k) != line.get(k)]
-        if other: raise ValueError(f"lines {at} and {i} of {name} contradict each other: of {_whose(line)}, one has {other[0]} {said.get(other[0])!r}, "
-                                   f"the other {line.get(other[0])!r}. Keep one of the two and delete the other, or restore the file from its history")
+        if other:
+            raise ValueError(
+                f"lines {at} and {i} of {name} contradict each other: of {_whose(line)}, one has {other[0]} "
+                f"{said.get(other[0])!r}, "
+                f"the other {line.get(other[0])!r}. Keep one of the two and delete the other, or restore the file "
+                f"from its history"
+            )
         twice.append((at, i))
-    if twice: warnings.warn(f"{name} says {len(twice)} things twice, as after a merge, and each is taken once; the first, line {twice[0][1]}, repeats line {twice[0][0]}. "
-                            "Delete the repeated lines, then this is not said again")
+    if twice:
+        warnings.warn(
+            f"{name} says {len(twice)} things twice, as after a merge, and each is taken once; the first, line "
+            f"{twice[0][1]}, repeats line {twice[0][0]}. "
+            "Delete the repeated lines, then this is not said again")
     repeated = {i for _, i in twice}
     return [line for i, line in lines if i not in repeated]
 
 def _key(line:dict)->tuple: return ("run", line["id"]) if line.get("kind") == "run" else (line["config"], line["seed"])
 
 def _whose(line:dict)->str:
-    return f"the run {line['id']}" if line.get("kind") == "run" else f"{line['data']}/{line['n']}/{line['net']}/{line['method']}, seed {line['seed']}"
+    return f"the run {line['id']}" if line.get(
+        "kind") == "run" else f"{line['data']}/{line['n']}/{line['net']}/{line['method']}, seed {line['seed']}"
 
 # %% ../../nbs/93_store.ipynb #e70546a2
 @contextmanager
@@ -165,7 +203,8 @@ def held(
         path.parent.mkdir(parents=True, exist_ok=True)
         try: lock.acquire(blocking=wait)
         except Timeout: pass
-        except NotImplementedError as e: raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older versions of filelock
+        except NotImplementedError as e:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from e   # of older versions of filelock
     try: yield lock.is_locked
     finally: lock.release()
 
@@ -190,7 +229,8 @@ def _networks(lines:bytes, before:int, name:str)->set[tuple[str, int]]: # (confi
 
 # %% ../../nbs/93_store.ipynb #494a9b3f
 class _Index:
-    "Which networks a record holds, and where it ends, kept up to date by reading what was added; to be used under the lock of the record."
+    """Which networks a record holds, and where it ends, kept up to date by reading what was added; to be used under the
+    lock of the record."""
     def __init__(self, path:Path): self.path = path; self._forget()
     def _forget(self): self.known, self.file, self.end, self.lines, self.last = set(), None, 0, 0, b""
 
@@ -242,12 +282,20 @@ def _locked(path:Path): return held(path.with_name(f".{path.name}.lock"))
 def _check_written(note:dict, rows:list[dict], columns:dict):
     "Raise if what is to be written lacks what is asked of every line."
     given = dict(columns, run="", config=note.get("config"))
-    lacking = [k for k in _NOTE if k != "id" and k not in (note | columns)] + [k for k in _ROW if k != "seed" and k not in given]
-    if lacking: raise ValueError(f"{', '.join(lacking)} is missing, expected a note as run_cell gives it, and columns with {', '.join(k for k in _ROW if k not in ('run', 'config', 'seed'))}")
+    lacking = [k for k in _NOTE if k != "id" and k not in (note | columns)] + [
+        k for k in _ROW if k != "seed" and k not in given]
+    if lacking:
+        raise ValueError(
+            f"{', '.join(lacking)} is missing, expected a note as run_cell gives it, and columns with "
+            f"{', '.join(k for k in _ROW if k not in ('run', 'config', 'seed'))}"
+        )
     for row in rows:
-        if type(row.get("seed")) is not int: raise TypeError(f"a row has the seed {described(row.get('seed'))}, expected a whole number")
+        if type(row.get("seed")) is not int:
+            raise TypeError(f"a row has the seed {described(row.get('seed'))}, expected a whole number")
         whole("seed of a row", row["seed"])
-        if taken := given.keys() & row: raise TypeError(f"a row has {', '.join(sorted(taken))}, which are columns already: leave them out of the row")
+        if taken := given.keys() & row:
+            raise TypeError(
+                f"a row has {', '.join(sorted(taken))}, which are columns already: leave them out of the row")
 
 # %% ../../nbs/93_store.ipynb #d116334c
 @checked
@@ -257,7 +305,8 @@ def append_rows(
     rows:list[dict],  # one per seed
     columns:dict,     # of every row, before the others
 )->int:               # rows that were new
-    "Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left out. Raises `OSError`, in words, and then has written nothing."
+    """Append rows under a lock: a half-written last line is cut off first, and rows that are there already are left
+    out. Raises `OSError`, in words, and then has written nothing."""
     path = Path(path)
     if not path.name: raise ValueError(f"found the folder {path}, expected a file in it, as {path / 'mine.jsonl'}")
     _check_written(note, rows, columns)
@@ -270,7 +319,11 @@ def append_rows(
         run["id"] = checksum([run, time.time_ns(), os.getpid()])
         lines = [run, *(as_json(dict(columns, run=run["id"], config=note["config"], **row)) for row in rows)]
         for line in lines:
-            if lacking := _lacking(line): raise ValueError(f"{lacking[0]} is {described(line.get(lacking[0]))}, expected another type or size: no record holds that")
+            if lacking := _lacking(line):
+                raise ValueError(
+                    f"{lacking[0]} is {described(line.get(lacking[0]))}, expected another type or size: no record "
+                    f"holds that"
+                )
         index.append("".join(map(_line, lines)).encode())
     return len(rows)
 

@@ -51,10 +51,12 @@ class Setting:
         one_of("data", self.data, DATA)
         for name, low in dict(blocks=1, steps=1, seed=0).items():
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= low): raise ValueError(f"{name} is {value!r}, expected a whole number from {low} on")
+            if not (isinstance(value, int) and value >= low):
+                raise ValueError(f"{name} is {value!r}, expected a whole number from {low} on")
         number = lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf
         for name in ("gain", "tau", "target"):
-            if not number(getattr(self, name)): raise ValueError(f"{name} is {getattr(self, name)!r}, expected zero or more")
+            if not number(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected zero or more")
         if not (number(self.lambda0) and self.lambda0 > 0):
             raise ValueError(f"lambda0 is {self.lambda0!r}, expected a positive number: the action is divided by it")
 
@@ -107,7 +109,9 @@ def train(self:Trial,
     watch:Callable[[int], None]|None=None, # called with the number of epochs done, after each
 )->bool:                                   # whether it went to the end
     "Train for the steps of the setting; a trial trains once."
-    if self.curves: raise RuntimeError(f"this trial has trained for {int(self.curves['epoch'][-1])} epochs already: make a new Trial")
+    if self.curves:
+        raise RuntimeError(
+            f"this trial has trained for {int(self.curves['epoch'][-1])} epochs already: make a new Trial")
     s = self.setting
     la = LeastAction(self.model, DualAscent(s.lambda0, s.tau, s.target)) if s.least_action else None
 
@@ -116,7 +120,9 @@ def train(self:Trial,
         if watch is not None: watch(training.epoch)
         return stop is not None and stop.is_set()
 
-    try: fit(self.model, self.split, la, epochs=self.epochs, batch_size=BATCH, lr=LR, seed=s.seed, eval_every=1, callbacks=[each])
+    try:
+        fit(self.model, self.split, la, epochs=self.epochs, batch_size=BATCH, lr=LR, seed=s.seed, eval_every=1,
+            callbacks=[each])
     finally:
         if la is not None: la.remove()
     return len(self.curves["epoch"]) == self.epochs
@@ -208,7 +214,8 @@ def draw_split(
     for share, name, color in zip(split.shares(), ("transport $W_2^2$", "assignment gap", "path gap"), (0, 1, 3)):
         ax.barh(0, share, left=left, color=colors()[color], label=f"{name}: {100 * share:.0f} %")
         left += share
-    ax.set(xlabel="share of $K\\Sigma_k|x_{k+1}-x_k|^2$", xlim=(0, 1), ylim=(-.6, 1.6), yticks=[], title=f"in all {split.total():.3g}")
+    ax.set(xlabel="share of $K\\Sigma_k|x_{k+1}-x_k|^2$", xlim=(0, 1), ylim=(-.6, 1.6), yticks=[],
+           title=f"in all {split.total():.3g}")
     ax.set_xticks((0, .5, 1), ("0", "0.5", "1"))
     ax.legend(frameon=False, fontsize=7, loc="upper left", handlelength=1)
 
@@ -220,7 +227,8 @@ def draw_depth(
     curve = depth_curve(trial.model, trial.split, ways=("skip", "lengthened"))
     for way, marker in (("skip", "o"), ("lengthened", "s")):
         rows = curve.of(way)
-        ax.plot([r["blocks"] for r in rows], [100 * r["accuracy"] for r in rows], marker=marker, label=way, color=colors()[way == "skip"])
+        ax.plot([r["blocks"] for r in rows], [100 * r["accuracy"] for r in rows], marker=marker, label=way,
+                color=colors()[way == "skip"])
     ax.set(xlabel="blocks kept", ylabel="test accuracy (%)", ylim=(0, 103), title="other depths")
     ax.locator_params(axis="x", nbins=5, integer=True)
     ax.legend(frameon=False, fontsize=7)
@@ -233,7 +241,8 @@ def _png(pixels)->bytes:
     import numpy as np
     with extra("widgets"): from PIL import Image
     file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(32, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG")
+    Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(32, Image.Quantize.FASTOCTREE,
+                                                                 dither=Image.Dither.NONE).save(file, "PNG")
     return file.getvalue()
 
 def picture(
@@ -248,7 +257,8 @@ def picture(
     from matplotlib.figure import Figure
     with _drawing:
         figure = Figure(figsize=(width, height), dpi=80)
-        ax = figure.add_axes((.82 / width, .55 / height, 1 - .92 / width, 1 - .85 / height))   # the same margins at every size
+        # the same margins at every size
+        ax = figure.add_axes((.82 / width, .55 / height, 1 - .92 / width, 1 - .85 / height))
         draw(ax)
         ax.set_title(ax.get_title(), y=1.02)   # a fixed place, which matplotlib need not look for at each drawing
         canvas = FigureCanvasAgg(figure)
@@ -279,14 +289,16 @@ def picture(self:Trial,
     return picture(lambda ax: draw(self, ax, *args), alt)
 
 # %% ../../nbs/10_playground.ipynb #0553b3a4
-LIMITS = dict(blocks=(1, 20), gain=(.01, 10 ** .5), lambda0=(.01, 100.), tau=(0., 10.), target=(0., .5))   # of a `Setting` in a panel, by field
+# of a `Setting` in a panel, by field
+LIMITS = dict(blocks=(1, 20), gain=(.01, 10 ** .5), lambda0=(.01, 100.), tau=(0., 10.), target=(0., .5))
 
 def _controls()->dict: # field of `Setting` to widget
     with extra("widgets"): from ipywidgets import Checkbox, Dropdown, FloatLogSlider, FloatSlider, IntSlider
     s, style = Setting(), dict(style={"description_width": "7em"}, layout={"width": "21em"})
     def slider(kind, name:str, description:str, **step):
         low, high = map(math.log10, LIMITS[name]) if kind is FloatLogSlider else LIMITS[name]
-        return kind(getattr(s, name), min=low, max=high, description=description, continuous_update=True, **style, **step)
+        return kind(getattr(s, name), min=low, max=high, description=description, continuous_update=True, **style,
+                    **step)
     return dict(
         data=Dropdown(options=DATA, value=s.data, description="data", **style),
         blocks=slider(IntSlider, "blocks", "blocks"),
@@ -300,7 +312,10 @@ def _within(setting:Setting)->Setting:
     "The setting, if sliders can show it."
     for name, (low, high) in LIMITS.items():
         if low * (1 - 1e-9) <= (value := getattr(setting, name)) <= high * (1 + 1e-9): continue
-        raise ValueError(f"{name} is {value:g}, its slider {'ends' if value > high else 'starts'} at {high if value > high else low:g}: train it as a `Trial`")
+        raise ValueError(
+            f"{name} is {value:g}, its slider {'ends' if value > high else 'starts'} at "
+            f"{high if value > high else low:g}: train it as a `Trial`"
+        )
     return setting
 
 # %% ../../nbs/10_playground.ipynb #42c04ff6
@@ -311,19 +326,24 @@ class Explorer:
     ):
         with extra("widgets"): from ipywidgets import Button, HTML, IntProgress, IntSlider, Layout
         self.controls = _controls()
-        self.ends = {name: {end: getattr(c, end) for end in ("base", "min", "max") if c.has_trait(end)} for name, c in self.controls.items()}
-        self.start, self.halt = Button(description="Train", button_style="primary"), Button(description="Stop", disabled=True)
+        self.ends = {
+            name: {end: getattr(c, end) for end in ("base", "min", "max") if c.has_trait(end)}
+            for name, c in self.controls.items()}
+        self.start, self.halt = Button(description="Train",
+                                       button_style="primary"), Button(description="Stop", disabled=True)
         self.layer = IntSlider(setting.blocks, 0, setting.blocks, description="layer")
         self.bar, self.status = IntProgress(0, 0, 1), HTML().add_class("explorer-status")
         self.places = {name: HTML(layout=Layout(min_width="272px", min_height="240px")) for name in PICTURES}
-        self.stop, self.worker, self.follower, self.busy, self.base = threading.Event(), None, None, False, _within(setting)
+        self.stop, self.worker, self.follower, self.busy, self.base = threading.Event(), None, None, False, _within(
+            setting)
         self.put(setting)
         for control in self.controls.values(): control.observe(lambda _: self.turned(), "value")
         self.layer.observe(lambda _: self.settled and self.show(*BY_LAYER), "value")
         self.start.on_click(lambda _: self.train())
         self.halt.on_click(lambda _: self.stop.set())
         self.reset()
-        self.follower.join()   # all pictures are there before the panel is shown: a page that is still loading can miss a later one
+        # all pictures are there before the panel is shown: a page that is still loading can miss a later one
+        self.follower.join()
 
 # %% ../../nbs/10_playground.ipynb #52fc7269
 @patch(as_prop=True)
@@ -368,7 +388,8 @@ def reset(self:Explorer):
     self.trial = Trial(setting)
     self.bar.value, self.bar.max = 0, self.trial.epochs
     self.settled = False
-    with self.layer.hold_trait_notifications(): self.layer.min, self.layer.max, self.layer.value = 0, setting.blocks, setting.blocks
+    with self.layer.hold_trait_notifications():
+        self.layer.min, self.layer.max, self.layer.value = 0, setting.blocks, setting.blocks
     self.settled = True
     for place in self.places.values(): place.value = ""
     self.show("paths")
@@ -393,7 +414,8 @@ def say(self:Explorer,
 # %% ../../nbs/10_playground.ipynb #47abd2ae
 @patch
 def _follow(self:Explorer, trial:Trial, rest:float=.15):
-    "Draw the pictures that are missing, once no change has come for `rest` seconds; a newer change or a training ends it."
+    """Draw the pictures that are missing, once no change has come for `rest` seconds; a newer change or a training ends
+    it."""
     time.sleep(rest)
     for name, place in self.places.items():
         if self.trial is not trial or trial.curves or self.busy: return
@@ -452,7 +474,9 @@ def close(self:Explorer):
     self.finish()
     self.trial = None   # ends the follower
     self.follower.join()
-    for widget in (*self.controls.values(), *self.places.values(), self.start, self.halt, self.layer, self.bar, self.status): widget.close()
+    for widget in (*self.controls.values(), *self.places.values(), self.start, self.halt, self.layer, self.bar,
+                   self.status):
+        widget.close()
 
 # %% ../../nbs/10_playground.ipynb #261de22d
 @patch(as_prop=True)
@@ -484,12 +508,14 @@ def scrub(
     "Pictures of trained settings, chosen by two sliders without a kernel."
     if not gains or not lambdas: raise ValueError("gains or lambdas is empty, expected at least one of each")
     with extra("widgets"): from ipywidgets import HTML, SelectionSlider, Stack, VBox, jslink
-    trials = [[Trial(Setting(gain=gain, least_action=la is not None, lambda0=la or 1., **others)) for la in lambdas] for gain in gains]
+    trials = [[Trial(Setting(gain=gain, least_action=la is not None, lambda0=la or 1., **others)) for la in lambdas]
+              for gain in gains]
     for trial in (t for row in trials for t in row): trial.train()
     columns = [Stack([HTML(_summary(trial)) for trial in row], selected_index=0) for row in trials]
     chosen = Stack(columns, selected_index=0)
     first = SelectionSlider(options=[f"{g:g}" for g in gains], description="gain")
-    second = SelectionSlider(options=["plain" if la is None else f"{la:g}" for la in lambdas], description="first lambda")
+    second = SelectionSlider(options=["plain" if la is None else f"{la:g}" for la in lambdas],
+                             description="first lambda")
     jslink((first, "index"), (chosen, "selected_index"))
     for each in columns: jslink((second, "index"), (each, "selected_index"))
     box = VBox([first, second, chosen])
@@ -499,5 +525,6 @@ def scrub(
 def _summary(trial:Trial)->str:
     "Pictures of a trained setting and its numbers."
     args = lambda name: (trial.setting.blocks,) if name == "paths" else ()
-    pictures = "".join(picture(lambda ax: draw(trial, ax, *args(name)), alt, 2.6, 2.4) for name, (draw, alt) in PICTURES.items())
+    pictures = "".join(
+        picture(lambda ax: draw(trial, ax, *args(name)), alt, 2.6, 2.4) for name, (draw, alt) in PICTURES.items())
     return f"<p>test accuracy {100 * trial.accuracy():.1f} %, energy per sample {trial.energy():.3g}</p>{pictures}"

@@ -122,7 +122,8 @@ def documented(name, page):
 
 
 def api_entry(text, name, thing, is_property):
-    "What `show_doc` wrote of `thing`, with the signature on top and the commented arguments as a table; nothing of a method of Python's own kind without words."
+    """What `show_doc` wrote of `thing`, with the signature on top and the commented arguments as a table; nothing of a
+    method of Python's own kind without words."""
     code, doc = re.fullmatch(r'---\n\n(?:\[source\]\(.*?\).*?\n\n)?### .*?\n\n```python\n(.*?)\n```\s*(.*)', text, re.S).groups()
     doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M) if thing.__doc__ else ''   # else what Python or PyTorch says of the method it stands for
     if not doc and name.rpartition('.')[2].startswith('_'): return ''
@@ -156,7 +157,8 @@ def types_of(thing):
 
 
 def signature_and_table(code, more, types):
-    "From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments; `more` of both by name."
+    """From `def f(` one argument per line, `# comment`: a call without types, and the table of types and comments;
+    `more` of both by name."""
     code = re.sub(r'^( {4}\w+:\w+) <.*?>(?==)', r'\1', code, flags=re.M)  # fastcore's help of an argument
     code = re.sub(r'=<[^<>]*>', '=...', code)                             # a function as a default value
     comments = {name: NbdevLookup().linkify(text) for name, text in more.items()} | dict(re.findall(r'^ {4}\*{0,2}(\w+)\b.*? # (.*)$', code, re.M))

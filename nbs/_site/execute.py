@@ -77,7 +77,8 @@ def shrink_pictures(nb):
 
 
 def stable_ids(text):
-    "Number the ids of widget models, random in every run, in the order in which the notebook refers to them; keep those a page shows."
+    """Number the ids of widget models, random in every run, in the order in which the notebook refers to them; keep
+    those a page shows."""
     nb = json.loads(text)
     widgets = nb['metadata'].get('widgets', {}).get(STATE)
     if not widgets: return text
@@ -99,7 +100,8 @@ def stable_ids(text):
 
 
 def set_links_aside(text):
-    "nbdev cannot write the models of links (a list named `source`): they are kept as a string, which render.py puts back."
+    """nbdev cannot write the models of links (a list named `source`): they are kept as a string, which render.py puts
+    back."""
     nb = json.loads(text)
     widgets = nb['metadata'].get('widgets', {}).get(STATE, {'state': {}})
     links = {model: widgets['state'].pop(model) for model in list(widgets['state'])

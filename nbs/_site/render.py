@@ -191,7 +191,8 @@ def plain_markdown(text):
 
 
 def lead_to_pages(pages):
-    "A name of a module leads to its entry, on whichever page that stands; one without an entry, to the page that explains it."
+    """A name of a module leads to its entry, on whichever page that stands; one without an entry, to the page that
+    explains it."""
     syms = import_module(f'{get_config().lib_path.name}._modidx').d['syms']
     at = {entry.lower(): page for module in syms.values() for page, _, entry in (place.partition('#') for place, _ in module.values())}
     texts = {page: page.read_text(encoding='utf-8') for page in pages}
@@ -207,7 +208,8 @@ def lead_to_pages(pages):
 
 
 def tell_namesakes_apart(pages):
-    "nbdev addresses a name in lower case. Where a heading or another name has that address, links to the name go to its entry all the same."
+    """nbdev addresses a name in lower case. Where a heading or another name has that address, links to the name go to
+    its entry all the same."""
     texts, moved = {page: page.read_text(encoding='utf-8') for page in pages}, {}
     for page, text in texts.items():
         for anchor, name in re.findall(r'<article class="api">.*?<h3 id="([^"]*)">([\w.]+)</h3>', text, re.S):
@@ -274,7 +276,8 @@ def copy_assets(out):
 
 
 def explorable():
-    "The modules of the explorable as one script without exports and comments: browsers load no module for a page opened from a folder."
+    """The modules of the explorable as one script without exports and comments: browsers load no module for a page
+    opened from a folder."""
     parts = [(HERE / name).read_text(encoding='utf-8') for name in ('flow.mjs', 'drawing.mjs', 'explorable.mjs')]
     bare = [re.sub(r'^(import| *//).*\n|^export ', '', part, flags=re.M) for part in parts]
     return '{\n' + '\n'.join(bare) + '}\n'
