@@ -34,7 +34,8 @@ def described(
     """What `value` is, for an error message: a tensor by type and shape, something short by itself, all else by its
     type."""
     if isinstance(value, Tensor):
-        kind = "nested " if value.is_nested else "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        kind = "" if layout == "strided" else f"{layout} "
         place = " on meta, which has no values" if value.is_meta else ""
         shape = [value.size(0), "..."] if value.is_nested else list(value.shape)
         return f"a {kind}tensor {shape} of {str(value.dtype).removeprefix('torch.')}{place}"

@@ -336,7 +336,8 @@ def grid_members(
 def _checked(grid)->Mapping:
     if not grid:
         raise ValueError(
-            "grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave it out"
+            "grid is empty, expected a setting and its values, as in grid=dict(lr=[1e-3, 1e-2]); without a grid leave "
+            "it out"
         )
     if not isinstance(grid, Mapping):
         raise ValueError(f"grid is of type {type(grid).__name__}, expected a mapping, as in grid=dict(lr=[1e-3, 1e-2])")
@@ -428,7 +429,8 @@ def _rows(keys:Sequence, need:int, room:int, chunk:int|None, abreast:int=1)->lis
     fit, size = room // need, lambda n: f"{n / 2**20:,.0f} MiB"
     if fit < 1:
         raise MemoryError(
-            f"one network needs about {size(need)}, and {size(room)} may be used: choose a smaller batch_size or network"
+            f"one network needs about {size(need)}, and {size(room)} may be used: choose a smaller batch_size or "
+            "network"
         )
     if chunk is not None and chunk > fit and chunk > 1:
         raise MemoryError(
@@ -644,7 +646,8 @@ def _spread(jobs:Sequence[_Job], workers:int, done:Callable, found:dict):
     try: packed = [pickle.dumps(job) for job in jobs]
     except Exception as e:
         raise ValueError(
-            f"mode 'processes' needs make_model and least_action as functions of a module or partials of such, found {e}"
+            "mode 'processes' needs make_model and least_action as functions of a module or partials of such, "
+            f"found {e}"
         ) from e
     context, threads, results = get_context("spawn"), max(1, (os.cpu_count() or 1) // workers), {}
     theirs, ours = context.Pipe(duplex=False)
@@ -855,7 +858,9 @@ def _check_many(data:Split, seeds:list, grid, settings:dict, mode:str, conv):
             f"{name} cannot be in a grid, the curves would have nothing in common: call fit_many for each value")
 
 # %% ../nbs/07_ensembles.ipynb #b362460d
-def _plan(make_model, data:Split, least_action, members:list[dict], settings:dict, device:str, mode:str, conv, chunk, memory, workers, note
+def _plan(
+    make_model, data:Split, least_action, members:list[dict], settings:dict, device:str, mode:str, conv, chunk, memory,
+    workers, note
 )->list[tuple[list[int], _Job]]: # members of each job, and the job
     "The rows to be trained."
     S, owners = len(data.train), _owners([k for k in members[0] if k != "seed"], make_model, least_action, settings)
@@ -903,8 +908,8 @@ def _plan(make_model, data:Split, least_action, members:list[dict], settings:dic
 class _Bar:
     "Counts epochs of members, and moves a bar by one when all together have done one more."
     def __init__(self, bar, epochs:int, members:int):
-        self.bar, self.epochs, self.members, self.done, self.shown, self.stopped, self.lock = bar, epochs, members, 0, 0, False, threading.Lock(
-        )
+        self.bar, self.epochs, self.members, self.lock = bar, epochs, members, threading.Lock()
+        self.done, self.shown, self.stopped = 0, 0, False
 
     def row(self, members:int, show:bool=True):
         "A bar for a row; in a thread of its own it shows nothing, and ends the row when all are to stop."

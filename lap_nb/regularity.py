@@ -63,7 +63,8 @@ def _wide_map(f, x:Tensor)->tuple[Callable, Tensor]:
             "weights of a module with it: pass the module itself, or model.float()") from error
     if not is_dense(y) or not y.is_floating_point() or y.ndim < 1 or len(y) != len(z) or y.numel() == 0:
         raise ValueError(
-            f"the map makes {described(y)} of {described(z)}, expected a real tensor [B, ...] with a row for each sample"
+            f"the map makes {described(y)} of {described(z)}, expected a real tensor [B, ...] with a row for each "
+            "sample"
         )
     _check_finite("the map", y)
     return g, z
@@ -223,7 +224,9 @@ class LipschitzProfile:
     @property
     def warning(self)->str:
         "What to mind; empty if there is nothing to warn of."
-        return "" if self.converged > .99 else f"Only {self.converged:.1%} of the numbers are known to the tolerance, others may be too low by {self.error:.1%}; raise iterations."
+        if self.converged > .99: return ""
+        return (f"Only {self.converged:.1%} of the numbers are known to the tolerance, others may be too low by "
+                f"{self.error:.1%}; raise iterations.")
     def __repr__(self)->str:
         text = (
             f"LipschitzProfile of {len(self.names)} blocks at {self.blocks.shape[1]} samples: blocks up to "
@@ -333,10 +336,12 @@ class Holder:
         "What to mind; empty if there is nothing to warn of."
         if math.isnan(self.exponent):
             return "The map changes at fewer than three of the distances: it has no exponent there."
-        narrow = f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says little. " * (
-            self.span < 4)
-        wide = "The interval is wider than 0.5. " * (not self.interval[1] - self.interval[0] < .5)
-        return (narrow + wide).strip()
+        found = []
+        if self.span < 4:
+            found.append(f"The distances span only a factor of {self.span:.2g}: an exponent over so short a range says "
+                         "little.")
+        if not self.interval[1] - self.interval[0] < .5: found.append("The interval is wider than 0.5.")
+        return " ".join(found)
     def __repr__(self)->str:
         text = (
             f"Holder exponent {self.exponent:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}] "

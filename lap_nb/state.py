@@ -202,24 +202,39 @@ def _ours(value)->bool:
 
 def _is(*types)->Callable: return lambda value: isinstance(value, types)
 
+def _is_plain_tensor(v)->bool:
+    return (isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.grad_fn is None
+            and v.layout == torch.strided and not v.is_meta)
+
+def _says_its_state(v)->bool:
+    methods = (getattr(v, f, None) for f in ("state_dict", "load_state_dict"))
+    return not isinstance(v, (type, nn.Parameter)) and all(map(callable, methods))
+
+def _has_fields(v)->bool:
+    if isinstance(v, (type, ModuleType, Mapping, Tensor)) or _ours(v): return False
+    return bool(hasattr(v, "__dict__") or _attributes(v))
+
 _KINDS = {   # what it is; what is taken from it; how it is put back
     "plain": (lambda v: type(v) in _PLAIN, lambda v, _: v, lambda saved, _: saved),
-    "tensor": (lambda v: isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.grad_fn is None and v.layout == torch.strided and not v.is_meta,
-               lambda v, _: v.detach(), _tensor),
-    "array": (lambda v: isinstance(v, (np.ndarray, np.generic)) and not v.dtype.hasobject, lambda v, _: _bits(v), _array),
-    "generator": (lambda v: isinstance(v, _GENERATORS) and not isinstance(v, random.SystemRandom), lambda v, _: _sequence(v), _place),
-    "text": (_is(Fraction, Decimal, PurePath), lambda v, _: str(v), lambda saved, v: saved if v is None else type(v)(saved)),
+    "tensor": (_is_plain_tensor, lambda v, _: v.detach(), _tensor),
+    "array": (lambda v: isinstance(v, (np.ndarray, np.generic)) and not v.dtype.hasobject,
+              lambda v, _: _bits(v), _array),
+    "generator": (lambda v: isinstance(v, _GENERATORS) and not isinstance(v, random.SystemRandom),
+                  lambda v, _: _sequence(v), _place),
+    "text": (_is(Fraction, Decimal, PurePath), lambda v, _: str(v),
+             lambda saved, v: saved if v is None else type(v)(saved)),
     "enum": (_is(Enum), lambda v, _: v.name, lambda saved, v: saved if v is None else type(v)[saved]),
     "method": (lambda v: isinstance(v, (MethodType, partial)), lambda v, inner: list(map(inner, _bound(v))), _each),
-    "function": (lambda v: isinstance(v, FunctionType) and not _ours(v) and bool(v.__closure__ or _drawn_from(v)), lambda v, inner: [{n: inner(c.cell_contents) for n, c in _cells(v).items()},
-                                                      {n: inner(g) for n, g in _drawn_from(v).items()}], _function),
+    "function": (lambda v: isinstance(v, FunctionType) and not _ours(v) and bool(v.__closure__ or _drawn_from(v)),
+                 lambda v, inner: [{n: inner(c.cell_contents) for n, c in _cells(v).items()},
+                                   {n: inner(g) for n, g in _drawn_from(v).items()}], _function),
     "items": (_is(list, tuple, deque), lambda v, inner: [type(v).__name__, list(map(inner, v))], _items),
-    "set": (lambda v: isinstance(v, (set, frozenset)) and all(map(_plain_key, v)), lambda v, _: sorted(v, key=repr), _set),
-    "entries": (_is(dict), lambda v, inner: [[key, inner(item)] for key, item in v.items() if _plain_key(key)], _entries),
-    "state": (lambda v: not isinstance(v, (type, nn.Parameter)) and all(callable(getattr(v, f, None)) for f in ("state_dict", "load_state_dict")),
-              lambda v, inner: _whole(v, inner(v.state_dict()), inner), _loaded),
-    "fields": (lambda v: not isinstance(v, (type, ModuleType, Mapping, Tensor)) and not _ours(v) and bool(hasattr(v, "__dict__") or _attributes(v)),
-               lambda v, inner: {name: inner(item) for name, item in _attributes(v).items()}, _fields),
+    "set": (lambda v: isinstance(v, (set, frozenset)) and all(map(_plain_key, v)),
+            lambda v, _: sorted(v, key=repr), _set),
+    "entries": (_is(dict), lambda v, inner: [[key, inner(item)] for key, item in v.items() if _plain_key(key)],
+                _entries),
+    "state": (_says_its_state, lambda v, inner: _whole(v, inner(v.state_dict()), inner), _loaded),
+    "fields": (_has_fields, lambda v, inner: {name: inner(item) for name, item in _attributes(v).items()}, _fields),
 }
 
 # %% ../nbs/00b_state.ipynb #ca8cdf2f

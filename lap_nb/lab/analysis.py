@@ -43,7 +43,8 @@ class Records:
 
     def __len__(self)->int: return len(self.frame)
     def __repr__(self) -> str:
-        return f"{len(self)} rows, {len(self.by('data', 'n', 'net', 'method'))} cells, on {self.device or 'nothing'}{self._mixed()}"
+        cells = len(self.by("data", "n", "net", "method"))
+        return f"{len(self)} rows, {cells} cells, on {self.device or 'nothing'}{self._mixed()}"
 
     @property
     def rows(self)->list[dict]:
@@ -250,7 +251,9 @@ def decide_together(
 def standings(
     found:Records,               # of one or more data sets and sizes
     reference:str="least-action", # family that the others are compared with
-)->list[dict]:                   # per data, size and family: chosen method, its `edge`, `last` and `best` accuracy, `gap` of the reference over it, what it `decides` beside the others, `energy`, `diverged`
+# per data, size and family: chosen method, its `edge`, `last` and `best` accuracy, `gap` of the reference over it, what
+# it `decides` beside the others, `energy`, `diverged`
+)->list[dict]:
     """Families side by side, each with the candidate chosen on validation (`edge_of` its grid?); intervals are None
     where networks diverged. More than five gaps are decided together, by Holm's rule."""
     table, nets = [], list(found.by("net"))

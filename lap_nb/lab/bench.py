@@ -332,7 +332,8 @@ def _published_loop(device):
     return [
         Sides(
             "published-loop", lambda: side(lambda net: published_loop(net, split, epochs)), lambda: side(ours),
-            f"published loop / fit with least action, {epochs} epoch{'s' * big} of 500 pictures, 9 blocks of {width} filters",
+            f"published loop / fit with least action, {epochs} epoch{'s' * big} of 500 pictures, "
+            f"9 blocks of {width} filters",
             3. if big else 1., better="higher", least=3)]
 
 # %% ../../nbs/11_performance.ipynb #854ea06e
@@ -482,27 +483,36 @@ def run_benchmarks(
 # %% ../../nbs/11_performance.ipynb #24d57a82
 def _line(row:dict)->str:
     "A row in words."
-    goal = "" if row[
-        "goal"] is None else f", goal {'<=' if row['better'] == 'lower' else '>='} {row['goal']:g}: {'met' if row['met'] else 'NOT met'}"
-    span = "one pair" if row[
-        "pairs"] == 1 else f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}], {row['pairs']} pairs from {row['ratio_min']:.3f} to {row['ratio_max']:.3f}"
+    goal, span = "", "one pair"
+    if row["goal"] is not None:
+        sign = "<=" if row["better"] == "lower" else ">="
+        goal = f", goal {sign} {row['goal']:g}: {'met' if row['met'] else 'NOT met'}"
+    if row["pairs"] > 1:
+        span = (f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}], {row['pairs']} pairs from {row['ratio_min']:.3f} "
+                f"to {row['ratio_max']:.3f}")
     return f"{row['name']}: {row['ratio_median']:.3f} ({span}){goal}"
+
+def _judged(row:dict)->str:
+    "Goal of a row and whether it is met; empty without one."
+    if row["goal"] is None: return ""
+    undecided = row["pairs"] > 1 and row["ratio_low"] < row["goal"] < row["ratio_high"]
+    said = ", open" if undecided else "" if row["met"] else ", not met"
+    return f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{said}"
+
+def _spanned(row:dict)->str:
+    "Where the ratios of a row lie."
+    if row["pairs"] == 1: return "one pair"
+    return f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" + " (range)" * (row["pairs"] < 6)
 
 def bench_table(
     record:dict, # as `run_benchmarks` returns it
 )->str:          # Markdown
     "The rows as a table."
-    said = lambda row: ", open" if row["pairs"] > 1 and row["ratio_low"] < row["goal"] < row[
-        "ratio_high"] else "" if row["met"] else ", not met"
     cost = lambda row, side: f"{row[side]:.3g} s" if row["unit"] == "seconds" else f"{row[side] / 2**20:.3g} MiB"
-    goal = lambda row: "" if row["goal"
-                                 ] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}{said(row)}"
-    span = lambda row: "one pair" if row[
-        "pairs"] == 1 else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" + " (range)" * (row["pairs"] < 6)
     what = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "&#124;")   # formulas stay
     rows = [
-        f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {span(r)} | {r['ratio_of_best']:.3f} "
-        f"| {goal(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |"
+        f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {_spanned(r)} | {r['ratio_of_best']:.3f} "
+        f"| {_judged(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |"
         for r in record["rows"]]
     return "\n".join([
         "| row | what | ratio | 95 % interval | best | goal | costs | pairs |", "|---|---|---|---|---|---|---|---|",

@@ -324,6 +324,12 @@ def published_rows(
     "The networks that are recorded so far; raises `ValueError` on a damaged record."
     return [line for line in read_lines(Path(out) / f"published-{data}.jsonl") if "seed" in line]
 
+def _spelt(v)->str:
+    "Mean and interval of points of accuracy; of one number, the number."
+    if len(v) < 2: return f"{v.mean():.1f}"
+    i = confidence_interval(v)
+    return f"{i.mean:.1f} [{i.low:.1f}, {i.high:.1f}]"
+
 def paired_points(
     rows:list[dict],                    # of `published_rows`
     start:str,                          # one of `STARTS`
@@ -355,10 +361,8 @@ def published_table(
             [r["test_accuracy_last"]
              for r in rows if (r["start"], r["objective"], r["n"]) == (start, objective, n)], dtype=torch.float64)
         gap = paired_points(rows, start, objective, n=n)
-        spelt = lambda v: f"{confidence_interval(v).mean:.1f} [{confidence_interval(v).low:.1f}, {confidence_interval(v).high:.1f}]" if len(
-            v) > 1 else f"{v.mean():.1f}"
-        lines.append(f"{start:10}{objective:16}{len(own):6}  {spelt(own):18}" +
-                     ("" if objective == "plain" or not len(gap) else f"{spelt(gap)} ({len(gap)} pairs)"))
+        gained = "" if objective == "plain" or not len(gap) else f"{_spelt(gap)} ({len(gap)} pairs)"
+        lines.append(f"{start:10}{objective:16}{len(own):6}  {_spelt(own):18}{gained}")
     return "\n".join(lines)
 
 # %% ../../nbs/08a_published.ipynb #1ec60f53

@@ -409,7 +409,8 @@ def say(self:Explorer,
     what:str, # first words of the status line
 ):
     "The status line: what happened, accuracy and energy."
-    self.status.value = f"{what}; test accuracy {100 * self.trial.accuracy():.1f} %, energy per sample {self.trial.energy():.3g}"
+    accuracy, energy = 100 * self.trial.accuracy(), self.trial.energy()
+    self.status.value = f"{what}; test accuracy {accuracy:.1f} %, energy per sample {energy:.3g}"
 
 # %% ../../nbs/10_playground.ipynb #47abd2ae
 @patch
@@ -504,7 +505,7 @@ def scrub(
     gains:Sequence[float],           # one per position of the first slider
     lambdas:Sequence[float|None],    # one per position of the second slider; None: plain training
     **others,                        # of the `Setting`
-):                                   # an ipywidgets box that works on a static page; its attribute `trials` has the trained networks, `[gain][lambda]`
+)->object: # an ipywidgets box that works on a static page; its `trials` are the networks, `[gain][lambda]`
     "Pictures of trained settings, chosen by two sliders without a kernel."
     if not gains or not lambdas: raise ValueError("gains or lambdas is empty, expected at least one of each")
     with extra("widgets"): from ipywidgets import HTML, SelectionSlider, Stack, VBox, jslink
