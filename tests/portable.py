@@ -109,7 +109,11 @@ class Watch(ast.NodeTransformer):
         f = ast.Attribute(ast.Name('__portable__', ast.Load()), name, ast.Load())
         return ast.fix_missing_locations(ast.copy_location(ast.Call(f, list(args), []), node))
 
-    def says(self, node, comment): return comment in '\n'.join(self.lines[node.lineno - 1:node.end_lineno])
+    def says(self, node, comment):
+        "In the lines of the statement, or in the one above, if that is a comment."
+        first, above = node.lineno - 1, self.lines[node.lineno - 2:node.lineno - 1]
+        return comment in '\n'.join(self.lines[first:node.end_lineno]) or any(
+            line.strip().startswith(comment) for line in above)
 
     def visit_Assert(self, node):
         if SHIFT and self.says(node, '# these seeds'): return ast.copy_location(ast.Pass(), node)
