@@ -258,6 +258,8 @@ def test_search_puts_titles_first_and_forgives_a_letter(browser, address):
 
         for title in ('Optimal transport', 'The kinetic bias', 'Least action', 'Elastic depth'):
             assert search(title)[0] == title
+        for words, found in dict(Wasserstein='Optimal transport', λ='Least action', pruning='Elastic depth').items():
+            assert search(words)[0] == found
         for name in ('shorten', 'relative_energy', 'kinetic_energy'): assert search(name)[0].endswith(f' › {name}')
         for word, typos in {
                 'lipschitz': ('lipshitz', 'lipschittz', 'lipschizt', 'lipschutz'),

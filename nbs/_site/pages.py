@@ -11,7 +11,7 @@ class Page(HTMLParser):
     "Collects the ids, the addresses that the page refers to, and the text of <main> by heading."
     def __init__(self, html, title):
         super().__init__()
-        self.title, self.ids, self.links, self.sections = title, set(), set(), []
+        self.title, self.ids, self.links, self.sections, self.keywords = title, set(), set(), [], ''
         self.in_main = self.in_heading = self.silent = False
         self.feed(html)
 
@@ -19,6 +19,7 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         if 'id' in attrs: self.ids.add(attrs['id'])
         self.links |= {attrs[name] for name in ('href', 'src') if attrs.get(name)}
+        if tag == 'meta' and attrs.get('name') == 'keywords': self.keywords = attrs['content']
         if tag == 'main': self.in_main = True
         if tag in SILENT: self.silent = True
         if tag in HEADINGS and self.in_main:
@@ -36,10 +37,12 @@ class Page(HTMLParser):
             self.sections[-1]['heading' if self.in_heading else 'text'] += data
 
     def search_entries(self, name):
-        "One entry per section: page title, heading (none for the page's opening), address, text."
+        """One entry per section: page title, heading (none for the page's opening), address, text, and for the opening
+        what else the page is looked for by."""
         for number, section in enumerate(self.sections):
             yield {'title': self.title, 'heading': plain(section['heading']) if number else '',
-                   'url': name + ('#' + section['id'] if number else ''), 'text': plain(section['text'])}
+                   'url': name + ('#' + section['id'] if number else ''), 'text': plain(section['text']),
+                   'keywords': '' if number else self.keywords}
 
 
 def plain(text): return re.sub(r'\s+', ' ', re.sub(r'\\[()\[\]]', '', text)).strip()

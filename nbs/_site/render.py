@@ -118,7 +118,7 @@ def load_chapter(path, out):
     nb = json.loads(path.read_text(encoding='utf-8'))
     try: front, markdown = notebook_markdown(nb, out / f'{path.stem}_files')
     except ValueError as e: raise SiteError(f'{path.name}: {e}') from e
-    head = yaml.safe_dump({key: front[key] for key in ('title', 'description') if key in front}, allow_unicode=True)
+    head = yaml.safe_dump({key: front[key] for key in ('title', 'description', 'keywords') if key in front}, allow_unicode=True)
     return Chapter(path.name, front['title'], front['output-file'], f'---\n{head}---\n\n{markdown}', widget_state(nb))
 
 

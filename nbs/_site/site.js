@@ -136,23 +136,28 @@ function enableSearch(input, list) {
   })
 }
 
-// Sections that hold every word. First the page, then the section of that very name; then those that bear a word in their title: as the
+// Sections that hold every word. First the page of that very name, then one with that keyword, then the section of that name; then those that bear a word in their title: as the
 // whole of it, as a word of its own, or within a word; then those that speak of it most.
 function find(words) {
   const within = (text, word) => !text.includes(word) ? 0 : text === word ? 3 : text.split(/[^\p{L}\p{N}]+/u).includes(word) ? 2 : 1
   const score = s => words.reduce((sum, word) => {
     const [name, title, text] = [s.heading || s.title, s.title, s.text].map(part => part.toLowerCase())
     if (name === words.join(' ')) sum += s.heading ? 20 : 40
+    const keyword = s.keywords.toLowerCase().split(', ').some(k => k === words.join(' ') || k === word)
+    if (keyword) sum += 30
     const often = text.split(word).length - 1
-    return title.includes(word) || name.includes(word) || often ? sum + 10 * within(name, word) + 2 * Math.log2(1 + often) : -Infinity
+    return title.includes(word) || name.includes(word) || often || keyword ? sum + 10 * within(name, word) + 2 * Math.log2(1 + often) : -Infinity
   }, 0)
   return searchIndex.map(s => [score(s), s]).filter(([n]) => n > -Infinity).sort((a, b) => b[0] - a[0]).slice(0, 12).map(([, s]) => s)
 }
 
-// Each word as the index spells it: a word that is found nowhere becomes the most frequent one that differs by a letter.
+const GREEK = {α: 'alpha', β: 'beta', γ: 'gamma', δ: 'delta', ε: 'varepsilon', θ: 'theta', λ: 'lambda', μ: 'mu', ρ: 'rho', τ: 'tau', φ: 'varphi', ψ: 'psi'}
+
+// Each word as the index spells it, Greek letters by their names in formulas: a word that is found nowhere becomes the most frequent one that differs by a letter.
 function spelled(words) {
-  const texts = searchIndex.map(s => `${s.title} ${s.heading} ${s.text}`.toLowerCase())
-  return words.map(word => {
+  const texts = searchIndex.map(s => `${s.title} ${s.heading} ${s.keywords} ${s.text}`.toLowerCase())
+  return words.map(given => {
+    const word = GREEK[given] ?? given
     if (word.length < 4 || texts.some(text => text.includes(word))) return word
     const counts = new Map()
     for (const text of texts) for (const known of text.match(/\p{L}{3,}/gu) ?? []) if (oneLetterApart(word, known)) counts.set(known, 1 + (counts.get(known) ?? 0))
