@@ -28,7 +28,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## compare plain and least-action training on handwritten digits
-	@echo "Running lap_compare: one to two minutes on two cores"
+	@echo "Running lap_compare: about two minutes on two cores"
 	$(PY) $(BIN)/lap_compare --force
 
 test: $(VENV)/.installed-dev browser assets ## run every notebook and every test

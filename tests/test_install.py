@@ -20,7 +20,7 @@ NAMES = [
     if not name.split('/')[-1].startswith('_')]
 DEV_PACKAGES = 'nbdev pytest jupyterlab jupytext playwright'.split()
 OPTIONS = '--data --n --seeds --epochs --device --out --resume --force --lambda0 --tau --every'.split()
-METHODS = {'plain', 'plain-tuned', 'least-action'}
+METHODS = {'plain', 'plain-lr', 'plain-gain', 'label-smoothing', 'constant-weight', 'least-action'}
 MEASURES = ['test_accuracy_last', 'test_accuracy_best', 'energy_per_sample', 'straightness']
 
 pytestmark = pytest.mark.install

@@ -300,10 +300,14 @@ def comparison(
     tau:float=1.,         # step of the dual ascent
     every:int=1,          # training steps between two ascents
 )->Study:
-    "Plain networks, plain networks with the best of five initial gains, and least action."
+    """Plain networks and least action, with nothing tuned; beside them what a choice on validation samples makes of the
+    learning rate, the initial gain, label smoothing, and a constant weight on the action."""
     n, epochs = whole("n", n, 1), whole("epochs", epochs, 1)
     plain, least = Method("plain"), _least("least-action", lambda0, tau, every)
-    tuned = tuple(Method(f"gain-{g:g}", "plain-tuned", init="orthogonal", gain=g) for g in (.1, .3, .5, .7, 1.))
+    tuned = (*(Method(f"lr-{r:g}", "plain-lr", lr=r) for r in (.002, .003, .005)),
+             *(Method(f"gain-{g:g}", "plain-gain", init="orthogonal", gain=g) for g in (.5, .7, 1.)),
+             *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in (.5, .7, .9)),
+             *(_least(f"constant-{w:g}", w, 0., family="constant-weight") for w in (.3, 1., 3.)))
     shown = tuple(replace(m, name=f"paths-{m.name}") for m in (plain, least))
     return Study("lap_compare", "Does least action beat a rival that was tuned?",
                  (Grid((f"{data}:pool=2" if data in PICTURES else data, ), (n, ),
