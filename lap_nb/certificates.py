@@ -149,11 +149,14 @@ def _bounds(bounds)->tuple[float, float]:
     why = "the bound on the mean holds for bounded scores: clip them, and say where"
     if bounds is None: raise ValueError(f"bounds is None, expected the least and the largest score: {why}")
     low, high = (number("each of bounds", b, why=why) for b in bounds)
-    if not low < high: raise ValueError(f"bounds is {bounds}, expected the least score and a larger one")
+    if not low < high or math.isinf(high - low):
+        raise ValueError(f"bounds is {bounds}, expected the least score and a larger one, in finite range")
     return low, high
 
 def _scores(name:str, values, low:float, high:float)->np.ndarray:
-    try: scores = torch.as_tensor(values).detach().cpu().to(torch.float64).numpy()
+    try:
+        row = torch.as_tensor(values).detach().cpu()
+        scores = None if row.is_complex() else row.double().numpy()
     except (TypeError, ValueError, RuntimeError): scores = None
     if scores is None or scores.ndim != 1 or not len(scores):
         raise ValueError(f"the scores of {name} are {described(values)}, expected a row of numbers, one per sample")
@@ -174,12 +177,15 @@ def check_enough(
                          f"confidence {confidence:g}; bring more samples, or allow more")
 
 def _check_apart(samples, searched, n:int):
-    "By the bytes of their rows."
+    "By the bytes of their rows, whatever kind of number they are."
     if samples is not None and len(samples) != n:
         raise ValueError(f"samples holds {len(samples):,}, expected one for each of the {n:,} scores")
     if searched is None: return
-    if samples is None: raise ValueError("found searched without samples, expected both: they are compared")
-    rows = lambda x: [row.tobytes() for row in x.detach().cpu().reshape(len(x), -1).view(torch.uint8).numpy()]
+    if samples is None: raise ValueError("found searched without samples, expected both")
+    if samples.shape[1:] != searched.shape[1:]:
+        raise ValueError(f"samples is {described(samples)} and searched {described(searched)}, expected rows of one "
+                         "shape: they are compared")
+    def rows(x): return (row.tobytes() for row in x.detach().cpu().double().numpy() + 0.)   # -0 is 0
     seen = set(rows(searched))
     if both := sum(row in seen for row in rows(samples)):
         raise ValueError(f"{both:,} of the {n:,} calibration samples are among those searched on, expected none: what "

@@ -147,14 +147,16 @@ GOOD = dict(full=np.ones(400), candidates={'c': np.ones(400)}, drop=.01)
 @pytest.mark.parametrize('bad, message', [
     *[(dict(confidence=c), 'confidence is') for c in (0, 1, -1, 2, float('nan'), 95)],
     *[(dict(drop=d), 'drop is') for d in (-.1, 1, 5, float('nan'))],
-    *[(dict(bounds=b), 'bounds') for b in (None, (0, math.inf), (-math.inf, 0), (1, 0), (0, 0), (0, float('nan')))],
+    *[(dict(bounds=b), 'bounds') for b in (
+        None, (0, math.inf), (-math.inf, 0), (1, 0), (0, 0), (0, float('nan')), (-1e308, 1e308))],
     *[(dict(full=f), 'the scores of full') for f in (
         np.full(400, 2.), np.full(400, np.nan), -np.ones(400), np.full(400, np.inf), np.ones((4, 100)), np.ones(0),
-        'yes', None)],
+        'yes', None, np.ones(400) * 1j)],
     (dict(candidates={'c': np.ones(400) * 3}), 'the scores of c reach from 3'),
     (dict(candidates={'c': np.ones(399)}), 'c has 399 scores, expected one for each of the 400'),
     (dict(candidates={}), 'expected at least one'), (dict(candidates={1: np.ones(400), '1': np.ones(400)}), 'own name'),
     (dict(searched=torch.zeros(3, 2)), 'found searched without samples'),
+    (dict(samples=torch.zeros(400, 2), searched=torch.zeros(4, 3)), 'expected rows of one shape'),
     (dict(samples=torch.zeros(3, 2)), 'samples holds 3, expected one for each of the 400'),
     (dict(samples=torch.arange(800.).view(400, 2), searched=torch.tensor([[2., 3.], [8., 9.], [1., 2.]])),
      '2 of the 400'),
@@ -168,6 +170,10 @@ def test_refusals(bad, message):
 def test_rows_are_compared_in_any_kind(dtype):
     x = (torch.rand(400, 3, 8, generator=torch.Generator().manual_seed(0)) * 100 % 2).to(dtype)
     with pytest.raises(ValueError, match='400 of the 400'): certify(**GOOD, samples=x, searched=x.flip(0))
+    turned, zeros = x.transpose(0, 2).contiguous().transpose(0, 2), torch.zeros(400, 2)
+    for a, b in ((x, turned), (turned, x.double()), (zeros, -zeros)):
+        with pytest.raises(ValueError, match='400 of the 400'): certify(**GOOD, samples=a, searched=b)
+    assert certify(**GOOD, samples=x, searched=x[:0]).searched == 0
 
 
 @pytest.fixture(scope='module')
