@@ -1,6 +1,7 @@
 # The front door: what `import lap_nb as lap` offers. `__init__.py` reads this list, and so do editors and type checkers.
 from .adapters import LeastActionMixin as LeastActionMixin, lightning_callback as lightning_callback
 from .attach import trace as trace, trace_energies as trace_energies
+from .certificates import Certificate as Certificate, certify as certify
 from .data import Dataset as Dataset, Split as Split, circles as circles, digits as digits, load as load, moons as moons
 from .depth import (
     Elastic as Elastic, RandomDepth as RandomDepth, depth_curve as depth_curve, latency as latency, shorten as shorten)

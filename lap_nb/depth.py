@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
 
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .certificates import Certificate, certify, check_enough
 from .checks import checked, counts, described, number, one_of, real_tensor, several, whole
-from .data import apportion, Split
+from .data import apportion, shuffled, Split
 from .dynamics import Flow, ResidualBlock, ResidualNet, widen
 from .files import as_text
 from .hooks import (
@@ -693,11 +694,15 @@ def shorten(
     epochs:int=0,                   # of fine-tuning with `fit`
     lr:float=1e-4,                  # its learning rate
     batch_size:int=256,             # samples of the timed pass
+    # of keeping `accuracy_drop` on new samples: searched on 30 % of `val`, certified on the rest (`certify`); where no
+    # depth is, the full network comes back; None: no promise
+    confidence:float|None=None,
     verbose:bool=True,              # print what was chosen, with measured times
-)->nn.Module:                       # its attribute `shortened` holds what was chosen, as plain values
+)->nn.Module:                       # `shortened` holds what was chosen, as plain values, `certificate` what is promised
     """An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that
     can."""
     _check_goal(n_blocks, accuracy_drop, budget_ms)
+    data, calibration = _set_apart(data, accuracy_drop, confidence)
     if not isinstance(blocks, (str, Mapping)) and blocks is not None: blocks = list(blocks)   # they are read twice
     elastic, index = Elastic(model, data.x[data.val[:8]], blocks), data.val[:batch_size]
     if n_blocks is not None: n_blocks = _check_count(n_blocks, elastic.sizes)
@@ -705,17 +710,27 @@ def shorten(
                         recompute)
     _warn(curve)
     rows, x = curve.of(way), data.x[index]
+    build = partial(_build, elastic, data, recompute, epochs, lr)
     if n_blocks is not None: row = rows[0]
+    elif confidence is not None:
+        certificate, row, small = _certified(elastic, build, rows, data, calibration, accuracy_drop, confidence)
     elif accuracy_drop is not None: row = _by_accuracy(rows, accuracy_drop)
     else: row = _by_latency(elastic, rows, budget_ms, x)
+    if confidence is None: small = build(row)
+    small.shortened = _report(elastic.cut(), small, data, rows[-1], row, x)
+    if verbose: print(_line(small.shortened))
+    if confidence is not None:
+        small.certificate, small.shortened["certificate"] = certificate, asdict(certificate)
+        if verbose: print(certificate)
+    return small
+
+def _build(elastic:Elastic, data:Split, recompute:bool, epochs:int, lr:float, row:dict)->nn.Module:
+    "The network of a row, fine-tuned if asked for."
     small = elastic.cut(row["schedule"])
     if recompute and row["blocks"] < elastic.K: recompute_statistics(small, data.x[data.train])
     mode = small.training
     if epochs: fit(small, data, epochs=epochs, lr=lr, eval_every=epochs)
-    small.train(mode)
-    small.shortened = _report(elastic.cut(), small, data, rows[-1], row, x)
-    if verbose: print(_line(small.shortened))
-    return small
+    return small.train(mode)
 
 # %% ../nbs/09_depth.ipynb #a5bdc09f
 def _check_goal(n_blocks, accuracy_drop, budget_ms):
@@ -728,15 +743,17 @@ def _check_goal(n_blocks, accuracy_drop, budget_ms):
     if budget_ms is not None and not budget_ms > 0:
         raise ValueError(f"budget_ms is {budget_ms!r}, expected a positive number of milliseconds")
 
+def _within(rows:list[dict], drop:float)->list[dict]:
+    "The rows within `drop` of the full network; raises `ValueError` if there is no other."
+    if len(rows) > 1: return [r for r in rows[:-1] if r["accuracy"] >= rows[-1]["accuracy"] - drop - 1e-9]
+    raise ValueError(
+        f"the network has only one depth, {rows[-1]['blocks']} blocks: at least one of each stage stays, there is "
+        f"nothing to leave out"
+    )
+
 def _by_accuracy(rows:list[dict], drop:float)->dict:
     "The shortest row within `drop` of the full network; raises `ValueError` with the best there is."
-    full, shorter = rows[-1]["accuracy"], rows[:-1]
-    if not shorter:
-        raise ValueError(
-            f"the network has only one depth, {rows[-1]['blocks']} blocks: at least one of each stage stays, there is "
-            f"nothing to leave out"
-        )
-    fit = [r for r in shorter if r["accuracy"] >= full - drop - 1e-9]
+    full, shorter, fit = rows[-1]["accuracy"], rows[:-1], _within(rows, drop)
     if fit: return fit[0]
     best = max(shorter, key=lambda r: r["accuracy"])
     raise ValueError(
@@ -777,14 +794,16 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
                                                                       _accuracy(small, data)],
                 parameters=[count(model), count(small)], ms=list(ms.values()), samples=len(x), device=str(x.device))
 
-@torch.no_grad()
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = part_indices(data, part)
+    return _right(model, data, index).sum().item() / len(index)
+
+@torch.no_grad()
+def _right(model:nn.Module, data:Split, index:Tensor)->Tensor:
+    "Which samples the network classifies rightly, `[n]`."
     with evaluating(model):
-        right = sum(
-            is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at]).sum().item()
-            for at in index.split(2000))
-    return right / len(index)
+        return torch.cat([is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at])
+                          for at in index.split(2000)])
 
 def _line(s:dict)->str:
     (K, m), (a, b), (p, q), (slow, fast) = s["blocks"], s["val_accuracy"], s["parameters"], s["ms"]
@@ -792,6 +811,33 @@ def _line(s:dict)->str:
         f"{K} -> {m} blocks: {DepthSchedule(s['kept'], s['scale'])}; validation accuracy {100 * a:.1f} -> "
         f"{100 * b:.1f} %; parameters {p:,} -> {q:,}; "
         f"{slow:.3g} -> {fast:.3g} ms for {s['samples']} samples on {s['device']} ({slow / fast:.1f} times as fast)")
+
+# %% ../nbs/09_depth.ipynb #09ce0002
+_SEARCHED = .3   # of the validation part, where depths are certified on the rest
+
+def _set_apart(data:Split, drop, confidence)->tuple[Split, Tensor|None]:
+    """The data with fewer validation samples, and those that are left for a certificate: drawn by chance, as its
+    theorem wants it, and always alike."""
+    if confidence is None: return data, None
+    if drop is None:
+        raise ValueError(f"confidence is {confidence!r} without accuracy_drop, expected both: a drop is promised")
+    confidence, index = number("confidence", confidence, above=0, below=1), part_indices(data, "val")
+    if index.ndim != 1: raise ValueError(f"val is {described(index)}, expected one network's: take data.member(i)")
+    searched, calibration = shuffled(index, 0).tensor_split([max(1, round(_SEARCHED * len(index)))])
+    check_enough(len(calibration), drop, confidence)
+    return replace(data, val=searched), calibration
+
+def _certified(elastic:Elastic, build, rows:list[dict], data:Split, calibration:Tensor, drop:float, confidence:float
+)->tuple[Certificate, dict, nn.Module]:
+    """Depths that were good enough where they were searched, from the deepest on; what is certified is the very network
+    that is returned."""
+    tried = _within(rows, drop) or rows[-2:-1]
+    name = lambda r: f"{r['blocks']} block{'s' * (r['blocks'] > 1)}"
+    full, nets = elastic.cut(), {name(r): (r, build(r)) for r in reversed(tried)}
+    certificate = certify(
+        _right(full, data, calibration), {name: _right(net, data, calibration) for name, (_, net) in nets.items()},
+        drop, confidence, samples=data.x[calibration], searched=data.x[data.val])
+    return certificate, *nets.get(certificate.certified, (rows[-1], full))
 
 # %% ../nbs/09_depth.ipynb #dadbd633
 @dataclass
