@@ -70,7 +70,7 @@ def fewest_samples(
 class Certificate:
     "What was promised, at which level, and on what evidence."
     certified:str|None  # the last candidate won: its mean score is at most `drop` below the full one's; None: none
-    drop:float          # of the mean score that is allowed
+    drop:float          # allowed of its mean, in the unit of the score
     confidence:float    # that the promise is kept
     samples:int         # calibration samples
     bounds:tuple[float, float] # of a score
@@ -111,7 +111,7 @@ def certify(
     full,                        # score of the full network on each calibration sample, `[n]`; higher is better
     # the same of each candidate on the same samples, by name, in the order in which they are tested: fixed beforehand
     candidates:Mapping,
-    drop:float,                  # of the mean score that is allowed, at least 0, smaller than the range of a score
+    drop:float,                  # allowed of its mean, in the unit of the score; at least 0, below its range
     confidence:float=.95,        # that all that is certified keeps it, in (0, 1)
     # least and largest score; of a loss, clip it, turn its sign and say where
     bounds:tuple[float, float]|None=(0., 1.),

@@ -102,7 +102,7 @@ def test_a_tensor_without_a_shape_is_found():
 
 # What could be counted in more than one way: a word of the unit stands beside it.
 UNITS = dict(accuracy_drop='share', batch_size='samples', check_every='steps', chunk='samples|networks',
-             crop='pixels|zeros', drop='share|probability|chance', eval_every='epochs', every='steps', height='inches',
+             crop='pixels|zeros', drop='share|probability|chance|unit of the score', eval_every='epochs', every='steps', height='inches',
              label_smoothing='share', length='samples|tuple', memory='bytes', noise='standard deviation',
              patience='points', seconds='time', shift='radii', side='pixels', steps='steps|gradient', timeout='seconds',
              tolerance='part|relative|mass', warmup='steps|share', width='units|channels|inches|tuple')
