@@ -860,3 +860,28 @@ def test_settings_are_numbers_of_any_library(of):
     assert type(exact_gap(x, y, level=of(.5)).level) is float
     assert entropic_w2(x, y, epsilon=of(.5), tolerance=of(.125),
                        max_bytes=of(1e6)) == entropic_w2(x, y, epsilon=.5, tolerance=.125)
+
+
+def _on_a_line(kind, n, generator):
+    "Starts and ends with one feature."
+    x, y = torch.randn(2, n, 1, dtype=torch.float64, generator=generator)
+    return dict(
+        permuted=lambda: (x, x[torch.randperm(n, generator=generator)]), drawn=lambda: (x, y),
+        ties=lambda: (x.round(), y.round()), far=lambda: (x, y * 1e-7 + 1e7), huge=lambda: (x * 1e75, y * 1e75),
+        one_start=lambda: (torch.zeros_like(x), y.exp() ** 3), outlier=lambda: (x, torch.cat([y[1:], y[:1] * 1e6])))[kind]()
+
+
+@pytest.mark.parametrize("kind", ["permuted", "drawn", "ties", "far", "huge", "one_start", "outlier"])
+@pytest.mark.parametrize("n", [1, 2, 3, 60])
+def test_on_a_line_the_order_is_the_matching(kind, n, monkeypatch):
+    "As cheap as SciPy's, with prices that prove it, and without SciPy."
+    x, y = _on_a_line(kind, n, torch.Generator().manual_seed(n))
+    cost = (x - y.T).square()
+    best = cost[linear_sum_assignment(cost.numpy())].mean().item()
+    monkeypatch.setattr("scipy.optimize.linear_sum_assignment", None)
+    found = optimal_coupling(x, y)
+    assert found.cost == pytest.approx(best, rel=1e-9, abs=0)
+    assert sorted(found.target.tolist()) == list(range(n))
+    assert (found.f[:, None] + found.g - cost <= 1e-9 * cost.max()).all()
+    assert (found.f + found.g).sum().isfinite() if n == 1 else (found.f.mean() + found.g.mean()).item() == pytest.approx(
+        best, rel=1e-6, abs=1e-9 * cost.max().item())
