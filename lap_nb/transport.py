@@ -332,7 +332,7 @@ class Coupling:
     plan:Tensor|None    # mass carried, sparse `[n, m]`; None for a matching
     f:Tensor            # price of each start point, `[n]`
     g:Tensor            # price of each end point, `[m]`; `f[i] + g[j]` is at most the cost of i, j
-    solver:str          # which solver ran: `"assignment"` (SciPy's) or `"simplex"` (POT's)
+    solver:str          # which solver ran: `"assignment"` (SciPy's; on a line the order) or `"simplex"` (POT's)
     def __repr__(self) -> str:
         return f"Coupling of {len(self.f)} and {len(self.g)} points: W2^2 = {self.cost:.6g}, solved by {self.solver}"
 
