@@ -1,4 +1,6 @@
-"""Train and inspect residual networks by the principle of least action: `import lap_nb as lap`. Names are found when they are used."""
+"""Train and inspect residual networks by the principle of least action: `import lap_nb as lap`.
+
+Names are found when they are used."""
 __version__ = "0.1.0"
 
 import lazy_loader

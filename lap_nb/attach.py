@@ -84,7 +84,8 @@ def trajectory(self:EnergyTrace,
 # %% ../nbs/02_attach.ipynb #d6e60da5
 @patch
 def __repr__(self:EnergyTrace):
-    return f"EnergyTrace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {'energies' if self.energies_only else 'positions'} kept"
+    kept = "energies" if self.energies_only else "positions"
+    return f"EnergyTrace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {kept} kept"
 
 @patch
 def _repr_markdown_(self:EnergyTrace):

@@ -88,7 +88,8 @@ def _check_count(m:int, sizes:Sequence[int])->int:
     raise ValueError(
         f"found {m!r} blocks, expected a whole number from {S} to {K}: the network has {K} residual blocks that can "
         f"be left out, in "
-        f"{S} stage{'s' * (S > 1)} of constant shape ({', '.join(map(str, sizes))}), and at least one of each stage stays"
+        f"{S} stage{'s' * (S > 1)} of constant shape ({', '.join(map(str, sizes))}), and at least one of each stage "
+        "stays"
     )
 
 def even(
@@ -530,7 +531,8 @@ def _repr_markdown_(self:DepthCurve)->str:
 @patch
 def __repr__(self:DepthCurve)->str:
     areas = ", ".join(f"{w} {100 * self.area(w):.1f} %" for w in dict.fromkeys(r["way"] for r in self.rows))
-    return f"DepthCurve of {sum(self.sizes)} blocks on the {self.part} part; area: {areas}; path gap {100 * self.path_gap:.0f} %"
+    gap = f"path gap {100 * self.path_gap:.0f} %"
+    return f"DepthCurve of {sum(self.sizes)} blocks on the {self.part} part; area: {areas}; {gap}"
 
 @patch
 @checked
@@ -1196,7 +1198,8 @@ def measure_speed(
     data:Split,        # samples of `test` are timed
     samples:int=200,   # in one pass
     repeats:int=10,    # timed passes of each depth
-)->dict: # plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, and their `samples`
+# plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, their `samples`
+)->dict:
     """How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on
     the machine hardly disturb."""
     counts(repeats=repeats)

@@ -82,7 +82,8 @@ class HookGroup:
     def __getstate__(self): return [m for m in (ref() for ref in self.modules) if m is not None], self.shown
     def __setstate__(self, state): self.__init__(*state)   # of a copy of the modules
 
-    def put(self, module:nn.Module, before:Hook|partial|None=None, after:Hook|partial|None=None, first:bool=False): # a partial goes with a copy of the module
+    # a partial goes with a copy of the module
+    def put(self, module:nn.Module, before:Hook|partial|None=None, after:Hook|partial|None=None, first:bool=False):
         if self.shown: _show(module)
         for hook in filter(None, (before, after)):
             hook.group = self
@@ -275,7 +276,8 @@ def swap_tensor(value, old:Tensor, new:Tensor):
 # %% ../nbs/01a_hooks.ipynb #b0a7c51e
 def version_of(x:Tensor): return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
-def going_in(name:str, args, kwargs, copy:Callable|None)->tuple[Tensor, int|None]: # what goes into a block, or a copy of it, and its version
+# what goes into a block, or a copy of it, and its version
+def going_in(name:str, args, kwargs, copy:Callable|None)->tuple[Tensor, int|None]:
     x = first_tensor((args, kwargs))
     if x is None:
         raise ValueError(
@@ -337,7 +339,8 @@ class SampleAxes:
         if self.guessed and y.ndim == 2 and isinstance(self.blocks[name], _SEQUENCES): return None
         if (axis := self.axes[name]) < y.ndim: return axis
         raise ValueError(
-            f"block {name!r} gives {tuple(y.shape)}, expected an axis {axis} as in batch_axis: give the axis of the samples"
+            f"block {name!r} gives {tuple(y.shape)}, expected an axis {axis} as in batch_axis: give the axis of the "
+            "samples"
         )
 
 # %% ../nbs/01a_hooks.ipynb #b0a7c522
@@ -392,15 +395,17 @@ _SUMS = {"Add", "Sub", "Rsub"}
 _FUSED = {"Addcmul", "Addcdiv", "Addmm", "Addbmm", "Baddbmm", "Addmv", "Addr"}   # a product is added to the first
 _MOVES = {
     *_SUMS,
-    *"""Alias Clone Copy ToCopy View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Repeat T Transpose Permute Slice Select AsStrided Diagonal Unfold
-    Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Cat Stack Sum Mean Flip Roll Rot90 ConstantPadNd PixelShuffle PixelUnshuffle NativeChannelShuffle
-    Mul Div Neg Lerp CopySlices""".split()}
+    *"""Alias Clone Copy ToCopy View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Repeat T Transpose Permute Slice
+    Select AsStrided Diagonal Unfold Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Cat Stack Sum Mean
+    Flip Roll Rot90 ConstantPadNd PixelShuffle PixelUnshuffle NativeChannelShuffle Mul Div Neg Lerp
+    CopySlices""".split()}
 _ACTIVATIONS = set(
     "Relu LeakyRelu Gelu Silu Elu Celu Selu Mish Hardtanh Hardswish Softplus Threshold Tanh PreluKernel".split())
 
 def _operation(node)->str: return node.name().removeprefix("torch::autograd::").split("Backward")[0]
 
-def _ways_back(node, nr:int, g:Tensor)->list|None: # pairs (node and its output, or None; what arrives there); None: the way ends
+# pairs (node and its output, or None; what arrives there); None: the way ends
+def _ways_back(node, nr:int, g:Tensor)->list|None:
     "Where `g` goes from output `nr` of `node`, an operation that moves, scales or adds numbers."
     ways, name = node.next_functions, _operation(node)
     if name in _FUSED: back = [g * getattr(node, "_saved_beta", 1)] + [None] * (len(ways) - 1)
@@ -450,7 +455,8 @@ def _code(like:Tensor)->Tensor:
     return code.repeat(-(-like.numel() // max(1, len(n))))[:like.numel()].view(like.shape)
 
 # %% ../nbs/02_attach.ipynb #a1f0d003
-def _arrivals(y:Tensor, code:Tensor, starts, written)->tuple[list[_Arrival], set]: # and the operations at which other ways end
+# and the operations at which other ways end
+def _arrivals(y:Tensor, code:Tensor, starts, written)->tuple[list[_Arrival], set]:
     "Walk from an output back to inputs that made it; stops at one that arrives as it left."
     oldest = min(s._sequence_nr() for s in starts)
     todo, visits, found, bars = [(y.grad_fn, y.output_nr, code, (), "", "")], Counter(), [], set()
@@ -856,7 +862,8 @@ def check_batch(x):
             )
         if t.is_meta:
             raise ValueError(
-                f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a pass"
+                f"an input of shape {tuple(t.shape)} is on the meta device, expected numbers: a network is judged by a "
+                "pass"
             )
 
 _PROBING = threading.RLock()   # one at a time, or two would wait for each other
@@ -976,7 +983,8 @@ class Blocks(dict):
         # repeated ones; ran: in the probing pass
         self.branches, self.classes, self.ran = {}, [], set()
 
-    def table(self)->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
+    def table(self
+    )->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
         "How much of each repeated class is covered; matched blocks; what was skipped, with the reasons."
         classes = [
             dict(name=c["name"], kind=c["kind"], verdict="class", moved=None, why=_coverage(c)) for c in self.classes]
@@ -1233,7 +1241,8 @@ class BlockHooks(Watcher):
 
 # %% ../nbs/02_attach.ipynb #b1c00025
 @patch
-def prepare(self:BlockHooks, root:nn.Module, blocks:Mapping[str, nn.Module], thread:int|None=None)->list: # of hooks, for `watch`
+def prepare(self:BlockHooks, root:nn.Module, blocks:Mapping[str, nn.Module], thread:int|None=None
+)->list: # of hooks, for `watch`
     "Set up a watcher of these blocks, in one thread or in each."
     Watcher.__init__(self, thread)
     # blocks whose input is copied before they write to it

@@ -518,7 +518,8 @@ def several(self:_Passes, loss:Tensor|None)->bool:
 def _advice(meter:EnergyMeter, note:_Passes, passes:int, several:bool, sums:dict)->str:
     "What may have gone wrong."
     if not meter.on:
-        return "; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the model that is trained"
+        return ("; this meter was removed from its model, or is a copy, which watches nothing: make a new one on the "
+                "model that is trained")
     if several:
         return ("; the passes so far are forgotten now, the next one counts; after a pass that you do not use call "
                 "forget(), here or on its LeastAction")
@@ -528,5 +529,6 @@ def _advice(meter:EnergyMeter, note:_Passes, passes:int, several:bool, sums:dict
     if passes == 1 and missing and (long := meter.takes[0 if sums else 1]) > _PATIENCE:
         return f"; {missing[0]!r} was not called in {long} passes: leave it out of blocks"
     if passes or sums:
-        return f"; {missing[0]!r} was not called{'' if passes else ', or not in training mode with gradients on'}" if missing else ""
+        how = "" if passes else ", or not in training mode with gradients on"
+        return f"; {missing[0]!r} was not called{how}" if missing else ""
     return "; blocks in a gradient checkpoint need use_reentrant=False, and a pass counts in the thread that made it"

@@ -594,9 +594,11 @@ def _checked_loss(la:LeastAction, task)->Tensor: # the loss that the ascent sees
     loss = la.losses.rounded(loss, _slack(loss.dtype))
     if asleep := _asleep(la):
         raise RuntimeError(
-            f"{len(asleep)} of {len(la.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training mode: "
+            f"{len(asleep)} of {len(la.blocks)} blocks are in evaluation mode ({asleep[0]}, ...), expected training "
+            "mode: "
             "call model.train() before the forward pass; to evaluate, use the task's loss by itself; "
-            "a block may stay in evaluation mode if its parameters are frozen, requires_grad_(False), or its weight is 0"
+            "a block may stay in evaluation mode if its parameters are frozen, requires_grad_(False), or its weight is "
+            "0"
         )
     if not torch.is_grad_enabled():
         raise RuntimeError("gradients are off, expected on: call the model and this outside torch.no_grad()")
@@ -635,7 +637,8 @@ def _look(la:LeastAction, task, action):
     leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")} | {id(task)}
     if nodes.isdisjoint(graph_nodes(action)) and leaves.isdisjoint(map(id, la.model.parameters())):
         warnings.warn(
-            "the gradient of the task loss reaches no parameter of this model, expected the loss of the pass just made: "
+            "the gradient of the task loss reaches no parameter of this model, expected the loss of the pass just "
+            "made: "
             "so nothing but the action would be learned; give the loss as it was computed from this model's "
             "outputs, not of another model, of detached outputs, or of a number made a tensor anew", stacklevel=6)
 

@@ -36,7 +36,8 @@ def capture(
     lost:list|None=None, # what cannot be kept is added here, in words
     known=frozenset(), # ids of modules that are kept elsewhere
     within:tuple=(),   # ids of what `value` is in
-)->tuple|None:         # kind and content, of tensors and plain values; None: nothing in it is state, or none that one could see
+# kind and content, of tensors and plain values; None: nothing in it is state, or none that one could see
+)->tuple|None:
     "What of a value can change."
     if id(value) in within or len(within) > 6 or id(value) in known: return None
     if lost is not None and (why := _out_of_reach(value)): lost.append(why)

@@ -133,7 +133,8 @@ def _check_batches(split, generators, moved)->list[torch.Generator]:
     if len(generators) != networks or not all(
             isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generators):
         raise ValueError(
-            f"found {len(generators)} generators, expected one per network, {networks}, each a torch.Generator() on the CPU"
+            f"found {len(generators)} generators, expected one per network, {networks}, each a torch.Generator() on "
+            "the CPU"
         )
     if moved and split.x.ndim != 4:
         raise ValueError(
@@ -1204,7 +1205,7 @@ def _check_model(model:nn.Module):
                              "make the model outside")
 
 def _leave_processes():
-    "Gloo's threads drop what they still hold, for which they need Python, and end with the last reference to the group."
+    "Gloo's threads drop what they hold, for which they need Python, and end with the last reference to the group."
     dist.destroy_process_group()
     gc.collect()
     time.sleep(.1)   # nobody can ask them whether they are done; whoever holds the group by a global keeps them

@@ -39,7 +39,8 @@ def as_points(
         )
     if len(x) < least or math.prod(x.shape[1:]) == 0:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature or more"
+            f"{name} has shape {tuple(x.shape)}, expected at least {least} point{'s' * (least > 1)} with one feature "
+            "or more"
             + "; one point has only one matching" * (least == 2 and len(x) == 1))
     x = x.detach().flatten(1).to("cpu", torch.float64)
     bad = (~x.isfinite()).any(1)
@@ -362,7 +363,8 @@ def optimal_coupling(
     return Coupling(pair.square(cost), target, plan, ldexp(f, 2 * pair.power), ldexp(g, 2 * pair.power), solver)
 
 # %% ../nbs/04_transport.ipynb #0cfbc82b
-def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto", max_iter:int=10_000_000, max_bytes:float|None=None):
+def _solve(pair:_Pair, a:Tensor|None=None, b:Tensor|None=None, solver:str="auto", max_iter:int=10_000_000,
+           max_bytes:float|None=None):
     "Matching, plan, prices and solver of the two clouds, each at its own median."
     one_of("solver", solver, SOLVERS)
     n, m, max_iter = len(pair.x), len(pair.y), whole("max_iter", max_iter, 1, most=10 ** 9)
@@ -442,7 +444,8 @@ class Gap:
             "nearly nobody found a better partner: use more "
             "held-out samples, or project to fewer dimensions."
         ) if not still and self.sensitivity < BLIND and self.self_share > 1 - BLIND else ""
-        twins = f"{self.twins} samples start where another starts; exchanges between such twins count as matched to themselves." if self.twins else ""
+        twins = (f"{self.twins} samples start where another starts; exchanges between such twins count as matched to "
+                 "themselves." if self.twins else "")
         return " ".join(filter(None, (still, blind, twins)))
 
 # %% ../nbs/04_transport.ipynb #ecfae08d
@@ -722,7 +725,8 @@ class Violations:
     n:int                         # samples
     def __repr__(self)->str:
         low, high = self.interval
-        return f"{self.rate:.2%} [{low:.2%}, {high:.2%}] of {self.cycles:,} cycles of {self.length} among {self.n} samples are violated"
+        return (f"{self.rate:.2%} [{low:.2%}, {high:.2%}] of {self.cycles:,} cycles of {self.length} among "
+                f"{self.n} samples are violated")
 
 @checked
 def monotonicity(
@@ -867,7 +871,8 @@ class Bound:
     def __repr__(self)->str:
         low, high = self.interval
         chance = f" [{low:.4g}, {high:.4g}]" * (low < high)
-        return f"W2^2 is at {'most' if self.side == 'upper' else 'least'} {self.value:.4g}{chance} ({self.method}, {self.reduction} over features; biased)"
+        side = "most" if self.side == "upper" else "least"
+        return f"W2^2 is at {side} {self.value:.4g}{chance} ({self.method}, {self.reduction} over features; biased)"
 
 @checked
 def sliced_w2(

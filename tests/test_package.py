@@ -218,6 +218,15 @@ def statements(lines):
     return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in found)
 
 
+def test_lines_are_at_most_120_columns():
+    "Of the library; not the tables that are made by machine, nor the one-line docstrings that are a page's description."
+    long = [
+        f'{path.name}:{number}' for path in sorted((ROOT / 'lap_nb').rglob('*.py')) if path.name != '_modidx.py'
+        for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1)
+        if len(line) > 120 and number > 1 and not line.startswith('__all__')]
+    assert not long, long
+
+
 def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '.'], cwd=ROOT,
                           capture_output=True, text=True)

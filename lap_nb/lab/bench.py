@@ -511,7 +511,8 @@ def bench_table(
     cost = lambda row, side: f"{row[side]:.3g} s" if row["unit"] == "seconds" else f"{row[side] / 2**20:.3g} MiB"
     what = lambda text: escape(" ".join(text.split()), quote=False).replace("|", "&#124;")   # formulas stay
     rows = [
-        f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {_spanned(r)} | {r['ratio_of_best']:.3f} "
+        f"| {as_code(r['name'])} | {what(r['what'])} | {r['ratio_median']:.3f} | {_spanned(r)} "
+        f"| {r['ratio_of_best']:.3f} "
         f"| {_judged(r)} | {cost(r, 'top')} / {cost(r, 'bottom')} | {r['pairs']} |"
         for r in record["rows"]]
     return "\n".join([

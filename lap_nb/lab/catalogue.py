@@ -64,7 +64,8 @@ def _kinetic_bias(scale:str)->Study:
                     for kind in ("conv-bn", "conv"))), scale)
 
 # %% ../../nbs/08_replication.ipynb #0ec1f470
-def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings)->Method:
+def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings
+)->Method:
     "Least action, from the default initialisation or from a gain."
     start = {} if gain is None else dict(init="orthogonal", gain=gain)
     return Method(name, family, least_action=dict(lambda0=lambda0, tau=tau, every=every, **settings), **start)
@@ -235,7 +236,8 @@ def _rivals(sgd:bool)->tuple[Method, ...]:
                                               gain=.01), _least("least-1-0.1", 1., .1, family="least-action"),
             _least("least-5-1-5", 5., 1., 5, family="least-action", gain=.01), _least("published", gain=.01))
 
-def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[int, ...], seeds:int, scale:str, pool:int, **pictures)->Study:
+def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[int, ...], seeds:int, scale:str,
+              pool:int, **pictures)->Study:
     question = f"Does least action help where labelled samples are few ({data})?"
     if scale == "gpu":
         schedule = replace(PUBLISHED, others=dict(PUBLISHED.others) | pictures)

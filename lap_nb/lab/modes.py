@@ -113,7 +113,7 @@ _MODE_ROW = dict(net=str, members=int, mode=str, device=str, device_name=str, th
 @checked
 def read_modes(
     path:str|os.PathLike, # as `record_modes` writes it
-)->dict:                  # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
+)->dict: # `format` and `rows`: one per network, number of members and mode, with seconds per step and network
     "A record of measured modes; raises `ValueError` on anything else, `FileNotFoundError` without the file."
     try: found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e:

@@ -324,7 +324,8 @@ def _workers(scheduler:str, device:str, root:str|None, specs:list[str])->Iterato
         for spec in specs: dataset(spec, root)
         yield partial(_run_here, where, root), provenance(where)["device_name"]
 
-def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task], path:Path, bar)->Iterator[tuple[_Task, object]]:
+def _run_here(device:torch.device, root:str|None, study:Study, tasks:list[_Task], path:Path, bar
+)->Iterator[tuple[_Task, object]]:
     "One cell after another; those that another process is at are left to it."
     for task in tasks:
         cell, share = task.cell, _Share(bar, task.cost, task.cell.schedule.length(task.cell.n))
@@ -398,7 +399,8 @@ def _check_versions(theirs:Mapping, who:str):
             f"and start the workers anew"
         )
 
-def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task], path:Path, bar)->Iterator[tuple[_Task, object]]:
+def _run_remote(client, device:str, root:str|None, study:Study, tasks:list[_Task], path:Path, bar
+)->Iterator[tuple[_Task, object]]:
     "All cells to the workers; a cell whose worker dies goes to another."
     from dask.distributed import as_completed
     futures = {client.submit(_run_there, t.cell, t.seeds, device, root, pure=False): t for t in tasks}
