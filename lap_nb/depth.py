@@ -1198,8 +1198,7 @@ def measure_speed(
     data:Split,        # samples of `test` are timed
     samples:int=200,   # in one pass
     repeats:int=10,    # timed passes of each depth
-# plain JSON values, from few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow alone, their `samples`
-)->dict:
+)->dict: # plain JSON values, few blocks to all: `ms` of a pass of the network, `ms_flow` of its flow; `samples`
     """How long a pass takes at each depth, with lengthened steps; on a CPU in time of the processor, which others on
     the machine hardly disturb."""
     counts(repeats=repeats)

@@ -251,11 +251,10 @@ def decide_together(
 def standings(
     found:Records,               # of one or more data sets and sizes
     reference:str="least-action", # family that the others are compared with
-# per data, size and family: chosen method, its `edge`, `last` and `best` accuracy, `gap` of the reference over it, what
-# it `decides` beside the others, `energy`, `diverged`
-)->list[dict]:
-    """Families side by side, each with the candidate chosen on validation (`edge_of` its grid?); intervals are None
-    where networks diverged. More than five gaps are decided together, by Holm's rule."""
+)->list[dict]: # one for each data set, size and family; keys below
+    """Families side by side, each with the candidate chosen on validation: its `method`, the `edge` of the grid where
+    it lies, `last` and `best` accuracy, the `gap` of the reference over it, what that `decides`, `energy`, how many
+    `diverged`. Intervals are None where networks diverged. More than five gaps are decided together, by Holm's rule."""
     table, nets = [], list(found.by("net"))
     if len(nets) > 1:
         raise ValueError(
