@@ -529,6 +529,7 @@ def test_works_from_a_folder_without_network(browser, site):
         page.wait_for_selector('#search-results [role=option] a')
         page.keyboard.press('Enter')
         page.wait_for_url(re.compile(r'^file:.*\.html'))
+        page.wait_for_load_state('load')   # to close a page that is on its way may hang
 
 
 # What stops the build
