@@ -55,7 +55,7 @@ def shift_flip(
     i, j = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
     rows, columns = down[:, None] + i, right[:, None] + torch.where(mirrored[:, None] == 1, W - 1 - j, j)
     n, c = torch.arange(len(padded), device=x.device), torch.arange(C, device=x.device)
-    out = padded[n[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    out = padded[n[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None,:]]
     return out.view(*lead, C, H, W)
 
 def _check_moves(x, moves, crop:int):
@@ -105,7 +105,7 @@ def _batches(split, generators, batch_size, crop, flip, skip, share):
     for start in range(skip * batch_size, n, batch_size):
         mine = slice(start + share[0], start + batch_size, share[1])
         at = order[..., mine]
-        yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine, :], crop), split.y[at]
+        yield split.x[at] if moves is None else shift_flip(split.x[at], moves[..., mine,:], crop), split.y[at]
 
 # %% ../nbs/06_training.ipynb #1160828d
 def check_split(
@@ -312,8 +312,12 @@ def _commit()->str|None:
     root = Path(lap_nb.__file__).resolve().parents[1]
     if not (root / ".git").exists(): return None
     try:
-        return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True,
-                              text=True).stdout.strip() or None
+        return (
+            subprocess.run(
+                ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
+            or None
+        )
     except OSError:
         return None   # a checkout on a machine without git
 
@@ -1206,6 +1210,7 @@ def _check_model(model:nn.Module):
 
 def _leave_processes():
     "Gloo's threads drop what they hold, for which they need Python, and end with the last reference to the group."
+    if not dist.is_initialized(): return   # somebody has left already
     dist.destroy_process_group()
     gc.collect()
     time.sleep(.1)   # nobody can ask them whether they are done; whoever holds the group by a global keeps them
