@@ -1,5 +1,6 @@
 "Fixtures shared by the test files."
 import importlib.util
+import math
 import multiprocessing
 import os
 import random
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import traceback
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -80,18 +83,35 @@ def odd_calls():
     return _call_with_odd_values
 
 
-def _call_with_odd_values(function, arguments, odd, pairs=60):
+def _odd_values():
+    import numpy as np
+    import torch
+    return [
+        None, True, "x", "mean", b"x", 1j, math.nan, math.inf, -1., 0, 1e300, 1e-45, 10 ** 400, Fraction(1, 3),
+        Decimal(1), [], [1, "a"], {}, {"a": 1}, object(), print, range(5),
+        torch.tensor(1), torch.tensor(True), torch.tensor(1j), torch.tensor(-1.), torch.empty((), device="meta"),
+        torch.ones(3).to_sparse(), torch.ones(2, 3), torch.empty(0),
+        np.array([1., 2.]), np.float32(.5), np.int64(3), np.bool_(True), torch.float32]
+
+
+def _call_with_odd_values(function, arguments, pairs=60):
     import lap_nb.checks
+    odd = _odd_values()
     home, rng = str(Path(lap_nb.__file__).parent), random.Random(0)
     cases = [{name: value} for name in arguments for value in odd]
     if len(arguments) > 1:
         cases += [{name: rng.choice(odd) for name in rng.sample(sorted(arguments), 2)} for _ in range(pairs)]
     for case in cases:
-        try: function(**arguments | case)
+        try:
+            function(**arguments | case)
         except (TypeError, ValueError, RuntimeError) as e:
             *_, (frame, _) = traceback.walk_tb(e.__traceback__)
-            assert type(e) in (TypeError, ValueError, RuntimeError,
-                               lap_nb.checks.WrongKind) and frame.f_code.co_filename.startswith(home), (case, e)
+            assert type(e) in (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                lap_nb.checks.WrongKind,
+            ) and frame.f_code.co_filename.startswith(home), (case, e)
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
-from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,8 +41,11 @@ class PostBlock(nn.Module):
     "As torchvision writes it: the sum in place on the branch, an activation in place after it."
     def __init__(self, width=4):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(width, width, 3, padding=1,
-                                                  bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.conv, self.bn, self.relu = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x):
         out = self.bn(self.conv(x))
@@ -101,8 +102,9 @@ def test_activation_after_the_sum(copy):
         got = meter.take()
     want = trace_energies(net.train(), x, blocks).energies().mean(1)
     assert_close(got, want)
-    for a, b in zip(*(torch.autograd.grad(e.sum(),
-                                          list(net.parameters())[:-2], allow_unused=True) for e in (got, want))):
+    for a, b in zip(
+        *(torch.autograd.grad(e.sum(), list(net.parameters())[:-2], allow_unused=True) for e in (got, want))
+    ):
         assert_close(a, b)
 
 
@@ -229,9 +231,11 @@ class LayerDrop(nn.Module):
     "Blocks that are left out with probability `p` in training; `never`: one that is in no pass."
     def __init__(self, p, K=4, never=False):
         super().__init__()
-        self.stem, self.blocks, self.p = nn.Linear(3,
-                                                   3), nn.ModuleList(ResidualBlock(nn.Linear(3, 3))
-                                                                     for _ in range(K)), p
+        self.stem, self.blocks, self.p = (
+            nn.Linear(3, 3),
+            nn.ModuleList(ResidualBlock(nn.Linear(3, 3)) for _ in range(K)),
+            p,
+        )
         self.spare = ResidualBlock(nn.Linear(3, 3)) if never else None
 
     def forward(self, x):
@@ -552,10 +556,12 @@ def test_mean_is_sum_over_features(traj):
 @given(motions(stages=1))
 def test_displacement_bounds_the_energy(traj):
     bound = traj.K * traj.h * kinetic_energy(traj, "sum")
-    assert (traj.displacement() ** 2 <= traj.path_length() ** 2 *
-            (1 + 1e-9)).all() and (traj.path_length() ** 2 <= bound * (1 + 1e-9)).all()
-    line = traj.x[:1] + torch.linspace(0, 1, traj.K + 1, dtype=torch.float64).reshape(-1, 1,
-                                                                                      1) * (traj.x[-1:] - traj.x[:1])
+    assert (traj.displacement() ** 2 <= traj.path_length() ** 2 * (1 + 1e-9)).all() and (
+        traj.path_length() ** 2 <= bound * (1 + 1e-9)
+    ).all()
+    line = traj.x[:1] + torch.linspace(0, 1, traj.K + 1, dtype=torch.float64).reshape(-1, 1, 1) * (
+        traj.x[-1:] - traj.x[:1]
+    )
     assert_close(traj.K * traj.h * kinetic_energy(Trajectory(line, traj.h), "sum"), traj.displacement() ** 2)
 
 
@@ -756,9 +762,10 @@ def test_a_part_that_takes_time_first_is_reason_to_ask():
 @pytest.mark.parametrize("velocity", ["displacement", "branch"])
 def test_nothing_has_no_energy(shape, reduction, velocity):
     net = nn.Sequential(ResidualBlock(nn.Identity()))
-    with EnergyMeter(net, reduction=reduction,
-                     velocity=velocity), pytest.raises(ValueError,
-                                                       match="the batch is empty|the samples have no features"):
+    with (
+        EnergyMeter(net, reduction=reduction, velocity=velocity),
+        pytest.raises(ValueError, match="the batch is empty|the samples have no features"),
+    ):
         net(torch.zeros(shape))
 
 
@@ -771,8 +778,9 @@ def test_only_trajectories_have_energy():
 def test_relative_energy_at_any_scale(scale):
     traj = Trajectory(scale * torch.tensor([[[1., 2.], [0., 3.]], [[2., 2.], [0., 3.]]]))
     assert_close(relative_energy(traj), torch.tensor([[.2, 0.]]))
-    assert relative_energy(Trajectory(
-        scale * torch.tensor([[[0., 0.], [0., 0.]], [[2., 2.], [0., 0.]]]))).isfinite().tolist() == [[False, False]]
+    assert relative_energy(
+        Trajectory(scale * torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [0.0, 0.0]]]))
+    ).isfinite().tolist() == [[False, False]]
 
 
 def test_ranks_of_many_values_need_little_memory():
@@ -783,43 +791,31 @@ def test_ranks_of_many_values_need_little_memory():
 
 # Everything else that cannot be meant
 
-ODD = [
-    None, True, "x", b"x", 1j,
-    float("nan"),
-    float("inf"), -1., 0, 1e300, 10 ** 400,
-    Fraction(1, 3), [], [1, "a"], {}, {"a": 1},
-    object(), print,
-    range(5),
-    torch.tensor(1),
-    torch.tensor(True),
-    torch.tensor(1j),
-    torch.empty((), device="meta"),
-    torch.ones(3).to_sparse(),
-    torch.ones(2, 3),
-    torch.empty(0),
-    np.array([1., 2.]),
-    np.float32(.5),
-    np.bool_(True), torch.float32, "mean"]
 CALLS = {
     "block_energies": (block_energies, dict(traj=Trajectory(torch.ones(3, 4, 5)), reduction="mean")),
     "kinetic_energy": (kinetic_energy, dict(traj=Trajectory(torch.ones(3, 4, 5)), reduction="sum")),
     "relative_energy": (relative_energy, dict(traj=Trajectory(torch.ones(3, 4, 5)))),
     "EnergyLedger": (EnergyLedger, dict(traj=Trajectory(torch.ones(3, 4, 5)), y=None, reduction="mean")),
-    "EnergyMeter": (lambda **kw: EnergyMeter(**kw).remove(),
-                    dict(model=small()[0], blocks=None, reduction="mean", velocity="displacement", copy=False,
-                         batch_axis=None)),
-    "velocity": (lambda part: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), velocity={"0": part}),
-                 dict(part="velocity")),
+    "EnergyMeter": (
+        lambda **kw: EnergyMeter(**kw).remove(),
+        dict(model=small()[0], blocks=None, reduction="mean", velocity="displacement", copy=False, batch_axis=None),
+    ),
+    "velocity": (
+        lambda part: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), velocity={"0": part}),
+        dict(part="velocity"),
+    ),
     "block": (lambda block: EnergyMeter(nn.Sequential(ResidualBlock(nn.Linear(2, 2))), {"0": block}), dict(block=None)),
-    "put": (lambda energies: EnergyMeter(small()[0]).put(energies),
-            dict(energies=torch.ones(3))), "rank_correlation": (rank_correlation,
-                                                                dict(a=[1, 2, 3, 4.], b=[2, 1, 3, 4.], groups=None,
-                                                                     clusters=None, resamples=20, level=.9, seed=0))}
+    "put": (lambda energies: EnergyMeter(small()[0]).put(energies), dict(energies=torch.ones(3))),
+    "rank_correlation": (
+        rank_correlation,
+        dict(a=[1, 2, 3, 4.0], b=[2, 1, 3, 4.0], groups=None, clusters=None, resamples=20, level=0.9, seed=0),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
-    odd_calls(*CALLS[name], ODD)
+    odd_calls(*CALLS[name])
 
 
 def test_positions_without_values_make_no_trajectory():

@@ -112,8 +112,11 @@ def test_same_iterates_as_cooper(name):
             augmented = name == "augmented"
             formulation = cooper.formulations.AugmentedLagrangian if augmented else cooper.formulations.Lagrangian
             multiplier = cooper.multipliers.DenseMultiplier(init=torch.ones(1, dtype=torch.float64))
-            penalty = cooper.penalty_coefficients.DensePenaltyCoefficient(torch.tensor(
-                [3.], dtype=torch.float64)) if augmented else None
+            penalty = (
+                cooper.penalty_coefficients.DensePenaltyCoefficient(torch.tensor([3.0], dtype=torch.float64))
+                if augmented
+                else None
+            )
             self.bound = cooper.Constraint(cooper.ConstraintType.INEQUALITY, formulation, multiplier, penalty)
 
         def compute_cmp_state(self, t):
@@ -122,9 +125,11 @@ def test_same_iterates_as_cooper(name):
 
     problem, theirs = Problem(), torch.zeros(6, dtype=torch.float64, requires_grad=True)
     pi = dict(Ki=torch.tensor(.5), Kp=torch.tensor(3.), ema_nu=.25, init_type=nuPIInitType.ZEROS)
-    dual = nuPI(problem.dual_parameters(), lr=1.,
-                maximize=True, **pi) if name == "proportional-integral" else torch.optim.SGD(
-                    problem.dual_parameters(), lr=.5, maximize=True)
+    dual = (
+        nuPI(problem.dual_parameters(), lr=1.0, maximize=True, **pi)
+        if name == "proportional-integral"
+        else torch.optim.SGD(problem.dual_parameters(), lr=0.5, maximize=True)
+    )
     pair = AlternatingDualPrimalOptimizer(problem, torch.optim.SGD([theirs], lr=.004), dual)
     common = dict(lambda0=1., tau=.5, target=task.level)
     law = {"dual ascent": DualAscent(**common), "augmented": AugmentedLagrangian(**common, penalty=3.),
@@ -370,9 +375,10 @@ def test_several_optimizers_and_a_scaler(net, batch, chunks):
     for scaled in (False, True):
         torch.manual_seed(0)
         model = make()
-        la, scaler = LeastAction(model,
-                                 DualAscent(accumulate=chunks)), torch.amp.GradScaler("cpu", enabled=scaled,
-                                                                                      init_scale=2. ** 8)
+        la, scaler = (
+            LeastAction(model, DualAscent(accumulate=chunks)),
+            torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**8),
+        )
         opts = [torch.optim.SGD(model.flow.parameters(), lr=.1), torch.optim.SGD(model.head.parameters(), lr=.01)]
         for _ in range(5):
             for opt in opts: opt.zero_grad()
@@ -587,9 +593,9 @@ def test_room_for_a_row_is_made_everywhere(net):
     la.stack(each[1:])
     assert {b.shape[-1] for b in la.buffers()} == {3} and la.lam.tolist() == la.controller.low.tolist() == [1., 2., 3.]
     assert la.controller.tau.tolist() == [.1, .2, .2] and "tau=[0.1, 0.2, 0.2]" in str(la)
-    assert sum(len(m._forward_hooks)
-               for m in net.modules()) == sum(len(m._forward_hooks)
-                                              for m in watched(LeastAction).modules()), "one of them watches"
+    assert sum(len(m._forward_hooks) for m in net.modules()) == sum(
+        len(m._forward_hooks) for m in watched(LeastAction).modules()
+    ), "one of them watches"
     with pytest.raises(ValueError, match=r"lambda has shape \(4,\), expected \(3,\)"): la.lam = torch.ones(4)
 
 
@@ -870,7 +876,7 @@ class Adds(nn.Module):
 def test_activations_in_place_after_the_blocks():
     torch.manual_seed(0)
     net, x, y = nn.Sequential(Adds(), nn.ReLU(inplace=True), Adds(), nn.ReLU(inplace=True),
-                              nn.Linear(4, 3)), torch.randn(6, 4), torch.randint(3, (6, ))
+                              nn.Linear(4, 3)), torch.randn(6, 4), torch.randint(3, (6,))
     first = x + net[0].field(x); middle = first.relu(); second = middle + net[2].field(middle)
     task = F.cross_entropy(net[4](second.relu()), y)
     by_hand = task + ((first - x).square().mean() + (second - middle).square().mean()) / (1 + task.item())
@@ -1028,8 +1034,11 @@ def plain_clock(losses, every, warmup, accumulate, average):
 
 
 def average_of(level, mass, value, average):
-    return (average * level + (1 - average) * value,
-            average * mass + 1 - average) if isinstance(average, float) else (0., 0.)
+    return (
+        (average * level + (1 - average) * value, average * mass + 1 - average)
+        if isinstance(average, float)
+        else (0.0, 0.0)
+    )
 
 
 @given(st.lists(st.floats(0, 9, width=32), min_size=1, max_size=24), st.sampled_from([None, 1, 2, 3, 5]), st.integers(0, 6), st.integers(1, 3),
@@ -1039,8 +1048,9 @@ def test_the_clock_against_its_description(losses, every, warmup, accumulate, av
     sensor = least_action._Sensor(torch.zeros((), dtype=torch.float64), every, average, warmup, accumulate)
     seen = [sensor.see(torch.tensor(loss)) for loss in losses]
     for ours, theirs in zip(seen, plain_clock(losses, every, warmup, accumulate, average)):
-        assert (ours is None) == (theirs is None) and (ours is None
-                                                       or ours.item() == pytest.approx(theirs, rel=1e-6, abs=1e-9))
+        assert (ours is None) == (theirs is None) and (
+            ours is None or ours.item() == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+        )
 
 
 def test_losses_of_the_warm_up_enter_no_mean(net):
@@ -1090,11 +1100,11 @@ def test_losses_that_are_zero_on_paper(net, dtype):
 def test_off_the_cpu_the_smallest_loss_is_kept_but_not_what_rounding_did(net):
     slack = least_action._slack(torch.float32)
     row = torch.tensor([-1e-9, -.1, 0., 2., float("nan"), float("inf"), -slack, float("-inf")])
-    torch.testing.assert_close(least_action._lifted(row, slack),
-                               torch.tensor([0., -.1, 0., 2.,
-                                             float("nan"),
-                                             float("inf"), 0.,
-                                             float("-inf")]), equal_nan=True)
+    torch.testing.assert_close(
+        least_action._lifted(row, slack),
+        torch.tensor([0.0, -0.1, 0.0, 2.0, float("nan"), float("inf"), 0.0, float("-inf")]),
+        equal_nan=True,
+    )
 
 
 def test_a_negative_loss_beside_one_that_is_not_a_number(net):
@@ -1166,7 +1176,7 @@ def test_a_loss_that_reaches_the_model_is_not_told(way, recwarn):
             "data parallel": lambda: nn.DataParallel(net)(x), "checkpoint": lambda: net[3]
             (torch.utils.checkpoint.checkpoint(net[:3], x, use_reentrant=False)), "functional": lambda: functional_call(
                 net, {k: p.detach().clone().requires_grad_() for k, p in net.named_parameters()},
-                (x, ))}.get(way, lambda: net(x))
+                (x,))}.get(way, lambda: net(x))
         la(F.cross_entropy(run(), y)).backward()
     assert not [w for w in recwarn if REACH in str(w.message)]
 
@@ -1331,26 +1341,6 @@ def test_two_passes_per_step_move_lambda_once(net, batch):
 
 # Everything else that cannot be meant
 
-ODD = [
-    None, True, "x", b"x", 1j,
-    float("nan"),
-    float("inf"), -1., 0, 1e300, 1e-45, 10 ** 400,
-    Fraction(1, 3),
-    Decimal(1), [], [1, "a"], {}, {"a": 1},
-    object(), print,
-    range(5),
-    torch.tensor(1),
-    torch.tensor(True),
-    torch.tensor(1j),
-    torch.tensor(-1.),
-    torch.empty((), device="meta"),
-    torch.ones(3).to_sparse(),
-    torch.ones(2, 3),
-    torch.empty(0),
-    np.array([1., 2.]),
-    np.float32(.5),
-    np.int64(3),
-    np.bool_(True), torch.float32]
 SETTINGS = dict(lambda0=1., tau=1., target=0., bounds=(None, None), every=1, average="batch", warmup_steps=0,
                 accumulate=1)
 CALLS = {
@@ -1371,7 +1361,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_odd_arguments_are_refused_in_our_words_or_work(name, odd_calls):
-    odd_calls(*CALLS[name], ODD)
+    odd_calls(*CALLS[name])
 
 
 def test_a_network_that_is_frozen_and_evaluated_says_so(net, batch):
@@ -1412,8 +1402,10 @@ def test_the_first_multiplier_is_what_was_given(lambda0):
 def test_numbers_of_any_library_are_settings(name, value, of):
     plain, given = (DualAscent(**{name: (None, v) if name == "bounds" else v}) for v in (value, of(value)))
     assert str(given) == str(plain) and given.sensor.get_extra_state() == plain.sensor.get_extra_state()
-    assert given.sensor.every == plain.sensor.every and type(given.sensor.every) is type(
-        given.sensor.warmup_steps) is type(given.sensor.accumulate) is int
+    assert (
+        given.sensor.every == plain.sensor.every
+        and type(given.sensor.every) is type(given.sensor.warmup_steps) is type(given.sensor.accumulate) is int
+    )
 
 
 @pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction, Decimal, np.array])
@@ -1421,8 +1413,12 @@ def test_decays_and_weights_of_any_library(net, of):
     la = LeastAction(net, ProportionalIntegral(average=of(.5), gain=of(.5), smooth=of(.5), relative=np.True_),
                      weights={"*": of(.5)})
     la.remove()
-    assert type(la.controller.sensor.average) is float and la.controller.sensor.average == .5 and set(
-        la.weights.tolist()) == {.5} and la.controller.gain == .5
+    assert (
+        type(la.controller.sensor.average) is float
+        and la.controller.sensor.average == 0.5
+        and set(la.weights.tolist()) == {0.5}
+        and la.controller.gain == 0.5
+    )
 
 
 class Shifts(nn.Module):

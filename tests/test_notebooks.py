@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom under nbdev's runner: one case each, in a process of its own, without a
 network."""
 import ast
+import json
 import os
 import re
 import socket
@@ -92,6 +93,13 @@ def runs(request, forked, tmp_path_factory):
     order = sorted(selected, key=lambda path: (place.get(path.stem, len(LONG)), path.stem))
     with ThreadPoolExecutor(WORKERS) as pool:
         yield {path: (pool.submit(run_apart, forked, path, logs / path.stem), logs / path.stem) for path in order}
+
+
+def test_cells_can_be_told_apart_and_jupyter_asks_for_no_kernel():
+    for path in NOTEBOOKS:
+        notebook = json.loads(path.read_text(encoding='utf-8'))
+        ids = [cell['id'] for cell in notebook['cells']]
+        assert len(set(ids)) == len(ids) and notebook['metadata']['kernelspec']['name'] == 'python3', path.name
 
 
 def test_there_are_notebooks():
