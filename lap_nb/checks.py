@@ -41,8 +41,11 @@ def described(
         return f"a {kind}tensor {shape} of {str(value.dtype).removeprefix('torch.')}{place}"
     if isinstance(value, np.ndarray): return f"an array {list(value.shape)} of {value.dtype}"
     if value is None or isinstance(value, (bool, np.bool_, int, float, complex, np.number, str, bytes, os.PathLike)):
-        text = repr(value) if not isinstance(
-            value, int) or abs(value) < 10 ** 30 else f"a whole number of {value.bit_length()} bits"
+        text = (
+            repr(value)
+            if not isinstance(value, int) or abs(value) < 10**30
+            else f"a whole number of {value.bit_length()} bits"
+        )
         return text if len(text) <= 60 else f"{text[:50]}... of type {type(value).__name__}"
     if isinstance(value, type): return f"the class {value.__name__}"
     if isinstance(value, (list, tuple, dict, set, range)): return f"a {type(value).__name__} of {_length(value)}"
@@ -69,12 +72,13 @@ def whole(
     if not isinstance(found, int):
         raise WrongKind(f"{name} is {described(value)}, expected a whole number" + (why and f": {why}"))
     if not least <= found <= most:
-        bounds = f"at least {least}" + ", below 2**63" * (found >= 2 **
-                                                          63) if most == 2 ** 63 - 1 else f"from {least} to {most}"
+        bounds = (
+            f"at least {least}" + ", below 2**63" * (found >= 2**63) if most == 2**63 - 1 else f"from {least} to {most}"
+        )
         raise ValueError(f"{name} is {described(found)}, expected a whole number, {bounds}" + (why and f": {why}"))
     return found
 
-def _is_whole(value) -> bool:
+def _is_whole(value)->bool:
     return isinstance(value, int) or isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53
 
 def plain(
@@ -154,9 +158,12 @@ def flag(
     raise WrongKind(f"{name} is {described(value)}, expected True or False")
 
 # %% ../nbs/90_checks.ipynb #90a0c021
-def _rows(value) -> bool:
-    return value.ndim > 0 and not getattr(value, "is_meta", False) and getattr(value, "layout",
-                                                                               torch.strided) == torch.strided
+def _rows(value)->bool:
+    return (
+        value.ndim > 0
+        and not getattr(value, "is_meta", False)
+        and getattr(value, "layout", torch.strided) == torch.strided
+    )
 
 def is_row(value)->bool: return isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and _rows(value)
 
@@ -257,16 +264,20 @@ def check_tensor(
 )->Tensor:
     "`value`; raises `TypeError` if it is no tensor, or a nested one."
     if isinstance(value, Tensor) and not value.is_nested: return value
-    convert = "a padded one: convert with .to_padded_tensor(0.)" if isinstance(
-        value, Tensor) else "a tensor: convert with torch.as_tensor"
+    convert = (
+        "a padded one: convert with .to_padded_tensor(0.)"
+        if isinstance(value, Tensor)
+        else "a tensor: convert with torch.as_tensor"
+    )
     raise WrongKind(f"{name} is {described(value)}, expected {convert}")
 
 def is_dense(
     value, # anything
 )->bool:
     "Is `value` a tensor with values of its own, each at its place?"
-    return isinstance(
-        value, Tensor) and not (value.is_nested or value.is_quantized or value.layout != torch.strided or value.is_meta)
+    return isinstance(value, Tensor) and not (
+        value.is_nested or value.is_quantized or value.layout != torch.strided or value.is_meta
+    )
 
 def check_labels(
     y,     # labels
@@ -306,16 +317,22 @@ def _fits(value, hint)->bool:
     if hint is int: return _is_whole(plain(value))
     if hint is bool: return isinstance(value, (bool, np.bool_))
     if hint is Tensor:
-        return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_complex()
-                                                                                    or value.is_quantized)
+        return (
+            isinstance(value, Tensor)
+            and value.layout == torch.strided
+            and not (value.is_meta or value.is_complex() or value.is_quantized)
+        )
     if origin is None: return isinstance(value, hint) if isinstance(hint, type) else True
     if origin is collections.abc.Callable: return callable(value)
     if isinstance(value, (str, bytes)): return False   # letters are not elements
     if isinstance(value, (Tensor, np.ndarray)) and not _rows(value): return False
     if isinstance(value, collections.abc.Mapping):
         return issubclass(origin, collections.abc.Mapping) and _inside_fits(value, origin, inside)
-    row = is_row(value) and issubclass(origin,
-                                       collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping)
+    row = (
+        is_row(value)
+        and issubclass(origin, collections.abc.Iterable)
+        and not issubclass(origin, collections.abc.Mapping)
+    )
     return (isinstance(value, origin) or row) and _inside_fits(value, origin, inside)
 
 def _inside_fits(value, origin, inside)->bool:
@@ -333,8 +350,11 @@ def _plainly(value, options:tuple):
     if isinstance(value, (bool, np.bool_)) and bool in options: return bool(value)
     if isinstance(value, Tensor) and Tensor in options: return value
     if int in options and float not in options and _is_whole(found := plain(value)): return int(found)
-    return float(found) if float in options and type(value) not in (int, float) and (
-        found := plain(value)) is not None else value
+    return (
+        float(found)
+        if float in options and type(value) not in (int, float) and (found := plain(value)) is not None
+        else value
+    )
 
 def _expected(f, name:str, hint)->str:
     "What an argument is for, in the words of its comment."
@@ -362,8 +382,9 @@ def checked(
         if torch.compiler.is_compiling(): return f(*args, **kwargs)
         if not positional: _read_signature(f, kinds, positional)
         try:
-            args = [_argument(f, name, value, *kinds[name])
-                    for name, value in zip(positional, args)] + list(args[len(positional):])
+            args = [_argument(f, name, value, *kinds[name]) for name, value in zip(positional, args)] + list(
+                args[len(positional):]
+            )
         except WrongKind as e:
             raise WrongKind(f"{e}{_swapped(kinds, positional, args)}") from None
         for name in kwargs.keys() & kinds.keys(): kwargs[name] = _argument(f, name, kwargs[name], *kinds[name])
@@ -376,9 +397,11 @@ def _read_signature(f, kinds:dict, positional:list):
     for name, p in inspect.signature(f).parameters.items():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
         hint = hints.get(name, typing.Any)
-        kinds[name] = hint, {type(None) if h is None else h
-                             for h in _options(hint)} & {int, float, bool, str, type(None)} | ({int} if hint is float
-                                                                                               else set())
+        kinds[name] = (
+            hint,
+            {type(None) if h is None else h for h in _options(hint)} & {int, float, bool, str, type(None)}
+            | ({int} if hint is float else set()),
+        )
         if p.kind != p.KEYWORD_ONLY: positional.append(name)
 
 def _swapped(kinds:dict, positional:list, args)->str:
@@ -390,8 +413,8 @@ def _swapped(kinds:dict, positional:list, args)->str:
     return ""
 
 # %% ../nbs/90_checks.ipynb #da0fbbcf
-def _options(hint) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint, )
+def _options(hint)->tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 def _argument(f, name:str, value, hint, quick:set):
     "`value` if it fits the annotation, as a plain number where that says so."

@@ -151,20 +151,20 @@ class Split:
         return _member(self, i)
 
 # %% ../nbs/00_data.ipynb #bd497e67
-def _parts_in_words(split: Split) -> str:
+def _parts_in_words(split:Split)->str:
     rows = f", {len(split.seeds)} members" if split.train.ndim == 2 else ""
     return (f"{split.name}: {split.train.shape[-1]:,} training, {split.val.shape[-1]:,} validation, "
             f"{len(split.test):,} test samples{rows}")
 
 # %% ../nbs/00_data.ipynb #1499a99a
-def _moved(split: Split, device) -> Split:
+def _moved(split:Split, device)->Split:
     try: device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device is {str(device)!r}, expected one that PyTorch has here ({error})") from error
     return replace(split, **{k: getattr(split, k).to(device) for k in ("x", "y", "train", "val", "test")})
 
 # %% ../nbs/00_data.ipynb #d9414398
-def _member(split: Split, i: int) -> Split:
+def _member(split:Split, i:int)->Split:
     if split.train.ndim == 1: raise ValueError("this split is not stacked; `Dataset.splits` makes stacked ones")
     if not 0 <= whole("i", i) < len(split.seeds): raise IndexError(f"member {i} of {len(split.seeds)}")
     return replace(split, train=split.train[i], val=split.val[i], seeds=split.seeds[i:i + 1])
@@ -186,7 +186,7 @@ class Dataset:
         check_parts(len(self.x), dict(test=self.test))
 
     @property
-    def pool(self) -> Tensor:
+    def pool(self)->Tensor:
         "Indices of the samples outside the test part, in order"
         outside = torch.ones(len(self.x), dtype=torch.bool, device=self.test.device)
         outside[self.test] = False
@@ -224,7 +224,7 @@ class Dataset:
         return _stacked(self, n, seeds, n_val)
 
 # %% ../nbs/00_data.ipynb #0c92dfc7
-def _split_sizes(data: Dataset, n: int, n_val: int | None) -> tuple[int, int]:
+def _split_sizes(data:Dataset, n:int, n_val:int|None)->tuple[int, int]:
     each = f"one sample for each of the {data.classes} classes of {data.name}"
     n, pool = whole("n", n, data.classes, each), len(data.x) - len(data.test)
     if n_val is None: n_val = max(min(n, pool - n), data.classes)
@@ -238,7 +238,7 @@ def _split_sizes(data: Dataset, n: int, n_val: int | None) -> tuple[int, int]:
     return n, n_val
 
 # %% ../nbs/00_data.ipynb #df689b70
-def _split(data: Dataset, n: int, seed: int, n_val: int | None) -> Split:
+def _split(data:Dataset, n:int, seed:int, n_val:int|None)->Split:
     n, n_val = data.split_sizes(n, n_val)
     train, rest = draw(shuffled(data.pool, seed), data.y, n, data.classes)
     val, _ = draw(rest, data.y, n_val, data.classes)
@@ -257,7 +257,7 @@ def _warn_of_absent(data: Dataset, *parts: Tensor):
             "part: it says nothing about them; take fewer training samples, or leave these classes out", stacklevel=4)
 
 # %% ../nbs/00_data.ipynb #628dc325
-def _stacked(data: Dataset, n: int, seeds: Iterable[int], n_val: int | None) -> Split:
+def _stacked(data:Dataset, n:int, seeds:Iterable[int], n_val:int|None)->Split:
     each = [data.split(n, seed, n_val) for seed in several("seeds", seeds, whole)]
     if not each: raise ValueError("seeds is empty: one seed for each member, at least one")
     train, val = (torch.stack([getattr(s, part) for s in each]) for part in ("train", "val"))
@@ -314,7 +314,7 @@ def moons(
 
 # %% ../nbs/00_data.ipynb #c63f1c90
 @checked
-def digits() -> Dataset: # x [1797, 64], pixels in [0, 1]
+def digits()->Dataset: # x [1797, 64], pixels in [0, 1]
     "scikit-learn's handwritten digits, 597 of them for testing"
     with extra("lab"): from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
@@ -383,7 +383,7 @@ class IdxSource:
     sizes: dict = field(default_factory=dict) # file name -> bytes, as far as known; others may have up to `LARGEST`
 
     @property
-    def folder(self) -> str:
+    def folder(self)->str:
         "Folder of the files under the data root"
         return self.name.replace("_", "-")
 
@@ -434,7 +434,7 @@ class _Handler(HTTPHandler, HTTPSHandler):
     def __init__(self, connected):
         super().__init__()
         def told(kind):
-            return type(kind.__name__, (kind, ), {"connect": lambda self: (kind.connect(self), connected(self.sock))})
+            return type(kind.__name__, (kind,), {"connect": lambda self: (kind.connect(self), connected(self.sock))})
         self.http_open = lambda request: self.do_open(told(HTTPConnection), request)
         self.https_open = lambda request: self.do_open(told(HTTPSConnection), request)
 
@@ -460,7 +460,7 @@ def _opener(seconds: float):
     if over.is_set(): raise late
 
 # %% ../nbs/00_data.ipynb #35f12e7c
-def _kept(part: Path) -> int: # bytes
+def _kept(part:Path)->int: # bytes
     "How much an earlier try has left; anything but a plain file of this user is deleted"
     try: found = os.lstat(part)
     except FileNotFoundError: return 0

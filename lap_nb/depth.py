@@ -43,8 +43,12 @@ class DepthSchedule:
     def __post_init__(self):
         object.__setattr__(self, "kept", several("kept", self.kept, whole))
         object.__setattr__(self, "scale", several("scale", self.scale, partial(number, infinite=True)))
-        if not self.kept or len(self.kept) != len(self.scale) or list(self.kept) != sorted(set(
-                self.kept)) or self.kept[0] < 0:
+        if (
+            not self.kept
+            or len(self.kept) != len(self.scale)
+            or list(self.kept) != sorted(set(self.kept))
+            or self.kept[0] < 0
+        ):
             raise ValueError(
                 f"kept is {self.kept} and scale {self.scale}, expected rising indices of at least one block and a "
                 f"factor for each"
@@ -54,7 +58,7 @@ class DepthSchedule:
                 f"scale is {self.scale}, expected positive factors: a block that shall not run is left out of kept")
 
     def __len__(self)->int: return len(self.kept)
-    def __str__(self) -> str:
+    def __str__(self)->str:
         return " ".join(f"{k}" if s == 1 else f"{k} (x{s:.3g})" for k, s in zip(self.kept, self.scale))
 
 # %% ../nbs/09_depth.ipynb #e62071fa
@@ -195,9 +199,9 @@ def recompute_statistics(
     try:
         with evaluating(model):
             for m in norms:
-                m.running_mean, m.running_var, m.num_batches_tracked = (t.clone()
-                                                                        for t in (m.running_mean, m.running_var,
-                                                                                  m.num_batches_tracked))
+                m.running_mean, m.running_var, m.num_batches_tracked = (
+                    t.clone() for t in (m.running_mean, m.running_var, m.num_batches_tracked)
+                )
                 m.reset_running_stats(); m.momentum, m.training = None, True   # a plain average over the chunks
             for part in x.tensor_split(max(1, len(x) // chunk)) if norms else (): model(part)
     except BaseException:   # all as it was
@@ -215,9 +219,11 @@ class _Gone:
 def _ours(hook)->bool:
     "Whether a hook was put on by this package: a meter, a tracer, random depth."
     owner = getattr(hook, "__self__", getattr(hook, "func", hook))
-    return isinstance(
-        owner,
-        _Gone) or not isinstance(owner, nn.Module) and str(getattr(owner, "__module__", "")).startswith("lap_nb.")
+    return (
+        isinstance(owner, _Gone)
+        or not isinstance(owner, nn.Module)
+        and str(getattr(owner, "__module__", "")).startswith("lap_nb.")
+    )
 
 def _copy(model:nn.Module)->nn.Module:
     "A copy of the network inside wrappers, without this package's hooks."
@@ -524,9 +530,14 @@ def _repr_markdown_(self:DepthCurve)->str:
         last = f"{as_text(group[-1]['schedule'])} | {group[-1]['energy']:.3g}"
         lines.append(
             f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
-    return "\n".join(lines) + (
-        f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
-        f"would give {100 * self.settled:.1f} %.*") * self.recomputed
+    return (
+        "\n".join(lines)
+        + (
+            f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
+            f"would give {100 * self.settled:.1f} %.*"
+        )
+        * self.recomputed
+    )
 
 @patch
 def __repr__(self:DepthCurve)->str:
@@ -791,10 +802,16 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
     "What `shorten` chose, and what it gained, as plain values."
     count = lambda net: sum(p.numel() for p in net.parameters())
     ms = latency(dict(before=model, after=small), x)
-    return dict(kept=list(row["schedule"].kept), scale=list(row["schedule"].scale),
-                blocks=[full["blocks"], row["blocks"]], val_accuracy=[full["accuracy"],
-                                                                      _accuracy(small, data)],
-                parameters=[count(model), count(small)], ms=list(ms.values()), samples=len(x), device=str(x.device))
+    return dict(
+        kept=list(row["schedule"].kept),
+        scale=list(row["schedule"].scale),
+        blocks=[full["blocks"], row["blocks"]],
+        val_accuracy=[full["accuracy"], _accuracy(small, data)],
+        parameters=[count(model), count(small)],
+        ms=list(ms.values()),
+        samples=len(x),
+        device=str(x.device),
+    )
 
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = part_indices(data, part)
@@ -1075,8 +1092,9 @@ def _gap(steps:list[Tensor])->Tensor:
     return torch.stack([(s * (len(stage) * s - sum(stage))).mean() for stage in stages for s in stage])
 
 # %% ../nbs/09_depth.ipynb #59532e26
-PENALTIES = dict(path_gap=(lambda x, y: y - x, _gap), wasserstein=(partial(sliced_wasserstein,
-                                                                           largest=True), torch.stack))
+PENALTIES = dict(
+    path_gap=(lambda x, y: y - x, _gap), wasserstein=(partial(sliced_wasserstein, largest=True), torch.stack)
+)
 
 # %% ../nbs/09_depth.ipynb #685b4541
 class Penalty(nn.Module):

@@ -519,7 +519,7 @@ def _draw(traj:Trajectory, y, until, ax, paths:bool, colored:bool):
 
 # %% ../nbs/01_dynamics.ipynb #aca800ca
 def _draw_field(flow:Flow, traj:Trajectory, y, k:int, ax, arrows:int, whole:bool):
-    if traj.x[0, 0].shape != (2, ):
+    if traj.x[0, 0].shape != (2,):
         raise ValueError(f"samples have shape {list(traj.x.shape[2:])}, expected [2]: only a plane can be drawn")
     low, high = _box(traj.x if whole else traj.x[:k + 2])
     ax = traj.plot(y, until=k, ax=ax, colored=True)

@@ -154,7 +154,7 @@ class Ensemble(nn.Module):
         self._seed(range(len(models)) if seeds is None else _check_row_seeds(seeds, len(models)), self.stacks[0].device)
 
     def __len__(self)->int: return len(self.died)
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self)->list[Tensor]:
         return [*self.stacks, *(getattr(self, f"buffer_{i}") for i in range(len(self.buffer_names)))]
     def _state(self)->dict[str, Tensor]: return dict(zip(self.names + self.buffer_names, self._tensors()))
 
@@ -312,8 +312,11 @@ def _hold(self:Ensemble):
 # %% ../nbs/07_ensembles.ipynb #38586a4a
 def as_python(value):
     "Numbers of NumPy, of tensors, and fractions as Python's own; the rest as it is."
-    if hasattr(value, "tolist") and not getattr(value, "is_meta", False) and getattr(value, "layout",
-                                                                                     torch.strided) == torch.strided:
+    if (
+        hasattr(value, "tolist")
+        and not getattr(value, "is_meta", False)
+        and getattr(value, "layout", torch.strided) == torch.strided
+    ):
         return value.tolist()
     return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, (int, float)) else value
 
@@ -480,8 +483,10 @@ def _alone(job:_Job, bar=None)->Iterator[_Trained]: # each network
         well = _Well(model)
         with seeded(seed):
             try:
-                curves, step = fit(model, split, la, job.config, kept, seed=seed, progress=bar,
-                                   callbacks=[well]).curves, -1
+                curves, step = (
+                    fit(model, split, la, job.config, kept, seed=seed, progress=bar, callbacks=[well]).curves,
+                    -1,
+                )
             except FloatingPointError as e:
                 curves, step = _death(e)
                 well.put_back(kept)
@@ -675,7 +680,7 @@ def _abreast(jobs:Sequence[_Job], bar, found:dict):
     "Put the results of all jobs into `found`, so many at a time, each with its share of PyTorch's threads."
     threads, rows, results = torch.get_num_threads(), [_built(job) for job in jobs], {}
     pool = ThreadPoolExecutor(jobs[0].abreast, initializer=torch.set_num_threads,
-                              initargs=(threads // jobs[0].abreast, ))
+                              initargs=(threads // jobs[0].abreast,))
     try:
         for r, (job, row) in enumerate(zip(jobs, rows)):
             results[pool.submit(_trained, job, *row, bar.row(len(job.seeds), show=False))] = r
@@ -870,10 +875,12 @@ def _plan(
     room = int(.8 * free_memory(torch.device(device))) if memory is None else memory
     kinds = {repr((of(m, "make_model"), m.get("batch_size"))): m for m in members}   # networks and batches that differ
     probes = [
-        (partial(make_model,
-                 **of(m,
-                      "make_model")), data.x[:min(m.get("batch_size", settings["batch_size"]), data.train.shape[-1])])
-        for m in kinds.values()]
+        (
+            partial(make_model, **of(m, "make_model")),
+            data.x[:min(m.get("batch_size", settings["batch_size"]), data.train.shape[-1])],
+        )
+        for m in kinds.values()
+    ]
     # they all end in one row: before anything is trained
     _check_alike([_made(make, 0) for make, _ in probes], "grouped")
     # the largest decides for all
@@ -1074,8 +1081,9 @@ def _is_plan(note:dict)->bool:
     if not (isinstance(rows, list) and isinstance(ways, list) and len(rows) == len(ways)): return False
     if not all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows): return False
     known = [[mode, conv] for mode in MODES for conv in CONVS]
-    return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(way in known
-                                                                                               for way in ways)
+    return sorted(i for row in rows for i in row) == list(range(len(note["members"]))) and all(
+        way in known for way in ways
+    )
 
 def _kept(plan, checkpoints:Checkpoints, note:dict):
     "The plan with a checkpoint for each row, and a note in the folder of what the rows are."

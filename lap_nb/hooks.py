@@ -164,8 +164,9 @@ class Watcher:
     @property
     def paused(self)->bool:
         "Whether passes of this thread are not noted."
-        return not torch.compiler.is_compiling() and (self.thread not in (None, threading.get_ident())
-                                                      or self.own_note().paused)
+        return not torch.compiler.is_compiling() and (
+            self.thread not in (None, threading.get_ident()) or self.own_note().paused
+        )
     @paused.setter
     def paused(self, value:bool): self.own_note().paused = value
 
@@ -500,12 +501,15 @@ def _way_in(y:Tensor, starts, written=())->_Way:
     code = _code(y)
     found, bars = _arrivals(y, code, starts, written)
     whole = next(
-        ([a] for a in found if a.sums and (not a.before or a.written) and _same(a.code, code)), None) or _pieces(
-            found, code)
+        ([a] for a in found if a.sums and (not a.before or a.written) and _same(a.code, code)), None
+    ) or _pieces(found, code)
     if sums := _joined(whole):
         first = whole[0]
-        words = f"{first.before} in place, then " * first.written + _counted(
-            len(sums), "addition") + f", then {first.after}" * bool(first.after)
+        words = (
+            f"{first.before} in place, then " * first.written
+            + _counted(len(sums), "addition")
+            + f", then {first.after}" * bool(first.after)
+        )
         return _Way(first.start, sums, words)
     if odd := _oddity([a for a in found if a.code.shape == code.shape], code):
         return _Way(words=f"its input enters its output {odd}, expected unchanged")
@@ -655,7 +659,7 @@ def _floats(value)->list[Tensor]:
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
     return [t for item in items for t in _floats(item)]
 
-def _layer(module: nn.Module) -> bool:
+def _layer(module:nn.Module)->bool:
     return type(module).__module__.startswith("torch.nn.") and not list(module.children())
 
 # %% ../nbs/02_attach.ipynb #4c1d09ab
@@ -779,7 +783,7 @@ def module(self:_Kept, module:nn.Module):
     # a lazy module is of another kind once it has run
     self.undo.append(lambda: _reset(module, own) if type(module) is kind else None)
 
-# %% ../nbs/02_attach.ipynb #5295d5bf
+# %% ../nbs/02_attach.ipynb #5295d5bc
 def _own_weights(root:nn.Module)->list[tuple[Tensor, Tensor]]: # as they are, with a copy
     "Of the modules that do more in `train` and `eval` than set a mode."
     own = [m for m in root.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
@@ -803,12 +807,15 @@ class _Quiet(Aside):
     def __init__(self, root:nn.Module):
         super().__init__(root)
         self.root, self.dropped, self.modes, self.kept, self.weights, self.randoms = root, [], [], _Kept(), [], []
-        self.grad, self.inference = torch.is_grad_enabled(), torch.inference_mode(
-            False) if torch.is_inference_mode_enabled() else None
+        self.grad, self.inference = (
+            torch.is_grad_enabled(),
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else None,
+        )
         # returns None: that is what is kept of an activation; a single number may be a factor
         drop = self.dropped.append
-        self.saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach()
-                                                              if t.numel() == 1 else drop(None), lambda t: t)
+        self.saved = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.detach() if t.numel() == 1 else drop(None), lambda t: t
+        )
 
     def keep(self):
         "Note what `end` puts back."
@@ -923,16 +930,20 @@ def __call__(self:_Judge, module, named)->tuple[bool, str]:
     if module not in self.calls: return False, "not called"
     call = next((c for c in self.calls[module] if c.way is None), self.calls[module][0])
     if named and module not in self.branches:
-        return (True, "named by a pattern" + f"; {call.why}" * call.still) if all(
-            c.shape for c in self.calls[module]) else (False, call.why)
+        return (
+            (True, "named by a pattern" + f"; {call.why}" * call.still)
+            if all(c.shape for c in self.calls[module])
+            else (False, call.why)
+        )
     if module in self.branches and module not in self.residual:
         return named, "a branch: who calls it adds what it returns to " + (
-            "its input" if self.branches[module] else
-            "the stream from which its input is made") + "; measure it with velocity='branch'"
+            "its input" if self.branches[module] else "the stream from which its input is made"
+        ) + "; measure it with velocity='branch'"
     if module in self.chains:
         own = self.chains[module]
-        return False, "a chain of the blocks inside it" + (f", with {_counted(own, 'addition')} of its own beside them"
-                                                           if own else "")
+        return False, "a chain of the blocks inside it" + (
+            f", with {_counted(own, 'addition')} of its own beside them" if own else ""
+        )
     if module is self.root and any(m in self.residual for m in module.modules() if m is not module):
         return False, f"the whole network, with blocks inside; {call.why}"
     if module in self.residual and not any(self.owner[s] is module for c in self.calls[module] for s in c.way.sums):
@@ -989,8 +1000,15 @@ class Blocks(dict):
         classes = [
             dict(name=c["name"], kind=c["kind"], verdict="class", moved=None, why=_coverage(c)) for c in self.classes]
         rows = [
-            dict(name=n, kind=type(m).__name__, verdict="branch" if n in self.branches else "matched",
-                 moved=self.moved.get(n), why=self.why.get(n, "")) for n, m in self.items()]
+            dict(
+                name=n,
+                kind=type(m).__name__,
+                verdict="branch" if n in self.branches else "matched",
+                moved=self.moved.get(n),
+                why=self.why.get(n, ""),
+            )
+            for n, m in self.items()
+        ]
         return classes + rows + [
             dict(name=n, kind="", verdict="skipped", moved=None, why=why) for n, why in self.skipped.items()]
 
@@ -1094,9 +1112,11 @@ def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module):
     others = {name: why for name, why in blocks.skipped.items() if name not in listed}
     # they keep the shape: the likeliest first
     near = {name: why for name, why in others.items() if why.startswith(("its input", "it adds", "a branch"))}
-    seen = "; ".join(f"{name}: {why}" for name, why in list((
-        reasons | near
-        | others).items())[:6]) if judge.calls else "no ResidualBlock in it, the only kind known by its type"
+    seen = (
+        "; ".join(f"{name}: {why}" for name, why in list((reasons | near | others).items())[:6])
+        if judge.calls
+        else "no ResidualBlock in it, the only kind known by its type"
+    )
     branches = any(why.startswith("a branch") for why in (reasons | others).values())
     raise ValueError(
         f"no residual block found in {type(root).__name__} ({seen}): a block must return its input, unchanged, plus "
@@ -1127,9 +1147,12 @@ def _classes(blocks:Blocks, names:dict, judge:_Judge)->list[dict]:
     """Rows of the classes that occur several times, outermost first, of which a module keeps its shape: its name, what
     is covered and why other modules are not."""
     keeps = {
-        m for m, calls in judge.calls.items()
-        if all(c.shape
-               for c in calls) and not _layer(m) and not type(m).__module__.startswith("torch.nn.modules.container")}
+        m
+        for m, calls in judge.calls.items()
+        if all(c.shape for c in calls)
+        and not _layer(m)
+        and not type(m).__module__.startswith("torch.nn.modules.container")
+    }
     kinds = Counter(type(m) for m in names.values())
     groups, seen = {}, set()
     for name, module in names.items():

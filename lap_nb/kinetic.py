@@ -371,8 +371,9 @@ def also(self:EnergyMeter, hook:TrainingHook, module)->bool:
         return recomputing() and (hook.name in note.idle or hook.name in self.last_note.idle)
     hidden = not torch.is_grad_enabled() and _in_function()
     if hook.name and not torch.compiler.is_compiling():
-        note.idle[
-            hook.name] = _CHECKPOINT if hidden else "without gradients" if module.training else "in evaluation mode"
+        note.idle[hook.name] = (
+            _CHECKPOINT if hidden else "without gradients" if module.training else "in evaluation mode"
+        )
     return not hidden
 
 _CHECKPOINT = "in a gradient checkpoint" # of the older kind

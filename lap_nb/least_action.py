@@ -302,8 +302,10 @@ class ProportionalIntegral(Controller):
     ):
         super().__init__(*args, **kwargs)
         relative = flag("relative", relative)
-        self.gain, self.smooth = _check_gain("gain", gain), number("smooth", smooth, 0, below=1,
-                                                                   why="a decay; 0 smooths nothing")
+        self.gain, self.smooth = (
+            _check_gain("gain", gain),
+            number("smooth", smooth, 0, below=1, why="a decay; 0 smooths nothing"),
+        )
         # NaN: none seen yet
         self.register_buffer("violation", torch.full_like(self.lam, math.nan if relative else 0.))
 
@@ -734,15 +736,16 @@ class KKTReport:
     def table(self
     )->list[tuple[str, str, str]]: # quantity, value, what it should be
         "The report, line by line."
-        rows = [("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"),
-                ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
-                ("lambda", f"{self.lam:.4g}", "price of a unit of loss, in action"),
-                ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
-                ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"),
-                ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
-                ("action", f"{self.action:.4g}", "as small as the task allows"),
-                ("action / lambda, of the loss", _percent(self.share,
-                                                          ".1%"), "what the action weighs in the objective")]
+        rows = [
+            ("loss", f"{self.loss:.4g}", f"target {self.target:.4g}"),
+            ("loss minus target", f"{self.gap:+.2g}", "zero or less: feasible"),
+            ("lambda", f"{self.lam:.4g}", "price of a unit of loss, in action"),
+            ("lambda (loss minus target)", f"{self.slack:+.2g}", "zero: complementary slackness"),
+            ("drift of lambda", _percent(self.drift, "+.0%"), "zero: settled"),
+            ("swing of lambda", _percent(self.swing, ".0%"), "small: no oscillation"),
+            ("action", f"{self.action:.4g}", "as small as the task allows"),
+            ("action / lambda, of the loss", _percent(self.share, ".1%"), "what the action weighs in the objective"),
+        ]
         if self.residual is not None:
             rows += [("stationarity residual", f"{self.residual:.2f}", "zero: the gradients balance"),
                      ("balancing lambda", f"{self.balance:.4g}", "lambda itself, when stationary")]

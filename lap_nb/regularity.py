@@ -368,9 +368,10 @@ def holder_exponent(
         raise ValueError(
             f"x has {len(x)} samples, expected at least 50: the exponent is read off the distances between them")
     number("shift", shift, why="in radii")
-    bins, halves, directions = (whole(name, value, least, most=10_000)
-                                for name, value, least in (("bins", bins, 3), ("halves", halves, 2), ("directions",
-                                                                                                      directions, 1)))
+    bins, halves, directions = (
+        whole(name, value, least, most=10_000)
+        for name, value, least in (("bins", bins, 3), ("halves", halves, 2), ("directions", directions, 1))
+    )
     check_memory(len(x), len(x), 6, None, "a thousand: they have half a million distances")
     (f, x), g = _wide_map(f, x), torch.Generator().manual_seed(whole("seed", seed))
     distance, power = _distances("x", x.flatten(1))

@@ -64,8 +64,11 @@ def _bits(a)->list: return [torch.tensor(bytearray(a.tobytes()), dtype=torch.uin
 def _array(saved, value):
     bits, dtype, shape = saved
     found = np.frombuffer(bits.numpy().tobytes(), dtype).reshape(shape).copy()
-    if isinstance(value,
-                  np.ndarray) and value.flags.writeable and (value.shape, value.dtype) == (found.shape, found.dtype):
+    if (
+        isinstance(value, np.ndarray)
+        and value.flags.writeable
+        and (value.shape, value.dtype) == (found.shape, found.dtype)
+    ):
         value[...] = found
         return value
     return found if isinstance(value, np.ndarray) or shape else found[()]
@@ -104,8 +107,9 @@ def _items(saved, value):
     if isinstance(value, (list, deque)):
         value.clear(); value.extend(found)
         return value
-    return type(value)._make(found) if hasattr(value, "_make") else {"list": list, "deque": deque}.get(name,
-                                                                                                       tuple)(found)
+    return (
+        type(value)._make(found) if hasattr(value, "_make") else {"list": list, "deque": deque}.get(name, tuple)(found)
+    )
 
 def _entries(saved, value):
     found = {key: restore(item, value.get(key) if isinstance(value, dict) else None) for key, item in saved}
@@ -151,15 +155,20 @@ def _whole(value, saved, inner):
 def _holed(saved)->bool:
     if saved is None: return True
     kind, content = saved
-    return any(map(_holed, content[1])) if kind == "items" else any(
-        _holed(item) for _, item in content) if kind == "entries" else False
+    return (
+        any(map(_holed, content[1]))
+        if kind == "items"
+        else any(_holed(item) for _, item in content)
+        if kind == "entries"
+        else False
+    )
 
 def _each(saved, value):
     "Of a method, what it is bound to; of a partial, all that it holds."
     for item, part in zip(saved, _bound(value)): restore(item, part)
     return value
 
-def _bound(value) -> list:
+def _bound(value)->list:
     return [value.__self__] if isinstance(value, MethodType) else [value.func, *value.args, *value.keywords.values()]
 
 # %% ../nbs/00b_state.ipynb #c14a1258
@@ -198,8 +207,11 @@ def _function(saved, value):
 def _ours(value)->bool:
     "Of a library whose objects keep no state of their own between two steps, or say so."
     library = (value.__module__ if isinstance(value, FunctionType) else type(value).__module__ or "").partition(".")[0]
-    return library in ("torch", "lap_nb",
-                       "numpy") or library in sys.stdlib_module_names and type(value) is not SimpleNamespace
+    return (
+        library in ("torch", "lap_nb", "numpy")
+        or library in sys.stdlib_module_names
+        and type(value) is not SimpleNamespace
+    )
 
 def _is(*types)->Callable: return lambda value: isinstance(value, types)
 
@@ -287,7 +299,7 @@ def _shared(value)->bool:
     "Can it change, other than what a class is made of?"
     return any(_KINDS[kind][0](value) for kind in (*_MADE, "generator", "text"))
 
-def _called(i: int, callback) -> str:
+def _called(i:int, callback)->str:
     return f"callback {i}, {getattr(callback, '__qualname__', type(callback).__qualname__)}"
 
 def _holders(i:int, callback)->Iterator[tuple[str, object]]:
@@ -323,8 +335,13 @@ def _can_be_made(saved)->bool:
     "Of nothing but what was captured."
     if saved is None or saved[0] not in _MADE: return False
     kind, content = saved
-    return all(map(_can_be_made, content[1])) if kind == "items" else all(
-        _can_be_made(item) for _, item in content) if kind == "entries" else True
+    return (
+        all(map(_can_be_made, content[1]))
+        if kind == "items"
+        else all(_can_be_made(item) for _, item in content)
+        if kind == "entries"
+        else True
+    )
 
 def _steady(saved)->bool:
     "Made of plain values alone."

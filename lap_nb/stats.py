@@ -50,8 +50,10 @@ def wilson(
 )->tuple[float, float]:
     "Wilson's interval of a rate seen in so many independent trials."
     z = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
-    centre, spread = (rate + z * z / (2 * trials)) / (1 + z * z / trials), z / (
-        1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials ** 2))
+    centre, spread = (
+        (rate + z * z / (2 * trials)) / (1 + z * z / trials),
+        z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials**2)),
+    )
     return max(0., centre - spread) if rate else 0., min(1., centre + spread) if rate < 1 else 1.
 
 # %% ../nbs/90a_stats.ipynb #90a0000a
@@ -62,8 +64,9 @@ def median_interval(
     "Ends of the interval of the median, from order statistics; all there is, if that is too few."
     from scipy.stats import quantile_test
     found = quantile_test(values, p=.5).confidence_interval(level)
-    return (min(values) if math.isnan(found.low) else float(found.low)), (max(values) if math.isnan(found.high) else
-                                                                          float(found.high))
+    return (min(values) if math.isnan(found.low) else float(found.low)), (
+        max(values) if math.isnan(found.high) else float(found.high)
+    )
 
 # %% ../nbs/90a_stats.ipynb #90a0000d
 def bootstrap_mean(

@@ -142,8 +142,11 @@ def _slack(cost:Tensor, f:Tensor, at:Tensor|None=None, rounding:float=0.)->Tenso
     """The smallest `cost[i, j] - f[i]` of each column j, over all rows i or those in `at`; each with so large a share
     of its terms on top."""
     # one block, used again
-    lowest, block, f = cost.new_full(cost.shape[1:], math.inf), cost.new_empty(64,
-                                                                               cost.shape[1]), f - rounding * f.abs()
+    lowest, block, f = (
+        cost.new_full(cost.shape[1:], math.inf),
+        cost.new_empty(64, cost.shape[1]),
+        f - rounding * f.abs(),
+    )
     for r in _rows(len(f)) if at is None else at.split(64):
         left = block[:len(f[r])]
         if at is None: torch.mul(cost[r], 1 + rounding, out=left)
@@ -282,8 +285,13 @@ def _simplex(cost:Tensor, a:Tensor, b:Tensor, max_iter:int):
         (i, j), mass = plan.indices(), plan.values()
         above = f + cap * u
         below = torch.minimum(g + cap * v, _slack(cost, above))   # now no pair is too dear
-        off = (mass * ((cost[i, j] - above[i] - below[j]).abs() + torch.finfo(cost.dtype).eps *
-                       (above[i].abs() + below[j].abs()))).sum() / (mass * cost[i, j]).sum()
+        off = (
+            mass
+            * (
+                (cost[i, j] - above[i] - below[j]).abs()
+                + torch.finfo(cost.dtype).eps * (above[i].abs() + below[j].abs())
+            )
+        ).sum() / (mass * cost[i, j]).sum()
         if not off > 1e-12: return None, plan, above, below   # 0 / 0 where all costs are zero
         if not again:
             f = cost.amin(1)
@@ -334,7 +342,7 @@ class Coupling:
     f:Tensor            # price of each start point, `[n]`
     g:Tensor            # price of each end point, `[m]`; `f[i] + g[j]` is at most the cost of i, j
     solver:str          # which solver ran: `"assignment"` (SciPy's; on a line the order) or `"simplex"` (POT's)
-    def __repr__(self) -> str:
+    def __repr__(self)->str:
         return f"Coupling of {len(self.f)} and {len(self.g)} points: W2^2 = {self.cost:.6g}, solved by {self.solver}"
 
 # %% ../nbs/04_transport.ipynb #2ecc3ed3
@@ -497,11 +505,20 @@ def exact_gap(
     scale = pair.x.shape[1] if reduction == "mean" else 1
     back = lambda value: pair.square(value) / scale
     low, high = bootstrap_mean(slack, w, resamples, level, seed)
-    return Gap(back(moved), back(min(least, moved) if gap else moved), back(gap), (back(low), back(high)),
-               _self_share(pair, i, j, mass),
-               _sensitivity(pair.start, pair.end,
-                            seed), (ldexp(slack, 2 * pair.power) / scale).to(start.device), *pair.x.shape,
-               _twins(pair.start), level, reduction, used)
+    return Gap(
+        back(moved),
+        back(min(least, moved) if gap else moved),
+        back(gap),
+        (back(low), back(high)),
+        _self_share(pair, i, j, mass),
+        _sensitivity(pair.start, pair.end, seed),
+        (ldexp(slack, 2 * pair.power) / scale).to(start.device),
+        *pair.x.shape,
+        _twins(pair.start),
+        level,
+        reduction,
+        used,
+    )
 
 # %% ../nbs/04_transport.ipynb #1e9b2437
 def _displaced(start:Tensor, end:Tensor, least:int=2, squares:bool=False)->_Pair:
@@ -585,9 +602,10 @@ def plot(self:GapCurve,
 ):                   # the axes
     "Mean over the subsets, with the range of the middle 80 %."
     ax = own_axes(ax, 5.4, 3.4)
-    for values, name, c, style in ((self.gaps, label, 0, dict(marker="o", ms=9, mfc="none",
-                                                              zorder=3)), (self.placebo, "placebo", 1,
-                                                                           dict(marker="s", ms=4))):
+    for values, name, c, style in (
+        (self.gaps, label, 0, dict(marker="o", ms=9, mfc="none", zorder=3)),
+        (self.placebo, "placebo", 1, dict(marker="s", ms=4)),
+    ):
         ax.plot(self.n, values.mean(1), color=colors()[c], label=name, **style)
         ax.fill_between(self.n, *values.quantile(torch.tensor([.1, .9]), dim=1), color=colors()[c], alpha=.25, lw=0)
     ax.set(xscale="log", xlabel="samples $n$", ylabel="gap / displacement cost", title=f"{self.dim} dimensions")
@@ -678,8 +696,11 @@ def action_split(
 # %% ../nbs/04_transport.ipynb #be7aa6f7
 @patch
 def __repr__(self:ActionSplit):
-    line = lambda row: f"{row}: " + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], Parts._fields)
-                                               ) + f" = {self.total(row):.4g}"
+    line = lambda row: (
+        f"{row}: "
+        + " + ".join(f"{v:.4g} {name}" for v, name in zip(self.parts[row], Parts._fields))
+        + f" = {self.total(row):.4g}"
+    )
     return "\n".join([f"ActionSplit, {self.reduction} over features", *map(line, self.parts)] +
                      [f"Warning: {self.warning}"] * bool(self.warning))
 
@@ -689,8 +710,11 @@ def _repr_markdown_(self:ActionSplit):
         "| " + self.reduction +
         " over features | $W_2^2$ | assignment gap | path gap | $K\\sum\\lvert\\delta\\rvert^2$ | optimal share |",
         "|:--|--:|--:|--:|--:|--:|"]
-    line = lambda row: f"| {as_text(row)} | " + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row))
-                                                           ) + f" | {self.shares(row).optimal:.1%} |"
+    line = lambda row: (
+        f"| {as_text(row)} | "
+        + " | ".join(f"{v:.4g}" for v in (*self.parts[row], self.total(row)))
+        + f" | {self.shares(row).optimal:.1%} |"
+    )
     return "\n".join(head + list(map(line, self.parts))) + f"\n\n**Warning.** {self.warning}" * bool(self.warning)
 
 # %% ../nbs/04_transport.ipynb #7a88bf07
@@ -762,8 +786,9 @@ def cyclical_monotonicity(
     for i in at.split(2 ** 21 // (length * x.shape[1]) + 1):
         terms = ((y[i] - y[i[:, :1]]) * (x[i] - x[i.roll(-1, 1)])).flatten(1)
         bad += (terms.sum(1) < -(terms.shape[1] + 3) * torch.finfo(x.dtype).eps * terms.abs().sum(1)).sum().item()
-    return Violations(rate := bad / len(at), wilson(rate, min(len(at),
-                                                              len(x) // length), level), len(at), length, len(x))
+    return Violations(
+        rate := bad / len(at), wilson(rate, min(len(at), len(x) // length), level), len(at), length, len(x)
+    )
 
 # %% ../nbs/04_transport.ipynb #8628fe9e
 def _draw_cycles(x:Tensor, length:int, cycles:int, near:int|None, seed:int)->Tensor:
@@ -892,8 +917,10 @@ def sliced_w2(
     x, y, moved = _at_means(pair)
     _, log = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=directions, seed=seed % 2 ** 32,
                                             log=True)
-    each, scale = torch.as_tensor(log["projected_emds"],
-                                  dtype=torch.float64) * x.shape[1], x.shape[1] if reduction == "mean" else 1
+    each, scale = (
+        torch.as_tensor(log["projected_emds"], dtype=torch.float64) * x.shape[1],
+        x.shape[1] if reduction == "mean" else 1,
+    )
     size = each.max().item() or 1.   # its square may be more than float64 holds
     # by which rounding may move the means
     off = 8 * torch.finfo(x.dtype).eps * max(_farthest(pair.x), _farthest(pair.y))
@@ -969,8 +996,11 @@ def measure_transport(
     scaled = [Trajectory(_path(s)[0]) for s in stages]   # lengths that do not vanish in single precision
     cycles = lambda s: cyclical_monotonicity(s.x[0], s.x[-1], length=3, seed=seed)
     straightness = torch.stack([s.straightness().mean() for s in scaled])
-    walks, pairs, rings = mccann(traj,
-                                 reduction), [monotonicity(s.x[0], s.x[-1]) for s in stages], list(map(cycles, stages))
+    walks, pairs, rings = (
+        mccann(traj, reduction),
+        [monotonicity(s.x[0], s.x[-1]) for s in stages],
+        list(map(cycles, stages)),
+    )
     record = dict(n=split.gaps[0].n, dim=[g.dim for g in split.gaps], reduction=reduction, seed=seed,
                   warning=split.warning)
     record |= {

@@ -36,8 +36,11 @@ def processor_seconds(code):
     "The smallest processor time of five fresh processes that run `code`."
     def once():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, '-c', code], check=True, env=dict(os.environ, OMP_NUM_THREADS='1',
-                                                                          OPENBLAS_NUM_THREADS='1'))
+        subprocess.run(
+            [sys.executable, '-c', code],
+            check=True,
+            env=dict(os.environ, OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'),
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return min(once() for _ in range(5))

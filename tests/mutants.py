@@ -48,9 +48,11 @@ def faults(node):
         yield 'and/or', lambda n: setattr(n, 'op', ast.Or() if isinstance(n.op, ast.And) else ast.And())
     if isinstance(node, ast.FunctionDef):
         for i, statement in enumerate(node.body):
-            if isinstance(statement,
-                          (ast.Assign, ast.AugAssign, ast.Raise, ast.If,
-                           ast.For)) or isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            if (
+                isinstance(statement, (ast.Assign, ast.AugAssign, ast.Raise, ast.If, ast.For))
+                or isinstance(statement, ast.Expr)
+                and isinstance(statement.value, ast.Call)
+            ):
                 yield f'dropped line {statement.lineno}', lambda n, i=i: n.body.__setitem__(
                     i, ast.copy_location(ast.Pass(), n.body[i]))
 

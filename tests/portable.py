@@ -347,8 +347,9 @@ def record(rows, units):
             if r['failed'] else round(r['room'], 2) if math.isfinite(r['room']) else None for r in rows
             if r['unit'] == unit and (r['failed'] or math.isfinite(r['room']) or r['claim'] in wanted)}
     import torch
-    machine = re.search(r'model name\s*: (.*)',
-                        Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
+    machine = (
+        re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
+    )
     note |= dict(date=time.strftime('%Y-%m-%d'), processor=machine[1] if machine else platform.processor(),
                  torch=torch.__version__,
                  trained={name: fingerprint(name) for name in CONFIGURATIONS if not name.startswith('seeds')})

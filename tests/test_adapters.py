@@ -365,11 +365,12 @@ def test_a_kill_at_any_file_operation_leaves_a_state_to_resume_from(tmp_path, ki
         again = hf_trainer(Classifier(), folder, **settings)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            try: again.train(resume_from_checkpoint=True)
+            try:
+                again.train(resume_from_checkpoint=True)
             except ValueError as e:
-                assert re.search(
-                    "no checkpoint in .* is whole",
-                    str(e)) and resumable == 0, f"operation {n}: after the first whole checkpoint there is always one"
+                assert re.search("no checkpoint in .* is whole", str(e)) and resumable == 0, (
+                    f"operation {n}: after the first whole checkpoint there is always one"
+                )
                 continue
         resumable += 1; warned += any("the newest whole checkpoint" in str(w.message) for w in told)
         check_same(again.model.net, again.least_action, (expected.model.net, expected.least_action))

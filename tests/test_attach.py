@@ -104,8 +104,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, K=3, checkpointing=None):
         super().__init__()
-        self.embed, self.layers, self.head = nn.Embedding(11, 8), nn.ModuleList(Layer()
-                                                                                for _ in range(K)), nn.Linear(8, 11)
+        self.embed, self.layers, self.head = (
+            nn.Embedding(11, 8),
+            nn.ModuleList(Layer() for _ in range(K)),
+            nn.Linear(8, 11),
+        )
         self.checkpointing = checkpointing
 
     def forward(self, ids):
@@ -167,8 +170,11 @@ def test_resnets_are_found(block, names):
     assert list(blocks) == names
     assert blocks.skipped["layer2.0"] == ("shape changes (4, 8, 8) -> (8, 4, 4)" if block is BasicBlock
                                           else "shape changes (16, 8, 8) -> (32, 4, 4)")
-    assert {r["verdict"] for r in blocks.table()} == {"class", "matched", "skipped"
-                                                      } and "| `layer1.1` |" in blocks._repr_markdown_()
+    assert {r["verdict"] for r in blocks.table()} == {
+        "class",
+        "matched",
+        "skipped",
+    } and "| `layer1.1` |" in blocks._repr_markdown_()
 
 
 def test_tuples_and_keyword_inputs():
@@ -215,7 +221,7 @@ def judged(form, x=None, f=None):
 
 
 def sliced(v, x): v += x; return v
-def copied(v, x): v = v.clone(); v[:, :] = x + v; return v
+def copied(v, x): v = v.clone(); v[:,:] = x + v; return v
 def part(x, v): x[:, 1:4] += v[:, 1:4]; return x
 def headed(x, act): act(x); return x
 @torch.no_grad()
@@ -225,70 +231,92 @@ COORDS = torch.randn(6)
 SEEN = {
     "a slice that is added to": lambda x, f: sliced(torch.cat([f(x), f(x)], 1)[:, :6], x),
     "a strided slice": lambda x, f: sliced(f(x).repeat_interleave(2, 1)[:, ::2], x),
-    "a slice of the input": lambda x, f: part(x, f(x)), "an assignment": lambda x, f: copied(f(x), x),
-    "out of a chunk": lambda x, f: torch.cat([f(x), x], 1).chunk(2, 1)[1] + f(x), "divided by one": lambda x, f:
-    (x + f(x)) / 1., "by a tensor of one": lambda x, f: (x + f(x)) / torch.tensor(1.), "twice and halved": lambda x, f:
-    (2 * x + f(x)) / 2, "a root and back": lambda x, f: (x / 2 ** .5 + f(x)) * 2 ** .5,
+    "a slice of the input": lambda x, f: part(x, f(x)),
+    "an assignment": lambda x, f: copied(f(x), x),
+    "out of a chunk": lambda x, f: torch.cat([f(x), x], 1).chunk(2, 1)[1] + f(x),
+    "divided by one": lambda x, f: (x + f(x)) / 1.0,
+    "by a tensor of one": lambda x, f: (x + f(x)) / torch.tensor(1.0),
+    "twice and halved": lambda x, f: (2 * x + f(x)) / 2,
+    "a root and back": lambda x, f: (x / 2**0.5 + f(x)) * 2**0.5,
     "stacked and summed": lambda x, f: torch.stack([f(x), x]).sum(0),
     "last axis": lambda x, f: torch.stack([x, f(x), f(x)], -1).sum(-1),
     "concatenated and summed": lambda x, f: torch.cat([x[None], f(x)[None]]).sum(0),
-    "a mean": lambda x, f: 2 * torch.stack([x, f(x)]).mean(0), "python's sum": lambda x, f: sum([x, f(x)]),
-    "transposed": lambda x, f: (x.t() + f(x).t()).t(), "permuted": lambda x, f:
-    (x[None].permute(2, 1, 0) + f(x)[None].permute(2, 1, 0)).permute(2, 1, 0)[0], "flipped and back": lambda x, f:
-    (x.flip(1) + f(x)).flip(1), "rolled and back": lambda x, f: (x.roll(2, 1) + f(x)).roll(-2, 1),
-    "padded and cut": lambda x, f: (F.pad(x, (1, 1)) + F.pad(f(x), (1, 1)))[:, 1:-1], "windows": lambda x, f:
-    (x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6) + f(x)).view(-1, 3, 2).transpose(1, 2).reshape(-1, 6),
+    "a mean": lambda x, f: 2 * torch.stack([x, f(x)]).mean(0),
+    "python's sum": lambda x, f: sum([x, f(x)]),
+    "transposed": lambda x, f: (x.t() + f(x).t()).t(),
+    "permuted": lambda x, f: (x[None].permute(2, 1, 0) + f(x)[None].permute(2, 1, 0)).permute(2, 1, 0)[0],
+    "flipped and back": lambda x, f: (x.flip(1) + f(x)).flip(1),
+    "rolled and back": lambda x, f: (x.roll(2, 1) + f(x)).roll(-2, 1),
+    "padded and cut": lambda x, f: (F.pad(x, (1, 1)) + F.pad(f(x), (1, 1)))[:, 1:-1],
+    "windows": lambda x, f: (
+        (x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6) + f(x)).view(-1, 3, 2).transpose(1, 2).reshape(-1, 6)
+    ),
     "halves": lambda x, f: torch.cat([x[:, :3] + f(x)[:, :3], x[:, 3:]], 1),
-    "two halves": lambda x, f: torch.cat([a + b for a, b in zip(x.chunk(2, 1),
-                                                                f(x).chunk(2, 1))], 1),
-    "minus minus": lambda x, f: -(-x - f(x)), "twice negative": lambda x, f: f(x) - (-x),
+    "two halves": lambda x, f: torch.cat([a + b for a, b in zip(x.chunk(2, 1), f(x).chunk(2, 1))], 1),
+    "minus minus": lambda x, f: -(-x - f(x)),
+    "twice negative": lambda x, f: f(x) - (-x),
     "fused": lambda x, f: torch.addmm(x, f(x), f.weight),
-    "fused point by point": lambda x, f: torch.addcmul(x, f(x), f(x)), "half precision": lambda x, f:
-    (x.bfloat16() + f(x).bfloat16()).float(), "a position, too": lambda x, f: x + COORDS + f(x),
-    "two sums": lambda x, f: (y := x + f(x)) + f(y), "relu in place": lambda x, f: f(headed(x, F.relu_)) + x,
+    "fused point by point": lambda x, f: torch.addcmul(x, f(x), f(x)),
+    "half precision": lambda x, f: (x.bfloat16() + f(x).bfloat16()).float(),
+    "a position, too": lambda x, f: x + COORDS + f(x),
+    "two sums": lambda x, f: (y := x + f(x)) + f(y),
+    "relu in place": lambda x, f: f(headed(x, F.relu_)) + x,
     "silu in place": lambda x, f: x + f(headed(x, lambda t: F.silu(t, inplace=True))),
     "leaky, and the sum in place": lambda x, f: headed(x, lambda t: F.leaky_relu_(t)).add_(f(x)),
     "elu in place": lambda x, f: torch.stack([headed(x, F.elu_), f(x)]).sum(0),
-    "without a graph": lambda x, f: x + hidden(f, x), "detached": lambda x, f: x + f(x.detach()),
-    "in numpy": lambda x, f: x + NP(x).square(), "zero": lambda x, f: x + 0 * f(x),
-    "noise on the branch": lambda x, f: x + f(x) * torch.rand(
-        ()), "activation after": lambda x, f: F.gelu(x + f(x)), "by a gate": lambda x, f: x + torch.sigmoid(f(x)) * x,
-    "by itself": lambda x, f: x + x.square(), "mean": lambda x, f: x + x.mean(1, keepdim=True)}
+    "without a graph": lambda x, f: x + hidden(f, x),
+    "detached": lambda x, f: x + f(x.detach()),
+    "in numpy": lambda x, f: x + NP(x).square(),
+    "zero": lambda x, f: x + 0 * f(x),
+    "noise on the branch": lambda x, f: x + f(x) * torch.rand(()),
+    "activation after": lambda x, f: F.gelu(x + f(x)),
+    "by a gate": lambda x, f: x + torch.sigmoid(f(x)) * x,
+    "by itself": lambda x, f: x + x.square(),
+    "mean": lambda x, f: x + x.mean(1, keepdim=True),
+}
 STILL = {
-    "position": lambda x, f: x + COORDS, "learned position": lambda x, f: x + f.bias,
-    "buffer in place": lambda x, f: x.add_(COORDS), "noise": lambda x, f: x + torch.randn(6),
-    "noise like it": lambda x, f: x + torch.randn_like(x), "zero": lambda x, f: x + 0,
-    "zeros": lambda x, f: x + torch.zeros_like(x), "one": lambda x, f: x + 1, "minus": lambda x, f: x - COORDS,
-    "by its shape": lambda x, f: x + torch.arange(x.shape[1]), "branch of a constant": lambda x, f: x + f(COORDS),
+    "position": lambda x, f: x + COORDS,
+    "learned position": lambda x, f: x + f.bias,
+    "buffer in place": lambda x, f: x.add_(COORDS),
+    "noise": lambda x, f: x + torch.randn(6),
+    "noise like it": lambda x, f: x + torch.randn_like(x),
+    "zero": lambda x, f: x + 0,
+    "zeros": lambda x, f: x + torch.zeros_like(x),
+    "one": lambda x, f: x + 1,
+    "minus": lambda x, f: x - COORDS,
+    "by its shape": lambda x, f: x + torch.arange(x.shape[1]),
+    "branch of a constant": lambda x, f: x + f(COORDS),
     "stacked": lambda x, f: torch.stack([x, f(COORDS).expand_as(x)]).sum(0),
-    "dropped position": lambda x, f: F.dropout(x + COORDS, .5, False),
-    "on a slice": lambda x, f: part(x,
-                                    f(COORDS).expand_as(x)),
+    "dropped position": lambda x, f: F.dropout(x + COORDS, 0.5, False),
+    "on a slice": lambda x, f: part(x, f(COORDS).expand_as(x)),
     "a position on a half": lambda x, f: torch.cat([x[:, :3] + f(COORDS)[:3], x[:, 3:]], 1),
-    "on a slice of slices": lambda x, f: part(part(x,
-                                                   f(COORDS).expand_as(x)), COORDS.expand_as(x)),
-    "its own generator": lambda x, f: x + torch.rand(x.shape, generator=GENERATOR)}
+    "on a slice of slices": lambda x, f: part(part(x, f(COORDS).expand_as(x)), COORDS.expand_as(x)),
+    "its own generator": lambda x, f: x + torch.rand(x.shape, generator=GENERATOR),
+}
 GENERATOR = torch.Generator()
 SAID = {
-    "scaled": (lambda x, f: .7 * x + f(x), "scaled by 0.7"), "halved": (lambda x, f: (x + f(x)) / 2, "scaled by 0.5"),
-    "by a tensor": (lambda x, f: x * torch.tensor(3.) + f(x),
-                    "scaled by 3"), "lerp": (lambda x, f: torch.lerp(x, f(x), .25), "scaled by 0.75"),
-    "mean of two": (lambda x, f: torch.stack([x, f(x)]).mean(0),
-                    "scaled by 0.5"), "alpha": (lambda x, f: torch.add(f(x), x, alpha=.1), "scaled by 0.1"),
-    "beta": (lambda x, f: torch.addmm(x, f(x), f.weight, beta=.2), "scaled by 0.2"),
-    "minus": (lambda x, f: f(x) - x, "scaled by -1"), "nothing of it": (lambda x, f: 0 * x + f(x), "scaled by 0"),
-    "flipped": (lambda x, f: x.flip(1) + f(x), "in another order"), "rolled": (lambda x, f: x.roll(1, 0) + f(x),
-                                                                               "in another order"),
-    "halves swapped": (lambda x, f: torch.cat([x[:, 3:], x[:, :3]], 1) + f(x),
-                       "in another order"), "half of it": (lambda x, f: F.pad(x[:, :3],
-                                                                              (0, 3)) + f(x), "in part or mixed"),
-    "mixed": (lambda x, f: x.sum(1, keepdim=True) + f(x),
-              "in part or mixed"), "relu first": (lambda x, f: x.relu() + f(x), "through relu"),
-    "both": (lambda x, f: F.silu(x) + f(x), "through silu"), "normalised": (lambda x, f: F.layer_norm(x + f(x), [6]),
-                                                                            "NativeLayerNorm in the way"),
-    "gated": (lambda x, f: x * COORDS + f(x), "Mul in the way"), "nothing": (lambda x, f: f(x), "no summand"),
-    "the same": (lambda x, f: x, "no summand of its output"), "put in": (lambda x, f: torch.zeros(4, 6).copy_(x),
-                                                                         "no summand of its output")}
+    "scaled": (lambda x, f: 0.7 * x + f(x), "scaled by 0.7"),
+    "halved": (lambda x, f: (x + f(x)) / 2, "scaled by 0.5"),
+    "by a tensor": (lambda x, f: x * torch.tensor(3.0) + f(x), "scaled by 3"),
+    "lerp": (lambda x, f: torch.lerp(x, f(x), 0.25), "scaled by 0.75"),
+    "mean of two": (lambda x, f: torch.stack([x, f(x)]).mean(0), "scaled by 0.5"),
+    "alpha": (lambda x, f: torch.add(f(x), x, alpha=0.1), "scaled by 0.1"),
+    "beta": (lambda x, f: torch.addmm(x, f(x), f.weight, beta=0.2), "scaled by 0.2"),
+    "minus": (lambda x, f: f(x) - x, "scaled by -1"),
+    "nothing of it": (lambda x, f: 0 * x + f(x), "scaled by 0"),
+    "flipped": (lambda x, f: x.flip(1) + f(x), "in another order"),
+    "rolled": (lambda x, f: x.roll(1, 0) + f(x), "in another order"),
+    "halves swapped": (lambda x, f: torch.cat([x[:, 3:], x[:, :3]], 1) + f(x), "in another order"),
+    "half of it": (lambda x, f: F.pad(x[:, :3], (0, 3)) + f(x), "in part or mixed"),
+    "mixed": (lambda x, f: x.sum(1, keepdim=True) + f(x), "in part or mixed"),
+    "relu first": (lambda x, f: x.relu() + f(x), "through relu"),
+    "both": (lambda x, f: F.silu(x) + f(x), "through silu"),
+    "normalised": (lambda x, f: F.layer_norm(x + f(x), [6]), "NativeLayerNorm in the way"),
+    "gated": (lambda x, f: x * COORDS + f(x), "Mul in the way"),
+    "nothing": (lambda x, f: f(x), "no summand"),
+    "the same": (lambda x, f: x, "no summand of its output"),
+    "put in": (lambda x, f: torch.zeros(4, 6).copy_(x), "no summand of its output"),
+}
 
 
 @pytest.mark.parametrize("form", SEEN)
@@ -359,8 +387,10 @@ def test_a_position_in_front_of_normalised_layers_is_no_block(learned):
     net = nn.Sequential(Positions(learned), nn.TransformerEncoder(TORCH(False), 2, enable_nested_tensor=False))
     with pytest.raises(ValueError, match="NativeLayerNorm in the way"): find_blocks(net, torch.randn(2, 5, 8))
     before = nn.Sequential(Positions(learned), TORCH(True))
-    assert find_blocks(before, torch.randn(
-        2, 5, 8)).skipped["0"] == "it adds nothing that depends on its input: a position, noise or a constant"
+    assert (
+        find_blocks(before, torch.randn(2, 5, 8)).skipped["0"]
+        == "it adds nothing that depends on its input: a position, noise or a constant"
+    )
 
 
 def test_a_small_residual_part_does_not_take_its_layer_apart():
@@ -439,9 +469,12 @@ def test_few_passes_and_linear_work():
         passes = calls = 0
         def __init__(self, K):
             super().__init__()
-            self.stem, self.stages = nn.Linear(6, 6), nn.Sequential(*(nn.Sequential(*(Form(lambda x, f: x + f(x))
-                                                                                      for _ in range(K // 4)))
-                                                                      for _ in range(4)))
+            self.stem, self.stages = (
+                nn.Linear(6, 6),
+                nn.Sequential(
+                    *(nn.Sequential(*(Form(lambda x, f: x + f(x)) for _ in range(K // 4))) for _ in range(4))
+                ),
+            )
         def forward(self, x): Counted.passes += 1; return self.stages(self.stem(x))
 
     def work(K):
@@ -523,12 +556,18 @@ def test_finding_leaves_the_model_and_the_random_state_alone():
 
     model = Counting().train()
     model.layer1.eval()
-    before, modes, state = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()
-                                                                                   ], torch.get_rng_state()
+    before, modes, state = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+    )
     find_blocks(model, torch.ones(BATCH, 3, 8, 8))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [m.training
-            for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and hook_count(model) == 0
+    assert (
+        [m.training for m in model.modules()] == modes
+        and torch.equal(torch.get_rng_state(), state)
+        and hook_count(model) == 0
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -601,8 +640,13 @@ class Tabular(nn.Module):
     "Adds what its layers return; `norm`: to what it normalises for them; `cell`: how."
     def __init__(self, cell=lambda x, v: x + v, norm=False, layer=lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), K=3):
         super().__init__()
-        self.stem, self.layers, self.head, self.cell, self.norm = nn.Linear(4, 6), nn.ModuleList(
-            layer() for _ in range(K)), nn.Linear(6, 2), cell, nn.LayerNorm(6) if norm else nn.Identity()
+        self.stem, self.layers, self.head, self.cell, self.norm = (
+            nn.Linear(4, 6),
+            nn.ModuleList(layer() for _ in range(K)),
+            nn.Linear(6, 2),
+            cell,
+            nn.LayerNorm(6) if norm else nn.Identity(),
+        )
     def forward(self, x):
         x = self.stem(x)
         for layer in self.layers: x = self.cell(x, layer(self.norm(x)))
@@ -625,8 +669,10 @@ def test_branches_of_sums_in_the_models_own_forward_are_named_and_measured_as_su
     ):
         find_blocks(net, x)
     found, outs = find_blocks(net, x, "layers.?"), []
-    assert found.branches == {f"layers.{k}": not norm for k in range(3)} and [
-        r["verdict"] for r in found.table() if r["name"] in found and r["verdict"] != "class"] == ["branch"] * 3
+    assert (
+        found.branches == {f"layers.{k}": not norm for k in range(3)}
+        and [r["verdict"] for r in found.table() if r["name"] in found and r["verdict"] != "class"] == ["branch"] * 3
+    )
     for m in net.layers: m.register_forward_hook(lambda m, args, out: outs.append(out.detach().square().mean(1)))
     with torch.no_grad(): got = trace_energies(net, x, found).energies()
     assert_close(got, torch.stack(outs))
@@ -671,8 +717,10 @@ def test_a_class_that_repeats_has_a_row_with_its_own_reason():
     blocks = find_blocks(ResNet(depth=3), images())
     row = of_class(blocks, "BasicBlock")
     whole, part = (sum(p.numel() for m in ms for p in m.parameters()) for ms in ([ResNet(depth=3)], blocks.values()))
-    assert row[
-        "why"] == f"5 of 6 modules of this class, {part / whole:.0%} of the parameters, covered; the others: shape changes (4, 8, 8) -> (8, 4, 4)"
+    assert (
+        row["why"]
+        == f"5 of 6 modules of this class, {part / whole:.0%} of the parameters, covered; the others: shape changes (4, 8, 8) -> (8, 4, 4)"
+    )
     net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(TORCH(False) for _ in range(4))),
                         ResidualBlock(nn.Linear(8, 8)))
     with pytest.warns(
@@ -826,8 +874,11 @@ def test_modes_are_set_as_the_modules_set_them(mode):
     x = torch.randn(3, 4)
     net = nn.Sequential(Merges(), Frozen(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()), Merges()).train(mode)
     net[2].eval()
-    modes, weights, want = [(m.training, getattr(m, "merged", None))
-                            for m in net.modules()], [p.clone() for p in net.parameters()], net[0](x)
+    modes, weights, want = (
+        [(m.training, getattr(m, "merged", None)) for m in net.modules()],
+        [p.clone() for p in net.parameters()],
+        net[0](x),
+    )
     find_blocks(net, x)
     assert [(m.training, getattr(m, "merged", None)) for m in net.modules()] == modes
     for p, old in zip(net.parameters(), weights): assert_close(p, old, rtol=0, atol=0)
@@ -1276,8 +1327,9 @@ def test_real_architectures(transformers, name):
     steps, hooks, parts = [], [], {}
 
     def note(key):
-        return lambda part, args, out: parts.__setitem__(key, (out[0]
-                                                               if isinstance(out, tuple) else out).detach().clone())
+        return lambda part, args, out: parts.__setitem__(
+            key, (out[0] if isinstance(out, tuple) else out).detach().clone()
+        )
     def close(block, args, kwargs, out):
         before = args[0] if args else kwargs["hidden_states"]
         steps.append(added(name, block, parts, before)); parts.clear()

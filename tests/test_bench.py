@@ -51,8 +51,13 @@ def test_sides_run_in_turn_after_warm_up():
 def test_median_extremes_and_best():
     row = measure(Sides("x", scripted([9, 1, 2, 6, 2, 3]), scripted([9, 1, 1, 2, 1, 1]), "", goal=2.5, least=5),
                   seconds=1e-9)
-    assert (row["ratio_median"], row["ratio_min"], row["ratio_max"], row["ratio_of_best"], row["pairs"]) == (2, 1, 3, 1,
-                                                                                                             5)
+    assert (row["ratio_median"], row["ratio_min"], row["ratio_max"], row["ratio_of_best"], row["pairs"]) == (
+        2,
+        1,
+        3,
+        1,
+        5,
+    )
     assert row["met"] is True and row["top"] == 2 and row["bottom"] == 1
 
 
@@ -205,8 +210,12 @@ def test_steps_are_compared_in_time_and_in_memory(monkeypatch, name):
 
 def test_variants_of_a_gpu():
     assert bench._settings(CPU, 16) == [("", dict(batch=16))]
-    assert [name
-            for name, _ in bench._settings(torch.device("cuda"), 16)] == ["", "-bf16", "-compiled", "-compiled-bf16"]
+    assert [name for name, _ in bench._settings(torch.device("cuda"), 16)] == [
+        "",
+        "-bf16",
+        "-compiled",
+        "-compiled-bf16",
+    ]
 
 
 @pytest.mark.parametrize("name, n", [("exact-gap", 2048), ("exact-gap-4096", 4096)])

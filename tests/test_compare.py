@@ -165,16 +165,20 @@ def test_failed_write_leaves_nothing_behind(copy, monkeypatch):
     before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"): compare(**SMALL, out=copy, force=True)
-    assert {p.name: p.read_bytes()
-            for p in copy.iterdir() if not p.name.startswith(".")} == before and not list(copy.glob(".lap_compare-*"))
+    assert {p.name: p.read_bytes() for p in copy.iterdir() if not p.name.startswith(".")} == before and not list(
+        copy.glob(".lap_compare-*")
+    )
 
 
 def test_force_begins_anew(copy):
     before = (copy / "lap_compare.jsonl").read_bytes()
     compare(**SMALL, out=copy, force=True)
     after = (copy / "lap_compare.jsonl").read_bytes()
-    assert after != before and len(after.splitlines()) == len(
-        before.splitlines()) and not list(copy.glob(".lap_compare-*"))
+    assert (
+        after != before
+        and len(after.splitlines()) == len(before.splitlines())
+        and not list(copy.glob(".lap_compare-*"))
+    )
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -210,12 +214,12 @@ def test_read_only_folder_is_said_before_training(capsys, no_training, tmp_path)
 def test_altered_data_file_names_file_and_checksums(capsys, no_training, tmp_path):
     folder = tmp_path / "mnist"
     folder.mkdir()
-    for name, header in (("train-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)), ("train-labels-idx1-ubyte",
-                                                                                            struct.pack(">2i", 2049,
-                                                                                                        1)),
-                         ("t10k-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)), ("t10k-labels-idx1-ubyte",
-                                                                                           struct.pack(">2i", 2049,
-                                                                                                       1))):
+    for name, header in (
+        ("train-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)),
+        ("train-labels-idx1-ubyte", struct.pack(">2i", 2049, 1)),
+        ("t10k-images-idx3-ubyte", struct.pack(">4i", 2051, 1, 28, 28)),
+        ("t10k-labels-idx1-ubyte", struct.pack(">2i", 2049, 1)),
+    ):
         (folder / f"{name}.gz").write_bytes(gzip.compress(header))
     said = refused(capsys, data="mnist", root=str(tmp_path), out=str(tmp_path / "out"))
     assert ".gz" in said and any(hashlib.md5(f.read_bytes()).hexdigest() in said for f in folder.iterdir())

@@ -237,8 +237,9 @@ def test_a_class_used_up_by_training_is_absent_from_validation():
     single = lopsided([50, 1], n_test=1)
     for seed in SEEDS:
         split = single.split(10, seed)
-        assert (single.y[split.train] == 1).sum() == 1 and (single.y[split.val] == 1).sum() == 0 and len(
-            split.val) == 10
+        assert (
+            (single.y[split.train] == 1).sum() == 1 and (single.y[split.val] == 1).sum() == 0 and len(split.val) == 10
+        )
 
 
 def test_draw_takes_from_the_front():

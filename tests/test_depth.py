@@ -95,9 +95,13 @@ NETS = dict(dense=dense, small_steps=lambda: dense(h=.5), staged=staged, no_norm
 
 def fingerprint(model):
     "Everything of a model that a user can see."
-    return (repr(model), {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
-            [len(m._forward_hooks) + len(m._forward_pre_hooks)
-             for m in model.modules()], [id(m) for m in model.modules()])
+    return (
+        repr(model),
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        [id(m) for m in model.modules()],
+    )
 
 
 def same(a, b):
@@ -477,8 +481,10 @@ def test_labels_of_the_training_part_are_not_used(split):
 
 def test_all_blocks_are_measured_as_trained_and_with_statistics_taken_anew(split):
     net = staged().eval()
-    curve, anew = depth_curve(net, split, ways=['lengthened']), recompute_statistics(copy.deepcopy(net),
-                                                                                     split.x[split.train])
+    curve, anew = (
+        depth_curve(net, split, ways=['lengthened']),
+        recompute_statistics(copy.deepcopy(net), split.x[split.train]),
+    )
     right = lambda m: (m(split.x[split.test]).argmax(-1) == split.y[split.test]).float().mean().item()
     assert curve.settled == pytest.approx(right(anew)) != pytest.approx(right(net))
     assert curve.of('lengthened')[-1]['accuracy'] == pytest.approx(right(net))
@@ -517,8 +523,9 @@ def test_activations_may_be_steep(activation, slope):
     field = nn.Sequential(nn.Linear(1, 1, bias=False), activation)
     z = torch.linspace(-3, 3, 2001)[:, None]
     steepest = (field(z).diff(dim=0) / z.diff(dim=0)).abs().max().item()
-    assert lipschitz(field) == pytest.approx(
-        slope * field[0].weight.abs().item()) and steepest <= lipschitz(field) * 1.001
+    assert (
+        lipschitz(field) == pytest.approx(slope * field[0].weight.abs().item()) and steepest <= lipschitz(field) * 1.001
+    )
 
 
 # Early exit
@@ -703,8 +710,11 @@ def test_pruning_goes_down_to_one_block_of_each_stage_and_leaves_the_input_alone
     before = fingerprint(net)
     found = measure_pruning(net, split, epochs=1, samples=50)
     K, stages = dict(dense=(6, 1), staged=(5, 2), row=(4, 1))[name]
-    assert len(found['pruned']) == K - stages + 1 and found['tuned_epochs'] == K - stages and json.loads(
-        json.dumps(found)) == found
+    assert (
+        len(found['pruned']) == K - stages + 1
+        and found['tuned_epochs'] == K - stages
+        and json.loads(json.dumps(found)) == found
+    )
     assert found['pruned'][-1] == pytest.approx(
         (net(split.x[split.test]).argmax(1) == split.y[split.test]).float().mean().item())
     # the input was not trained at all; few steps do not renew its odd statistics
@@ -721,8 +731,11 @@ def test_pruning_chooses_on_validation_and_tunes_on_training_labels(trained, spl
 
 def test_speed_of_every_depth(split):
     found = measure_speed(staged(), split, samples=20, repeats=3)
-    assert len(found['ms']) == len(found['ms_flow']) == 4 and found['samples'] == 20 and min(found['ms'] +
-                                                                                             found['ms_flow']) > 0
+    assert (
+        len(found['ms']) == len(found['ms_flow']) == 4
+        and found['samples'] == 20
+        and min(found['ms'] + found['ms_flow']) > 0
+    )
     assert json.loads(json.dumps(found)) == found
 
 
@@ -747,9 +760,18 @@ def test_the_studies_transformer_trains_in_a_row_as_it_does_alone(drop):
     rows = data.splits(20, seeds=(0, 1))
     pictures = replace(rows, x=F.pad(rows.x.view(-1, 1, 8, 8), (0, -1, 0, -1)))
     many = [
-        fit_many(lambda: vit(drop), pictures, seeds=(0, 1), least_action=partial(LeastAction,
-                                                                                 controller=DualAscent(lambda0=1.)),
-                 epochs=1, batch_size=20, eval_every=1, mode=mode) for mode in ('batched', 'sequential')]
+        fit_many(
+            lambda: vit(drop),
+            pictures,
+            seeds=(0, 1),
+            least_action=partial(LeastAction, controller=DualAscent(lambda0=1.0)),
+            epochs=1,
+            batch_size=20,
+            eval_every=1,
+            mode=mode,
+        )
+        for mode in ('batched', 'sequential')
+    ]
     for i in range(2):
         a, b = (runs[i].model.state_dict() for runs in many)
         if not drop: assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-4) for k in a)
@@ -853,8 +875,11 @@ def test_statistics_after_an_error_are_as_before():
 def test_numbers_of_blocks_of_any_library(split, x, of):
     net = dense_net(64, 10, K=3, hidden=8)
     elastic = Elastic(net, x[:8])
-    assert elastic.check(of(2)) == elastic.check(2) and even(of(2), [3]) == even(2, [3]) and len(
-        deepen(net, of(2)).flow.blocks) == 6
+    assert (
+        elastic.check(of(2)) == elastic.check(2)
+        and even(of(2), [3]) == even(2, [3])
+        and len(deepen(net, of(2)).flow.blocks) == 6
+    )
     if of is float: return   # there, a float is refused by its annotation
     assert [r["blocks"] for r in depth_curve(net, split, counts=[of(1), of(3)], ways=["skip"]).rows] == [1, 3]
     assert type(shorten(net, split, n_blocks=of(2), verbose=False).shortened["blocks"][1]) is int

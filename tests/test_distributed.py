@@ -38,8 +38,15 @@ def compare(folder, device="cpu"):
     resumed, _ = train(folder / "resumed.pt", 7, device, resume=True)
     weights = {name: p.cpu() for name, p in run.model.state_dict().items()}
     torch.save(
-        dict(weights=weights, curves=run.curves, lam=la.lam.cpu(), resumed=resumed.curves,
-             share=(dist.get_rank(), dist.get_world_size())), folder / f"{rank}.pt")
+        dict(
+            weights=weights,
+            curves=run.curves,
+            lam=la.lam.cpu(),
+            resumed=resumed.curves,
+            share=(dist.get_rank(), dist.get_world_size()),
+        ),
+        folder / f"{rank}.pt",
+    )
 
 
 def long(folder):

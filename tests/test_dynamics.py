@@ -202,8 +202,11 @@ def test_refine_shares_nothing_and_interpolates_buffers():
     fine = flow.refine()
     assert not {p.data_ptr() for p in flow.parameters()} & {p.data_ptr() for p in fine.parameters()}
     norm = fine.blocks[1].velocity[0]
-    assert (norm.running_mean
-            == 1).all() and norm.num_batches_tracked == 0 and fine.blocks[3].velocity[0].num_batches_tracked == 7
+    assert (
+        (norm.running_mean == 1).all()
+        and norm.num_batches_tracked == 0
+        and fine.blocks[3].velocity[0].num_batches_tracked == 7
+    )
     fine(torch.randn(3, 4, 4, 4)).sum().backward()
     assert all(p.grad is None for p in flow.parameters())
 
@@ -287,8 +290,9 @@ def test_blocks_are_cut_out_through_stages():
             part = traj[first:last]
             assert part.names == tuple("abcdef"[first:last])
             torch.testing.assert_close(part.speeds(), traj.speeds()[first:last])
-    assert [t.names[0]
-            for t in traj] == list("abcdef") and traj[-1].names == ("f", ) and traj[np.int64(2)].names == ("c", )
+    assert (
+        [t.names[0] for t in traj] == list("abcdef") and traj[-1].names == ("f",) and traj[np.int64(2)].names == ("c",)
+    )
     for wrong in (6, -7, slice(3, 3), slice(9, None)):
         with pytest.raises(IndexError, match="there are 6, from 0 to 5"): traj[wrong]
     with pytest.raises(ValueError, match="expected neighbours"): traj[::2]
@@ -430,7 +434,7 @@ def test_wrong_sizes_are_named():
 
 
 NETS = {
-    "dense": (lambda **kw: dense_net(3, 2, K=3, **kw), (3, )), "conv": (lambda **kw: conv_net(
+    "dense": (lambda **kw: dense_net(3, 2, K=3, **kw), (3,)), "conv": (lambda **kw: conv_net(
         (1, 8, 8), 2, K=3, width=4, **kw), (1, 8, 8)), "staged": (lambda **kw: staged_net(
             (1, 8, 8), 2, Ks=(1, 2), width=4, **kw), (1, 8, 8))}
 
@@ -545,5 +549,6 @@ def test_lengths_hold_at_every_scale(dtype, scale):
     for name in ("straightness", "turning_angles"):
         torch.testing.assert_close(getattr(far, name)().double(), getattr(base, name)(), **tolerance)
     still = Trajectory(torch.zeros(3, 2, 4), 1.)
-    assert still.straightness().tolist() == [1, 1
-                                             ] and not still.turning_angles().any() and not still.path_length().any()
+    assert (
+        still.straightness().tolist() == [1, 1] and not still.turning_angles().any() and not still.path_length().any()
+    )

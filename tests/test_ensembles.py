@@ -226,13 +226,15 @@ def test_an_interrupt_keeps_the_networks_that_are_trained(grid, after, kept):
     whole = mortals((0,) * 4, **settings)
     with pytest.raises(KeyboardInterrupt) as interrupt: mortals((0,) * 4, progress=Stop(after), **settings)
     runs = interrupt.value.runs
-    assert runs.members == whole.members[:
-                                         kept] and f"{kept} of {len(whole)} networks were trained to the end" in interrupt.value.__notes__[
-                                             0]
+    assert (
+        runs.members == whole.members[:kept]
+        and f"{kept} of {len(whole)} networks were trained to the end" in interrupt.value.__notes__[0]
+    )
     for name in runs.curves:
         assert torch.equal(runs.curves[name], whole.curves[name] if name == "epoch" else whole.curves[name][:, :kept])
-    assert len(runs) == kept and torch.equal(runs[kept - 1].model.net.head.weight,
-                                             whole[kept - 1].model.net.head.weight)
+    assert len(runs) == kept and torch.equal(
+        runs[kept - 1].model.net.head.weight, whole[kept - 1].model.net.head.weight
+    )
 
 
 def test_an_interrupt_keeps_whole_rows():
@@ -249,7 +251,7 @@ def test_an_interrupt_keeps_whole_rows():
 def test_an_error_in_one_network_keeps_those_before():
     split = digits().splits(60, range(5))
     with pytest.raises(OSError, match="a disk is full") as error:
-        fit_many(partial(failing, (0, ) * 5), split, epochs=3, batch_size=20, mode="sequential")
+        fit_many(partial(failing, (0,) * 5), split, epochs=3, batch_size=20, mode="sequential")
     assert [m["seed"] for m in error.value.runs.members] == [0, 1, 2]
     with pytest.raises(OSError, match="a disk is full") as error:
         fit_many(partial(failing, (0,) * 5), split, epochs=3, batch_size=20, mode="processes", workers=1, chunk=1)
@@ -443,13 +445,16 @@ def test_networks_on_two_devices_are_refused():
 # --- memory and rows ------------------------------------------------------------------------------------------------
 
 def test_rows_are_cut_to_fit_and_change_nothing():
-    row, settings = digits().splits(60, range(5)), dict(least_action=LeastAction, epochs=2, eval_every=1,
-                                                        mode="batched")
+    row, settings = (
+        digits().splits(60, range(5)),
+        dict(least_action=LeastAction, epochs=2, eval_every=1, mode="batched"),
+    )
     need = member_memory(make, row.x[:60])
-    whole, cut, small = fit_many(make, row,
-                                 **settings), fit_many(make, row, chunk=2,
-                                                       **settings), fit_many(make, row, memory=int(2.5 * need),
-                                                                             **settings)
+    whole, cut, small = (
+        fit_many(make, row, **settings),
+        fit_many(make, row, chunk=2, **settings),
+        fit_many(make, row, memory=int(2.5 * need), **settings),
+    )
     for name in whole.curves:
         for other in (cut, small):
             torch.testing.assert_close(whole.curves[name], other.curves[name], rtol=1e-4, atol=1e-6)
@@ -466,10 +471,14 @@ def test_more_than_memory_allows_is_refused():
 # --- several processes, checkpoints ---------------------------------------------------------------------------------
 
 def test_processes_give_the_same_numbers():
-    row, settings = pictures().splits(60, range(3)), dict(least_action=LeastAction, epochs=2, batch_size=30,
-                                                          eval_every=1)
-    alone, spread = fit_many(conv_net, row, mode="sequential", **settings), fit_many(conv_net, row, mode="processes",
-                                                                                     workers=2, **settings)
+    row, settings = (
+        pictures().splits(60, range(3)),
+        dict(least_action=LeastAction, epochs=2, batch_size=30, eval_every=1),
+    )
+    alone, spread = (
+        fit_many(conv_net, row, mode="sequential", **settings),
+        fit_many(conv_net, row, mode="processes", workers=2, **settings),
+    )
     for name in alone.curves: torch.testing.assert_close(alone.curves[name], spread.curves[name], rtol=1e-3, atol=1e-4)
     for p, q in zip(alone.model.stacks, spread.model.stacks): torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
@@ -523,9 +532,11 @@ def train(mode, folder, resume=False, **settings):
 
 
 def test_checkpoints_of_another_ensemble_are_refused(tmp_path):
-    row, settings, again = digits().splits(60,
-                                           range(2)), dict(epochs=1,
-                                                           mode="batched"), Checkpoints(tmp_path / "c", resume=True)
+    row, settings, again = (
+        digits().splits(60, range(2)),
+        dict(epochs=1, mode="batched"),
+        Checkpoints(tmp_path / "c", resume=True),
+    )
     fit_many(make, row, checkpoints=tmp_path / "c", **settings)
     with pytest.raises(FileExistsError, match="holds checkpoints: go on"):
         fit_many(make, row, checkpoints=tmp_path / "c", **settings)
@@ -560,8 +571,9 @@ def test_rows_abreast_give_the_numbers_of_one_row(two_threads, monkeypatch):
     settings, trained = dict(least_action=LeastAction, grid=dict(lr=[1e-3, 1e-2])), []
     original = lap_nb.ensembles._trained
     monkeypatch.setattr(
-        "lap_nb.ensembles._trained", lambda job, *a: (trained.append(
-            (threading.get_ident(), torch.get_num_threads())), original(job, *a))[1])
+        "lap_nb.ensembles._trained",
+        lambda job, *a: (trained.append((threading.get_ident(), torch.get_num_threads())), original(job, *a))[1],
+    )
     both = abreast(**settings)
     assert [n for _, n in trained] == [1] * 4 and len({thread for thread, _ in trained}) == 2
     torch.set_num_threads(1); trained.clear()
@@ -639,8 +651,10 @@ def test_graphs_need_a_gpu():
 @pytest.mark.parametrize("maker, data", [(make, digits), (conv_net, pictures)])
 def test_replayed_graphs_give_the_same_numbers(maker, data):
     "The last batch of an epoch is smaller, so there are two graphs; running statistics are those of the batched row."
-    row, settings = data().splits(100, range(3)), dict(least_action=LeastAction, epochs=4, batch_size=40, eval_every=1,
-                                                       device="cuda")
+    row, settings = (
+        data().splits(100, range(3)),
+        dict(least_action=LeastAction, epochs=4, batch_size=40, eval_every=1, device="cuda"),
+    )
     batched, graph = fit_many(maker, row, mode="batched", **settings), fit_many(maker, row, mode="graph", **settings)
     for name in batched.curves:
         tolerance = dict(rtol=0, atol=.02) if "accuracy" in name else dict(rtol=1e-3, atol=1e-4)
@@ -731,8 +745,11 @@ def test_modes_are_measured_in_turn_per_step_and_network(monkeypatch):
         log.append((mode, steps)); now[0] += 7 + cost[mode] * steps * len(split.train)
         assert split.train.shape == (3, 40) and split.val.shape == (3, 1) and split.test.shape == (1,)
     def fit_many(make_model, split, epochs, device, batch_size, mode, conv, eval_every):
-        assert (batch_size, conv, device) == (40, "matmul" if mode == "batched" else None,
-                                              "cpu") and eval_every > epochs
+        assert (batch_size, conv, device) == (
+            40,
+            "matmul" if mode == "batched" else None,
+            "cpu",
+        ) and eval_every > epochs
         spend(mode, epochs, split)
     def clock(f): before = now[0]; f(); return now[0] - before, 10 * (now[0] - before)
     monkeypatch.setattr("lap_nb.lab.modes.fit_many", fit_many)
@@ -741,9 +758,14 @@ def test_modes_are_measured_in_turn_per_step_and_network(monkeypatch):
     found = measure_modes(make,
                           digits().splits(60, range(3)), ["plain", "batched:matmul", "sequential", "processes"],
                           steps=4, batch_size=40, repeats=2)
-    assert found == {
-        mode: [pytest.approx((cost[mode.partition(":")[0]], 10 * cost[mode.partition(":")[0]]))] * 2
-        for mode in found} and len(found) == 4
+    assert (
+        found
+        == {
+            mode: [pytest.approx((cost[mode.partition(":")[0]], 10 * cost[mode.partition(":")[0]]))] * 2
+            for mode in found
+        }
+        and len(found) == 4
+    )
     # a first time untimed; processes start anew anyway
     assert log[:3] == [("plain", 2), ("batched", 2), ("sequential", 2)]
     turn = [(mode, steps) for mode in cost for steps in (2, 6)]
@@ -811,19 +833,28 @@ def test_a_record_of_modes_with_a_wrong_row_is_refused(change, tmp_path):
 
 def test_noise_has_parts_that_do_not_meet():
     split = _noise((3, 2), 4)
-    assert split.train.shape == (4, 100) and split.val.shape == (4, 1) and split.x.shape[1:] == (
-        3, 2) and split.seeds == (0, 1, 2, 3)
+    assert (
+        split.train.shape == (4, 100)
+        and split.val.shape == (4, 1)
+        and split.x.shape[1:] == (3, 2)
+        and split.seeds == (0, 1, 2, 3)
+    )
     used = torch.cat([split.train[0], split.val[0], split.test])
-    assert sorted(used.tolist()) == list(range(len(split.x))) and set(split.y.tolist()) == set(range(
-        split.classes)) and len(split.y) == len(split.x)
+    assert (
+        sorted(used.tolist()) == list(range(len(split.x)))
+        and set(split.y.tolist()) == set(range(split.classes))
+        and len(split.y) == len(split.x)
+    )
 
 
 def test_the_way_is_chosen_by_device_and_work(monkeypatch):
     x = torch.rand(100, 64)
     flops = forward_flops(make(), x)
     assert flops == 2 * 100 * 64 * (3 * 2 * 16 + 10)
-    assert choose_mode(make, x, 5, "meta") == ("batched", "grouped") and choose_mode(
-        make, x, 1, "meta") == ("sequential", "grouped")
+    assert choose_mode(make, x, 5, "meta") == ("batched", "grouped") and choose_mode(make, x, 1, "meta") == (
+        "sequential",
+        "grouped",
+    )
     for small, way in ((flops, "batched"), (flops - 1, "sequential")):
         monkeypatch.setattr("lap_nb.ensembles.SMALL", small)
         assert choose_mode(make, x, 5) == (way, "grouped")
@@ -847,9 +878,9 @@ def test_members_are_shared_among_rows(settings, rows, monkeypatch):
     plan = planned(monkeypatch, make, digits().splits(60, range(5)), epochs=1, **settings)
     assert [at for at, _ in plan] == rows and all(job.abreast == 1 for _, job in plan)
     for at, job in plan:
-        assert job.seeds == job.split.seeds == tuple(i % 5
-                                                     for i in at) and job.mode == ("sequential" if settings.get("mode")
-                                                                                   == "sequential" else "batched")
+        assert job.seeds == job.split.seeds == tuple(i % 5 for i in at) and job.mode == (
+            "sequential" if settings.get("mode") == "sequential" else "batched"
+        )
         assert job.config.lr == (1e-3 if "grid" not in settings else .1 if at[0] < 5 else .2)
 
 
@@ -913,14 +944,15 @@ def test_a_frozen_network_is_told_by_the_epoch_in_which_it_died():
         trained = [lap_nb.ensembles._Trained(row(), curves(10. * at[0]), died) for (at, _), died in zip(plan, deaths)]
         found = lap_nb.ensembles._joined(plan, trained, members, dict(batch_size=20, epochs=3, eval_every=1))
     joined, told = found.curves, found.members
-    assert [m.get("diverged_at") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all("diverged_at" not in m
-                                                                                          for m in members)
+    assert [m.get("diverged_at") for m in told] == [1, None, 1, 3, None, 4, 4, 2] and all(
+        "diverged_at" not in m for m in members
+    )
     expected = [0., 10., 20., 30., 1., 11., 21., 31.]
     for i, m in enumerate(told):
         last = m.get("diverged_at", 9)
-        assert [None if v != v else v
-                for v in joined["loss"][:,
-                                        i].tolist()] == [expected[i] if epoch < last else None for epoch in (1, 2, 3)]
+        assert [None if v != v else v for v in joined["loss"][:, i].tolist()] == [
+            expected[i] if epoch < last else None for epoch in (1, 2, 3)
+        ]
     assert joined["epoch"].tolist() == [1, 2, 3]
 
 
@@ -986,8 +1018,10 @@ def test_a_note_with_networks_of_different_settings_in_a_row_is_told(tmp_path):
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 def test_a_training_of_many_is_made_longer(mode, tmp_path):
     "To the same bits as one that was so long from the start, also where one row had ended and the other not."
-    split, keep = digits().splits(60, range(2)), dict(batch_size=20, eval_every=2, mode=mode,
-                                                      grid=dict(lr=[1e-3, 1e-2]), least_action=LeastAction)
+    split, keep = (
+        digits().splits(60, range(2)),
+        dict(batch_size=20, eval_every=2, mode=mode, grid=dict(lr=[1e-3, 1e-2]), least_action=LeastAction),
+    )
     with pytest.raises(KeyboardInterrupt):
         fit_many(make, split, epochs=4, progress=Stop(3), checkpoints=Checkpoints(tmp_path / "row", every=1), **keep)
     longer, straight = fit_many(make, split, epochs=8, checkpoints=Checkpoints(tmp_path / "row", resume=True),
@@ -1032,10 +1066,13 @@ def test_rows_are_resumed_as_they_were_cut(tmp_path, monkeypatch):
     kept, again = Checkpoints(tmp_path / "c", every=1), Checkpoints(tmp_path / "c", resume=True, every=1)
     first = planned(monkeypatch, make, row, chunk=2, checkpoints=kept, **settings)
     note = json.loads((tmp_path / "c" / "members.json").read_text())
-    assert note["rows"] == [[0], [1, 2], [3, 4]] == [at for at, _ in first
-                                                     ] and note["ways"] == [["batched", "grouped"]] * 3
-    assert [job.checkpoints
-            for _, job in first] == [Checkpoints(tmp_path / "c" / f"row-{r:03d}", every=1) for r in range(3)]
+    assert (
+        note["rows"] == [[0], [1, 2], [3, 4]] == [at for at, _ in first]
+        and note["ways"] == [["batched", "grouped"]] * 3
+    )
+    assert [job.checkpoints for _, job in first] == [
+        Checkpoints(tmp_path / "c" / f"row-{r:03d}", every=1) for r in range(3)
+    ]
     # with room for all in one row
     cut = planned(monkeypatch, make, row, checkpoints=again, **settings)
     assert [at for at, _ in cut] == note["rows"] and json.loads((tmp_path / "c" / "members.json").read_text()) == note
@@ -1072,11 +1109,14 @@ def test_an_ensemble_takes_time_and_keeps_its_settings():
     before = time.perf_counter()
     runs = fit_many(make, digits().splits(60, [4, 2]), epochs=2, eval_every=1, lr=.5e-3)
     assert 0 < runs.provenance["seconds"] <= time.perf_counter() - before
-    assert {k: runs.provenance[k]
-            for k in ("n", "seeds", "modes", "lr", "data")} == dict(n=60, seeds=[4, 2], modes=["batched"], lr=.5e-3,
-                                                                    data=digits().name)
-    assert runs[1].curves["epoch"].tolist() == [1, 2] and runs[1].provenance["seed"] == 2 and str(
-        confidence_interval([1., 2., 3.], .5)) == "2.0 ± 0.5"
+    assert {k: runs.provenance[k] for k in ("n", "seeds", "modes", "lr", "data")} == dict(
+        n=60, seeds=[4, 2], modes=["batched"], lr=0.5e-3, data=digits().name
+    )
+    assert (
+        runs[1].curves["epoch"].tolist() == [1, 2]
+        and runs[1].provenance["seed"] == 2
+        and str(confidence_interval([1.0, 2.0, 3.0], 0.5)) == "2.0 ± 0.5"
+    )
 
 
 def test_a_recorded_graph_is_replayed_and_leaves_no_trace(monkeypatch):

@@ -83,8 +83,11 @@ def test_fifty_steps_are_the_packages(settings):
     net, x, y = example(9, 16, 64, seed=1)
     given = as_json(net, x, y, 9, 16, steps=50, settings=settings | {'rate': .01})
     opt, curve = torch.optim.Adam(net.parameters(), lr=.01), []
-    la = LeastAction(net, DualAscent(settings['lambda'], settings['tau'], settings.get('target',
-                                                                                       0.))) if settings else None
+    la = (
+        LeastAction(net, DualAscent(settings['lambda'], settings['tau'], settings.get('target', 0.0)))
+        if settings
+        else None
+    )
     for _ in range(50):
         task = F.cross_entropy(net(x), y)
         loss = la(task) if la else task
@@ -110,8 +113,9 @@ def test_measures_are_the_packages(K, n):
         '''const x = Float64Array.from(given.x), K = given.blocks
                     return {energies: flow.energies(x, K), straightness: flow.straightness(x, K), split: flow.split(x, K)}''',
         dict(x=traj.x.flatten().tolist(), blocks=K))
-    close = lambda a, b: torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64),
-                                                    torch.as_tensor(b, dtype=torch.float64), **SAME)
+    close = lambda a, b: torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **SAME
+    )
     close(found['energies'], block_energies(traj).mean(1))
     close(found['straightness'], traj.straightness().mean())
     expected = action_split(traj)
@@ -132,15 +136,17 @@ def test_matching_is_the_cheapest():
     "Against SciPy's: random costs, ties, points that coincide, huge and tiny ones."
     rng = np.random.default_rng(0)
     costs = [rng.random((n, n)) * scale for n in (1, 2, 3, 8, 30, 64) for scale in (1., 1e-8, 1e8)]
-    costs += [rng.integers(0, 3, (n, n)).astype(float)
-              for n in (5, 20, 50)] + [np.zeros(
-                  (7, 7)), np.subtract.outer(np.arange(12.), np.arange(12.)) ** 2]
+    costs += [rng.integers(0, 3, (n, n)).astype(float) for n in (5, 20, 50)] + [
+        np.zeros((7, 7)),
+        np.subtract.outer(np.arange(12.0), np.arange(12.0)) ** 2,
+    ]
     found = node('return given.map(c => flow.matching(Float64Array.from(c.flat()), c.length))',
                  [c.tolist() for c in costs])
     for cost, partner in zip(costs, found):
         assert sorted(partner) == list(range(len(cost)))
-        assert cost[range(len(cost)), partner].sum() == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-9,
-                                                                      abs=1e-12)
+        assert cost[range(len(cost)), partner].sum() == pytest.approx(
+            cost[linear_sum_assignment(cost)].sum(), rel=1e-9, abs=1e-12
+        )
     assert node('return flow.matching(new Float64Array(0), 0)') == []
 
 
@@ -177,8 +183,11 @@ def test_initial_weights_are_pytorchs():
     sizes, bounds = [8, 4, 8, 2] * 3 + [4, 2], [.5 / 2 ** .5] * 2 + [.25] * 2
     assert len(weights) == sum(sizes) == len(parameters_to_vector(dense_net(2, 2, K=3, hidden=4).parameters()))
     limits = np.repeat(bounds * 3 + [2 ** -.5] * 2, sizes)
-    assert (abs(weights) <= limits).all() and (abs(weights) > limits / 2).mean() > .3 and abs(
-        (weights / limits).mean()) < .3
+    assert (
+        (abs(weights) <= limits).all()
+        and (abs(weights) > limits / 2).mean() > 0.3
+        and abs((weights / limits).mean()) < 0.3
+    )
 
 
 @needs_node
@@ -312,8 +321,9 @@ def test_each_idea_is_drawn(visit):
     seen = {}
     for scheme in ('light', 'dark'):
         page.evaluate('scheme => document.documentElement.dataset.scheme = scheme', scheme)
-        assert page.locator('.ideas [aria-pressed=true]').inner_text() == ('How much it moves' if scheme == 'light' else
-                                                                           'The price sets itself')
+        assert page.locator('.ideas [aria-pressed=true]').inner_text() == (
+            'How much it moves' if scheme == 'light' else 'The price sets itself'
+        )
         for name in ('It flows', 'How much it moves', 'How straight', 'The price sets itself'):
             page.get_by_role('button', name=name).click()
             pictures = page.evaluate(
@@ -322,8 +332,10 @@ def test_each_idea_is_drawn(visit):
             )
             seen[scheme, name] = page.locator('.caption').inner_text(), tuple(pictures)
     assert len({caption for caption, _ in seen.values()}) == 4 and len({pictures for _, pictures in seen.values()}) == 8
-    assert page.get_by_role('slider', name='Blocks').input_value() == '5' and page.get_by_role(
-        'combobox', name='Data').input_value() == 'moons'
+    assert (
+        page.get_by_role('slider', name='Blocks').input_value() == '5'
+        and page.get_by_role('combobox', name='Data').input_value() == 'moons'
+    )
 
 
 @pytest.mark.browser
@@ -355,8 +367,9 @@ def test_reduced_motion_starts_nothing(visit):
     assert steps(page) == 0
     page.get_by_role('button', name='Train').click()
     wait_for_steps(page, 10)
-    assert page.get_by_role('slider', name='Layer').input_value() == page.get_by_role('slider',
-                                                                                      name='Layer').get_attribute('max')
+    assert page.get_by_role('slider', name='Layer').input_value() == page.get_by_role(
+        'slider', name='Layer'
+    ).get_attribute('max')
 
 
 @pytest.mark.browser

@@ -81,8 +81,11 @@ def test_a_link_stays_a_link(tmp_path, make, old):
     if old: (tmp_path / 'there' / 'file').write_bytes(b'old')
     make(tmp_path)
     write_atomically(tmp_path / 'link', b'new')
-    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'there' / 'file').read_bytes() == b'new' and names(
-        tmp_path / 'there') == ['file']
+    assert (
+        (tmp_path / 'link').is_symlink()
+        and (tmp_path / 'there' / 'file').read_bytes() == b'new'
+        and names(tmp_path / 'there') == ['file']
+    )
 
 
 def test_places_that_are_no_files(tmp_path):
@@ -109,8 +112,12 @@ def test_an_error_of_the_disk_names_the_file_and_says_what_to_do(tmp_path, monke
     with monkeypatch.context() as m:
         m.setattr(files.os, call, fail)
         with pytest.raises(OSError, match=words) as e: write_atomically(path, b'new')
-    assert e.value.errno == number and type(e.value) is type(OSError(number, '')) and str(path) in str(
-        e.value) and os.strerror(number) in str(e.value)
+    assert (
+        e.value.errno == number
+        and type(e.value) is type(OSError(number, ''))
+        and str(path) in str(e.value)
+        and os.strerror(number) in str(e.value)
+    )
     assert path.read_bytes() == b'old' and names(tmp_path) == ['file']
 
 
@@ -307,23 +314,49 @@ STORABLE = dict(nothing=None, flag=True, whole=7, large=1 << 100, number=.5, nan
                 parameter=nn.Parameter(torch.ones(2)), view=torch.arange(12.).view(3, 4)[:, ::2],
                 expanded=torch.zeros(1).expand(100, 3), conj=torch.ones(2, dtype=torch.complex64).conj(), shared=[
                     (t := torch.ones(3)), t])
-UNSTORABLE = dict(array=np.ones(2), float64=np.float64(1), float32=np.float32(1), int64=np.int64(1),
-                  npbool=np.bool_(True), defaultdict=collections.defaultdict(list, a=[1]), deque=collections.deque([1]),
-                  path=Path('a'), enum=Colour.RED, intenum=Level.LOW, strange_text=Text('a'), record=Record(),
-                  fraction=fractions.Fraction(1, 2), frozenset=frozenset([1]), range=range(3), slice=slice(3),
-                  namedtuple=Point(1, 2), function=len, lambda_=lambda: 0, type=Record, generator=torch.Generator(),
-                  sparse=torch.ones(2).to_sparse(), meta=torch.ones(2, device='meta'), lock=threading.Lock(),
-                  file=io.BytesIO(), pure=pathlib.PurePosixPath('a'), huge=1 << 5000, key_type={Colour.RED: 1
-                                                                                                }, iterator=iter([1]),
-                  empty_bytes=b'', quantised=torch.quantize_per_tensor(torch.ones(2), .1, 0, torch.quint8))
+UNSTORABLE = dict(
+    array=np.ones(2),
+    float64=np.float64(1),
+    float32=np.float32(1),
+    int64=np.int64(1),
+    npbool=np.bool_(True),
+    defaultdict=collections.defaultdict(list, a=[1]),
+    deque=collections.deque([1]),
+    path=Path('a'),
+    enum=Colour.RED,
+    intenum=Level.LOW,
+    strange_text=Text('a'),
+    record=Record(),
+    fraction=fractions.Fraction(1, 2),
+    frozenset=frozenset([1]),
+    range=range(3),
+    slice=slice(3),
+    namedtuple=Point(1, 2),
+    function=len,
+    lambda_=lambda: 0,
+    type=Record,
+    generator=torch.Generator(),
+    sparse=torch.ones(2).to_sparse(),
+    meta=torch.ones(2, device='meta'),
+    lock=threading.Lock(),
+    file=io.BytesIO(),
+    pure=pathlib.PurePosixPath('a'),
+    huge=1 << 5000,
+    key_type={Colour.RED: 1},
+    iterator=iter([1]),
+    empty_bytes=b'',
+    quantised=torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+)
 
 
 @pytest.mark.parametrize('kind', STORABLE)
 def test_what_is_written_can_be_read(tmp_path, kind):
     value = STORABLE[kind]
     save_checkpoint(tmp_path / 'a', {'value': value})
-    assert digest(load_checkpoint(tmp_path / 'a')) == digest({'value': value}) and find_unstorable({'value': value
-                                                                                                    }) is None
+    assert (
+        digest(load_checkpoint(tmp_path / 'a')) == digest({'value': value})
+        and find_unstorable({'value': value}) is None
+    )
 
 
 @pytest.mark.parametrize('kind', UNSTORABLE)
@@ -385,8 +418,15 @@ def test_nests_without_end():
 def test_a_set_has_one_fingerprint_in_every_process(tmp_path):
     code = "from lap_nb.files import digest; print(digest({'a', 'b', 'c', 'd', 'e'}))"
     found = {
-        subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONHASHSEED': str(seed)},
-                       capture_output=True, text=True, cwd=Path(files.__file__).parents[1]).stdout for seed in (1, 2)}
+        subprocess.run(
+            [sys.executable, '-c', code],
+            env=os.environ | {'PYTHONHASHSEED': str(seed)},
+            capture_output=True,
+            text=True,
+            cwd=Path(files.__file__).parents[1],
+        ).stdout
+        for seed in (1, 2)
+    }
     assert len(found) == 1
 
 
@@ -436,9 +476,14 @@ def nested(levels):
     return value
 
 
-BOMBS = dict(stride=lambda: torch.zeros(1).expand(1 << 32), overlapping=lambda: torch.zeros(1000).as_strided(
-    (1 << 20, 900), (0, 1)), many=lambda: [torch.zeros(1 << 10).expand(1 << 14, -1)] * 1000, lists=lambda: nested(50),
-             dicts=lambda: {'a': nested(50)}, tuples=lambda: tuple(nested(45)))
+BOMBS = dict(
+    stride=lambda: torch.zeros(1).expand(1 << 32),
+    overlapping=lambda: torch.zeros(1000).as_strided((1 << 20, 900), (0, 1)),
+    many=lambda: [torch.zeros(1 << 10).expand(1 << 14, -1)] * 1000,
+    lists=lambda: nested(50),
+    dicts=lambda: {'a': nested(50)},
+    tuples=lambda: tuple(nested(45)),
+)
 
 
 @pytest.mark.parametrize('kind', BOMBS)
@@ -525,8 +570,11 @@ def test_a_checkpoint_stays_where_it_was_begun(tmp_path, monkeypatch):
     fit(dense_net(64, 10, K=1, hidden=2),
         digits().split(20), epochs=2, eval_every=1, checkpoints='run.pt',
         callbacks=[lambda _: os.chdir(tmp_path / 'there')])
-    assert load_checkpoint(tmp_path / 'here' / 'run.pt')['epoch'] == 2 and names(tmp_path / 'here') == [
-        'run.pt'] and not names(tmp_path / 'there')
+    assert (
+        load_checkpoint(tmp_path / 'here' / 'run.pt')['epoch'] == 2
+        and names(tmp_path / 'here') == ['run.pt']
+        and not names(tmp_path / 'there')
+    )
 
 
 def test_parts_that_overlap_are_refused(tmp_path):

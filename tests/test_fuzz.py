@@ -111,9 +111,11 @@ def twisted_record(rng, content, others):
         case 2: lines.append(lines[at])
         case _: lines[at] = twist(rng, lines[at])
     sealed = [
-        line | {'sha': design.checksum({k: v
-                                        for k, v in line.items() if k != 'sha'})} if isinstance(line, dict) else line
-        for line in lines]
+        line | {'sha': design.checksum({k: v for k, v in line.items() if k != 'sha'})}
+        if isinstance(line, dict)
+        else line
+        for line in lines
+    ]
     return b''.join(json.dumps(line).encode() + b'\n' for line in sealed)
 
 
@@ -125,14 +127,16 @@ def recompressed(rng, content, others):
 # The readers: a whole file or several, how to damage it besides anywhere, what reads it, and what may come out
 
 def idx(*shape):
-    return struct.pack(f'>I{len(shape)}I', 0x800 + len(shape), *shape) + bytes(i & 255
-                                                                               for i in range(int(np.prod(shape))))
+    return struct.pack(f'>I{len(shape)}I', 0x800 + len(shape), *shape) + bytes(
+        i & 255 for i in range(int(np.prod(shape)))
+    )
 
 
 def trajectory_file(folder):
     torch.manual_seed(0)
-    Trajectory([torch.randn(3, 4, 5), torch.randn(2, 4, 2).bfloat16()], [.5, 1.],
-               ['a', 'b', 'c']).save(folder / 'whole')
+    Trajectory([torch.randn(3, 4, 5), torch.randn(2, 4, 2).bfloat16()], [0.5, 1.0], ['a', 'b', 'c']).save(
+        folder / 'whole'
+    )
     return (folder / 'whole').read_bytes()
 
 
@@ -233,24 +237,38 @@ class Reader:
 
 
 READERS = {
-    'parse_idx': Reader(lambda _: [idx(3, 2, 2), idx(5)], lambda p:
-                        (parse_idx(p.read_bytes(), 3), parse_idx(p.read_bytes(), 1)), [damage]),
-    'read_idx': Reader(lambda _: [gzip.compress(idx(3, 2, 2), mtime=0),
-                                  gzip.compress(bytes(9), mtime=0)], lambda p: read_idx(p, file_md5(p), 3),
-                       [damage, recompressed]), 'read_npz': Reader(lambda f: [trajectory_file(f)], read_npz,
-                                                                   [damage, repacked]),
-    'trajectory': Reader(lambda f: [trajectory_file(f)], Trajectory.load,
-                         [damage, repacked]), 'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint,
-                                                                   [damage, repacked], CheckpointError),
-    'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record],
-                     name='tiny.jsonl'), 'ensemble': Reader(
-                         lambda _: [
-                             json.dumps({
-                                 'format': 1, 'members': [{'seed': 0}], 'settings': {'epochs': 1}, 'ways': [[
-                                     'batched', 'grouped']], 'rows': [[0]]}).encode()], _read_note,
-                         [damage, twisted_json]), 'modes': Reader(lambda f: [modes_file(f)], read_measured,
-                                                                  [damage, twisted_json]),
-    'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]), }
+    'parse_idx': Reader(
+        lambda _: [idx(3, 2, 2), idx(5)],
+        lambda p: (parse_idx(p.read_bytes(), 3), parse_idx(p.read_bytes(), 1)),
+        [damage],
+    ),
+    'read_idx': Reader(
+        lambda _: [gzip.compress(idx(3, 2, 2), mtime=0), gzip.compress(bytes(9), mtime=0)],
+        lambda p: read_idx(p, file_md5(p), 3),
+        [damage, recompressed],
+    ),
+    'read_npz': Reader(lambda f: [trajectory_file(f)], read_npz, [damage, repacked]),
+    'trajectory': Reader(lambda f: [trajectory_file(f)], Trajectory.load, [damage, repacked]),
+    'checkpoint': Reader(lambda f: [checkpoint_file(f)], load_checkpoint, [damage, repacked], CheckpointError),
+    'record': Reader(lambda f: [record_file(f)], read_record, [damage, twisted_record], name='tiny.jsonl'),
+    'ensemble': Reader(
+        lambda _: [
+            json.dumps(
+                {
+                    'format': 1,
+                    'members': [{'seed': 0}],
+                    'settings': {'epochs': 1},
+                    'ways': [['batched', 'grouped']],
+                    'rows': [[0]],
+                }
+            ).encode()
+        ],
+        _read_note,
+        [damage, twisted_json],
+    ),
+    'modes': Reader(lambda f: [modes_file(f)], read_measured, [damage, twisted_json]),
+    'cifar': Reader(lambda f: [cifar_files(f)], read_cifar, [damaged_cifar]),
+}
 
 
 @contextmanager

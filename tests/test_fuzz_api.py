@@ -72,7 +72,7 @@ def tensors(rng):
         x.abs(), -x.abs(), x[:0], x[:, :0], x[0, 0], x[0], x[None],
         x.expand(3, 8, 4),
         torch.zeros(8, 4), x[:1],
-        torch.full((8, ), -1),
+        torch.full((8,), -1),
         torch.arange(8),
         torch.arange(8).float(),
         torch.tensor(2 ** 40),
@@ -162,10 +162,15 @@ SPECIAL = {
     ('gap_curve', 'sizes'): lambda: [4, 8], ('Elastic', 'x'): lambda: None, ('fit_many', 'least_action'): lambda: None,
     ('shorten', 'n_blocks'): lambda: 1, ('stationarity', 'task'): lambda: lambda: torch.tensor(1.), }
 METHODS = {
-    'Trajectory': trajectory, 'Dataset': lambda: Dataset(torch.randn(20, 4),
-                                                         torch.arange(20) % 2, torch.arange(10, 20), 'd', 2),
-    'Split': split, 'LeastAction': least_action, 'EnergyMeter': lambda: EnergyMeter(net()), 'Flow': lambda: net().flow,
-    'Elastic': lambda: Elastic(net()), 'DualAscent': DualAscent}
+    'Trajectory': trajectory,
+    'Dataset': lambda: Dataset(torch.randn(20, 4), torch.arange(20) % 2, torch.arange(10, 20), 'd', 2),
+    'Split': split,
+    'LeastAction': least_action,
+    'EnergyMeter': lambda: EnergyMeter(net()),
+    'Flow': lambda: net().flow,
+    'Elastic': lambda: Elastic(net()),
+    'DualAscent': DualAscent,
+}
 
 
 # Called by hooks, with what hooks give.
@@ -187,8 +192,12 @@ def subjects():
 def meant(name, p):
     "A value that the parameter `p` can be given; its default where nothing is known."
     short = name.rpartition('.')[2]
-    make = SPECIAL.get((short, p.name)) or (None if p.default not in (None, p.empty) and p.name not in (
-        'epochs', 'resamples', 'repeats', 'n', 'iterations', 'cycles', 'directions') else NAMED.get(p.name))
+    make = SPECIAL.get((short, p.name)) or (
+        None
+        if p.default not in (None, p.empty)
+        and p.name not in ('epochs', 'resamples', 'repeats', 'n', 'iterations', 'cycles', 'directions')
+        else NAMED.get(p.name)
+    )
     if make: return make()
     return None if p.default is p.empty else p.default
 
@@ -291,8 +300,11 @@ def call(name, thing, make, rng):
             found = thing(*first, **given)
             if inspect.isgenerator(found): found = [item for item, _ in zip(found, range(3))]
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if unreal(found) and not any(unreal(v) or extreme(v)
-                                     for v in given.values()) and name.rpartition('.')[2] not in NAN_MEANS:
+        if (
+            unreal(found)
+            and not any(unreal(v) or extreme(v) for v in given.values())
+            and name.rpartition('.')[2] not in NAN_MEANS
+        ):
             return f'{name}({shown}): a NaN, silently'
     except Slow: return f'{name}({shown}): more than {SECONDS} s'
     except (Exception, SystemExit) as e:

@@ -31,12 +31,14 @@ def foreign(inplace=False):
 
 
 FORMS = {
-    'a name': (lambda net: '2', ['2']), 'names': (lambda net: ['3', '1'], ['1', '3']),
-    'a pattern': (lambda net: '[12]', ['1', '2']), 'patterns': (lambda net: ('1', '[23]'), ['1', '2', '3']),
-    'a generator': (lambda net:
-                    (str(k) for k in (1, 2)), ['1',
-                                               '2']), 'a mapping': (lambda net: {'1': net[1], '3': net[3]}, ['1', '3']),
-    'what was found': (lambda net: find_blocks(net, X), ['1', '2', '3'])}
+    'a name': (lambda net: '2', ['2']),
+    'names': (lambda net: ['3', '1'], ['1', '3']),
+    'a pattern': (lambda net: '[12]', ['1', '2']),
+    'patterns': (lambda net: ('1', '[23]'), ['1', '2', '3']),
+    'a generator': (lambda net: (str(k) for k in (1, 2)), ['1', '2']),
+    'a mapping': (lambda net: {'1': net[1], '3': net[3]}, ['1', '3']),
+    'what was found': (lambda net: find_blocks(net, X), ['1', '2', '3']),
+}
 
 
 def watched(make):
@@ -77,9 +79,11 @@ def _number(net, blocks):
 COUNTING = {
     'depth_curve': lambda net, blocks, split: sum(lap.depth_curve(net, split, 'val', ['skip'], blocks=blocks).sizes),
     'measure_depth': lambda net, blocks, split: measure_depth(net, split, 'val', ['skip'], blocks=blocks)['blocks'],
-    'shorten': lambda net, blocks, split: lap.shorten(net, split, n_blocks=_number(net, blocks), way='skip',
-                                                      blocks=blocks, verbose=False).shortened['blocks'][0],
-    'measure_regularity': lambda net, blocks, split: len(measure_regularity(net, X, blocks)['lipschitz block 1'])}
+    'shorten': lambda net, blocks, split: lap.shorten(
+        net, split, n_blocks=_number(net, blocks), way='skip', blocks=blocks, verbose=False
+    ).shortened['blocks'][0],
+    'measure_regularity': lambda net, blocks, split: len(measure_regularity(net, X, blocks)['lipschitz block 1']),
+}
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -100,19 +104,22 @@ def test_doors_that_tell_a_number_take_every_form(door, form, split):
 
 @pytest.mark.filterwarnings('ignore:the path gap')
 def test_names_that_can_be_read_once_are_enough_to_shorten(split):
-    assert lap.shorten(foreign(), split, n_blocks=1, way='skip', blocks=iter(['1', '2']),
-                       verbose=False).shortened['blocks'] == [2, 1]
+    assert lap.shorten(foreign(), split, n_blocks=1, way='skip', blocks=iter(['1', '2']), verbose=False).shortened[
+        'blocks'
+    ] == [2, 1]
 
 
 WRONG = {
     'a misspelt name': (lambda net: '11', ValueError, 'the nearest names are'),
-    'a pattern of nothing': (lambda net: ['1', 'layer*'], ValueError,
-                             "'layer\\*' matches no module"), 'none': (lambda net: [], ValueError, 'blocks is empty'),
-    'an empty mapping': (lambda net: {}, ValueError, 'blocks is empty'), 'a number': (lambda net: 3, TypeError,
-                                                                                      'blocks is '),
-    'modules': (lambda net: [net[1]], TypeError, 'expected'), 'a module': (lambda net: net[1], TypeError, 'blocks is '),
+    'a pattern of nothing': (lambda net: ['1', 'layer*'], ValueError, "'layer\\*' matches no module"),
+    'none': (lambda net: [], ValueError, 'blocks is empty'),
+    'an empty mapping': (lambda net: {}, ValueError, 'blocks is empty'),
+    'a number': (lambda net: 3, TypeError, 'blocks is '),
+    'modules': (lambda net: [net[1]], TypeError, 'expected'),
+    'a module': (lambda net: net[1], TypeError, 'blocks is '),
     'numbers by name': (lambda net: {'1': 1}, TypeError, "block '1' is 1, expected|is a dict of 1, expected"),
-    'of another network': (lambda net: {'1': Theirs()}, ValueError, "block '1' is not in this Sequential")}
+    'of another network': (lambda net: {'1': Theirs()}, ValueError, "block '1' is not in this Sequential"),
+}
 
 
 @pytest.mark.parametrize('wrong', WRONG)

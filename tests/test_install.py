@@ -132,8 +132,10 @@ def test_commands_work_with_the_next_fastcore(installed, tmp_path):
         'print(fastcore.__version__.split(".")[0], read(lap_bench).names, *read(lap_bench, "a", "b", '
         '"--force").names,\n'
         '      repr(read(lap_study).name), read(lap_study, "c", "--seeds", "3").name, read(lap_compare, "--n", "7").n)')
-    assert check(installed / 'python', '-c', code, tmp_path / 'next', *NAMES,
-                 cwd=tmp_path).split('\n')[0] == "2 () a b None c 7"
+    assert (
+        check(installed / 'python', '-c', code, tmp_path / 'next', *NAMES, cwd=tmp_path).split('\n')[0]
+        == "2 () a b None c 7"
+    )
 
 
 def test_compare_writes_the_record(compared):

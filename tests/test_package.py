@@ -411,8 +411,9 @@ def test_another_torch_brings_its_own(tmp_path, torch, pin):
     lines, every = ((path.read_text(encoding='utf-8').splitlines())
                     for path in (tmp_path / f'constraints-{torch}.txt', ROOT / 'constraints.txt'))
     assert [line for line in lines if own_torch(line.partition('==')[0])] == pin
-    assert [line for line in lines
-            if line not in pin] == [line for line in every if not own_torch(line.partition('==')[0])]
+    assert [line for line in lines if line not in pin] == [
+        line for line in every if not own_torch(line.partition('==')[0])
+    ]
 
 
 def test_torch_is_pinned_in_the_constraints_only():
@@ -463,8 +464,9 @@ def test_make_works_in_a_folder_of_any_name(name, tmp_path):
     calls = [call.splitlines()[1:] for call in said]
     for expected in ('.venv/bin/lap_compare --force', 'nbs/_site/render.py', '.venv/bin/nbdev_export', '-m build --no-isolation', '-m coverage report', '.ci/lock.py',
                      'tests/mutants.py', '-m pytest -n 2 --dist loadfile --no-loadscope-reorder'): assert expected.split() in calls, expected
-    assert sorted(path.name
-                  for path in folder.parent.iterdir()) == sorted([name, 'said']) and not [*folder.rglob('hurt')]
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([name, 'said']) and not [
+        *folder.rglob('hurt')
+    ]
     assert make('make', 'clean').returncode == 0 and not (folder / '.venv').exists()
 
 
@@ -571,8 +573,11 @@ def test_a_release_is_built_where_nothing_was_tested_or_kept():
 
 def test_newer_versions_are_proposed():
     bot = yaml.safe_load((ROOT / '.github' / 'dependabot.yml').read_text(encoding='utf-8'))
-    assert {(u['package-ecosystem'], u['directory']) for u in bot['updates']} == {('github-actions', '/'), ('pip', '/'),
-                                                                                  ('npm', '/nbs/_site')}
+    assert {(u['package-ecosystem'], u['directory']) for u in bot['updates']} == {
+        ('github-actions', '/'),
+        ('pip', '/'),
+        ('npm', '/nbs/_site'),
+    }
 
 
 def test_declared_versions_are_those_of_the_workflow():

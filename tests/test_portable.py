@@ -66,8 +66,12 @@ def test_what_is_watched(source, held, distances):
 
 
 def test_room_is_the_least_distance_over_how_far_it_is_from_the_usual():
-    assert room_of([3., 1., 2.]) == 1 and room_of([9., 3., 3., -1.]) == -.25 and room_of([
-        2., 2., 5.]) == math.inf and room_of([-1., -1.]) == -math.inf
+    assert (
+        room_of([3.0, 1.0, 2.0]) == 1
+        and room_of([9.0, 3.0, 3.0, -1.0]) == -0.25
+        and room_of([2.0, 2.0, 5.0]) == math.inf
+        and room_of([-1.0, -1.0]) == -math.inf
+    )
 
 
 def test_all_seeds_are_shifted():
@@ -78,6 +82,14 @@ def test_all_seeds_are_shifted():
         "np.random.default_rng(by).random(), "
         "np.random.RandomState(by).rand(), random.Random(by).random(), make_moons(3, noise=1., random_state=by)[0])")
     said = [
-        subprocess.run([sys.executable, '-c', draw, str(by)], env=os.environ | dict(LAP_NB_SEED_SHIFT=str(5 - by)),
-                       cwd=ROOT / 'tests', capture_output=True, text=True, check=True).stdout for by in (0, 5)]
+        subprocess.run(
+            [sys.executable, '-c', draw, str(by)],
+            env=os.environ | dict(LAP_NB_SEED_SHIFT=str(5 - by)),
+            cwd=ROOT / 'tests',
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for by in (0, 5)
+    ]
     assert said[0] == said[1] and said[0]

@@ -19,8 +19,12 @@ def plain_account(model, x, y, lam, tau):
     weights = dict(model.named_parameters())
     convs = [m.weight for m in model.flow.modules() if isinstance(m, torch.nn.Conv2d)]
     norms = [m for m in model.flow.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    norm = lambda z, m: (z - z.mean((0, 2, 3), keepdim=True)) / (z.var(
-        (0, 2, 3), keepdim=True, unbiased=False) + m.eps).sqrt() * m.weight[:, None, None] + m.bias[:, None, None]
+    norm = lambda z, m: (
+        (z - z.mean((0, 2, 3), keepdim=True))
+        / (z.var((0, 2, 3), keepdim=True, unbiased=False) + m.eps).sqrt()
+        * m.weight[:, None, None]
+        + m.bias[:, None, None]
+    )
     z, C, used = model.encoder(x), 0, 0
     for k in range(9):
         branch = z
@@ -53,7 +57,10 @@ def test_arms_of_a_start_share_their_weights_and_starts_differ():
     first = {
         start: [
             torch.cat([p.flatten() for p in _Training(split, Arm(start, **a), 3, 'float32').model.parameters()])
-            for a in ({}, LAP, dict(label_smoothing=.1))] for start in STARTS}
+            for a in ({}, LAP, dict(label_smoothing=0.1))
+        ]
+        for start in STARTS
+    }
     for same in first.values(): assert all(torch.equal(same[0], other) for other in same[1:])
     assert not torch.equal(first['official'][0], first['blocks'][0]) and not torch.equal(
         first['kaiming'][0], first['blocks'][0])
@@ -100,8 +107,9 @@ def test_a_record_holds_one_precision(tmp_path):
 def test_pairs_are_complete_before_the_next_seed():
     cells = published_cells()
     for seed in range(10):
-        assert {c[2] for c in cells[9 * seed:9 * seed + 9]} == {seed} and len({
-            c[1].name for c in cells[9 * seed:9 * seed + 9]}) == 9
+        assert {c[2] for c in cells[9 * seed : 9 * seed + 9]} == {seed} and len(
+            {c[1].name for c in cells[9 * seed : 9 * seed + 9]}
+        ) == 9
     assert json.dumps([c[1].name for c in cells[:9]]).count('plain') == 3
 
 

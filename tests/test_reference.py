@@ -79,8 +79,12 @@ def shapeless(full, thing):
     "Parameters that are tensors and do not say of what shape."
     if inspect.isclass(thing) and '__init__' not in vars(thing): return
     for name, p in docments(thing, full=True, returns=False).items():
-        if re.search(r'\bTensor\b', str(p.anno)) and not re.search('Callable|Module', str(
-                p.anno)) and p.docment is not None and not SHAPE.search(p.docment):
+        if (
+            re.search(r'\bTensor\b', str(p.anno))
+            and not re.search('Callable|Module', str(p.anno))
+            and p.docment is not None
+            and not SHAPE.search(p.docment)
+        ):
             yield f'{full}: {name}: {p.docment}'
 
 
@@ -141,9 +145,11 @@ def test_a_number_without_a_unit_is_found():
 def speechless(exported):
     "Public methods and properties without a docstring; those that PyTorch or another library defines are left out."
     for full, thing in exported.items():
-        theirs = {
-            name for base in thing.__mro__[1:] if not base.__module__.startswith('lap_nb')
-            for name in vars(base)} if inspect.isclass(thing) else {}
+        theirs = (
+            {name for base in thing.__mro__[1:] if not base.__module__.startswith('lap_nb') for name in vars(base)}
+            if inspect.isclass(thing)
+            else {}
+        )
         for name, member in vars(thing).items() if inspect.isclass(thing) else ():
             code = isinstance(member, property | staticmethod | classmethod) or inspect.isfunction(member)
             if code and not name.startswith('_') and name not in theirs and not inspect.getdoc(member):

@@ -63,8 +63,11 @@ def test_linear_blocks_of_a_flow():
         assert_close(row, torch.linalg.matrix_norm(S, 2).expand(6), rtol=1e-4, atol=0)
     assert_close(profile.whole,
                  torch.linalg.matrix_norm(steps[2] @ steps[1] @ steps[0], 2).expand(6), rtol=1e-4, atol=0)
-    assert (profile.whole <= profile.product *
-            (1 + 1e-6)).all() and profile.names == ("flow.blocks.0", "flow.blocks.1", "flow.blocks.2")
+    assert (profile.whole <= profile.product * (1 + 1e-6)).all() and profile.names == (
+        "flow.blocks.0",
+        "flow.blocks.1",
+        "flow.blocks.2",
+    )
     assert "**whole**" in profile._repr_markdown_()
 
 
@@ -177,8 +180,9 @@ def test_the_error_bound_holds(d, iterations):
     for f in (lambda z: z @ A.T, net):
         x = numbers(3, d)
         true, found = dense(f, x), local_lipschitz(f, x, iterations, 1e-6)
-        assert (found.values <= true * (1 + 1e-12)).all() and (true <= found.values * (1 + found.error) *
-                                                               (1 + 1e-12)).all()
+        assert (found.values <= true * (1 + 1e-12)).all() and (
+            true <= found.values * (1 + found.error) * (1 + 1e-12)
+        ).all()
         settled = found.error <= 1e-6
         assert_close(found.values[settled], true[settled], rtol=1e-6, atol=0)
         assert found.converged == pytest.approx(settled.double().mean().item())
@@ -190,9 +194,11 @@ def test_what_has_converged_is_the_largest():
     for seed in range(40):
         A, u, start = numbers(d, d, seed=seed) / d ** .5, numbers(d, seed=seed + 1), numbers(1, d, seed=seed + 2)
         M = [
-            torch.eye(d).double() + .3 * A, A,
-            torch.eye(d).double() + .05 * A + .12 * torch.outer(u, u) / u.square().sum(),
-            torch.eye(d).double() + .3 * A.triu()][seed % 4]
+            torch.eye(d).double() + 0.3 * A,
+            A,
+            torch.eye(d).double() + 0.05 * A + 0.12 * torch.outer(u, u) / u.square().sum(),
+            torch.eye(d).double() + 0.3 * A.triu(),
+        ][seed % 4]
         found = local_lipschitz(lambda z: z @ M.T, start, 127, seed=seed)
         assert found.converged == 1
         assert_close(found.values[0], torch.linalg.matrix_norm(M, 2), rtol=1e-4, atol=0.)

@@ -82,10 +82,16 @@ def test_every_part_of_the_state_is_needed(tmp_path, states, place):
 def row(resume=False, callbacks=(), path=None, seeds=(0, 1)):
     split = digits().splits(60, seeds)
     ensemble = Ensemble([_made(partial(dense_net, 64, 10, 2, 8), s + 10 * resume) for s in seeds])
-    return train_loop(ensemble, split, _attached([LeastAction] * len(ensemble),
-                                                 ensemble), [torch.Generator().manual_seed(s) for s in seeds],
-                      TrainConfig(epochs=6, batch_size=25, eval_every=2, clip=.5), None, callbacks, path
-                      and Checkpoints(path, resume))
+    return train_loop(
+        ensemble,
+        split,
+        _attached([LeastAction] * len(ensemble), ensemble),
+        [torch.Generator().manual_seed(s) for s in seeds],
+        TrainConfig(epochs=6, batch_size=25, eval_every=2, clip=0.5),
+        None,
+        callbacks,
+        path and Checkpoints(path, resume),
+    )
 
 
 def test_a_row_resumes_alike(tmp_path):
@@ -220,8 +226,9 @@ def test_killed_at_twenty_random_moments(tmp_path, nursery):
     assert nursery(killed, epochs) == 0
     assert len(set(steps)) > 5, "the kills hit the training at different steps"
     assert not same(load_checkpoint(whole), load_checkpoint(killed))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.pt",
-                                                          "whole.pt"], "half-written neighbours are swept up"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.pt", "whole.pt"], (
+        "half-written neighbours are swept up"
+    )
 
 
 # The file

@@ -69,8 +69,9 @@ def visit(browser, url, **options):
     page.on('requestfailed', lambda request: faults.append(f'failed: {request.url}'))
     page.on('response', lambda response: response.status >= 400 and faults.append(f'{response.status}: {response.url}'))
     page.on(
-        'request', lambda request: request.url.startswith(
-            (home, 'data:', 'blob:')) or faults.append(f'external: {request.url}'))
+        'request',
+        lambda request: request.url.startswith((home, 'data:', 'blob:')) or faults.append(f'external: {request.url}'),
+    )
     page.goto(url)
     page.evaluate('document.fonts.ready')
     if page.query_selector('.cell-widget'): page.wait_for_selector('.cell-widget .jupyter-widgets')
@@ -164,8 +165,9 @@ def test_first_page_is_light(browser, address, site):
     sizes = {
         name: (site / name).stat().st_size for url in loaded
         if (name := url.removeprefix(address)) and url.startswith(address)}
-    assert {'index.html', 'explorable.js'} <= set(sizes) and sum(
-        sizes.values()) < 320_000, f'{sum(sizes.values()):,} bytes: {sizes}'
+    assert {'index.html', 'explorable.js'} <= set(sizes) and sum(sizes.values()) < 320_000, (
+        f'{sum(sizes.values()):,} bytes: {sizes}'
+    )
 
 
 def test_pages_are_below_a_megabyte(site):
@@ -263,7 +265,7 @@ def test_search_puts_titles_first_and_forgives_a_letter(browser, address):
         for name in ('shorten', 'relative_energy', 'kinetic_energy'): assert search(name)[0].endswith(f' › {name}')
         for word, typos in {
                 'lipschitz': ('lipshitz', 'lipschittz', 'lipschizt', 'lipschutz'),
-                'straightness': ('straigthness', )}.items():
+                'straightness': ('straigthness',)}.items():
             right = search(word)
             assert right and all(search(typo) == right for typo in typos)
         assert not search('qzxqzx')
@@ -316,9 +318,13 @@ def entry_lacks(article, thing, file):
 @pytest.fixture(scope='session')
 def entries(site):
     "Page and name of each entry: its address and its text."
-    found = [(page, *re.search(r'<h3 id="([^"]*)">([\w.]+)</h3>', article).groups(), article) for page in PAGES
-             for article in re.findall(r'<article class="api">.*?</article>', (site /
-                                                                               page).read_text(encoding='utf-8'), re.S)]
+    found = [
+        (page, *re.search(r'<h3 id="([^"]*)">([\w.]+)</h3>', article).groups(), article)
+        for page in PAGES
+        for article in re.findall(
+            r'<article class="api">.*?</article>', (site / page).read_text(encoding='utf-8'), re.S
+        )
+    ]
     return {(page, name): (f'{page}#{anchor}', article) for page, anchor, name, article in found}
 
 
@@ -329,8 +335,10 @@ def test_entries_list_arguments_and_source(entries):
         for full, (address, file) in names.items():
             name = full.removeprefix(f'{module}.')
             thing = getattr(importlib.import_module(module), name, None)   # methods are None
-            if not (inspect.isfunction(thing)
-                    or is_dataclass(thing)) or name not in importlib.import_module(module).__all__:
+            if (
+                not (inspect.isfunction(thing) or is_dataclass(thing))
+                or name not in importlib.import_module(module).__all__
+            ):
                 continue
             lacks = list(entry_lacks(entries[address.partition('#')[0], name][1], thing, file))
             seen, lacking = seen + 1, lacking | ({full: lacks} if lacks else {})
@@ -575,9 +583,17 @@ def test_missing_assets_have_a_remedy(copy):
 # The runner
 
 def write_notebook(path, *codes, outputs=()):
-    cells = [{
-        'cell_type': 'code', 'id': f'cell{i}', 'metadata': {}, 'execution_count': None, 'source': code.splitlines(True),
-        'outputs': []} for i, code in enumerate(codes)]
+    cells = [
+        {
+            'cell_type': 'code',
+            'id': f'cell{i}',
+            'metadata': {},
+            'execution_count': None,
+            'source': code.splitlines(True),
+            'outputs': [],
+        }
+        for i, code in enumerate(codes)
+    ]
     cells[-1]['outputs'] = list(outputs)
     meta = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
     path.write_text(json.dumps({'cells': cells, 'metadata': meta, 'nbformat': 4, 'nbformat_minor': 5}),

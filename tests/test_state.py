@@ -115,7 +115,8 @@ def test_a_training_with_settings_of_any_kind_resumes(tmp_path):
     check_same(run(), run(checkpoints=Checkpoints(tmp_path / "a.pt", resume=np.True_)))
     plain = load_checkpoint(tmp_path / "a.pt")["config"]
     assert {type(v) for v in plain.values()} <= {int, float, str, bool, tuple, type(None)} and {
-        type(m) for m in plain["milestones"]} == {float}
+        type(m) for m in plain["milestones"]
+    } == {float}
 
 
 @pytest.mark.parametrize("seed", [1.5, "a", None, True, 2 ** 64, -2 ** 63 - 1, np.ones(2)])
@@ -130,8 +131,11 @@ class Remembers(nn.Module):
     def __init__(self, state=None, move=lambda self: 0.):
         super().__init__()
         velocity = lambda: nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))
-        self.net, self.state, self.move = ResidualNet(Flow([velocity() for _ in range(2)]), nn.Linear(64,
-                                                                                                      10)), state, move
+        self.net, self.state, self.move = (
+            ResidualNet(Flow([velocity() for _ in range(2)]), nn.Linear(64, 10)),
+            state,
+            move,
+        )
     def forward(self, x): return self.net(x) * (1 + .1 * self.moved())
     def moved(self): return self.move(self) if self.training else 0.
 
@@ -213,39 +217,53 @@ class Dropped(Remembers):
 def with_state(state, move): return lambda: Remembers(state(), move)
 
 KINDS = {
-    "nothing": Remembers, "global generators": Dropped, "buffer": Buffered, "buffer assigned anew": Reassigned,
-    "random depth": at_random_depth, "counter": with_state(lambda: 0, counts),
-    "torch generator": with_state(lambda: torch.Generator().manual_seed(1), lambda self: torch.rand(
-        (), generator=self.state).item()), "python generator": with_state(lambda: random.Random(1),
-                                                                          lambda self: self.state.random()),
+    "nothing": Remembers,
+    "global generators": Dropped,
+    "buffer": Buffered,
+    "buffer assigned anew": Reassigned,
+    "random depth": at_random_depth,
+    "counter": with_state(lambda: 0, counts),
+    "torch generator": with_state(
+        lambda: torch.Generator().manual_seed(1), lambda self: torch.rand((), generator=self.state).item()
+    ),
+    "python generator": with_state(lambda: random.Random(1), lambda self: self.state.random()),
     "numpy generator": with_state(lambda: np.random.default_rng(1), lambda self: self.state.random()),
     "numpy random state": with_state(lambda: np.random.RandomState(1), lambda self: self.state.randn()),
     "philox": with_state(lambda: np.random.Generator(np.random.Philox(1)), lambda self: self.state.random()),
-    "mersenne": with_state(lambda: np.random.Generator(np.random.MT19937(1)),
-                           lambda self: self.state.normal()), "tensor": with_state(lambda: torch.zeros(
-                               ()), tensor), "tensor in place": with_state(lambda: torch.zeros(
-                                   ()), inplace), "array": with_state(lambda: np.zeros(2), array),
-    "list": with_state(list, listed), "deque": with_state(lambda: deque(maxlen=4), listed), "dict": with_state(
-        lambda: {"n": 0}, entries), "counter of collections": with_state(Counter, entries), "defaultdict": with_state(
-            lambda: defaultdict(int),
-            entries), "ordered": with_state(lambda: OrderedDict(n=0),
-                                            entries), "namespace": with_state(lambda: SimpleNamespace(n=0),
-                                                                              fields), "set": with_state(set, set_),
-    "enum": with_state(lambda: Phase.EVEN,
-                       phase), "nested": with_state(lambda: {"a": (1, []), "rng": random.Random(1)},
-                                                    nested), "object": with_state(Own, lambda self: self.state.draw()),
-    "protocol": with_state(WithProtocol, lambda self: self.state.draw()), "fraction": with_state(
-        lambda: Fraction(1), lambda self: (setattr(self, "state", self.state / 2), float(self.state))[1]),
-    "numpy number": with_state(lambda: np.float32(1), lambda self:
-                               (setattr(self, "state", self.state * np.float32(.9)), float(self.state))[1]),
+    "mersenne": with_state(lambda: np.random.Generator(np.random.MT19937(1)), lambda self: self.state.normal()),
+    "tensor": with_state(lambda: torch.zeros(()), tensor),
+    "tensor in place": with_state(lambda: torch.zeros(()), inplace),
+    "array": with_state(lambda: np.zeros(2), array),
+    "list": with_state(list, listed),
+    "deque": with_state(lambda: deque(maxlen=4), listed),
+    "dict": with_state(lambda: {"n": 0}, entries),
+    "counter of collections": with_state(Counter, entries),
+    "defaultdict": with_state(lambda: defaultdict(int), entries),
+    "ordered": with_state(lambda: OrderedDict(n=0), entries),
+    "namespace": with_state(lambda: SimpleNamespace(n=0), fields),
+    "set": with_state(set, set_),
+    "enum": with_state(lambda: Phase.EVEN, phase),
+    "nested": with_state(lambda: {"a": (1, []), "rng": random.Random(1)}, nested),
+    "object": with_state(Own, lambda self: self.state.draw()),
+    "protocol": with_state(WithProtocol, lambda self: self.state.draw()),
+    "fraction": with_state(
+        lambda: Fraction(1), lambda self: (setattr(self, "state", self.state / 2), float(self.state))[1]
+    ),
+    "numpy number": with_state(
+        lambda: np.float32(1), lambda self: (setattr(self, "state", self.state * np.float32(0.9)), float(self.state))[1]
+    ),
     "closure": lambda: Remembers(None, cells()),
-    "method": lambda: Remembers(None, partial(lambda own, self: own.draw(), Own())), "global generator": lambda:
-    (GLOBAL.manual_seed(4), Remembers(None, drawn_globally))[1], "global NumPy generator": lambda:
-    (setattr(GLOBAL_NUMPY.bit_generator, "state",
-             np.random.default_rng(4).bit_generator.state), Remembers(None, drawn_from_numpy))[1],
+    "method": lambda: Remembers(None, partial(lambda own, self: own.draw(), Own())),
+    "global generator": lambda: (GLOBAL.manual_seed(4), Remembers(None, drawn_globally))[1],
+    "global NumPy generator": lambda: (
+        setattr(GLOBAL_NUMPY.bit_generator, "state", np.random.default_rng(4).bit_generator.state),
+        Remembers(None, drawn_from_numpy),
+    )[1],
     "hook of a closure": lambda: hooked(hook_of(np.random.default_rng(5).random)),
     "hook of an object": lambda: hooked(hook_of(Own().draw)),
-    "hook with a protocol": lambda: hooked(hook_of(WithProtocol().draw)), "gradient hook": gradient_noise}
+    "hook with a protocol": lambda: hooked(hook_of(WithProtocol().draw)),
+    "gradient hook": gradient_noise,
+}
 
 
 class Stop(Exception): "Ends a training between two steps."
@@ -318,8 +336,16 @@ def test_a_stop_by_a_callback_is_remembered(tmp_path):
         resumed = trained(Remembers, tmp_path / "run.pt", seed=9, callbacks=stop)
     check_same(straight, resumed)
     model = Remembers()
-    assert fit(model, SPLIT, LeastAction(model), epochs=4, batch_size=25, eval_every=2, optimizer="sgd",
-               checkpoints=Checkpoints(tmp_path / "run.pt", resume="force")).curves["epoch"].tolist() == [2, 4]
+    assert fit(
+        model,
+        SPLIT,
+        LeastAction(model),
+        epochs=4,
+        batch_size=25,
+        eval_every=2,
+        optimizer="sgd",
+        checkpoints=Checkpoints(tmp_path / "run.pt", resume="force"),
+    ).curves["epoch"].tolist() == [2, 4]
 
 
 class Patience:
@@ -481,8 +507,9 @@ def test_what_is_captured_survives_a_file_and_comes_back(tmp_path, value):
     from copy import deepcopy
     save_checkpoint(tmp_path / "a.pt", {"it": capture(value)})
     found = restore(load_checkpoint(tmp_path / "a.pt")["it"], deepcopy(value))
-    assert type(found) is type(value) and digest(capture(found)) == digest(
-        capture(value)) and repr(found) == repr(value)
+    assert (
+        type(found) is type(value) and digest(capture(found)) == digest(capture(value)) and repr(found) == repr(value)
+    )
 
 
 def test_containers_are_filled_in_place():

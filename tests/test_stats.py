@@ -23,8 +23,10 @@ def test_interval_of_the_mean_is_students(values):
     x = torch.tensor(values, dtype=torch.float64)
     low, high = t.interval(.9, len(x) - 1, x.mean().item(), x.std().item() / len(x) ** .5)
     found = confidence_interval(x, level=.9)
-    assert (found.mean, found.low, found.high) == pytest.approx(
-        (x.mean().item(), low, high)) and (found.n, found.level) == (len(x), .9)
+    assert (found.mean, found.low, found.high) == pytest.approx((x.mean().item(), low, high)) and (
+        found.n,
+        found.level,
+    ) == (len(x), 0.9)
 
 
 @pytest.mark.parametrize("values", [[1.], [], [[1., 2.]], [1., float("nan")]])

@@ -63,7 +63,7 @@ def test_fingerprint_sees_every_change_and_no_more():
         replace(cell, n=21),
         replace(cell, data='moons'),
         replace(cell, version=2),
-        replace(cell, measures=('transport', )),
+        replace(cell, measures=('transport',)),
         replace(cell, net=Net(K=8)),
         replace(cell, schedule=Schedule(steps=501)),
         replace(cell, method=Method('default', h=.5)),
@@ -74,8 +74,9 @@ def test_fingerprint_sees_every_change_and_no_more():
     # which was written otherwise when the first records were made
     schedule = Schedule(others=dict(optimizer='sgd', crop=2))
     assert replace(cell, data='digits', method=Method('default'), schedule=schedule).config == '5febd75a98db'
-    assert Method('m', least_action=dict(tau=1., lambda0=2.)) == Method('m',
-                                                                        least_action=(('lambda0', 2.), ('tau', 1.)))
+    assert Method('m', least_action=dict(tau=1.0, lambda0=2.0)) == Method(
+        'm', least_action=(('lambda0', 2.0), ('tau', 1.0))
+    )
 
 
 @pytest.mark.parametrize('make, message', [
@@ -114,8 +115,10 @@ def test_every_network_takes_every_method(kind):
     for init, skip_init, h, drop in sorted(asked):
         net = make_net(Net(kind, 6, 8), Method('m', init=init, skip_init=skip_init, h=h, drop=.5 * drop), (3, 8, 8), 10)
         assert net(torch.rand(4, 3, 8, 8)).shape == (4, 10)
-        assert any(isinstance(m, StochasticDepth)
-                   for m in net.modules()) == drop and any(isinstance(m, SkipInit) for m in net.modules()) == skip_init
+        assert (
+            any(isinstance(m, StochasticDepth) for m in net.modules()) == drop
+            and any(isinstance(m, SkipInit) for m in net.modules()) == skip_init
+        )
 
 
 @pytest.mark.parametrize('name', ['mnist-low-data', 'fashion-low-data', 'cifar-low-data', 'cifar-large'])
@@ -369,15 +372,21 @@ def test_a_frame_of_rows_and_back(tmp_path):
         dict(data='a', n=1, seed=0, gain=None, x=1., found=[1, 2]),
         dict(data='a', n=1, seed=1, gain=.1, x=None, diverged=True)]
     found = Records(rows, {})
-    assert found.rows == [row | {k: row.get(k) for k in ('gain', 'x', 'found', 'diverged')}
-                          for row in rows] and Records(found.frame, {}).rows == found.rows
-    assert [list(group.values('seed'))
-            for group in found.by('gain').values()] == [[0], [1]] and list(found.by('gain', 'n')) == [(None, 1),
-                                                                                                      (.1, 1)]
-    assert len(found.where(gain=None)) == len(found.where(gain=[.1, 5])) == 1 and len(
-        found.where(gain=[None, .1])) == 2 and all(type(r['seed']) is int for r in found.rows)
-    assert found.values('x').isnan().tolist() == [False, True] and not len(found.where(n=2)) and len(Records([],
-                                                                                                             {})) == 0
+    assert (
+        found.rows == [row | {k: row.get(k) for k in ('gain', 'x', 'found', 'diverged')} for row in rows]
+        and Records(found.frame, {}).rows == found.rows
+    )
+    assert [list(group.values('seed')) for group in found.by('gain').values()] == [[0], [1]] and list(
+        found.by('gain', 'n')
+    ) == [(None, 1), (0.1, 1)]
+    assert (
+        len(found.where(gain=None)) == len(found.where(gain=[0.1, 5])) == 1
+        and len(found.where(gain=[None, 0.1])) == 2
+        and all(type(r['seed']) is int for r in found.rows)
+    )
+    assert (
+        found.values('x').isnan().tolist() == [False, True] and not len(found.where(n=2)) and len(Records([], {})) == 0
+    )
     for column in ('data', 'found'):
         with pytest.raises(ValueError, match=f'{column} is no column of numbers'): found.values(column)
     with pytest.raises(ValueError, match='no column'): Records([dict(x=10 ** 400)], {}).values('y')
@@ -414,8 +423,11 @@ def test_what_a_writer_has_seen_does_not_mislead_it(steps):
     try:
         path = folder / 'r.jsonl'
         for k, step in enumerate(['append', *steps]):
-            lines = [line for line in path.read_bytes().splitlines(keepends=True)
-                     if line.endswith(b'\n')] if path.exists() else []
+            lines = (
+                [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')]
+                if path.exists()
+                else []
+            )
             if step == 'others': path.write_bytes(b''.join(lines + three(folder / f'{k}', config=f'o{k}')))
             if step == 'half': path.write_bytes(b''.join(lines) + b'{"study":"tiny","half')
             if step == 'cut': path.write_bytes(b''.join(lines[:-1]))
@@ -661,7 +673,7 @@ def announcing(*args):
 
 def endless(folder):
     run._run_there = announcing
-    run_study(replace(LONGER, grids=(replace(LONGER.grids[0], schedule=Schedule(steps=10 ** 7, points=1)), )), folder,
+    run_study(replace(LONGER, grids=(replace(LONGER.grids[0], schedule=Schedule(steps=10 ** 7, points=1)),)), folder,
               scheduler='local', device='cpu')
 
 
@@ -751,14 +763,19 @@ def test_variations_that_cannot_be(spec, says):
 
 def test_descriptions_that_cannot_be_meant(tmp_path):
     grid = TINY.grids[0]
-    for changed, says in ((dict(data="circles"), "data is .*, expected"), (dict(schedule=Schedule(points=0)),
-                                                                           "points is 0"), (dict(thin=0), "thin is 0"),
-                          (dict(net=Net("resnet", 10, 8)), "expected a multiple of its 3 stages")):
+    for changed, says in (
+        (dict(data="circles"), "data is .*, expected"),
+        (dict(schedule=Schedule(points=0)), "points is 0"),
+        (dict(thin=0), "thin is 0"),
+        (dict(net=Net("resnet", 10, 8)), "expected a multiple of its 3 stages"),
+    ):
         with pytest.raises(ValueError, match=says): replace(TINY, grids=(replace(grid, **changed),))
-    for changed, says in ((dict(measures=("transports", )), "no measure 'transports'"), (dict(net=Net("densee")),
-                                                                                         "no network 'densee'")):
+    for changed, says in (
+        (dict(measures=("transports",)), "no measure 'transports'"),
+        (dict(net=Net("densee")), "no network 'densee'"),
+    ):
         with pytest.raises(ValueError, match=says):
-            run_study(replace(TINY, grids=(replace(grid, **changed), )), tmp_path, device="cpu")
+            run_study(replace(TINY, grids=(replace(grid, **changed),)), tmp_path, device="cpu")
     for described, says in ((dict(gain=.1), "which the default initialisation does not take"),
                             (dict(h=0.), "expected a positive number"), (dict(lr=0.), "expected a positive number")):
         with pytest.raises(ValueError, match=says): Method("mine", **described)
@@ -796,8 +813,8 @@ def test_a_description_in_numbers_of_any_library_is_the_same(of):
     def described(number, count):
         method = Method("m", h=number(.5), drop=number(.25), lr=number(.5), least_action=dict(tau=number(.5)))
         schedule = Schedule(steps=count(20), lr=number(.5), others=dict(momentum=number(.5)))
-        return Study("s", "which?", (Grid(("digits", ), (count(50), ),
-                                          (method, ), count(2), Net(K=count(3)), schedule), ), version=count(1))
+        return Study("s", "which?", (Grid(("digits",), (count(50),),
+                                          (method,), count(2), Net(K=count(3)), schedule),), version=count(1))
     plain, given = described(float, int), described(of, whole)
     (a, n), (b, m) = plain.cells()[0], given.cells()[0]
     assert a.config == b.config and n == m and type(m) is int and a.name == b.name
@@ -811,19 +828,24 @@ def test_sizes_as_an_array():
 def test_what_chapter_depth_says_of_longer_steps():
     "Longer steps against skipped blocks, by the areas under the depth curves on record."
     said = {}
-    for (data, net), rows in load_records('depth', ROOT / 'nbs' / 'results').where(diverged=False).by('data',
-                                                                                                      'net').items():
+    for (data, net), rows in (
+        load_records('depth', ROOT / 'nbs' / 'results').where(diverged=False).by('data', 'net').items()
+    ):
         gap = {
             m: confidence_interval(
                 rows.where(method=m).values('area_lengthened') - rows.where(method=m).values('area_skip'))
             for m in ('default', 'constant-0.1')}
         said[data.partition(':')[0], net] = [verdict(gap[m]) for m in gap]
     constant = {place: word for place, (_, word) in said.items()}
-    assert len(constant) == 8 and {place for place, word in constant.items() if word != 'better'} == {
-        ('mnist', 'vit8x32')} and constant['mnist', 'vit8x32'] == 'open'
+    assert (
+        len(constant) == 8
+        and {place for place, word in constant.items() if word != 'better'} == {('mnist', 'vit8x32')}
+        and constant['mnist', 'vit8x32'] == 'open'
+    )
     worse = {('cifar10_part', 'dense9x64'), ('mnist', 'conv-bn9x16'), ('mnist', 'staged8x8'), ('mnist', 'vit8x32')}
-    assert {place: word
-            for place, (word, _) in said.items()} == {place: 'worse' if place in worse else 'better' for place in said}
+    assert {place: word for place, (word, _) in said.items()} == {
+        place: 'worse' if place in worse else 'better' for place in said
+    }
 
 
 @pytest.mark.parametrize('name', ['mnist-low-data', 'fashion-low-data', 'cifar-low-data'])
@@ -834,8 +856,11 @@ def test_decisions_that_stand_together_are_among_those_that_stand_alone(name):
     ours = {(row['n'], row['family']): row for row in table}
     chosen = {(n, family): rows for (n, family), rows in found.tuned().by('n', 'family').items()}
     p = {
-        at: ttest_rel(chosen[at[0], 'least-action'].values('test_accuracy_last'),
-                      chosen[at].values('test_accuracy_last')).pvalue for at in ours}
+        at: ttest_rel(
+            chosen[at[0], 'least-action'].values('test_accuracy_last'), chosen[at].values('test_accuracy_last')
+        ).pvalue
+        for at in ours
+    }
     ordered = sorted(p, key=p.get)
     first_open = next((k for k, at in enumerate(ordered) if p[at] > .05 / (len(ordered) - k)), len(ordered))
     assert {at for at, row in ours.items() if row['decides'] != 'open'} == set(ordered[:first_open])
@@ -866,5 +891,8 @@ def test_edges_of_grids():
     least = {
         f'{lam}': dict(least_action=[['lambda0', lam], ['tau', tau]]) for lam, tau in ((.1, .02), (1., .1), (5., 1.))}
     assert [edge(m, **least) for m in least] == ['lambda0, tau', '', 'lambda0, tau']
-    assert edge('a', a=dict(gain=.1)) == '' and edge('a', a=dict(gain=.1), b=dict(gain=.2)) == 'gain' and edge(
-        'a', a=dict(drop=.1), b=dict(drop=.1, skip_init=True)) == ''
+    assert (
+        edge('a', a=dict(gain=0.1)) == ''
+        and edge('a', a=dict(gain=0.1), b=dict(gain=0.2)) == 'gain'
+        and edge('a', a=dict(drop=0.1), b=dict(drop=0.1, skip_init=True)) == ''
+    )

@@ -305,9 +305,9 @@ def test_compiled_training_has_the_gradients_of_the_eager_one(monkeypatch):
     torch.testing.assert_close(weights(fast), weights(eager), rtol=1e-4, atol=1e-6)
     for name in ("loss", "lambda", "action", "energy"):
         torch.testing.assert_close(fast.curves[name], eager.curves[name], rtol=1e-4, atol=1e-6)
-    assert (
-        weights(eager) -
-        weights(fitted(**settings | dict(lr=1e-12)))).norm() > .1, "the steps are large enough to tell gradients apart"
+    assert (weights(eager) - weights(fitted(**settings | dict(lr=1e-12)))).norm() > 0.1, (
+        "the steps are large enough to tell gradients apart"
+    )
 
 
 def test_early_stop_waits_for_validation():
@@ -362,9 +362,12 @@ def test_unknown_setting_is_named():
 
 def test_settings_by_name_stand_in_place_of_those_of_the_configuration():
     config = TrainConfig(epochs=2, batch_size=20, eval_every=1, lr=.1)
-    for given in (dict(config=config), dict(config=config,
-                                            lr=.1), dict(config=replace(config, lr=.5),
-                                                         lr=.1), dict(epochs=2, batch_size=20, eval_every=1, lr=.1)):
+    for given in (
+        dict(config=config),
+        dict(config=config, lr=0.1),
+        dict(config=replace(config, lr=0.5), lr=0.1),
+        dict(epochs=2, batch_size=20, eval_every=1, lr=0.1),
+    ):
         assert fit(make(), SMALL, **given).provenance.items() >= asdict(config).items()
         assert fit_many(make, digits().splits(40, range(2)), **given).provenance.items() >= asdict(config).items()
     for wrong in ("sgd", dict(lr=.1), TrainConfig, .1):
@@ -392,8 +395,11 @@ def test_the_same_seeds_give_the_numbers_they_always_gave(name):
     "In float64, where processors differ by 1e-8 after these few steps."
     kind, _, mode = name.partition(" ")
     maker, settings = KINDS[kind]
-    data, net, train = digits(), lambda: dense_net(64, 10, 3, 16).double(), dict(epochs=4, batch_size=25,
-                                                                                 eval_every=2) | settings
+    data, net, train = (
+        digits(),
+        lambda: dense_net(64, 10, 3, 16).double(),
+        dict(epochs=4, batch_size=25, eval_every=2) | settings,
+    )
     data = replace(data, x=data.x.double())
     if mode: run = fit_many(net, data.splits(60, range(3)), least_action=maker, mode=mode, **train)
     else:
@@ -408,8 +414,10 @@ def test_the_same_seeds_give_the_numbers_they_always_gave(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [{}, dict(precision="float16", clip=1.), dict(precision="bfloat16", channels_last=True), dict(compile=True)])
 def test_on_a_gpu(settings):
-    cpu, gpu = fitted(model=conv, data=IMAGES.split(60)), fitted(model=lambda: conv().cuda(), data=IMAGES.split(60),
-                                                                 crop=0, **settings)
+    cpu, gpu = (
+        fitted(model=conv, data=IMAGES.split(60)),
+        fitted(model=lambda: conv().cuda(), data=IMAGES.split(60), crop=0, **settings),
+    )
     torch.testing.assert_close(gpu.curves["loss"], cpu.curves["loss"], rtol=.1, atol=.02)
 
 
@@ -468,8 +476,10 @@ def test_on_the_cpu_a_step_reads_the_sign_of_the_loss_and_nothing_else(precision
     for maker, reads in ((None, 0), (LeastAction, 3)):
         model = make()
         gens = [torch.Generator().manual_seed(0)]
-        loop, found = Training(model, SMALL, maker and maker(model), gens, TrainConfig(precision=precision,
-                                                                                       clip=1.)), Reads()
+        loop, found = (
+            Training(model, SMALL, maker and maker(model), gens, TrainConfig(precision=precision, clip=1.0)),
+            Reads(),
+        )
         loop.train_step(SMALL.x[:5], SMALL.y[:5])   # makes the state of the optimizer
         with found:
             for x, y in batches(SMALL, gens, 25): loop.train_step(x, y)
@@ -744,12 +754,18 @@ def test_what_was_frozen_by_hand_stays_frozen(mode):
     found = [fit(model(), SMALL, epochs=3, eval_every=1).model] if mode == "alone" else \
             [run.model for run in (lambda runs: [runs[i] for i in range(2)])(fit_many(model, digits().splits(60, [0, 1]), epochs=3, eval_every=1, mode=mode))]
     for net in found:
-        assert torch.equal(net[1].running_mean, torch.zeros(16)) and torch.equal(net[3][1].running_mean,
-                                                                                 torch.zeros(16))
+        assert torch.equal(net[1].running_mean, torch.zeros(16)) and torch.equal(
+            net[3][1].running_mean, torch.zeros(16)
+        )
         assert net[1].num_batches_tracked == 0
         if mode == "alone":
-            assert [net.training, net[0].training, net[1].training, net[3].training,
-                    net[3][2].training] == [True, True, False, False, False]
+            assert [net.training, net[0].training, net[1].training, net[3].training, net[3][2].training] == [
+                True,
+                True,
+                False,
+                False,
+                False,
+            ]
 
 
 def test_a_network_in_evaluation_mode_is_trained_but_for_its_frozen_parts():
@@ -776,8 +792,11 @@ def test_a_frozen_block_counts_in_the_action_and_stays_asleep(how):
     net, settings = with_a_frozen_block(how), dict(epochs=2, eval_every=1)
     run = fit(net, digits().split(60), least_action=(la := LeastAction(net)), **settings)
     assert la.meter.idle == {"0": "in evaluation mode"} and la.energies.min() > 0
-    assert net[0].velocity[1].num_batches_tracked == 0 and net[1].training and not any(m.training
-                                                                                       for m in net[0].modules())
+    assert (
+        net[0].velocity[1].num_batches_tracked == 0
+        and net[1].training
+        and not any(m.training for m in net[0].modules())
+    )
     for mode in ("sequential", "batched"):
         member = fit_many(lambda: with_a_frozen_block(how),
                           digits().splits(60, [0, 1]), least_action=LeastAction, mode=mode, **settings)[0]
@@ -820,21 +839,24 @@ def calls():
     config = {name: getattr(TrainConfig(), name) for name in TrainConfig.__dataclass_fields__} | dict(epochs=1)
     return {
         "shift_flip": (t.shift_flip, dict(x=x, moves=moves, crop=1)),
-        "batches": (lambda **k: list(t.batches(**k)),
-                    dict(split=pictures, generators=[g], batch_size=20, crop=1, flip=True, skip=0,
-                         share=(0, 1))), "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=.1)),
+        "batches": (
+            lambda **k: list(t.batches(**k)),
+            dict(split=pictures, generators=[g], batch_size=20, crop=1, flip=True, skip=0, share=(0, 1)),
+        ),
+        "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=0.1)),
         "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
         "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)),
-        "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1,
-                                                steps=5)), "make_optimizer": (t.make_optimizer,
-                                                                              dict(params=[p], config=TrainConfig())),
-        "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1.,
-                                                  row=False)), "TrainConfig": (TrainConfig, config),
-        "Checkpoints": (t.Checkpoints,
-                        dict(path="run.pt", resume=False, every=None,
-                             rollback=0)), "fit": (t.fit,
-                                                   dict(model=make(), data=SMALL, least_action=None, seed=0,
-                                                        progress=False, callbacks=[], checkpoints=None) | config)}
+        "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1, steps=5)),
+        "make_optimizer": (t.make_optimizer, dict(params=[p], config=TrainConfig())),
+        "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1.0, row=False)),
+        "TrainConfig": (TrainConfig, config),
+        "Checkpoints": (t.Checkpoints, dict(path="run.pt", resume=False, every=None, rollback=0)),
+        "fit": (
+            t.fit,
+            dict(model=make(), data=SMALL, least_action=None, seed=0, progress=False, callbacks=[], checkpoints=None)
+            | config,
+        ),
+    }
 
 
 @pytest.mark.parametrize("name", ["shift_flip", "batches", "task_loss", "count_right", "evaluate", "learning_rate", "make_optimizer", "clip_gradients", "TrainConfig", "Checkpoints", "fit"])

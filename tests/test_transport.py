@@ -468,8 +468,9 @@ def test_two_directions_are_enough_for_a_bound():
 def test_the_simplex_proves_its_plan_at_any_scale(scale):
     start, end, weights = cloud(40, 3, 0), cloud(40, 3, 1), torch.arange(1, 41.) / 820
     want = optimal_coupling(start, end, weights, solver='simplex').cost
-    assert optimal_coupling(scale * start, scale * end, weights,
-                            solver='simplex').cost == pytest.approx(scale ** 2 * want, rel=1e-9)
+    assert optimal_coupling(scale * start, scale * end, weights, solver='simplex').cost == pytest.approx(
+        scale**2 * want, rel=1e-9
+    )
 
 
 def test_too_large_a_cloud_is_refused_before_it_is_allocated():
@@ -526,8 +527,9 @@ def test_every_matching_is_scipys_and_carries_a_dense_proof(name):
     unit = cost.max().item() or 1.
     assert_close(best.cost / unit, cost[rows, columns].mean().item() / unit, rtol=1e-10, atol=1e-12)
     assert sorted(best.target.tolist()) == list(range(len(x)))
-    assert ((best.f[:, None] + best.g - cost) / unit).max() < 1e-12 and abs((best.f.mean() + best.g.mean()).item() -
-                                                                            best.cost) < 1e-12 * unit
+    assert ((best.f[:, None] + best.g - cost) / unit).max() < 1e-12 and abs(
+        (best.f.mean() + best.g.mean()).item() - best.cost
+    ) < 1e-12 * unit
 
 
 @pytest.mark.parametrize("guess", ["none", "random", "reversed", "not a number"])
@@ -594,8 +596,13 @@ def test_sensitivity_is_a_share_by_brute_force(seed):
     y = x + .4 * cloud(12, 2, seed + 50)
     z = x + (y - x)[torch.randperm(12, generator=torch.Generator().manual_seed(seed))]
     pays = [
-        any((x[i] - z[j]).square().sum() + (x[j] - z[i]).square().sum() < (x[i] - z[i]).square().sum() +
-            (x[j] - z[j]).square().sum() - 1e-9 for j in range(12)) for i in range(12)]
+        any(
+            (x[i] - z[j]).square().sum() + (x[j] - z[i]).square().sum()
+            < (x[i] - z[i]).square().sum() + (x[j] - z[j]).square().sum() - 1e-9
+            for j in range(12)
+        )
+        for i in range(12)
+    ]
     assert 0 < sum(pays) < 12
     assert exact_gap(x, y, seed=seed).sensitivity == pytest.approx(sum(pays) / 12)
 
@@ -635,29 +642,44 @@ def exactly(x, y):
     cost = [[sum((a - b) ** 2 for a, b in zip(p, q)) for q in Y] for p in X]
     wrong = sum(
         sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i))
-    return sum(cost[i][i]
-               for i in range(n)) / n, min(sum(cost[i][p[i]] for i in range(n))
-                                           for p in permutations(range(n))) / n, wrong / (n * (n - 1) / 2)
+    return (
+        sum(cost[i][i] for i in range(n)) / n,
+        min(sum(cost[i][p[i]] for i in range(n)) for p in permutations(range(n))) / n,
+        wrong / (n * (n - 1) / 2),
+    )
 
 
 def spoiled(kind, seed):
     "Six samples and their ends, with what rounding does not like."
     x, y = cloud(6, 2, seed), cloud(6, 2, seed + 1)
     size = 10. ** random.Random(seed).uniform(5, 12)
-    if kind == "one point far": x[0] = y[0] = size
-    elif kind == "two points far": x[0], x[1], y[0], y[1] = size, size + 1, size + 2, size
-    elif kind == "far on both sides": x[0], y[3], x[1], y[1] = size, size, -size, 1 - size
-    elif kind == "far starts": x[:2] = size * x[:2]
-    elif kind == "a far end": y[4] = size
-    elif kind == "all shifted": x, y = x + size, y + size
-    elif kind == "ends shifted": y = y + size
-    elif kind == "two clumps": x[3:], y[:3] = x[3:] + size, y[:3] + size
-    elif kind == "tiny steps": y = x + y / size
-    elif kind == "tiny": x, y = x / size ** 4, y / size ** 4
-    elif kind == "huge": x, y = x * size ** 4, y * size ** 4
+    if kind == "one point far":
+        x[0] = y[0] = size
+    elif kind == "two points far":
+        x[0], x[1], y[0], y[1] = size, size + 1, size + 2, size
+    elif kind == "far on both sides":
+        x[0], y[3], x[1], y[1] = size, size, -size, 1 - size
+    elif kind == "far starts":
+        x[:2] = size * x[:2]
+    elif kind == "a far end":
+        y[4] = size
+    elif kind == "all shifted":
+        x, y = x + size, y + size
+    elif kind == "ends shifted":
+        y = y + size
+    elif kind == "two clumps":
+        x[3:], y[:3] = x[3:] + size, y[:3] + size
+    elif kind == "tiny steps":
+        y = x + y / size
+    elif kind == "tiny":
+        x, y = x / size**4, y / size**4
+    elif kind == "huge":
+        x, y = x * size**4, y * size**4
     elif kind == "all sizes":
-        x, y = x * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None], y * torch.logspace(-8, 8, 6, dtype=x.dtype)[:,
-                                                                                                                 None]
+        x, y = (
+            x * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None],
+            y * torch.logspace(-8, 8, 6, dtype=x.dtype)[:, None],
+        )
     return x, y
 
 
@@ -703,8 +725,8 @@ def test_a_far_point_at_rest_changes_only_the_mean(far):
 def exactly_wrong(x, y):
     X, Y, n = fractions(x), fractions(y), len(x)
     return sum(
-        sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n)
-        for j in range(i)) / (n * (n - 1) / 2)
+        sum((a - b) * (c - d) for a, b, c, d in zip(X[i], X[j], Y[i], Y[j])) < 0 for i in range(n) for j in range(i)
+    ) / (n * (n - 1) / 2)
 
 
 MEASURES = dict(
@@ -720,8 +742,7 @@ MEASURES = dict(
 @pytest.mark.parametrize("power", [-400, -100, -66, 66, 100, 400])
 def test_units_that_are_powers_of_two_change_no_digit(name, power):
     x, y = cloud(20, 3, 0), cloud(20, 3, 1)
-    assert MEASURES[name](x * 2. ** power, y * 2. ** power) == pytest.approx(MEASURES[name](x, y) * 4. ** power,
-                                                                             rel=1e-13)
+    assert MEASURES[name](x * 2.0**power, y * 2.0**power) == pytest.approx(MEASURES[name](x, y) * 4.0**power, rel=1e-13)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -757,7 +778,8 @@ def test_squares_that_float64_does_not_hold_are_refused_and_rates_are_not(scale)
         with pytest.raises(ValueError, match="squared distances are of the order of 1e.*(divide|multiply) the points"):
             measure(scale * x, scale * y)
     assert monotonicity(scale * x, scale * y) == monotonicity(x, y) and cyclical_monotonicity(
-        scale * x, scale * y) == cyclical_monotonicity(x, y)
+        scale * x, scale * y
+    ) == cyclical_monotonicity(x, y)
     assert_close(gap_curve(scale * x, scale * y).gaps, gap_curve(x, y).gaps)
 
 
@@ -785,18 +807,27 @@ def test_a_start_far_from_the_best_is_mended_by_the_prices_found(monkeypatch):
 ODD = [None, "a", -1, 0, 1.5, math.nan, math.inf, 10 ** 30, True, [], {}, torch.tensor([1, 2]), b"x", object(), 1 + 2j]
 NAMED = {
     exact_gap: ("weights", "reduction", "resamples", "level", "seed", "solver", "max_bytes"),
-    optimal_coupling: ("a", "b", "solver", "max_iter", "max_bytes"), cost_matrix: ("max_bytes", ),
-    gap_curve: ("sizes", "repeats", "seed"), monotonicity: ("level", ),
+    optimal_coupling: ("a", "b", "solver", "max_iter", "max_bytes"),
+    cost_matrix: ("max_bytes",),
+    gap_curve: ("sizes", "repeats", "seed"),
+    monotonicity: ("level",),
     cyclical_monotonicity: ("length", "cycles", "near", "level", "seed"),
-    sliced_w2: ("directions", "seed", "reduction"), entropic_w2: ("epsilon", "max_iter", "tolerance", "reduction",
-                                                                  "max_bytes")}
+    sliced_w2: ("directions", "seed", "reduction"),
+    entropic_w2: ("epsilon", "max_iter", "tolerance", "reduction", "max_bytes"),
+}
 POINTS = {
-    "zero features": torch.zeros(5, 0), "zero points": torch.zeros(0, 2), "no axis of features": torch.zeros(5),
-    "nan": torch.full((5, 2), math.nan), "infinite": torch.full(
-        (5, 2), math.inf), "complex": torch.zeros(5, 2, dtype=torch.complex64), "sparse": torch.eye(5, 2).to_sparse(),
-    "meta": torch.zeros(5, 2, device="meta"), "nested": torch.nested.nested_tensor([torch.zeros(2),
-                                                                                    torch.zeros(3)]),
-    "list": [[1., 2.]] * 5, "nothing": None, }
+    "zero features": torch.zeros(5, 0),
+    "zero points": torch.zeros(0, 2),
+    "no axis of features": torch.zeros(5),
+    "nan": torch.full((5, 2), math.nan),
+    "infinite": torch.full((5, 2), math.inf),
+    "complex": torch.zeros(5, 2, dtype=torch.complex64),
+    "sparse": torch.eye(5, 2).to_sparse(),
+    "meta": torch.zeros(5, 2, device="meta"),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "list": [[1.0, 2.0]] * 5,
+    "nothing": None,
+}
 
 
 @pytest.mark.parametrize("function", NAMED, ids=lambda f: f.__name__)
@@ -806,17 +837,25 @@ def test_odd_arguments_and_points_are_explained(function):
         ((x, y), {n: v}) for n in NAMED[function] for v in ODD]
     refused = 0
     for args, settings_ in tried:
-        try: found = function(*args, **settings_)
+        try:
+            found = function(*args, **settings_)
         except (ValueError, MemoryError) as error:
             refused += 1
-            assert any(word in str(error)
-                       for word in ("expected", "not finite", "free", "use solver")), (settings_, str(error))
-        except RuntimeError as error: assert "raise max_iter" in str(error)
+            assert any(word in str(error) for word in ("expected", "not finite", "free", "use solver")), (
+                settings_,
+                str(error),
+            )
+        except RuntimeError as error:
+            assert "raise max_iter" in str(error)
         else:
-            numbers = [v for v in vars(found).values()
-                       if isinstance(v, (float, torch.Tensor))] if not isinstance(found, torch.Tensor) else [found]
-            assert not any(math.isnan(v) if isinstance(v, float) else v.to_dense().isnan().any()
-                           for v in numbers), settings_
+            numbers = (
+                [v for v in vars(found).values() if isinstance(v, (float, torch.Tensor))]
+                if not isinstance(found, torch.Tensor)
+                else [found]
+            )
+            assert not any(math.isnan(v) if isinstance(v, float) else v.to_dense().isnan().any() for v in numbers), (
+                settings_
+            )
     assert refused > len(tried) / 2
 
 
@@ -858,8 +897,9 @@ def test_settings_are_numbers_of_any_library(of):
     for f in (exact_gap, monotonicity, cyclical_monotonicity):
         assert repr(f(x, y, level=of(.5))) == repr(f(x, y, level=.5))
     assert type(exact_gap(x, y, level=of(.5)).level) is float
-    assert entropic_w2(x, y, epsilon=of(.5), tolerance=of(.125),
-                       max_bytes=of(1e6)) == entropic_w2(x, y, epsilon=.5, tolerance=.125)
+    assert entropic_w2(x, y, epsilon=of(0.5), tolerance=of(0.125), max_bytes=of(1e6)) == entropic_w2(
+        x, y, epsilon=0.5, tolerance=0.125
+    )
 
 
 def _on_a_line(kind, n, generator):

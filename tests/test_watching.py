@@ -350,13 +350,18 @@ def everything(model):
     hooks = [[list(t) for n, t in vars(m).items() if 'hooks' in n and t is not None and not isinstance(t, bool)]
              for m in model.modules()]
     return {
-        'hooks': hooks, 'attributes': [sorted(vars(m))
-                                       for m in model.modules()], 'modes': [m.training for m in model.modules()],
-        'backward': weight.grad.item(), 'grad mode': torch.is_grad_enabled(),
-        'inference mode': torch.is_inference_mode_enabled(), 'random state': torch.get_rng_state().tolist(),
-        'state': {k: v.tolist() for k, v in model.state_dict().items()}, 'requires_grad': [
-            (p.requires_grad, p.grad is None) for p in model.parameters()],
-        'deterministic': torch.are_deterministic_algorithms_enabled(), 'autocast': torch.is_autocast_enabled('cpu')}
+        'hooks': hooks,
+        'attributes': [sorted(vars(m)) for m in model.modules()],
+        'modes': [m.training for m in model.modules()],
+        'backward': weight.grad.item(),
+        'grad mode': torch.is_grad_enabled(),
+        'inference mode': torch.is_inference_mode_enabled(),
+        'random state': torch.get_rng_state().tolist(),
+        'state': {k: v.tolist() for k, v in model.state_dict().items()},
+        'requires_grad': [(p.requires_grad, p.grad is None) for p in model.parameters()],
+        'deterministic': torch.are_deterministic_algorithms_enabled(),
+        'autocast': torch.is_autocast_enabled('cpu'),
+    }
 
 
 @pytest.mark.parametrize('call', CALLS)

@@ -42,7 +42,7 @@ class Records:
         self.frame, self.runs = rows if isinstance(rows, DataFrame) else DataFrame(rows), runs
 
     def __len__(self)->int: return len(self.frame)
-    def __repr__(self) -> str:
+    def __repr__(self)->str:
         cells = len(self.by("data", "n", "net", "method"))
         return f"{len(self)} rows, {cells} cells, on {self.device or 'nothing'}{self._mixed()}"
 
@@ -54,8 +54,11 @@ class Records:
 
     def _column(self, name:str)->list:
         "Plain values of a column, None where there is none."
-        return [None if value != value else value
-                for value in self.frame[name].tolist()] if name in self.frame else [None] * len(self)
+        return (
+            [None if value != value else value for value in self.frame[name].tolist()]
+            if name in self.frame
+            else [None] * len(self)
+        )
 
     def _runs(self)->list[dict]: return [self.runs[run] for run in dict.fromkeys(self._column("run"))]
 
@@ -115,7 +118,7 @@ def values(self:Records,
     lost = self.frame["diverged"].eq(True) if "diverged" in self.frame else [False] * len(self)
     if not all(lost): _check_columns(self.frame, [column])
     if column not in self.frame or self.frame[column].isna().all():
-        return torch.full((len(self), ), math.nan, dtype=torch.float64)
+        return torch.full((len(self),), math.nan, dtype=torch.float64)
     if self.frame[column].dtype.kind not in "biuf":
         raise ValueError(f"{column} is no column of numbers, the first is {described(self._column(column)[0])}")
     return torch.tensor(self.frame[column].to_numpy("float64"))
@@ -225,9 +228,13 @@ def edge_of(
     tried = {method: _candidate(family.runs[rows.frame["run"].iloc[0]]) for method, rows in family.by("method").items()}
     values = {name: [numbers.get(name) for numbers in tried.values()] for name in tried[chosen]}
     return ", ".join(
-        name for name, all_ in values.items()
-        if len(all_) > 1 and None not in all_ and len(set(all_)) == len(all_) and tried[chosen][name] in (min(all_),
-                                                                                                          max(all_)))
+        name
+        for name, all_ in values.items()
+        if len(all_) > 1
+        and None not in all_
+        and len(set(all_)) == len(all_)
+        and tried[chosen][name] in (min(all_), max(all_))
+    )
 
 @checked
 def decide_together(
@@ -275,8 +282,11 @@ def standings(
                      gap=families[reference].advantage(rows) if pair else None,
                      energy=rows.values("energy_per_sample").nanmedian().item()))
     compared = [row for row in table if row["gap"] is not None]
-    words = decide_together([row["gap"]
-                             for row in compared]) if len(compared) > 5 else [verdict(row["gap"]) for row in compared]
+    words = (
+        decide_together([row["gap"] for row in compared])
+        if len(compared) > 5
+        else [verdict(row["gap"]) for row in compared]
+    )
     for row in table: row["decides"] = None
     for row, word in zip(compared, words): row["decides"] = word
     return table
@@ -379,10 +389,16 @@ def overview(
         rows = {(line["config"], line["seed"]) for line in lines if "seed" in line and line["scale"] == scale}
         configs = {c for c, _ in wanted}
         table.append(
-            dict(study=name, scale=scale, networks=len(wanted), recorded=len(rows & wanted),
-                 stale=sum(c not in configs
-                           for c, _ in rows), seconds=round(sum(r["device_seconds"] for r in runs.values())),
-                 device="; ".join(sorted({_device(r) for r in runs.values()}))))
+            dict(
+                study=name,
+                scale=scale,
+                networks=len(wanted),
+                recorded=len(rows & wanted),
+                stale=sum(c not in configs for c, _ in rows),
+                seconds=round(sum(r["device_seconds"] for r in runs.values())),
+                device="; ".join(sorted({_device(r) for r in runs.values()})),
+            )
+        )
     return table
 
 # %% ../../nbs/95_analysis.ipynb #f1dab178

@@ -162,8 +162,11 @@ class _Steps:
             device), dtype, compiled
         self.blocks = list(find_blocks(net, self.x[:2]))
         ways = ("plain", "trace", "action")
-        self.way = {way: self._built(deepcopy(net), way)
-                    for way in ways} if compiled else dict.fromkeys(ways, self._built(net, None))
+        self.way = (
+            {way: self._built(deepcopy(net), way) for way in ways}
+            if compiled
+            else dict.fromkeys(ways, self._built(net, None))
+        )
 
     def _built(self, net, way):
         "Network, its compiled form, optimizer and watcher; a compiled network has its hooks for good."

@@ -49,19 +49,25 @@ def _kinetic_bias(scale:str)->Study:
                 Method("h-0.1", h=.1), Method("skip-init", skip_init=True))
     some, few = _gains((.1, 1.)), _gains((.01, .05, .2, .5, 1., 2.), normal=(.01, .2, 1., 2.))
     pictures = dict(data=("mnist", "fashion_mnist"), sizes=(100, 300, 1000)) if big else dict(
-        data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300, ), seeds=10, thin=5)
+        data=("mnist:pool=4", "fashion_mnist:pool=4"), sizes=(300,), seeds=10, thin=5)
     steps = short if big else Schedule(300, points=5)
-    return Study("kinetic-bias",
-                 "Does a small initial gain give little motion, and is little motion linked with accuracy?",
-                 (Grid(("digits", ), (50, 300, 1000, 100), gains, net=dense, schedule=short,
-                       curve=True), Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
-                  Grid(("digits", ), (300, ), variants, net=dense, schedule=short, curve=True),
-                  Grid(("circles", "moons"), (300, ), variants, net=plane, schedule=long, curve=True), *(Grid(
-                      ("digits", ), (300, ), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)), *(Grid(
-                          ("circles", ),
-                          (300, ), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20)),
-                  *(Grid(methods=few, net=Net(kind, width=64 if big else 16), schedule=steps, curve=True, **pictures)
-                    for kind in ("conv-bn", "conv"))), scale)
+    return Study(
+        "kinetic-bias",
+        "Does a small initial gain give little motion, and is little motion linked with accuracy?",
+        (
+            Grid(("digits",), (50, 300, 1000, 100), gains, net=dense, schedule=short, curve=True),
+            Grid(("circles", "moons"), (300, 50), gains, net=plane, schedule=long, curve=True),
+            Grid(("digits",), (300,), variants, net=dense, schedule=short, curve=True),
+            Grid(("circles", "moons"), (300,), variants, net=plane, schedule=long, curve=True),
+            *(Grid(("digits",), (300,), some, net=Net(K=K), schedule=short, curve=True) for K in (3, 20)),
+            *(Grid(("circles",), (300,), some, net=Net(K=K, width=32), schedule=long, curve=True) for K in (3, 20)),
+            *(
+                Grid(methods=few, net=Net(kind, width=64 if big else 16), schedule=steps, curve=True, **pictures)
+                for kind in ("conv-bn", "conv")
+            ),
+        ),
+        scale,
+    )
 
 # %% ../../nbs/08_replication.ipynb #0ec1f470
 def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="", gain:float|None=None, **settings
@@ -71,8 +77,11 @@ def _least(name:str, lambda0:float=1., tau:float=1., every:int=1, family:str="",
     return Method(name, family, least_action=dict(lambda0=lambda0, tau=tau, every=every, **settings), **start)
 
 SMALL = Method("small-gain", init="orthogonal", gain=.05)
-SKIP, STEP, DECAY = Method("skip-init", skip_init=True), Method("h-0.1",
-                                                                h=.1), Method("weight-decay-0.1", weight_decay=.1)
+SKIP, STEP, DECAY = (
+    Method("skip-init", skip_init=True),
+    Method("h-0.1", h=0.1),
+    Method("weight-decay-0.1", weight_decay=0.1),
+)
 STRENGTHS = tuple(_least(f"least-{s:g}", s, s) for s in (1., .1, .01))
 
 @_register
@@ -82,10 +91,10 @@ def _transport(scale:str)->Study:
     measures, picture = ("transport", "regularity"), Net()
     return Study("transport", "Are trained networks near-optimal transport maps, and is what they learn regular?",
                  (Grid(("circles", "moons"),
-                       (300, ), methods, net=Net(width=32), schedule=Schedule(2000 if big else 500), measures=measures),
-                  Grid(("digits", ), (300, ), methods, schedule=Schedule(2000 if big else 300), measures=measures),
-                  Grid(("mnist", ) if big else ("mnist:pool=4", ),
-                       (300, ), methods, net=Net("conv", width=32) if big else picture,
+                       (300,), methods, net=Net(width=32), schedule=Schedule(2000 if big else 500), measures=measures),
+                  Grid(("digits",), (300,), methods, schedule=Schedule(2000 if big else 300), measures=measures),
+                  Grid(("mnist",) if big else ("mnist:pool=4",),
+                       (300,), methods, net=Net("conv", width=32) if big else picture,
                        schedule=Schedule(2000 if big else 300), measures=measures, thin=1 if big else 5)), scale)
 
 # %% ../../nbs/08_replication.ipynb #e7d1c0de
@@ -105,33 +114,39 @@ PENALISED = {
 def _candidates()->tuple[Method, ...]:
     "Seven ways to train for few blocks, four candidates each."
     weights, still = (.03, .01, .003, .001), dict(init="orthogonal", gain=.1)
-    return (*(_constant(w, family="constant") for w in weights),
-            *(_constant(w, f"constant-{w:g}-drop-0.5", family="constant-drop", drop=.5)
-              for w in weights), *(_constant(w, f"constant-{w:g}-random", family="constant-random", random_depth=True)
-                                   for w in weights),
-            *(Method(f"random-depth{note}{rate}", "random-depth", random_depth=True, lr=lr, **start)
-              for note, start in (("", {}), ("-still", still))
-              for rate, lr in (("", None), ("-lr-0.002", 2e-3))), *(Method(f"drop-{d:g}", "drop", drop=d)
-                                                                    for d in (.3, .5, .7)),
-            Method("drop-0.5-still", "drop", drop=.5,
-                   **still), *(Method(f"path-gap-{w:g}-default", "path-gap", penalty=dict(weight=w))
-                               for w in (3., 10., 30., 100.)),
-            *(Method(f"wasserstein-{w:g}", "wasserstein", penalty=dict(weight=w, kind="wasserstein"), **still)
-              for w in (10., 30., 100., 300.)))
+    return (
+        *(_constant(w, family="constant") for w in weights),
+        *(_constant(w, f"constant-{w:g}-drop-0.5", family="constant-drop", drop=0.5) for w in weights),
+        *(_constant(w, f"constant-{w:g}-random", family="constant-random", random_depth=True) for w in weights),
+        *(
+            Method(f"random-depth{note}{rate}", "random-depth", random_depth=True, lr=lr, **start)
+            for note, start in (("", {}), ("-still", still))
+            for rate, lr in (("", None), ("-lr-0.002", 2e-3))
+        ),
+        *(Method(f"drop-{d:g}", "drop", drop=d) for d in (0.3, 0.5, 0.7)),
+        Method("drop-0.5-still", "drop", drop=0.5, **still),
+        *(Method(f"path-gap-{w:g}-default", "path-gap", penalty=dict(weight=w)) for w in (3.0, 10.0, 30.0, 100.0)),
+        *(
+            Method(f"wasserstein-{w:g}", "wasserstein", penalty=dict(weight=w, kind="wasserstein"), **still)
+            for w in (10.0, 30.0, 100.0, 300.0)
+        ),
+    )
 
 @_register
 def _depth_tuning(scale:str)->Study:
     large, robust = scale == "gpu", ("constant-drop", "constant-random", "random-depth", "drop")
     nets = {
         Net("conv", width=32) if large else Net(): (1000, _candidates()),
-        Net("staged", 18, 32) if large else Net("staged", 8, 8): (600,
-                                                                  tuple(m for m in _candidates()
-                                                                        if m.family in robust))}
+        Net("staged", 18, 32) if large else Net("staged", 8, 8): (
+            600,
+            tuple(m for m in _candidates() if m.family in robust),
+        ),
+    }
     return Study(
         "depth-tuning", "Which setting of each way to train for few blocks is best on validation?",
         tuple(
-            Grid(("mnist" if large else "mnist:pool=4", ), (5000 if large else 1000, ), candidates, 3, net,
-                 Schedule(2000 if large else steps, points=2), ("tuning", ), thin=1 if large else 10)
+            Grid(("mnist" if large else "mnist:pool=4",), (5000 if large else 1000,), candidates, 3, net,
+                 Schedule(2000 if large else steps, points=2), ("tuning",), thin=1 if large else 10)
             for net, (steps, candidates) in nets.items()), scale)
 
 CHOSEN = {
@@ -153,38 +168,51 @@ def _depth(scale:str)->Study:
     def grids(data, net, methods, pruned, schedule, thin, n=1000, seeds=5, more=()):
         how = dict(seeds=seeds, net=net, schedule=replace(schedule, steps=2000) if large else schedule,
                    thin=1 if large else thin)
-        return Grid((data, ), (n, ), pruned, measures=(*tuned, *more), **how), Grid((data, ), (n, ), methods,
-                                                                                    measures=("depth", *more), **how)
+        return Grid((data,), (n,), pruned, measures=(*tuned, *more), **how), Grid(
+            (data,), (n,), methods, measures=("depth", *more), **how
+        )
     size, short = 5000 if large else 1000, Schedule(200, points=2)
     deep = (Net("vit", 12, 128), Net("conv", width=64)) if large else (Net("vit", 8, 32), Net("conv", width=16))
     norm = grids(picture("mnist"), Net("conv-bn", width=64 if large else 16), start, pruned[:1], short, 10, size)
     staged = grids(picture("mnist"),
                    Net("staged", 18, 32) if large else Net("staged", 8, 8), start, pruned[:1], Schedule(600, points=2),
-                   10, size, 10, ("best", ))
+                   10, size, 10, ("best",))
     chosen = lambda grid: () if large else (replace(
-        grid, methods=tuple(m for m in _candidates() if m.name in CHOSEN[grid.net.kind])), )
+        grid, methods=tuple(m for m in _candidates() if m.name in CHOSEN[grid.net.kind])),)
     dense = grids(picture("mnist"), small, methods, pruned, Schedule(1000), 5, seeds=20)
     return Study(
-        "depth", "How many of its blocks does a trained network need?",
-        (Grid(("digits", ), (500, ), methods, schedule=Schedule(600),
-              measures=("depth", )), Grid(
-                  ("digits", ), (500, ), pruned, schedule=Schedule(600), measures=tuned), *dense, *chosen(dense[1]),
-         *(grid for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1))
-           for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)), norm[0],
-         replace(norm[1], seeds=5 if large else 20),
-         *(grid for net in deep
-           for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)), *staged, *chosen(staged[1])),
-        scale)
+        "depth",
+        "How many of its blocks does a trained network need?",
+        (
+            Grid(("digits",), (500,), methods, schedule=Schedule(600), measures=("depth",)),
+            Grid(("digits",), (500,), pruned, schedule=Schedule(600), measures=tuned),
+            *dense,
+            *chosen(dense[1]),
+            *(
+                grid
+                for name, thin in (("fashion_mnist", 5), ("cifar10_part", 1))
+                for grid in grids(picture(name), small, few, pruned, Schedule(500, points=2), thin)
+            ),
+            norm[0],
+            replace(norm[1], seeds=5 if large else 20),
+            *(grid for net in deep for grid in grids(picture("mnist"), net, start, pruned[:1], short, 10, size)),
+            *staged,
+            *chosen(staged[1]),
+        ),
+        scale,
+    )
 
 # %% ../../nbs/08_replication.ipynb #d5fd0200
 DECADES = (.01, .1, 1., 10., 100.)
 
 def _settings()->tuple[Method, ...]:
     "Least action with one setting at a time moved over four decades."
-    return (*(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1), *(_least(f"tau-{v:g}", tau=v)
-                                                                                 for v in DECADES if v != 1),
-            *(_least(f"every-{v}", every=v) for v in (10, 100)), *(_least(f"target-{v:g}", target=v)
-                                                                   for v in (1e-4, .001, .01, .1, 1.)))
+    return (
+        *(_least(f"lambda0-{v:g}", lambda0=v) for v in DECADES if v != 1),
+        *(_least(f"tau-{v:g}", tau=v) for v in DECADES if v != 1),
+        *(_least(f"every-{v}", every=v) for v in (10, 100)),
+        *(_least(f"target-{v:g}", target=v) for v in (1e-4, 0.001, 0.01, 0.1, 1.0)),
+    )
 
 def _targets(wrong:float, classes:int=10)->tuple[Method, ...]:
     """Least action with a target, for labels of which a share is wrong; `honest` is the least loss of who knows the
@@ -206,16 +234,31 @@ def _adaptive(scale:str)->Study:
     started = tuple(
         replace(m, name=f"{m.name}-gain-{g:g}", init="orthogonal", gain=g) for g in (.01, .1, .5, 1., 2.) for m in field
         if m is not SMALL)
-    return Study("adaptive", "What does the multiplier adapt to, and does it need tuning?",
-                 (Grid(("digits", ), (100, ), (*field, *_settings()), schedule=short, curve=True),
-                  *(Grid((f"digits:flip={w:g}", ), (300, ), (*field, *_targets(w)), schedule=short, curve=True)
-                    for w in (.1, .2, .4)), Grid(("digits", ), (50, 300, 1000), field, schedule=short, curve=True),
-                  Grid(tuple(f"circles:noise={s:g}" for s in (.05, .1, .2, .3)),
-                       (300, ), field, net=plane, schedule=long,
-                       curve=True), Grid(("moons", ), (50, 300), field, net=plane, schedule=long, curve=True),
-                  Grid(("digits", ), (300, ), started, schedule=short, curve=True), *(Grid(
-                      ("digits", ), (300, ), field, net=Net(K=K), schedule=short, curve=True) for K in (3, 20, 50)),
-                  Grid(("circles", ), (300, ), (*_settings(), *rivals), net=plane, schedule=long, curve=True)), scale)
+    return Study(
+        "adaptive",
+        "What does the multiplier adapt to, and does it need tuning?",
+        (
+            Grid(("digits",), (100,), (*field, *_settings()), schedule=short, curve=True),
+            *(
+                Grid((f"digits:flip={w:g}",), (300,), (*field, *_targets(w)), schedule=short, curve=True)
+                for w in (0.1, 0.2, 0.4)
+            ),
+            Grid(("digits",), (50, 300, 1000), field, schedule=short, curve=True),
+            Grid(
+                tuple(f"circles:noise={s:g}" for s in (0.05, 0.1, 0.2, 0.3)),
+                (300,),
+                field,
+                net=plane,
+                schedule=long,
+                curve=True,
+            ),
+            Grid(("moons",), (50, 300), field, net=plane, schedule=long, curve=True),
+            Grid(("digits",), (300,), started, schedule=short, curve=True),
+            *(Grid(("digits",), (300,), field, net=Net(K=K), schedule=short, curve=True) for K in (3, 20, 50)),
+            Grid(("circles",), (300,), (*_settings(), *rivals), net=plane, schedule=long, curve=True),
+        ),
+        scale,
+    )
 
 # %% ../../nbs/08_replication.ipynb #493d0dfc
 PUBLISHED = Schedule(epochs=300, batch_size=128, lr=.1, weight_decay=1e-4,
@@ -225,16 +268,24 @@ def _rivals(sgd:bool)->tuple[Method, ...]:
     """Families of three candidates each, least action among them; where a family has no setting of its own it is the
     learning rate. The published setting stands beside them."""
     decays, rates = ((1e-3, 5e-3, 2e-2), (.03, .3)) if sgd else ((.1, .3, 1.), (3e-4, 3e-3))
-    return (Method("default"), *(replace(m, name=f"{m.name}-lr-{lr:g}", family=m.name, lr=lr)
-                                 for m in (Method("default"), SKIP, STEP)
-                                 for lr in rates), *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g)
-                                                     for g in (.01, .1, .3)), SKIP, STEP,
-            *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d)
-              for d in decays), *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (.1, .3, .5)),
-            *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e)
-              for e in (.05, .1, .2)), _least("least-0.1-0.02", .1, .02, family="least-action",
-                                              gain=.01), _least("least-1-0.1", 1., .1, family="least-action"),
-            _least("least-5-1-5", 5., 1., 5, family="least-action", gain=.01), _least("published", gain=.01))
+    return (
+        Method("default"),
+        *(
+            replace(m, name=f"{m.name}-lr-{lr:g}", family=m.name, lr=lr)
+            for m in (Method("default"), SKIP, STEP)
+            for lr in rates
+        ),
+        *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (0.01, 0.1, 0.3)),
+        SKIP,
+        STEP,
+        *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d) for d in decays),
+        *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (0.1, 0.3, 0.5)),
+        *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in (0.05, 0.1, 0.2)),
+        _least("least-0.1-0.02", 0.1, 0.02, family="least-action", gain=0.01),
+        _least("least-1-0.1", 1.0, 0.1, family="least-action"),
+        _least("least-5-1-5", 5.0, 1.0, 5, family="least-action", gain=0.01),
+        _least("published", gain=0.01),
+    )
 
 def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[int, ...], seeds:int, scale:str,
               pool:int, **pictures)->Study:
@@ -272,11 +323,21 @@ def _cifar_large(scale:str)->Study:
     schedule = replace(PUBLISHED, epochs=200 if big else 6,
                        others=dict(PUBLISHED.others) | dict(crop=4, flip=True, clip=5.))
     return Study(
-        "cifar-large", "Does least action help on the largest exact part of CIFAR-10, in networks of both kinds?",
+        "cifar-large",
+        "Does least action help on the largest exact part of CIFAR-10, in networks of both kinds?",
         tuple(
-            Grid(("cifar10_part" if big else "cifar10_part:pool=2", ), (
-                7000, ), _rivals(True), 5, Net(kind, 27 if big else 6, 32 if big else 8), schedule)
-            for kind in ("resnet", "resnext")), scale)
+            Grid(
+                ("cifar10_part" if big else "cifar10_part:pool=2",),
+                (7000,),
+                _rivals(True),
+                5,
+                Net(kind, 27 if big else 6, 32 if big else 8),
+                schedule,
+            )
+            for kind in ("resnet", "resnext")
+        ),
+        scale,
+    )
 
 @_register
 def _depth_no_norm(scale:str)->Study:
@@ -284,8 +345,11 @@ def _depth_no_norm(scale:str)->Study:
     methods = (Method("default"), STEP, SKIP, _least("least"), _least("least-small-gain", gain=.05))
     blocks = (9, 20, 30, 40, 50) if big else (9, 20, 50)
     data, n, kind = ("cifar10_part", 2000, "conv") if big else ("digits", 300, "dense")
-    schedule = replace(PUBLISHED, lr=.01, others=dict(PUBLISHED.others)
-                       | dict(clip=5., crop=4, flip=True)) if big else Schedule(300)
+    schedule = (
+        replace(PUBLISHED, lr=0.01, others=dict(PUBLISHED.others) | dict(clip=5.0, crop=4, flip=True))
+        if big
+        else Schedule(300)
+    )
     return Study("depth-no-norm", "How deep can a network without normalisation be?", tuple(
         Grid((data,), (n,), methods, 5 if big else 20, Net(kind, K), schedule) for K in blocks), scale)
 
@@ -312,10 +376,10 @@ def comparison(
              *(_least(f"constant-{w:g}", w, 0., family="constant-weight") for w in (.3, 1., 3.)))
     shown = tuple(replace(m, name=f"paths-{m.name}") for m in (plain, least))
     return Study("lap_compare", "Does least action beat a rival that was tuned?",
-                 (Grid((f"{data}:pool=2" if data in PICTURES else data, ), (n, ),
+                 (Grid((f"{data}:pool=2" if data in PICTURES else data,), (n,),
                        (plain, *tuned, least), seeds, schedule=Schedule(epochs=epochs, batch_size=100, points=max(
                            1, epochs // 10))),
-                  Grid(("moons" if data == "moons" else "circles", ),
-                       (300, ), shown, 2, schedule=Schedule(epochs=100, batch_size=100), measures=("paths", ))))
+                  Grid(("moons" if data == "moons" else "circles",),
+                       (300,), shown, 2, schedule=Schedule(epochs=100, batch_size=100), measures=("paths",))))
 
 STUDIES["lap_compare"] = lambda scale: replace(comparison(), scale=scale)

@@ -131,8 +131,9 @@ def _draw_energy(c:Comparison, ax):
 def _draw_paths(c:Comparison, method:str, ax):
     "Paths of the 2-D example."
     row = c.plane.where(method=f"paths-{method}", seed=0).rows[0]
-    Trajectory(torch.tensor(row["paths"])).plot(torch.tensor(row["labels"]),
-                                                ax=ax).set_title(f"{row['data']}, {method}")
+    Trajectory(torch.tensor(row["paths"])).plot(torch.tensor(row["labels"]), ax=ax).set_title(
+        f"{row['data']}, {method}"
+    )
 
 # %% ../../nbs/12_compare.ipynb #d4cf0243
 def _draw(c:Comparison):

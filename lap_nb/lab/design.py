@@ -189,8 +189,9 @@ def changed_fields(value):
     defaults."""
     if not hasattr(value, "__dataclass_fields__"): return value
     found = {f.name: changed_fields(v) for f in fields(value) if (v := getattr(value, f.name)) != f.default}
-    return found | {"others": tuple(
-        (RECORDED.get(k, k), v) for k, v in found["others"])} if "others" in found else found
+    return (
+        found | {"others": tuple((RECORDED.get(k, k), v) for k, v in found["others"])} if "others" in found else found
+    )
 
 def checksum(value)->str: # 12 hexadecimal digits
     "Checksum of plain JSON values."

@@ -75,13 +75,26 @@ def _nets()->dict:
     "Name to maker, samples of one network, numbers of members and timed steps."
     forms = ["plain", "sequential", "batched:grouped", "batched:unfolded", "batched:matmul"]
     return {
-        "dense, 64 features": (partial(dense_net, 64, 10), (64, ), {1: 200, 2: 100, 5: 60, 10: 40, 20: 30,
-                                                                    50: 20}, ["plain", "sequential", "batched"]),
-        "8 filters, 8 x 8": (partial(conv_net, (1, 8, 8), 10, 3,
-                                     8), (1, 8, 8), {1: 30, 2: 20, 5: 10, 10: 8, 20: 6, 50: 4}, forms),
-        "16 filters, 16 x 16": (partial(conv_net, (1, 16, 16), 10, 3, 16), (1, 16, 16), {1: 10, 2: 8, 5: 4,
-                                                                                         20: 2}, forms),
-        "32 filters, 28 x 28": (partial(conv_net, (1, 28, 28), 10, 3, 32), (1, 28, 28), {1: 6, 2: 4, 5: 2}, forms)}
+        "dense, 64 features": (
+            partial(dense_net, 64, 10),
+            (64,),
+            {1: 200, 2: 100, 5: 60, 10: 40, 20: 30, 50: 20},
+            ["plain", "sequential", "batched"],
+        ),
+        "8 filters, 8 x 8": (
+            partial(conv_net, (1, 8, 8), 10, 3, 8),
+            (1, 8, 8),
+            {1: 30, 2: 20, 5: 10, 10: 8, 20: 6, 50: 4},
+            forms,
+        ),
+        "16 filters, 16 x 16": (
+            partial(conv_net, (1, 16, 16), 10, 3, 16),
+            (1, 16, 16),
+            {1: 10, 2: 8, 5: 4, 20: 2},
+            forms,
+        ),
+        "32 filters, 28 x 28": (partial(conv_net, (1, 28, 28), 10, 3, 32), (1, 28, 28), {1: 6, 2: 4, 5: 2}, forms),
+    }
 
 @checked
 def record_modes(
@@ -136,8 +149,10 @@ def read_modes(
 # %% ../../nbs/97_modes.ipynb #c4242113
 def _noise(shape, S:int)->Split:
     "One batch of 100 random samples, the same for all `S` networks."
-    x, rows = torch.rand(102, *shape,
-                         generator=torch.Generator().manual_seed(0)), lambda *at: torch.arange(*at).expand(S, -1)
+    x, rows = (
+        torch.rand(102, *shape, generator=torch.Generator().manual_seed(0)),
+        lambda *at: torch.arange(*at).expand(S, -1),
+    )
     return Split(x,
                  torch.arange(102) % 10, rows(100), rows(100, 101), torch.tensor([101]), "noise", 10, tuple(range(S)))
 

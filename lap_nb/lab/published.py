@@ -145,7 +145,7 @@ class _Training:
         self.la = LeastAction(self.model, _rule(arm)) if arm.lambda0 else None
         self.epoch, self.points = 0, []
 
-    def fixed(self) -> dict:
+    def fixed(self)->dict:
         return dict(arm=asdict(self.arm), seed=self.seed, precision=self.precision, epochs=self.epochs,
                     torch=str(torch.__version__))
 
@@ -211,8 +211,10 @@ def train_published(
         raise ValueError(f"precision is {precision!r}, expected float32 or bfloat16")
     t, saved = _Training(split, arm, seed, precision, epochs), time.monotonic()
     if progress is not None and Path(progress).exists(): t.load(load_checkpoint(progress))
-    held, half = split.val, split.test[torch.randperm(len(split.test),
-                                                      generator=torch.Generator().manual_seed(seed))[:1000]]
+    held, half = (
+        split.val,
+        split.test[torch.randperm(len(split.test), generator=torch.Generator().manual_seed(seed))[:1000]],
+    )
     t.model.train()
     while t.epoch < t.epochs:
         _one_epoch(t)
@@ -283,7 +285,7 @@ def _columns(data:str, n:int, arm:Arm)->dict:
     return dict(study=f"published-{data}", scale="published", data=data, n=n, net="published9x64", method=arm.name,
                 start=arm.start, objective=arm.method)
 
-def _config(data: str, n: int, arm: Arm) -> str:
+def _config(data:str, n:int, arm:Arm)->str:
     return digest(dict(data=data, n=n, arm=asdict(arm), epochs=EPOCHS, batch=BATCH, version=1))[:12]
 
 def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)->bool:
@@ -298,11 +300,21 @@ def _one_cell(path:Path, data:Dataset, n:int, arm:Arm, seed:int, precision:str)-
             clock, cpu = time.perf_counter(), time.process_time()
             row, _ = train_published(data.split(n, seed, n_val=1000), arm, seed, precision, state)
             note = provenance(
-                torch.device("cpu"), cell=f"{data.name}/{n}/{arm.name}", config=config, epochs=EPOCHS,
-                precision=precision, version=1, settings=dict(method=dict(asdict(arm), name=arm.name),
-                                                              net=dict(kind="published", K=9,
-                                                                       width=64), data=data.name, n=n),
-                wall_seconds=time.perf_counter() - clock, device_seconds=time.process_time() - cpu)
+                torch.device("cpu"),
+                cell=f"{data.name}/{n}/{arm.name}",
+                config=config,
+                epochs=EPOCHS,
+                precision=precision,
+                version=1,
+                settings=dict(
+                    method=dict(asdict(arm), name=arm.name),
+                    net=dict(kind="published", K=9, width=64),
+                    data=data.name,
+                    n=n,
+                ),
+                wall_seconds=time.perf_counter() - clock,
+                device_seconds=time.process_time() - cpu,
+            )
             append_rows(path, note, [row], _columns(data.name, n, arm))
             state.unlink(missing_ok=True)
             return True

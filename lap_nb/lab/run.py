@@ -132,8 +132,8 @@ MEASURES = {
     "pruning": measure_pruning, "speed": measure_speed,
     "depth": partial(_measured_depth, ways=("skip", "lengthened"),
                      columns="counts skip lengthened settled area_skip area_lengthened path_gap largest_share"),
-    "best": partial(_measured_depth, ways=("best", ), columns="best kept_best"),
-    "tuning": partial(_measured_depth, ways=("lengthened", ), columns="part counts lengthened settled",
+    "best": partial(_measured_depth, ways=("best",), columns="best kept_best"),
+    "tuning": partial(_measured_depth, ways=("lengthened",), columns="part counts lengthened settled",
                       part="val"), }   # name -> function of a model and its split that returns columns
 
 # %% ../../nbs/94_run.ipynb #716e5557
@@ -175,10 +175,15 @@ def run_cell(
     device, data, s, m = torch.device(device), dataset(cell.data, root), cell.schedule, cell.method
     split, epochs, clock, cpu = data.splits(cell.n, seeds), s.length(cell.n), time.perf_counter(), time.process_time()
     split = replace(split, test=split.test[::cell.thin]).to(device)
-    settings = dict(epochs=epochs, batch_size=min(s.batch_size,
-                                                  cell.n), lr=m.lr or s.lr, label_smoothing=m.label_smoothing,
-                    weight_decay=s.weight_decay if m.weight_decay is None else m.weight_decay,
-                    eval_every=max(1, epochs // s.points), **dict(s.others))
+    settings = dict(
+        epochs=epochs,
+        batch_size=min(s.batch_size, cell.n),
+        lr=m.lr or s.lr,
+        label_smoothing=m.label_smoothing,
+        weight_decay=s.weight_decay if m.weight_decay is None else m.weight_decay,
+        eval_every=max(1, epochs // s.points),
+        **dict(s.others),
+    )
     make = partial(make_net, cell.net, m, tuple(data.x.shape[1:]), data.classes)
     try:
         runs = fit_many(make, split, seeds, _objective(m), device, **settings, progress=bar)

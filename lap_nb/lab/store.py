@@ -51,16 +51,16 @@ def _line(value:dict)->str:
 def _compact(value)->str: return json.dumps(value, separators=(",", ":"), allow_nan=False)
 def _sha(body:bytes)->str: return hashlib.sha256(body).hexdigest()[:12]
 
-_NOTE = dict(id=(str, ), config=(str, ), scale=(str, ), device=(str, ), device_name=(str, ), threads=(int, ),
-             device_seconds=(int, float), settings=(dict, ))
-_ROW = dict(run=(str, ), config=(str, ), seed=(int, ), study=(str, ), scale=(str, ), data=(str, ), n=(int, ),
-            net=(str, ), method=(str, ))
+_NOTE = dict(id=(str,), config=(str,), scale=(str,), device=(str,), device_name=(str,), threads=(int,),
+             device_seconds=(int, float), settings=(dict,))
+_ROW = dict(run=(str,), config=(str,), seed=(int,), study=(str,), scale=(str,), data=(str,), n=(int,),
+            net=(str,), method=(str,))
 
 def _lacking(value:dict)->list[str]:
     "Of what every line of its kind holds, what a line lacks, or has of another type or size."
     is_run = value.get("kind") == "run"
     lacking = [name for name, kinds in (_NOTE if is_run else _ROW).items() if type(value.get(name)) not in kinds]
-    return lacking or [name for name in (("threads", ) if is_run else ("seed", "n")) if not 0 <= value[name] < 2 ** 63
+    return lacking or [name for name in (("threads",) if is_run else ("seed", "n")) if not 0 <= value[name] < 2 ** 63
                        ] or (_lacking_settings(value) if is_run else [])
 
 def _lacking_settings(run:dict)->list[str]:
@@ -83,11 +83,12 @@ def _is_as_written(line:bytes, value:dict)->bool:
     if value.pop("sha", None) != _sha(line[:-22]) or b" " in line and b'" ' in line or b"\t" in line or b"\r" in line:
         return False
     keys = line.count(b'":') - 1
-    return (keys == len(value) or keys == _n_keys(value)) and (_is_row(value)
-                                                               or not _is_foreign(value) and not _lacking(value))
+    return (keys == len(value) or keys == _n_keys(value)) and (
+        _is_row(value) or not _is_foreign(value) and not _lacking(value)
+    )
 
 def _n_keys(value:dict)->int: return len(value) + sum([_n_keys(v) for v in value.values() if type(v) is dict])
-def _is_foreign(value: dict) -> bool:
+def _is_foreign(value:dict)->bool:
     return value.get("kind") == "run" and (type(value.get("format")), value.get("format")) != (int, FORMAT)
 
 _columns, _kinds = itemgetter(*_ROW), [kind for (kind,) in _ROW.values()]
@@ -188,8 +189,11 @@ def _once(lines:list[tuple[int, dict]], name:str)->list[dict]:
 def _key(line:dict)->tuple: return ("run", line["id"]) if line.get("kind") == "run" else (line["config"], line["seed"])
 
 def _whose(line:dict)->str:
-    return f"the run {line['id']}" if line.get(
-        "kind") == "run" else f"{line['data']}/{line['n']}/{line['net']}/{line['method']}, seed {line['seed']}"
+    return (
+        f"the run {line['id']}"
+        if line.get("kind") == "run"
+        else f"{line['data']}/{line['n']}/{line['net']}/{line['method']}, seed {line['seed']}"
+    )
 
 # %% ../../nbs/93_store.ipynb #e70546a2
 @contextmanager

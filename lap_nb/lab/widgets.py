@@ -241,8 +241,9 @@ def _png(pixels)->bytes:
     import numpy as np
     with extra("widgets"): from PIL import Image
     file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(32, Image.Quantize.FASTOCTREE,
-                                                                 dither=Image.Dither.NONE).save(file, "PNG")
+    Image.fromarray(np.asarray(pixels)[..., :3].copy()).quantize(
+        32, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+    ).save(file, "PNG")
     return file.getvalue()
 
 def picture(
