@@ -102,6 +102,11 @@ def test_cells_can_be_told_apart_and_jupyter_asks_for_no_kernel():
         assert len(set(ids)) == len(ids) and notebook['metadata']['kernelspec']['name'] == 'python3', path.name
 
 
+def test_no_notebook_is_heavy():
+    heavy = {path.name: size for path in NOTEBOOKS if (size := path.stat().st_size) >= 500 * 1024}
+    assert not heavy, f'bytes: {heavy}; save smaller pictures, or move what is no lesson elsewhere'
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS, f'no notebook found in {ROOT / "nbs"}'
 
