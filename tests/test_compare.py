@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import WIDEST
 
 from lap_nb.data import digits
 from lap_nb.nets import dense_net, init_velocities_
@@ -133,6 +134,10 @@ def test_saved_record_draws_the_same_table_and_picture(result, out):
 def test_it_is_a_study_like_the_others(result, copy):
     study = comparison(**SMALL)
     assert load_study("lap_compare").grids == comparison().grids and run_study(study, copy, device="cpu") == 0
+
+
+def test_the_table_of_the_demo_keeps_its_lines_on_the_page():
+    assert max(map(len, Comparison.load(ROOT / "nbs" / "results").table().splitlines())) <= WIDEST
 
 
 def test_the_demo_is_on_record():

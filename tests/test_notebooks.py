@@ -102,6 +102,15 @@ def test_cells_can_be_told_apart_and_jupyter_asks_for_no_kernel():
         assert len(set(ids)) == len(ids) and notebook['metadata']['kernelspec']['name'] == 'python3', path.name
 
 
+def test_nothing_is_lost_beside_a_title():
+    "nbdev takes title, description and keywords from the first Markdown cell, and leaves out what else stands there."
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        title = next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        lost = [line for line in title.split('\n')[1:] if line.strip() and not line.startswith(('> ', '- keywords: '))]
+        assert title.startswith('# ') and not lost, f'{path.name}: {lost}'
+
+
 def test_no_notebook_is_heavy():
     heavy = {path.name: size for path in NOTEBOOKS if (size := path.stat().st_size) >= 500 * 1024}
     assert not heavy, f'bytes: {heavy}; save smaller pictures, or move what is no lesson elsewhere'

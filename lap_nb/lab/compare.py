@@ -97,7 +97,7 @@ def _table(c:Comparison)->str:
         found, gap = c.of(method), None if method == "least-action" else c.advantage(method)
         mean, chosen = lambda key: found.values(key).mean().item(), found.rows[0]["method"]
         paired = f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else ""
-        rows.append({"method": method, "chosen": "" if chosen == method else chosen,
+        rows.append({"method": method, "chosen": "" if chosen == method else chosen.rpartition("-")[2],
                      "test acc. %": found.confidence_interval(),
                      "best epoch %": found.confidence_interval("test_accuracy_best"), "paired difference": paired,
                      "energy": f"{mean('energy_per_sample'):.3g}", "straightness": f"{mean('straightness'):.2f}",
@@ -121,8 +121,8 @@ def _draw_accuracy(c:Comparison, ax):
            title=f"{row['data']}, n = {row['n']}")
 
 def _draw_energy(c:Comparison, ax):
-    "Mean energy of every block, over test samples and seeds."
-    for method in METHODS:
+    "Mean energy of every block, over test samples and seeds; of the initial gains one line would lie on another."
+    for method in (m for m in METHODS if m != "plain-gain"):
         energy = torch.tensor([row["energy_per_block"] for row in c.of(method).rows]).mean(0)
         ax.semilogy(range(1, len(energy) + 1), energy, label=method, **_look(method))
     ax.set(xlabel="block", ylabel="energy per sample (mean over features)", title="motion")

@@ -1,5 +1,4 @@
-"""Write README.md from `nbs/index.ipynb`: `python nbs/_site/readme.py`; with `--check`, only say whether it is in step.
-"""
+"""Write README.md from `nbs/index.ipynb`: `python nbs/_site/readme.py`; with `--check`, say whether it is in step."""
 import os
 import re
 import subprocess
