@@ -625,3 +625,19 @@ def test_unpresentable_outputs_are_refused(tmp_path):
     done = script(ROOT, 'execute.py', path)
     assert done.returncode == 1 and 'cell 1: a machine path' in done.stderr and 'cell 2: standard error' in done.stderr
     assert path.read_bytes() == before
+
+
+def test_a_thin_line_keeps_its_color_in_few(scripts):
+    "Beside broad gradients, which would take all colours of a palette for themselves."
+    from PIL import Image, ImageDraw
+
+    from pictures import FAR, farthest, in_few_colors
+    picture = Image.radial_gradient('L').resize((300, 300)).convert('RGB')
+    picture.paste(Image.merge('RGB', [picture.getchannel(0), Image.linear_gradient('L').resize((300, 300)),
+                                      picture.getchannel(2)]))
+    drawn = ImageDraw.Draw(picture)
+    for y, color in ((40, (200, 82, 0)), (60, (0, 107, 164)), (80, (95, 158, 209))):
+        drawn.line((100, y, 130, y), fill=color)
+    few = in_few_colors(picture)
+    assert len(few.getcolors(256)) <= 256 and farthest(picture, few.convert('RGB')) <= FAR
+    assert farthest(picture, picture.quantize(64, dither=Image.Dither.NONE).convert('RGB')) > FAR

@@ -18,9 +18,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image
 
 from cells import LINKS, MACHINE_PATH, STATE
+from pictures import in_few_colors
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK_MODELS = {'LinkModel', 'DirectionalLinkModel'}
@@ -64,14 +65,12 @@ def unpresentable(nb):
 
 
 def shrink_pictures(nb):
-    "Saved PNG pictures with a palette where that makes them smaller: 64 colours, or 128 where fewer would show."
+    "Saved PNG pictures with a palette, where that makes them smaller."
     for output in (output for cell in nb.cells for output in cell.get('outputs', [])):
         if 'image/png' not in output.get('data', {}): continue
         before, after = base64.b64decode(output.data['image/png']), io.BytesIO()
         picture = Image.open(io.BytesIO(before))
-        few, many = (picture.convert('RGB').quantize(n, dither=Image.Dither.NONE) for n in (64, 128))
-        off = ImageStat.Stat(ImageChops.difference(few.convert('RGB'), picture.convert('RGB'))).rms  # of 255
-        (few if max(off) < 3 else many).save(after, 'PNG', optimize=True)
+        in_few_colors(picture).save(after, 'PNG', optimize=True)
         if picture.mode != 'P' and len(after.getvalue()) < len(before):
             output.data['image/png'] = base64.b64encode(after.getvalue()).decode() + '\n'
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from cells import notebook_markdown, widget_state
 from pages import Page, broken_links
+from pictures import in_few_colors
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -284,8 +285,8 @@ def explorable():
 
 
 def lighten(picture):
-    "Store a drawing in 64 colours, a third of the bytes: no visible difference, and the landing page loads it."
-    with Image.open(picture) as image: small = image.convert('RGB').quantize(64, dither=Image.Dither.NONE)
+    "Store a drawing in few colours: the landing page loads it."
+    with Image.open(picture) as image: small = in_few_colors(image)
     small.save(picture, optimize=True)
 
 
