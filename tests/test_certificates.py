@@ -12,8 +12,9 @@ from scipy.stats import binom
 
 from lap_nb.certificates import Certificate, certify, fewest_samples, p_value, samples_missing
 from lap_nb.data import digits
-from lap_nb.depth import Penalty, shorten
+from lap_nb.depth import shorten
 from lap_nb.nets import dense_net
+from lap_nb.penalties import Penalty
 from lap_nb.training import fit
 
 ROWS = st.lists(st.sampled_from([-1., 0., 1.]) | st.floats(-1, 1), min_size=1, max_size=40).map(np.array)

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 from lap_nb.hooks import find_blocks
 from lap_nb.data import Split, digits
-from lap_nb.depth import (DepthSchedule, Elastic, Penalty, RandomDepth, Skip, Stretch, _removals, coarsening, deepen,
+from lap_nb.depth import (DepthSchedule, Elastic, RandomDepth, Skip, Stretch, _removals, coarsening, deepen,
                           depth_curve, even, latency, lipschitz, measure_depth, measure_pruning, measure_speed,
-                          recompute_statistics, shorten, sliced_wasserstein)
+                          recompute_statistics, shorten)
 from lap_nb.dynamics import Flow, ResidualBlock, ResidualNet
 from lap_nb.ensembles import fit_many
 from lap_nb.least_action import DualAscent, LeastAction
@@ -27,6 +27,7 @@ from lap_nb.lab.design import Method, Net
 from lap_nb.lab.nets import make_net
 from lap_nb.lab.run import MEASURES
 from lap_nb.nets import dense_net, staged_net
+from lap_nb.penalties import Penalty, sliced_wasserstein
 from lap_nb.training import evaluate, fit
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)

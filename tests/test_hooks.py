@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import lap_nb as lap
 from lap_nb.attach import Tracer
 from lap_nb.data import circles
-from lap_nb.depth import Penalty, measure_depth
+from lap_nb.depth import measure_depth
 from lap_nb.hooks import BlockHooks, chosen_blocks, find_blocks
+from lap_nb.penalties import Penalty
 from lap_nb.regularity import measure_regularity
 
 X = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..checks import checked
 from ..data import Dataset, load, pick_device, Split
-from ..depth import measure_depth, measure_pruning, measure_speed, Penalty
+from ..depth import measure_depth, measure_pruning, measure_speed
 from ..nets import dense_net
 from ..ensembles import fit_many
 from ..kinetic import block_energies
@@ -28,6 +28,7 @@ from .design import Cell, changed_fields, Method, Study
 from .nets import make_net, NETS
 from .store import append_rows, done, held, networks_in, results
 from ..least_action import DualAscent, LeastAction
+from ..penalties import Penalty
 from ..regularity import measure_regularity
 from ..training import provenance
 from ..transport import measure_transport
