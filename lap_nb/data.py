@@ -295,7 +295,7 @@ def circles(
 ) -> Dataset: # x [n, 2]; class 0 is the outer ring
     "Two noisy concentric rings, half of the points for testing"
     with extra("lab"): from sklearn.datasets import make_circles
-    n, seed = whole("n", n, least=8), whole("seed", seed, most=2 ** 32 - 1)
+    n, seed = whole("n", n, least=8, most=10 ** 8), whole("seed", seed, most=2 ** 32 - 1)
     noise, factor = number("noise", noise, 0), number("factor", factor, 0, below=1)
     return with_test(*make_circles(n, noise=noise, factor=factor, random_state=seed), n // 2, "circles", seed)
 
@@ -309,7 +309,8 @@ def moons(
 ) -> Dataset: # x [n, 2]; class 0 is the upper moon
     "Two noisy interleaved half circles, half of the points for testing"
     with extra("lab"): from sklearn.datasets import make_moons
-    n, seed, noise = whole("n", n, least=8), whole("seed", seed, most=2 ** 32 - 1), number("noise", noise, 0)
+    n, noise = whole("n", n, least=8, most=10 ** 8), number("noise", noise, 0)
+    seed = whole("seed", seed, most=2 ** 32 - 1)
     return with_test(*make_moons(n, noise=noise, random_state=seed), n // 2, "moons", seed)
 
 # %% ../nbs/00_data.ipynb #c63f1c90

@@ -680,7 +680,7 @@ def latency(
 )->dict[str, float]:                # milliseconds of a pass, in evaluation mode without gradients
     """How long a forward pass takes, side by side: the fastest of the passes, which others on the machine disturbed
     least."""
-    counts(repeats=repeats)
+    whole("repeats", repeats, 1, most=10 ** 6)
     times = {name: [] for name in models}
     devices = {p.device for net in models.values() for p in net.parameters() if p.is_cuda}
     sync = lambda: [torch.cuda.synchronize(d) for d in devices]

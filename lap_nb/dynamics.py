@@ -388,11 +388,12 @@ def _some_blocks(traj:Trajectory, blocks:int|slice)->Trajectory:
 
 def _some_samples(traj:Trajectory, at)->Trajectory:
     at = [at] if isinstance(at, int) else at if isinstance(at, (slice, Tensor)) else list(several("at", at, as_given))
-    try: return _each(traj, lambda x: x[:, at])
-    except (IndexError, RuntimeError, TypeError) as error:
+    try: traj._stages[0][0][0, at]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise IndexError(
             f"at is {described(at)}, expected numbers from 0 to {traj.B - 1}, a slice, or a mask of {traj.B} ({error})"
         ) from error
+    return _each(traj, lambda x: x[:, at])
 
 def _each(traj:Trajectory, change)->Trajectory:
     return Trajectory([change(x) for x, _ in traj._stages], [h for _, h in traj._stages], traj.names)

@@ -308,7 +308,8 @@ def test_samples_and_classes():
     assert traj.samples(-1).B == 1
     with pytest.raises(ValueError, match="labels have shape"): traj.classes(y[:3])
     with pytest.raises(ValueError, match="positions have shape"): traj.samples(y > 5)
-    with pytest.raises(IndexError): traj.samples(5)
+    for at in (5, -10**30, [0, 10**30]):
+        with pytest.raises(IndexError, match="expected numbers from 0 to 4"): traj.samples(at)
 
 
 def test_measures_in_half_precision_do_not_overflow():
