@@ -18,7 +18,7 @@ from .hooks import BlockHooks, recomputing
 from .kinetic import TrainingHook
 
 # %% ../nbs/05a_penalties.ipynb #667a8036
-def _gap(steps:list[Tensor])->Tensor:
+def path_gaps(steps:list[Tensor])->Tensor:
     """Path gap of each stage, shared out over its steps: $K|\\delta_k|^2 - \\delta_k\\cdot\\sum_j \\delta_j$, mean over
     features and samples."""
     stages = []
@@ -77,7 +77,7 @@ class _Steps(BlockHooks):
 
 # %% ../nbs/05a_penalties.ipynb #59532e26
 PENALTIES = dict(
-    path_gap=(lambda x, y: y - x, _gap), wasserstein=(partial(sliced_wasserstein, largest=True), torch.stack)
+    path_gap=(lambda x, y: y - x, path_gaps), wasserstein=(partial(sliced_wasserstein, largest=True), torch.stack)
 )
 
 # %% ../nbs/05a_penalties.ipynb #685b4541
