@@ -388,7 +388,10 @@ def checked(
         except WrongKind as e:
             raise WrongKind(f"{e}{_swapped(kinds, positional, args)}") from None
         for name in kwargs.keys() & kinds.keys(): kwargs[name] = _argument(f, name, kwargs[name], *kinds[name])
-        return f(*args, **kwargs)
+        try: return f(*args, **kwargs)
+        except (MemoryError, RuntimeError) as e:
+            if not _without_words(e): raise
+            raise _no_room(f, e, [*args, *kwargs.values()]) from e
     return call
 
 def _read_signature(f, kinds:dict, positional:list):
@@ -412,14 +415,35 @@ def _swapped(kinds:dict, positional:list, args)->str:
             return f"; are {a} and {b} swapped?"
     return ""
 
+# %% ../nbs/90_checks.ipynb #c4ec0032
+def _without_words(error)->bool:
+    "Is it a lack of memory, told by the system alone?"
+    said = str(error)
+    if isinstance(error, MemoryError): return "there is no room" not in said
+    return "bad_alloc" in said or "DefaultCPUAllocator" in said
+
+def _no_room(f, error, values)->MemoryError:
+    "The same in words; what others put into the error stays."
+    large = max((v for v in values if isinstance(v, Tensor)), key=Tensor.numel, default=None)
+    given = "" if large is None else f" of {described(large)}"
+    told = MemoryError(f"there is no room in memory for what {f.__qualname__} makes{given}, expected less of it")
+    vars(told).update(vars(error))
+    return told
+
 # %% ../nbs/90_checks.ipynb #da0fbbcf
+_MOST_VALUES = 2 ** 24   # in one argument that is no tensor
+
 def _options(hint)->tuple:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 def _argument(f, name:str, value, hint, quick:set):
     "`value` if it fits the annotation, as a plain number where that says so."
+    if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
+        raise ValueError(f"{name} is {described(value)}, expected text without the character NUL")
     if type(value) in quick: return value
     if not _fits(value, hint): raise WrongKind(f"{name} is {described(value)}, expected {_expected(f, name, hint)}")
+    if isinstance(value, (list, range, tuple)) and len(value) > _MOST_VALUES:
+        raise ValueError(f"{name} has {len(value):,} values, expected at most {_MOST_VALUES:,}")
     return _plainly(value, _options(hint))
 
 def _hints(f)->dict:

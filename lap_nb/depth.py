@@ -952,7 +952,7 @@ def deepen(
 )->nn.Module:        # the copy, in the same mode; all blocks have parameters of their own
     """Each block of every `Flow` several times in a row, its step divided among them; raises `ValueError` for a network
     without a `Flow`."""
-    times = whole("times", times, 1)
+    times = whole("times", times, 1, most=1000)
     net = _copy(model)
     flows = [m for m in net.modules() if isinstance(m, Flow)]
     if not flows:

@@ -33,8 +33,8 @@ def dual_ascent(
 
     `TypeError` or `ValueError` for what are no multipliers, losses or settings; values in tensors are not looked at."""
     for name, value in dict(lam=lam, loss=loss).items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise WrongKind(f"{name} is {described(value)}, expected a tensor of floats")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+            raise WrongKind(f"{name} is {described(value)}, expected a dense tensor of floats")
     if lam.ndim and loss.ndim and lam.shape != loss.shape:
         raise ValueError(f"loss has shape {tuple(loss.shape)}, expected {tuple(lam.shape)}, as lam")
     def setting(name, value):

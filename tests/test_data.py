@@ -147,7 +147,7 @@ def test_class_only_in_the_test_part_is_named():
 
 def test_bad_clouds_are_refused():
     for cloud in (data.circles, data.moons):
-        with pytest.raises(ValueError, match='n is 3, expected a whole number, at least 8'): cloud(3)
+        with pytest.raises(ValueError, match='n is 3, expected a whole number, from 8'): cloud(3)
         with pytest.raises(TypeError, match='n is 100.5, expected'): cloud(100.5)
         with pytest.raises(ValueError): cloud(noise=-1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import checked, described, extra
 from ..ensembles import as_python
-from ..files import as_text
+from ..files import as_text, in_words
 from .catalogue import load_study, STUDIES
 from .design import Method, Net, Schedule, Study
 from .store import read_lines, results
@@ -188,7 +188,8 @@ def load_records(
     "What is recorded of a study; raises `FileNotFoundError` if nothing is."
     mine, name = (name, name.name) if isinstance(name, Study) else (None, name)
     path = results(out) / f"{name}.jsonl"
-    if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
+    with in_words(path):
+        if not path.exists(): raise FileNotFoundError(f"no record {path}: write it with `lap_study {name}`")
     lines = read_lines(path)
     runs = {line["id"]: line for line in lines if line.get("kind") == "run"}
     method = {id: _of_method(run) for id, run in runs.items()}

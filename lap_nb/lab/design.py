@@ -22,7 +22,9 @@ from ..ensembles import as_python
 # %% ../../nbs/91_design.ipynb #ff0e7b80
 def _frozen(value):
     "A mapping as a sorted tuple of pairs, so that it can stand in a frozen description."
-    try: pairs = tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
+    try:
+        if not isinstance(value, (Mapping, list, tuple)): raise TypeError
+        pairs = tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(dict(value) and value)
     except (TypeError, ValueError):
         raise TypeError(f"found {described(value)}, expected settings as a mapping, as in dict(tau=.1)") from None
     return tuple((name, as_python(setting)) for name, setting in pairs)
