@@ -419,7 +419,7 @@ def _swapped(kinds:dict, positional:list, args)->str:
 def _without_words(error)->bool:
     "Is it a lack of memory, told by the system alone?"
     said = str(error)
-    if isinstance(error, MemoryError): return "there is no room" not in said
+    if isinstance(error, MemoryError): return not said or said.startswith("Unable to allocate")
     return "bad_alloc" in said or "DefaultCPUAllocator" in said
 
 def _no_room(f, error, values)->MemoryError:
