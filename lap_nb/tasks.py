@@ -298,15 +298,7 @@ class Task:
     def _pair(self, what, function, model, batch, output):
         output = self.run(model, batch) if output is None else output
         like = first_device(output)
-        found = function(output, moved(batch, like) if like else batch)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise WrongKind(f"{what} gave {described(found)}, expected a pair: a sum and the number it runs over")
-        total, count = (v if isinstance(v, Tensor) else torch.tensor(float(v), device=like) for v in found)
-        if total.ndim or count.ndim or not total.is_floating_point():
-            raise WrongKind(
-                f"{what} gave {described(total)} and {described(count)}, expected single numbers, a sum and a count"
-            )
-        return total, count
+        return sum_and_count(what, function(output, moved(batch, like) if like else batch), like)
 
 # %% ../nbs/05b_tasks.ipynb #05b10011
 def _logits(output)->Tensor: # `[B, classes]`
