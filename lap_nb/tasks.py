@@ -9,7 +9,7 @@ __all__ = ['Task']
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastcore.basics import patch_to
 from torch import nn, Tensor
 
 from .checks import check_module, checked, described, flag, positive, share, whole, WrongKind
+from .data import Split
 from .hooks import unwrap
 
 # %% ../nbs/05b_tasks.ipynb #05b10005
@@ -138,6 +139,38 @@ def answer_of(
         )
     return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
 
+# %% ../nbs/05b_tasks.ipynb #05b10027
+def sum_and_count(
+    what:str,                 # whose they are, for the message
+    found,                    # what a function of a task gave
+    device:torch.device|None, # of numbers that are no tensors
+)->tuple[Tensor, Tensor]:     # `[]` and `[]`
+    "Both as tensors; raises `TypeError` on anything else than a sum and a number."
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise WrongKind(f"{what} gave {described(found)}, expected a pair: a sum and the number it runs over")
+    total, count = (v if isinstance(v, Tensor) else torch.tensor(float(v), device=device) for v in found)
+    if total.ndim or count.ndim or not total.is_floating_point():
+        raise WrongKind(f"{what} gave {described(total)} and {described(count)}, expected a sum and a count")
+    return total, count
+
+def first_device(
+    value,   # an output
+)->torch.device|None: # of the first tensor in it; None: it has none
+    "Where an output is."
+    if isinstance(value, Tensor): return value.device
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else \
+        [v for v in (getattr(value, k, None) for k in ANSWERS) if v is not None]
+    return next((d for d in map(first_device, items) if d is not None), None)
+
+def inputs_of(
+    batch, # as in `parts_of`
+):         # a tensor, a tuple of arguments, or a mapping of named ones
+    "What of a batch goes into a model, as `trace`, `find_blocks` and `Elastic` take it."
+    args, named, _ = parts_of(batch)
+    if named: return named
+    return args[0] if len(args) == 1 else args
+
+# %% ../nbs/05b_tasks.ipynb #05b10037
 def _numbers(labels, like:Tensor, what:str)->Tensor:
     "Labels as a tensor beside the predictions."
     if labels is None:
@@ -195,29 +228,6 @@ def class_labels(
             raise ValueError(f"labels run from {low} to {high}, expected 0 to {classes - 1}; {hint}")
     return found
 
-# %% ../nbs/05b_tasks.ipynb #05b10027
-def sum_and_count(
-    what:str,                 # whose they are, for the message
-    found,                    # what a function of a task gave
-    device:torch.device|None, # of numbers that are no tensors
-)->tuple[Tensor, Tensor]:     # `[]` and `[]`
-    "Both as tensors; raises `TypeError` on anything else than a sum and a number."
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise WrongKind(f"{what} gave {described(found)}, expected a pair: a sum and the number it runs over")
-    total, count = (v if isinstance(v, Tensor) else torch.tensor(float(v), device=device) for v in found)
-    if total.ndim or count.ndim or not total.is_floating_point():
-        raise WrongKind(f"{what} gave {described(total)} and {described(count)}, expected a sum and a count")
-    return total, count
-
-def first_device(
-    value,   # an output
-)->torch.device|None: # of the first tensor in it; None: it has none
-    "Where an output is."
-    if isinstance(value, Tensor): return value.device
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else \
-        [v for v in (getattr(value, k, None) for k in ANSWERS) if v is not None]
-    return next((d for d in map(first_device, items) if d is not None), None)
-
 # %% ../nbs/05b_tasks.ipynb #05b1000d
 @checked
 class Task:
@@ -233,8 +243,12 @@ class Task:
         run:Callable|None=None,        # `(model, batch) -> output`; None: the fields of the batch, without labels
         check:Callable|None=None,      # `(output, batch)`: raises on a mistake that only values tell
     ):
-        self.loss_of, self.score_of, self.name, self.higher = loss, score or loss, name, higher
-        self.told, self.run_with, self.check_values = told or float, run or call_model, check
+        self.loss_of = loss
+        self.score_of = score or loss
+        self.name, self.higher = name, higher
+        self.told = told or float
+        self.run_with = run or call_model
+        self.check_values = check
 
     def __repr__(self)->str: return f"Task scored by {self.name}, {'higher' if self.higher else 'lower'} is better"
 
@@ -273,13 +287,6 @@ class Task:
             raise ValueError("nothing in the batch counts: every label is left out, or there is no token to predict")
         return total / count
 
-    def inputs(self,
-        batch, # as in `run`
-    ):         # a tensor, a tuple of arguments, or a mapping of named ones
-        "What of a batch goes into a model, as `trace`, `find_blocks` and `Elastic` take it."
-        args, named, _ = parts_of(batch)
-        return named if named else args[0] if len(args) == 1 else args
-
     def check(self,
         output, # of `run`
         batch,  # as in `run`
@@ -287,13 +294,6 @@ class Task:
         "Look at the values of a first batch for mistakes that shapes do not tell; raises `ValueError`."
         self.loss(None, batch, output)
         if self.check_values: self.check_values(output, batch)
-
-    def drop(self,
-        full:float,  # score of a network, as told
-        other:float, # of another
-    )->float:        # positive where the other is worse
-        "By how much a score is worse."
-        return full - other if self.higher else other - full
 
     def _pair(self, what, function, model, batch, output):
         output = self.run(model, batch) if output is None else output
@@ -597,3 +597,101 @@ def guess(cls,
         f"than one; pass task=, "
         "as Task.classification() or one of your own"
     )
+
+# %% ../nbs/05b_tasks.ipynb #05b10031
+PARTS = ("train", "val", "test")
+
+class Parts:
+    "The batches of each part of some data."
+    def __init__(self,
+        data,           # a `Split`, batches that can be read again, or a mapping of parts to such batches
+        chunk:int=2000, # samples of a batch, of a `Split`
+    ):
+        self.data, self.chunk = data, whole("chunk", chunk, 1)
+        if isinstance(data, Split): return
+        if isinstance(data, Mapping) and not (data.keys() <= set(PARTS) and data):
+            raise WrongKind(f"data is a mapping with {', '.join(map(str, data)) or 'nothing in it'}, expected parts: "
+                            f"{', '.join(PARTS)}; a single batch goes into a list")
+        for batches in data.values() if isinstance(data, Mapping) else [data]: _check_readable(batches)
+
+    @property
+    def shared(self)->bool:
+        "Are the same batches all parts?"
+        return not isinstance(self.data, (Split, Mapping))
+
+    def of(self,
+        part:str, # `"train"`, `"val"` or `"test"`
+    ):            # yields batches
+        "The batches of a part; raises `ValueError` where there is no such part, or nothing in it."
+        if part not in PARTS: raise ValueError(f"part is {part!r}, expected {', '.join(map(repr, PARTS))}")
+        if isinstance(self.data, Split): return self._pairs(getattr(self.data, part))
+        if isinstance(self.data, Mapping) and part not in self.data:
+            raise ValueError(f"data has no part {part!r}, only {', '.join(self.data)}: add it to the mapping")
+        return self._read(self.data if self.shared else self.data[part], part)
+
+    def _pairs(self, index:Tensor):
+        if index.ndim != 1:
+            raise ValueError(f"the split is of {len(index)} networks, expected one: take data.member(i)")
+        for at in index.split(self.chunk): yield self.data.x[at], self.data.y[at]
+
+    def _read(self, batches, part:str):
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(f"there are no batches in {part!r}, expected at least one: can it be read more than once?")
+
+    def first(self,
+        part:str, # as in `of`
+    ):            # a batch
+        "The first batch of a part."
+        return next(iter(self.of(part)))
+
+def _check_readable(batches):
+    if isinstance(batches, (str, bytes, Tensor, nn.Module)) or not hasattr(batches, "__iter__"):
+        raise WrongKind(
+            f"data is {described(batches)}, expected a Split, batches that can be read again (a DataLoader, "
+            "a list), or a mapping of such by part"
+        )
+    if hasattr(batches, "__next__"):
+        raise WrongKind(
+            "data can be read only once, expected what can be read again: the DataLoader or list itself, not iter() of it"
+        )
+
+# %% ../nbs/05b_tasks.ipynb #05b10034
+@dataclass(frozen=True)
+class Scored:
+    "What a model does on some batches."
+    score:float # as the task tells it
+    loss:float  # mean over samples or tokens
+    count:int   # of those, by the loss
+
+class Sums:
+    "Loss and score of a task, added up over batches."
+    def __init__(self,
+        task:Task|None=None, # None: guessed from the first batch and its output, and said once
+    ):
+        self.task = task
+        self.loss = self.score = (0., 0.)   # sum and number
+
+    def add(self,
+        output, # of the model
+        batch,  # what it was given
+    ):
+        "One batch."
+        if self.task is None:
+            self.task = Task.guess(output, batch)
+            print(f"task: {self.task.name}; pass task= to choose another")
+        if not self.loss[1]: self.task.check(output, batch)
+        self.loss = _added(self.loss, self.task.loss(None, batch, output))
+        self.score = _added(self.score, self.task.score(None, batch, output))
+
+    def told(self)->Scored:
+        "The means; raises `ValueError` where nothing counted."
+        if not self.loss[1] or not self.score[1]:
+            raise ValueError("nothing in the data counts: every label is left out, or there is no token to predict")
+        mean = self.score[0] / self.score[1]
+        return Scored(self.task.told(mean), self.loss[0] / self.loss[1], round(self.loss[1]))
+
+def _added(sums:tuple, pair:tuple)->tuple: return tuple(a + b.double().item() for a, b in zip(sums, pair))
