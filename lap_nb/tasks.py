@@ -55,14 +55,14 @@ def parts_of(
     )
 
 # %% ../nbs/05b_tasks.ipynb #05b10008
-def moved(
+def to_device(
     value,               # tensors in sequences, mappings, dataclasses; anything else stays
     device:torch.device, # where to
 ):                       # the same, with its tensors there
     "A batch on the device of a model."
     if isinstance(value, Tensor): return value.to(device, non_blocking=True)
-    if (named := fields_of(value)) is not None: return {k: moved(v, device) for k, v in named.items()}
-    return type(value)(moved(v, device) for v in value) if type(value) in (tuple, list) else value
+    if (named := fields_of(value)) is not None: return {k: to_device(v, device) for k, v in named.items()}
+    return type(value)(to_device(v, device) for v in value) if type(value) in (tuple, list) else value
 
 def device_of(
     model:nn.Module, # anything with parameters or buffers, or nothing
@@ -76,7 +76,7 @@ def call_model(
 ):                   # what the model gives
     """The output for a batch, whose labels the model does not see; a cache of keys and values is not asked for. Errors
     are told with the batch."""
-    args, named, _ = parts_of(moved(batch, device_of(model)))
+    args, named, _ = parts_of(to_device(batch, device_of(model)))
     taken, anything = _parameters(model)
     if named and not anything and (strange := [k for k in named if k not in taken]):
         if len(named) > 1:
@@ -240,12 +240,13 @@ class Task:
         name:str="loss",               # of the score
         higher:bool=False,             # whether a higher score is better
         told:Callable|None=None,       # of a mean score, the number that is told, `float -> float`; None: the mean
+        percent:bool=False,            # whether the score is a share, shown in percent
         run:Callable|None=None,        # `(model, batch) -> output`; None: the fields of the batch, without labels
         check:Callable|None=None,      # `(output, batch)`: raises on a mistake that only values tell
     ):
         self.loss_of = loss
         self.score_of = score or loss
-        self.name, self.higher = name, higher
+        self.name, self.higher, self.percent = name, higher, percent
         self.told = told or float
         self.run_with = run or call_model
         self.check_values = check
@@ -296,9 +297,10 @@ class Task:
         if self.check_values: self.check_values(output, batch)
 
     def _pair(self, what, function, model, batch, output):
-        output = self.run(model, batch) if output is None else output
+        output = self.run(model, batch) if output is None and model is not None else output
         like = first_device(output)
-        return sum_and_count(what, function(output, moved(batch, like) if like else batch), like)
+        there = to_device(batch, like) if like and like.type != "meta" else batch
+        return sum_and_count(what, function(output, there), like)
 
 # %% ../nbs/05b_tasks.ipynb #05b10011
 def _logits(output)->Tensor: # `[B, classes]`
@@ -332,7 +334,7 @@ def classification(cls,
 )->Task:
     "One label per sample: cross-entropy of logits `[B, classes]`, scored by accuracy."
     smoothing = share("label_smoothing", label_smoothing)
-    return Task(partial(_cross_entropy, smoothing=smoothing), _accuracy, "accuracy", True)
+    return Task(partial(_cross_entropy, smoothing=smoothing), _accuracy, "accuracy", True, percent=True)
 
 # %% ../nbs/05b_tasks.ipynb #05b10015
 IGNORED = -100
@@ -405,6 +407,7 @@ def masked_language_model(cls)->Task:
         partial(_sum_of_hits, pairs=_masked_tokens),
         "accuracy of masked tokens",
         True,
+        percent=True,
         check=_check_masks,
     )
 
@@ -493,7 +496,13 @@ def segmentation(cls,
 )->Task:
     "A class for each pixel: cross-entropy of logits `[B, classes, H, W]` per pixel that counts, scored by accuracy."
     pairs = partial(_pixels, ignored=whole("ignore_index", ignore_index, -2 ** 31))
-    return Task(partial(_sum_of_losses, pairs=pairs), partial(_sum_of_hits, pairs=pairs), "accuracy of pixels", True)
+    return Task(
+        partial(_sum_of_losses, pairs=pairs),
+        partial(_sum_of_hits, pairs=pairs),
+        "accuracy of pixels",
+        True,
+        percent=True,
+    )
 
 # %% ../nbs/05b_tasks.ipynb #05b1001f
 def _both(output, batch, teacher:nn.Module, run:Callable)->tuple[Tensor, Tensor]:
@@ -551,7 +560,7 @@ def own_loss(cls,
 
 # %% ../nbs/05b_tasks.ipynb #05b10021
 def _call_with_labels(model:nn.Module, batch):
-    if (named := fields_of(moved(batch, device_of(model)))) is None:
+    if (named := fields_of(to_device(batch, device_of(model)))) is None:
         raise WrongKind(
             f"the batch is {described(batch)}, expected fields by name, labels among them: the model is to see them"
         )
@@ -656,7 +665,7 @@ def _check_readable(batches):
         )
     if hasattr(batches, "__next__"):
         raise WrongKind(
-            "data can be read only once, expected what can be read again: the DataLoader or list itself, not iter() of it"
+            "data can be read only once, expected what can be read again: the DataLoader itself, not iter() of it"
         )
 
 # %% ../nbs/05b_tasks.ipynb #05b10034
@@ -670,7 +679,7 @@ class Scored:
 class Sums:
     "Loss and score of a task, added up over batches."
     def __init__(self,
-        task:Task|None=None, # None: guessed from the first batch and its output, and said once
+        task:Task, # what is asked
     ):
         self.task = task
         self.loss = self.score = (0., 0.)   # sum and number
@@ -679,10 +688,7 @@ class Sums:
         output, # of the model
         batch,  # what it was given
     ):
-        "One batch."
-        if self.task is None:
-            self.task = Task.guess(output, batch)
-            print(f"task: {self.task.name}; pass task= to choose another")
+        "One batch; the first is looked at for mistakes."
         if not self.loss[1]: self.task.check(output, batch)
         self.loss = _added(self.loss, self.task.loss(None, batch, output))
         self.score = _added(self.score, self.task.score(None, batch, output))

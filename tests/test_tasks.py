@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from lap_nb.depth import depth_curve, recompute_statistics, shorten
 from lap_nb.nets import dense_net
 from lap_nb.tasks import inputs_of, Task
+from lap_nb.training import evaluate
 
 ids = lambda *rows: torch.tensor(rows)
 
@@ -342,3 +344,194 @@ def test_batches_and_outputs_of_transformers():
     torch.testing.assert_close(Task.language_model().mean_loss(model, batch), model(**batch).loss)
     torch.testing.assert_close(Task.own_loss(shift=True).mean_loss(model, batch), model(**batch).loss)
     assert Task.guess(Task.language_model().run(model, batch), batch).name == 'perplexity'
+
+# What uses tasks: evaluation and the tools of depth, with any data.
+
+class Layer(nn.Module):
+    def __init__(self, width, f=nn.Tanh, norm=nn.Identity):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(width, width), norm(), f(), nn.Linear(width, width))
+    def forward(self, x): return x + .3 * self.f(x)
+
+
+class Chat(nn.Module):
+    "A small language model with residual layers and a mask."
+    def __init__(self, vocabulary=11, width=8, K=4):
+        super().__init__()
+        self.table, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(K))
+    def forward(self, input_ids, attention_mask=None):
+        x = self.table(input_ids)
+        for layer in self.layers: x = layer(x)
+        return Output(logits=self.head(x))
+
+
+class Fields(nn.Module):
+    "Pictures to a class for each pixel, with batch norm."
+    def __init__(self, K=3, width=4):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 2, 1)
+        self.layers = nn.ModuleList(self.Layer(width) for _ in range(K))
+    class Layer(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.f = nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 1)
+            )
+
+        def forward(self, x): return x + self.f(x)
+    def forward(self, image):
+        x = self.first(image)
+        for layer in self.layers: x = layer(x)
+        return dict(out=self.last(x))
+
+
+def sentences(rows=6, longest=7):
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, longest + 1, (rows,), generator=g)
+    ids = torch.randint(1, 11, (rows, longest), generator=g)
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return dict(input_ids=ids * mask, attention_mask=mask, labels=(ids * mask).masked_fill(mask == 0, -100))
+
+
+def cases():
+    torch.manual_seed(0)
+    chat = [sentences(6), sentences(3, 5)]
+    numbers = [(torch.randn(5, 3), torch.randn(5)), (torch.randn(2, 3), torch.randn(2))]
+    line = nn.Sequential(nn.Linear(3, 6), *(Layer(6) for _ in range(4)), nn.Linear(6, 1))
+    marks = [dict(image=torch.randn(4, 1, 6, 6), labels=torch.randint(2, (4, 6, 6))) for _ in range(2)]
+    return dict(language=(Chat(), chat, 'perplexity'), regression=(line, numbers, 'root mean square error'),
+                segmentation=(Fields(), marks, 'accuracy of pixels'))
+
+
+def as_loader(batches): return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
+def as_file(batches):
+    class Once:
+        def __iter__(self): return iter(batches)
+    return Once()
+
+
+@pytest.mark.parametrize('name', ['language', 'regression', 'segmentation'])
+@pytest.mark.parametrize('way', [list, as_loader, as_file, lambda b: dict(train=b, val=b, test=b)])
+def test_evaluation_is_exact_for_uneven_batches(name, way, capsys):
+    net, batches, score = cases()[name]
+    net.train()
+    found, task = (
+        evaluate(net, way(batches)),
+        Task.guess(net.eval()(**inputs_of(batches[0])) if name != 'regression' else net(batches[0][0]), batches[0]),
+    )
+    assert f'task: scored by {score}' in capsys.readouterr().out and task.name == score
+    pairs = [task.score(net, b) for b in batches]
+    wanted = task.told((sum(s for s, _ in pairs) / sum(n for _, n in pairs)).item())
+    assert found.item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize('name', ['language', 'regression', 'segmentation'])
+def test_the_lines_of_the_read_me_work_on_any_data(name):
+    net, batches, score = cases()[name]
+    data, before = (
+        dict(train=batches, val=batches, test=batches[:1]),
+        {k: v.clone() for k, v in net.state_dict().items()},
+    )
+    curve = depth_curve(net, data)
+    assert curve.score == score and curve.of('skip')[-1][score] == pytest.approx(
+        evaluate(net, batches[:1]).item(), rel=1e-6
+    )
+    assert score in repr(curve) or curve.percent
+    small = shorten(net, data, n_blocks=2, verbose=False)
+    assert small.shortened['blocks'] == [len(curve.energies), 2] and small.shortened['score'] == score
+    assert evaluate(small, data, 'val').item() == pytest.approx(small.shortened['val_score'][1])
+    loose = shorten(net, data, loss_rise=100., verbose=False)
+    assert loose.shortened['blocks'][1] == 1
+    strict = shorten(net, data, score_drop=1e3 if score != 'accuracy of pixels' else 1., verbose=False)
+    assert strict.shortened['blocks'][1] == 1
+    for k, v in net.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)
+
+
+def test_every_goal_is_kept_on_validation():
+    net, batches, score = cases()['language']
+    rows = depth_curve(net, batches, 'val', ['skip']).of('skip')
+    for row in rows[:-1]:
+        allowed = row[score] - rows[-1][score]
+        if allowed <= 0: continue
+        m = shorten(net, batches, score_drop=allowed, way='skip', verbose=False).shortened['blocks'][1]
+        assert m == min(r['blocks'] for r in rows if r[score] <= rows[-1][score] + allowed + 1e-9)
+    with pytest.raises(ValueError, match='expected score_drop'): shorten(net, batches, accuracy_drop=.1)
+    with pytest.raises(ValueError, match='fit takes a Split'): shorten(net, batches, n_blocks=2, epochs=1)
+    with pytest.raises(ValueError, match='score of each sample'): shorten(net, batches, accuracy_drop=.1, confidence=.9)
+    with pytest.raises(ValueError, match='exactly one of'): shorten(net, batches, score_drop=1., loss_rise=1.)
+
+
+def test_a_task_gives_what_a_split_gives():
+    from lap_nb.data import digits
+    split = digits().split(60)
+    net = dense_net(64, 10, K=3).eval()
+    pairs = {
+        part: [(split.x[at], split.y[at]) for at in getattr(split, part).split(17)] for part in ('train', 'val', 'test')
+    }
+    assert evaluate(net, split).item() == pytest.approx(
+        evaluate(net, pairs, task=Task.classification()).item(), abs=1e-7
+    )
+    one, other = depth_curve(net, split), depth_curve(net, pairs, task=Task.classification())
+    for a, b in zip(one.rows, other.rows):
+        assert a['schedule'] == b['schedule'] and a['accuracy'] == pytest.approx(b['accuracy'])
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['energy'] == pytest.approx(b['energy'], rel=1e-5)
+
+
+def test_without_labels_a_network_is_compared_with_itself_in_full():
+    net, x = dense_net(2, 3, K=4).eval(), [torch.randn(20, 2) for _ in range(3)]
+    curve = depth_curve(net, x, task=Task.distillation(net), ways=['skip'])
+    assert (
+        curve.score == 'agreement'
+        and curve.of('skip')[-1]['agreement'] == 1.0
+        and curve.of('skip')[-1]['loss'] == pytest.approx(0, abs=1e-6)
+    )
+    assert shorten(net, x, score_drop=1., task=Task.distillation(net), verbose=False).shortened['blocks'][1] == 1
+
+
+@pytest.mark.parametrize('data, words', [
+    (iter([]), r'not iter\(\) of it'), ([], 'no batches in'), ({}, 'nothing in it'),
+    (dict(validation=[1]), 'mapping with validation'),
+    (dict(val=[(torch.zeros(2, 2), torch.zeros(2))]), "no part 'test'"),
+    (torch.zeros(3, 2), 'expected a Split'), ('text', 'expected a Split'),
+    (None, 'expected a Split'), (dict(test=3), 'expected a Split'), (dict(test=iter([])), r'not iter\(\)')])
+def test_what_is_no_data_is_refused(data, words):
+    for call in (evaluate, depth_curve):
+        with pytest.raises((TypeError, ValueError), match=words): call(dense_net(2, 3, K=2), data, 'test')
+
+
+def test_search_on_what_is_measured_is_told():
+    net, batches, _ = cases()['regression']
+    with pytest.warns(UserWarning, match='flatters them'): depth_curve(net, batches)
+
+
+def test_statistics_come_from_the_training_part():
+    net, batches, _ = cases()['segmentation']
+    shifted = [dict(image=b['image'] + 3, labels=b['labels']) for b in batches]
+    curve = depth_curve(net, dict(train=shifted, val=batches, test=batches), ways=['skip'])
+    assert curve.recomputed
+    with pytest.raises(ValueError, match="no part 'train'"):
+        depth_curve(net, dict(val=batches, test=batches), ways=['skip'])
+    own = recompute_statistics(net, shifted).layers[0].f[1].running_mean
+    torch.testing.assert_close(
+        own, torch.stack([net.layers[0].f[0](net.first(b['image'])).mean((0, 2, 3)) for b in shifted]).mean(0)
+    )
+
+
+def test_memory_holds_one_batch_at_a_time():
+    "A set that is made while it is read: never more than two of its batches are alive."
+    import gc
+    import weakref
+    alive, most = [], [0]
+    class Stream:
+        def __iter__(self):
+            for k in range(30):
+                batch = (torch.full((4, 2), float(k)), torch.tensor([0, 1, 2, 0]))
+                alive.append(weakref.ref(batch[0]))
+                most[0] = max(most[0], sum(r() is not None for r in alive))
+                yield batch
+    evaluate(dense_net(2, 3, K=2), Stream(), task=Task.classification())
+    gc.collect()
+    assert most[0] <= 2 and len(alive) == 30
