@@ -17,6 +17,7 @@ from .nets import conv_net as conv_net, dense_net as dense_net, staged_net as st
 from .regularity import (
     holder_exponent as holder_exponent, lipschitz_profile as lipschitz_profile, local_lipschitz as local_lipschitz)
 from .stats import Interval as Interval, confidence_interval as confidence_interval, rank_correlation as rank_correlation
+from .tasks import Task as Task
 from .training import (
     Checkpoints as Checkpoints, Diverged as Diverged, Run as Run, TrainConfig as TrainConfig, evaluate as evaluate, fit as fit)
 from .transport import (

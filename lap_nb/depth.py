@@ -18,7 +18,6 @@ from functools import cache, partial
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
@@ -31,7 +30,9 @@ from lap_nb.hooks import (
     Blocks, chosen_blocks, coming_out, first_tensor, going_in, HookGroup, run_on, step_time, surely, swap_tensor,
     unwrap)
 from .plots import Axes, own_axes
-from .training import check_logits, evaluating, fit, is_right, part_indices
+from .tasks import call_model, device_of, inputs_of, Parts, Sums, Task, to_device
+from .training import (
+    evaluating, fit, is_right, known_task, part_indices, scored, split_logits, split_task)
 
 # %% ../nbs/09_depth.ipynb #267d4e52
 @dataclass(frozen=True)
@@ -188,11 +189,15 @@ def _norms(model:nn.Module)->list[nn.Module]:
 @checked
 def recompute_statistics(
     model:nn.Module, # its batch-norm statistics are changed in place, nothing else
-    x:Tensor,        # unlabelled training samples, `[n, ...]`, at least two
-    chunk:int=500,   # samples per pass
+    x,               # training samples without labels, `[n, ...]`, at least two; or batches, whose labels are not read
+    chunk:int=500,   # samples per pass, of samples
+    run:Callable=call_model, # `(model, batch)`, of batches
 )->nn.Module:        # the same model
-    "Statistics of every batch norm that runs, anew from `x`, each chunk with equal weight."
-    if len(x) < 2: raise ValueError(f"found {len(x)} samples, expected at least two to take a variance over")
+    "Statistics of every batch norm that runs, anew from `x`, each chunk or batch with equal weight."
+    if not isinstance(x, Tensor): passes = (partial(run, model, batch) for batch in x)
+    else: passes = (partial(model, samples) for samples in x.tensor_split(max(1, len(x) // chunk)))
+    if isinstance(x, Tensor) and len(x) < 2:
+        raise ValueError(f"found {len(x)} samples, expected at least two to take a variance over")
     norms = _norms(model)
     old = [(m, m.momentum, m.num_batches_tracked, m.running_mean, m.running_var) for m in norms]
     try:
@@ -202,7 +207,7 @@ def recompute_statistics(
                     t.clone() for t in (m.running_mean, m.running_var, m.num_batches_tracked)
                 )
                 m.reset_running_stats(); m.momentum, m.training = None, True   # a plain average over the chunks
-            for part in x.tensor_split(max(1, len(x) // chunk)) if norms else (): model(part)
+            for go in passes if norms else (): go()
     except BaseException:   # all as it was
         for m, m.momentum, m.num_batches_tracked, m.running_mean, m.running_var in old: pass
         raise
@@ -442,24 +447,37 @@ def calibrate(self:Elastic,
 
 # %% ../nbs/09_depth.ipynb #5bb96382
 @torch.no_grad()
-def _score(elastic:Elastic, data:Split, part:str, schedule:DepthSchedule, recompute:bool, chunk:int=2000)->dict:
-    "Accuracy, task loss and energies at one schedule, in evaluation mode."
-    index, model, sums = part_indices(data, part), elastic.model, dict(accuracy=0., loss=0., energies=0.)
+def _score(elastic:Elastic, parts:Parts, part:str, task:Task, schedule:DepthSchedule, recompute:bool)->dict:
+    "Score, loss and energies at one schedule, in evaluation mode."
+    model, sums, energies, samples = elastic.model, Sums(task), 0., 0
     with _statistics_kept(model), elastic.at(schedule):
-        if recompute: recompute_statistics(model, data.x[data.train])
+        if recompute: _anew(model, parts, task)
         with _observed(elastic) as steps:
-            for at in index.split(chunk):
+            for batch in parts.of(part):
                 steps.clear()
-                y = data.y[at]
-                logits = _logits(model(data.x[at]), y, data.classes)
-                sums["accuracy"] += is_right(logits, y).sum().item() / len(index)
-                sums["loss"] += F.cross_entropy(logits, y, reduction="sum").item() / len(index)
-                sums["energies"] += torch.stack([e.sum() for e in steps]).cpu() / len(index)
-    return sums
+                sums.add(task.run(model, batch), batch)
+                energies = energies + torch.stack([e.sum() for e in steps]).cpu()
+                samples += len(steps[0])
+    found = sums.told()
+    return dict(
+        score=found.score,
+        loss=found.loss,
+        energies=energies / samples,
+        goodness=found.score if task.higher else -found.score,
+    )
 
-def _logits(out, y:Tensor, classes:int)->Tensor:
-    "Logits, also of an output that has them by that name; raises `ValueError` if there are none."
-    return check_logits(out["logits"] if isinstance(out, Mapping) and "logits" in out else out, y, classes)
+
+def _anew(model:nn.Module, parts:Parts, task:Task):
+    "Batch-norm statistics from the training part."
+    data = parts.data
+    if isinstance(data, Split): recompute_statistics(model, data.x[data.train])
+    else: recompute_statistics(model, parts.of("train"), run=task.run)
+
+def _few(parts:Parts, part:str, samples:int, device:torch.device):
+    "Some samples of a part, as a model takes them."
+    data = parts.data
+    if isinstance(data, Split): return data.x[getattr(data, part)[:samples]]
+    return to_device(inputs_of(parts.first(part)), device)
 
 @contextmanager
 def _observed(elastic:Elastic):
@@ -490,14 +508,18 @@ def _search(elastic:Elastic, score, counts)->dict[int, DepthSchedule]:
 @dataclass(repr=False)
 class DepthCurve:
     "What a network does at each depth: a table in a notebook."
-    rows:list[dict]     # `way`, `blocks`, `schedule`, `accuracy`, `energy` (action per sample) of each depth
+    # `way`, `blocks`, `schedule`, the score by its name, `loss`, `energy` (action per sample) of each depth
+    rows:list[dict]
     sizes:list[int]     # blocks in each stage
     energies:Tensor     # mean energy of each block at full depth, `[K]`
     path_gap:float      # share of the action that does not carry samples from start to end, in [0, 1)
     part:str            # part of the data that was measured
     # whether batch-norm statistics were taken anew at each depth but the full one, which stays as it was trained
     recomputed:bool
-    settled:float       # accuracy at full depth with statistics taken anew, too: like beside like
+    settled:float       # score at full depth with statistics taken anew, too: like beside like
+    score:str           # what the network is scored by, as "accuracy"
+    higher:bool         # whether a higher score is better
+    percent:bool        # whether it is a share
 
     def of(self,
         way:str, # `"skip"`, `"lengthened"` or `"best"`
@@ -509,9 +531,15 @@ class DepthCurve:
 
     def area(self,
         way:str="lengthened", # which curve
-    )->float:                 # in [0, 1]
-        "The one number: accuracy averaged over all numbers of blocks that were measured."
-        return statistics.fmean(r["accuracy"] for r in self.of(way))
+    )->float:                 # of accuracy in [0, 1]
+        "The one number: the score averaged over all numbers of blocks that were measured."
+        return statistics.fmean(r[self.score] for r in self.of(way))
+
+    def shown(self,
+        value:float, # a score
+    )->str:          # a share in percent, with one digit
+        "A score in words."
+        return f"{100 * value:.1f}" if self.percent else f"{value:.4g}"
 
     @property
     def largest_share(self)->float:
@@ -522,25 +550,27 @@ class DepthCurve:
 @patch
 def _repr_markdown_(self:DepthCurve)->str:
     ways = list(dict.fromkeys(r["way"] for r in self.rows))
+    unit = "%" if self.percent else self.score
     lines = [
-        f"| blocks | {' | '.join(f'{w} (%)' for w in ways)} | schedule: {ways[-1]} | its energy |",
+        f"| blocks | {' | '.join(f'{w} ({unit})' for w in ways)} | schedule: {ways[-1]} | its energy |",
         "|---" * (len(ways) + 3) + "|"]
     for group in zip(*(self.of(w) for w in ways)):
         last = f"{as_text(group[-1]['schedule'])} | {group[-1]['energy']:.3g}"
         lines.append(
-            f"| {group[0]['blocks']} | {' | '.join(format(100 * r['accuracy'], '.1f') for r in group)} | {last} |")
+            f"| {group[0]['blocks']} | {' | '.join(self.shown(r[self.score]) for r in group)} | {last} |")
     return (
         "\n".join(lines)
         + (
             f"\n\n*Batch-norm statistics taken anew from unlabelled training samples, but at full depth: there they "
-            f"would give {100 * self.settled:.1f} %.*"
+            f"would give {self.shown(self.settled)}{' %' * self.percent}.*"
         )
         * self.recomputed
     )
 
 @patch
 def __repr__(self:DepthCurve)->str:
-    areas = ", ".join(f"{w} {100 * self.area(w):.1f} %" for w in dict.fromkeys(r["way"] for r in self.rows))
+    unit = " %" if self.percent else f" ({self.score})"
+    areas = ", ".join(f"{w} {self.shown(self.area(w))}{unit}" for w in dict.fromkeys(r["way"] for r in self.rows))
     gap = f"path gap {100 * self.path_gap:.0f} %"
     return f"DepthCurve of {sum(self.sizes)} blocks on the {self.part} part; area: {areas}; {gap}"
 
@@ -549,54 +579,81 @@ def __repr__(self:DepthCurve)->str:
 def plot(self:DepthCurve,
     ax:Axes|None=None, # matplotlib axes; None: a new figure
 ):           # the axes
-    "Accuracy against the number of blocks, a line for each way."
+    "The score against the number of blocks, a line for each way."
     ax = own_axes(ax, 5.4, 3.2)
+    scale = 100 if self.percent else 1
     for way, marker in zip(dict.fromkeys(r["way"] for r in self.rows), "osD"):
-        ax.plot([r["blocks"] for r in self.of(way)], [100 * r["accuracy"] for r in self.of(way)], marker=marker, ms=4,
+        ax.plot([r["blocks"] for r in self.of(way)], [scale * r[self.score] for r in self.of(way)], marker=marker, ms=4,
                 label=way)
-    ax.set(xlabel="blocks that run", ylabel=f"accuracy on the {self.part} part (%)"); ax.legend(frameon=False)
+    ax.set(xlabel="blocks that run", ylabel=f"{self.score} on the {self.part} part{' (%)' * self.percent}")
+    ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/09_depth.ipynb #ebe0f190
 @checked
 def depth_curve(
     model:nn.Module,                       # copied, never changed; logits `[B, classes]`, or an output with `logits`
-    data:Split,                            # schedules are chosen on `val`; batch norms see `train` without labels
+    # a `Split`, or batches by part as in `evaluate`; schedules are chosen on `val`, and batch norms see `train` without
+    # labels
+    data,
     part:str="test",                       # part that is measured: `"train"`, `"val"` or `"test"`
     ways:Sequence[str]=WAYS,               # of `"skip"`, `"lengthened"` and `"best"`
     counts:Iterable[int]|None=None,        # numbers of blocks; None: all
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
     recompute:bool=True,                   # take batch-norm statistics anew at each depth, if there are any
+    task:Task|None=None,                   # how it is scored; None: as in `evaluate`
 )->DepthCurve:
-    "Accuracy and energy against the number of blocks that run; raises `ValueError` on impossible counts."
-    part_indices(data, part)
-    elastic = Elastic(model, data.x[data.val[:8]], blocks)
+    "Score and energy against the number of blocks that run; raises `ValueError` on impossible counts."
+    parts = Parts(data)
+    if isinstance(data, Split): part_indices(data, part)
+    task = known_task(model, parts, part, task)
+    elastic = Elastic(model, _few(parts, "val", 8, device_of(model)), blocks)
     counts = sorted(elastic.schedules if counts is
                     None else {_check_count(m, elastic.sizes) for m in several("counts", counts, whole)})
     if not counts: raise ValueError("counts is empty, expected at least one number of blocks")
     for way in ways: one_of("way", way, WAYS)
     recompute = recompute and bool(_norms(elastic.model))
-    table = {way: _schedules(elastic, data, way, counts, recompute) for way in ways}
+    if parts.shared and "best" in ways and part != "val": _warn_shared()
+    table = {way: _schedules(elastic, parts, task, way, counts, recompute) for way in ways}
     rows, seen = [], {}
     for way, schedules in table.items():
         for m in counts:
             s = schedules[m]
-            if s not in seen: seen[s] = _score(elastic, data, part, s, recompute and m < elastic.K)
-            rows.append(
-                dict(way=way, blocks=m, schedule=s, accuracy=seen[s]["accuracy"],
-                     energy=seen[s]["energies"].sum().item()))
-    full = seen.get(even(elastic.K, elastic.sizes)) or _score(elastic, data, part, elastic.check(None), False)
-    gap = _path_gap(elastic, data.x[getattr(data, part)[:2000]])
-    settled = _score(elastic, data, part, elastic.check(None), True)["accuracy"] if recompute else full["accuracy"]
-    return DepthCurve(rows, elastic.sizes, full["energies"], gap, part, recompute, settled)
+            if s not in seen: seen[s] = _score(elastic, parts, part, task, s, recompute and m < elastic.K)
+            rows.append({"way": way, "blocks": m, "schedule": s, task.name: seen[s]["score"], "loss": seen[s]["loss"],
+                         "energy": seen[s]["energies"].sum().item()})
+    full = seen.get(even(elastic.K, elastic.sizes)) or _score(elastic, parts, part, task, elastic.check(None), False)
+    gap = _path_gap(elastic, _few(parts, part, 2000, device_of(elastic.model)))
+    settled = _score(elastic, parts, part, task, elastic.check(None), True) if recompute else full
+    return DepthCurve(
+        rows,
+        elastic.sizes,
+        full["energies"],
+        gap,
+        part,
+        recompute,
+        settled["score"],
+        task.name,
+        task.higher,
+        task.percent,
+    )
+
+
+def _warn_shared():
+    warnings.warn(
+        "the best schedules are chosen on the very batches that they are measured on, which flatters them: pass a "
+        "mapping with parts val and test",
+        stacklevel=4,
+    )
 
 # %% ../nbs/09_depth.ipynb #3f16e112
-def _schedules(elastic:Elastic, data:Split, way:str, counts:Sequence[int], recompute:bool)->dict[int, DepthSchedule]:
+def _schedules(elastic:Elastic, parts:Parts, task:Task, way:str, counts:Sequence[int], recompute:bool
+)->dict[int, DepthSchedule]:
     "The schedule of each number of blocks; only `best` looks at data, and at the validation part alone."
     if way != "best": return {m: even(m, elastic.sizes, way == "lengthened") for m in counts}
     def score(schedule):
-        s = _score(elastic, data, "val", schedule, recompute and len(schedule) < elastic.K)
-        return s["accuracy"], -s["loss"]
+        s = _score(elastic, parts, "val", task, schedule, recompute and len(schedule) < elastic.K)
+        return s["goodness"], -s["loss"]
     return _search(elastic, score, counts)
 
 @torch.no_grad()
@@ -696,96 +753,139 @@ def latency(
 @checked
 def shorten(
     model:nn.Module,                # copied, never changed; logits `[B, classes]`, or an output with `logits`
-    data:Split,                     # the choice is made on `val` alone; `train` for batch norms and fine-tuning
+    # a `Split`, or batches by part as in `evaluate`; the choice is made on `val` alone; `train` for batch norms and
+    # fine-tuning
+    data,
     n_blocks:int|None=None,         # goal: this many blocks
     accuracy_drop:float|None=None,  # goal: fewest blocks whose validation accuracy is at most this share lower
-    budget_ms:float|None=None,      # goal: best validation accuracy among depths whose pass takes no longer
+    score_drop:float|None=None,     # goal: the same of any score, in its unit, and of a lower one where that is better
+    loss_rise:float|None=None,      # goal: fewest blocks whose validation loss is at most so much higher
+    budget_ms:float|None=None,      # goal: best validation score among depths whose pass takes no longer
     way:str="best",                 # `"best"`, `"lengthened"` or `"skip"`, as in `depth_curve`
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as in `chosen_blocks`; None: found
     recompute:bool=True,            # take batch-norm statistics anew, if there are any
     epochs:int=0,                   # of fine-tuning with `fit`
     lr:float=1e-4,                  # its learning rate
-    batch_size:int=256,             # samples of the timed pass
+    batch_size:int=256,             # samples of the timed pass, of a `Split`; else a batch
     # of keeping `accuracy_drop` on new samples: searched on 30 % of `val`, certified on the rest (`certify`); where no
     # depth is, the full network comes back; None: no promise
     confidence:float|None=None,
+    task:Task|None=None,            # how it is scored; None: as in `evaluate`
     verbose:bool=True,              # print what was chosen, with measured times
 )->nn.Module:                       # `shortened` holds what was chosen, as plain values, `certificate` what is promised
     """An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that
     can."""
-    _check_goal(n_blocks, accuracy_drop, budget_ms)
+    goal = _goal(n_blocks=n_blocks, accuracy_drop=accuracy_drop, score_drop=score_drop, loss_rise=loss_rise,
+                 budget_ms=budget_ms)
     data, calibration = _set_apart(data, accuracy_drop, confidence)
     if not isinstance(blocks, (str, Mapping)) and blocks is not None: blocks = list(blocks)   # they are read twice
-    elastic, index = Elastic(model, data.x[data.val[:8]], blocks), data.val[:batch_size]
+    parts = Parts(data)
+    task = known_task(model, parts, "val", task)
+    _check_fits(goal, task, parts, epochs)
+    elastic = Elastic(model, _few(parts, "val", 8, device_of(model)), blocks)
     if n_blocks is not None: n_blocks = _check_count(n_blocks, elastic.sizes)
-    curve = depth_curve(model, data, "val", [way], None if n_blocks is None else [n_blocks, elastic.K], blocks,
-                        recompute)
+    counts = None if n_blocks is None else [n_blocks, elastic.K]
+    curve = depth_curve(model, data, "val", [way], counts, blocks, recompute, task)
     _warn(curve)
-    rows, x = curve.of(way), data.x[index]
-    build = partial(_build, elastic, data, recompute, epochs, lr)
+    rows, x = curve.of(way), _few(parts, "val", batch_size, device_of(model))
+    build = partial(_build, elastic, parts, task, recompute, epochs, lr)
     if n_blocks is not None: row = rows[0]
     elif confidence is not None:
         certificate, row, small = _certified(elastic, build, rows, data, calibration, accuracy_drop, confidence)
-    elif accuracy_drop is not None: row = _by_accuracy(rows, accuracy_drop)
-    else: row = _by_latency(elastic, rows, budget_ms, x)
+    elif budget_ms is not None: row = _by_latency(elastic, rows, curve, budget_ms, x)
+    else: row = _by_loss(rows, curve, goal)
     if confidence is None: small = build(row)
-    small.shortened = _report(elastic.cut(), small, data, rows[-1], row, x)
+    small.shortened = _report(elastic.cut(), small, parts, task, rows[-1], row, x)
     if verbose: print(_line(small.shortened))
     if confidence is not None:
         small.certificate, small.shortened["certificate"] = certificate, asdict(certificate)
         if verbose: print(certificate)
     return small
 
-def _build(elastic:Elastic, data:Split, recompute:bool, epochs:int, lr:float, row:dict)->nn.Module:
+# %% ../nbs/09_depth.ipynb #09b10005
+def _build(elastic:Elastic, parts:Parts, task:Task, recompute:bool, epochs:int, lr:float, row:dict)->nn.Module:
     "The network of a row, fine-tuned if asked for."
     small = elastic.cut(row["schedule"])
-    if recompute and row["blocks"] < elastic.K: recompute_statistics(small, data.x[data.train])
+    if recompute and row["blocks"] < elastic.K and _norms(small): _anew(small, parts, task)
     mode = small.training
-    if epochs: fit(small, data, epochs=epochs, lr=lr, eval_every=epochs)
+    if epochs: fit(small, parts.data, epochs=epochs, lr=lr, eval_every=epochs)
     return small.train(mode)
 
 # %% ../nbs/09_depth.ipynb #a5bdc09f
-def _check_goal(n_blocks, accuracy_drop, budget_ms):
-    goals = dict(n_blocks=n_blocks, accuracy_drop=accuracy_drop, budget_ms=budget_ms)
-    given = [name for name, value in goals.items() if value is not None]
+def _goal(**goals)->tuple[str, float]:
+    "The one goal that was named; raises `ValueError` on none, several, or one that makes no sense."
+    given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"found {', '.join(given) or 'no goal'}, expected exactly one of {', '.join(goals)}")
-    if accuracy_drop is not None and not 0 <= accuracy_drop < 1:
-        raise ValueError(f"accuracy_drop is {accuracy_drop!r}, expected a share in [0, 1): .005 is half a point")
-    if budget_ms is not None and not budget_ms > 0:
-        raise ValueError(f"budget_ms is {budget_ms!r}, expected a positive number of milliseconds")
+    [(name, value)] = given.items()
+    if name == "accuracy_drop" and not 0 <= value < 1:
+        raise ValueError(f"accuracy_drop is {value!r}, expected a share in [0, 1): .005 is half a point")
+    if name in ("score_drop", "loss_rise"): number(name, value, 0)
+    if name == "budget_ms" and not value > 0:
+        raise ValueError(f"budget_ms is {value!r}, expected a positive number of milliseconds")
+    return name, value
 
-def _within(rows:list[dict], drop:float)->list[dict]:
-    "The rows within `drop` of the full network; raises `ValueError` if there is no other."
-    if len(rows) > 1: return [r for r in rows[:-1] if r["accuracy"] >= rows[-1]["accuracy"] - drop - 1e-9]
+def _check_fits(goal:tuple, task:Task, parts:Parts, epochs:int):
+    "Raise `ValueError` for what this task or these data cannot give."
+    if goal[0] == "accuracy_drop" and not task.name.startswith("accuracy"):
+        raise ValueError(
+            f"found accuracy_drop, and the task is scored by {task.name}: expected score_drop, in its unit, or "
+            "loss_rise"
+        )
+    if epochs and not isinstance(parts.data, Split):
+        raise ValueError(f"epochs is {epochs}, and fit takes a Split: shorten with epochs=0, and train the result on")
+
+def _lost(rows:list[dict], curve:DepthCurve, what:str)->list[float]:
+    "By how much each row is worse than the full network, the last one, in loss or in score."
+    name = "loss" if what == "loss_rise" else curve.score
+    sign = 1 if name == "loss" or not curve.higher else -1
+    return [sign * (r[name] - rows[-1][name]) for r in rows]
+
+def _within(rows:list[dict], lost:list[float], drop:float)->list[dict]:
+    "The rows that lost at most `drop`, without the full network; raises `ValueError` if there is no other."
+    if len(rows) > 1: return [r for r, l in zip(rows[:-1], lost) if l <= drop + 1e-9]
     raise ValueError(
         f"the network has only one depth, {rows[-1]['blocks']} blocks: at least one of each stage stays, there is "
         f"nothing to leave out"
     )
 
-def _by_accuracy(rows:list[dict], drop:float)->dict:
-    "The shortest row within `drop` of the full network; raises `ValueError` with the best there is."
-    full, shorter, fit = rows[-1]["accuracy"], rows[:-1], _within(rows, drop)
-    if fit: return fit[0]
-    best = max(shorter, key=lambda r: r["accuracy"])
+# %% ../nbs/09_depth.ipynb #09b10003
+def _by_loss(rows:list[dict], curve:DepthCurve, goal:tuple[str, float])->dict:
+    "The shortest row that loses at most what the goal allows; raises `ValueError` with the best there is."
+    what, drop = goal
+    lost = _lost(rows, curve, what)
+    if fit := _within(rows, lost, drop): return fit[0]
+    least, best = min(zip(lost, rows[:-1]), key=lambda pair: pair[0])
+    told = (
+        (lambda r: f"{r['loss']:.4g}")
+        if what == "loss_rise"
+        else lambda r: curve.shown(r[curve.score]) + " %" * curve.percent
+    )
+    name = "loss" if what == "loss_rise" else curve.score
     raise ValueError(
-        f"no shorter network keeps the validation accuracy within {100 * drop:g} points of {100 * full:.1f} %: the "
-        f"best has "
-        f"{best['blocks']} blocks and {100 * best['accuracy']:.1f} %; allow "
-        f"accuracy_drop={full - best['accuracy']:.3f}, or choose n_blocks and fine-tune"
+        f"no shorter network keeps the validation {name} within {100 * drop:g} points of "
+        * curve.percent
+        * (name != "loss")
+        + f"no shorter network keeps the validation {name} within {drop:g} of " * (not curve.percent or name == "loss")
+        + f"{told(rows[-1])}: the best has {best['blocks']} blocks and {told(best)}; allow {what}={least:.3f}, or "
+          f"choose n_blocks "
+        "and fine-tune"
     )
 
-def _by_latency(elastic:Elastic, rows:list[dict], budget:float, x)->dict:
-    "The most accurate row that is fast enough; raises `ValueError` with the fastest there is."
+
+def _by_latency(elastic:Elastic, rows:list[dict], curve:DepthCurve, budget:float, x)->dict:
+    "The best row that is fast enough; raises `ValueError` with the fastest there is."
     nets = {r["blocks"]: elastic.cut(r["schedule"]) for r in rows}
     times = latency(nets, x)
     fit = [r for r in rows if times[r["blocks"]] <= budget]
-    if fit: return max(fit, key=lambda r: (r["accuracy"], -r["blocks"]))
+    if fit: return min(fit, key=lambda r: (_lost([r, rows[-1]], curve, "score")[0], r["blocks"]))
     fastest = min(times, key=times.get)
     raise ValueError(
-        f"no depth runs {len(x)} samples within {budget:g} ms: the fastest has {fastest} blocks and takes "
+        f"no depth runs {_samples(x)} samples within {budget:g} ms: the fastest has {fastest} blocks and takes "
         f"{times[fastest]:.3g} ms; "
         "raise budget_ms, or lower batch_size")
+
+def _samples(x)->int: return len(first_tensor(x) if first_tensor(x) is not None else next(iter(x.values())))
 
 # %% ../nbs/09_depth.ipynb #657d81f9
 def _warn(curve:DepthCurve):
@@ -797,7 +897,7 @@ def _warn(curve:DepthCurve):
         "fine-tune (epochs=...)",
         stacklevel=3)
 
-def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
+def _report(model, small, parts:Parts, task:Task, full:dict, row:dict, x)->dict:
     "What `shorten` chose, and what it gained, as plain values."
     count = lambda net: sum(p.numel() for p in net.parameters())
     ms = latency(dict(before=model, after=small), x)
@@ -805,13 +905,16 @@ def _report(model, small, data:Split, full:dict, row:dict, x)->dict:
         kept=list(row["schedule"].kept),
         scale=list(row["schedule"].scale),
         blocks=[full["blocks"], row["blocks"]],
-        val_accuracy=[full["accuracy"], _accuracy(small, data)],
+        score=task.name,
+        percent=task.percent,
+        val_score=[full[task.name], scored(small, parts.of("val"), task).score],
         parameters=[count(model), count(small)],
         ms=list(ms.values()),
-        samples=len(x),
-        device=str(x.device),
+        samples=_samples(x),
+        device=str(device_of(small)),
     )
 
+# %% ../nbs/09_depth.ipynb #09b10004
 def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
     index = part_indices(data, part)
     return _right(model, data, index).sum().item() / len(index)
@@ -820,25 +923,31 @@ def _accuracy(model:nn.Module, data:Split, part:str="val")->float:
 def _right(model:nn.Module, data:Split, index:Tensor)->Tensor:
     "Which samples the network classifies rightly, `[n]`."
     with evaluating(model):
-        return torch.cat([is_right(_logits(model(data.x[at]), data.y[at], data.classes), data.y[at])
+        return torch.cat([is_right(split_logits(model(data.x[at]), data.y[at], data.classes), data.y[at])
                           for at in index.split(2000)])
 
 def _line(s:dict)->str:
-    (K, m), (a, b), (p, q), (slow, fast) = s["blocks"], s["val_accuracy"], s["parameters"], s["ms"]
+    (K, m), (p, q), (slow, fast) = s["blocks"], s["parameters"], s["ms"]
+    a, b = (f"{100 * v:.1f}" if s["percent"] else f"{v:.4g}" for v in s["val_score"])
     return (
-        f"{K} -> {m} blocks: {DepthSchedule(s['kept'], s['scale'])}; validation accuracy {100 * a:.1f} -> "
-        f"{100 * b:.1f} %; parameters {p:,} -> {q:,}; "
+        f"{K} -> {m} blocks: {DepthSchedule(s['kept'], s['scale'])}; validation {s['score']} {a} -> "
+        f"{b}{' %' * s['percent']}; parameters {p:,} -> {q:,}; "
         f"{slow:.3g} -> {fast:.3g} ms for {s['samples']} samples on {s['device']} ({slow / fast:.1f} times as fast)")
 
 # %% ../nbs/09_depth.ipynb #09ce0002
 _SEARCHED = .3   # of the validation part, where depths are certified on the rest
 
-def _set_apart(data:Split, drop, confidence)->tuple[Split, Tensor|None]:
+def _set_apart(data, drop, confidence)->tuple:
     """The data with fewer validation samples, and those that are left for a certificate: drawn by chance, as its
     theorem wants it, and always alike."""
     if confidence is None: return data, None
     if drop is None:
         raise ValueError(f"confidence is {confidence!r} without accuracy_drop, expected both: a drop is promised")
+    if not isinstance(data, Split):
+        raise ValueError(
+            f"confidence is {confidence!r}, and data is {described(data)}: a promise needs the score of each "
+            "sample, expected a Split; or hand scores of your own to certify"
+        )
     confidence, index = number("confidence", confidence, above=0, below=1), part_indices(data, "val")
     if index.ndim != 1: raise ValueError(f"val is {described(index)}, expected one network's: take data.member(i)")
     searched, calibration = shuffled(index, 0).tensor_split([max(1, round(_SEARCHED * len(index)))])
@@ -849,7 +958,7 @@ def _certified(elastic:Elastic, build, rows:list[dict], data:Split, calibration:
 )->tuple[Certificate, dict, nn.Module]:
     """Depths that were good enough where they were searched, from the deepest on; what is certified is the very network
     that is returned."""
-    tried = _within(rows, drop) or rows[-2:-1]
+    tried = _within(rows, [rows[-1]["accuracy"] - r["accuracy"] for r in rows], drop) or rows[-2:-1]
     name = lambda r: f"{r['blocks']} block{'s' * (r['blocks'] > 1)}"
     full, nets = elastic.cut(), {name(r): (r, build(r)) for r in reversed(tried)}
     certificate = certify(
@@ -1081,11 +1190,12 @@ def measure_pruning(
 )->dict: # plain JSON values: `pruned`, accuracies from few blocks to all, `area_pruned`, `tuned_epochs` in all
     """Fine-tuned pruning, block by block: the one that is missed least leaves, its time lost or not, and the others are
     trained on."""
+    task = split_task(data.classes)
     few, net = replace(data, val=data.val[:samples], train=data.train[:samples]), _copy(model)
     scores, times = [_accuracy(net, data, part)], None
     while len((elastic := Elastic(net, data.x[data.val[:8]])).sizes) < elastic.K:
         removals = _removals(times or [1.] * elastic.K, elastic.sizes)
-        schedule = min(removals, key=lambda s: _score(elastic, few, "val", s, bool(_norms(net)))["loss"])
+        schedule = min(removals, key=lambda s: _score(elastic, Parts(few), "val", task, s, bool(_norms(net)))["loss"])
         net, times = elastic.cut(schedule), removals[schedule]
         fit(net, data, epochs=epochs, lr=lr, batch_size=batch_size, eval_every=epochs)
         scores.insert(0, _accuracy(net, data, part))

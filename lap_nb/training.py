@@ -40,6 +40,7 @@ from .files import check_storable, CheckpointError, claim, digest, load_checkpoi
 from .kinetic import EnergyMeter
 from .plots import Axes, fit_scale, shades
 from .state import Memory, sequences, set_sequences
+from .tasks import call_model, Parts, Scored, Sums, Task
 
 # %% ../nbs/06_training.ipynb #fafe76d5
 def shift_flip(
@@ -258,16 +259,78 @@ def count_right(
             right += is_right(logits, y).sum(-1)
     return right
 
+# %% ../nbs/06_training.ipynb #06b10001
+@torch.no_grad()
+def scored(
+    model:nn.Module, # left in its mode
+    batches,         # once through
+    task:Task,       # what is asked
+)->Scored:
+    "Score and loss on batches, in evaluation mode."
+    sums = Sums(task)
+    with evaluating(model):
+        for batch in batches: sums.add(task.run(model, batch), batch)
+    return sums.told()
+
+@torch.no_grad()
+def known_task(
+    model:nn.Module, # run once where the task is to be guessed
+    parts:Parts,     # of the data
+    part:str,        # whose first batch is looked at
+    task:Task|None,  # returned, if there is one
+)->Task:
+    "The task; of a `Split` classification, else what the first batch and its output look like, which is printed."
+    if task is not None: return task
+    if isinstance(parts.data, Split): return split_task(parts.data.classes)
+    with evaluating(model): found = Task.guess(call_model(model, batch := parts.first(part)), batch)
+    print(f"task: scored by {found.name}; pass task= to choose another")
+    return found
+
+def split_task(
+    classes:int, # of the data
+)->Task:
+    "Classification of the samples of a `Split`."
+    return Task(
+        partial(_split_loss, classes=classes),
+        partial(_split_score, classes=classes),
+        "accuracy",
+        True,
+        percent=True,
+        run=_run_pair,
+    )
+
+
+def _run_pair(model:nn.Module, batch): return _called(model, model, *batch)
+
+def split_logits(
+    output,      # what a model gave
+    y:Tensor,    # labels, `[B]`
+    classes:int, # of the data
+)->Tensor:       # `[B, classes]`
+    "Logits, also of an output that has them by that name; raises `ValueError` if there are none."
+    return check_logits(output["logits"] if isinstance(output, Mapping) and "logits" in output else output, y, classes)
+
+def _split_loss(output, batch, classes:int):
+    return F.cross_entropy(split_logits(output, batch[1], classes), batch[1], reduction="sum"), len(batch[1])
+
+def _split_score(output, batch, classes:int):
+    return is_right(split_logits(output, batch[1], classes), batch[1]).sum().double(), len(batch[1])
+
 # %% ../nbs/06_training.ipynb #561eb1d8
 @checked
 def evaluate(
-    model:nn.Module,  # logits `[..., B, classes]` from samples `[..., B, *sample]`
-    split:Split,      # samples and indices
-    part:str="test",  # `"train"`, `"val"` or `"test"`
-    chunk:int=2000,   # samples per forward pass
-)->Tensor:            # share of samples classified rightly, per network, `[...]`
-    "Accuracy on a part of the split, in evaluation mode; raises `ValueError` if the model gives no logits."
-    return count_right(model, split, part, chunk) / part_indices(split, part).shape[-1]
+    model:nn.Module,     # of a `Split`, logits `[..., B, classes]` from samples `[..., B, *sample]`
+    data,                # a `Split`; or batches that can be read again, or a mapping of parts to such
+    part:str="test",     # `"train"`, `"val"` or `"test"`
+    chunk:int=2000,      # samples per forward pass, of a `Split`
+    task:Task|None=None, # how it is scored; None: accuracy on a `Split`, else guessed, and said
+)->Tensor:               # score, on a `Split` without task of each network, `[...]`
+    """The score on a part of the data in evaluation mode, exact for batches of any size; raises `ValueError` or
+    `TypeError` on what does not go together."""
+    if isinstance(data, Split) and task is None:
+        return count_right(model, data, part, chunk) / part_indices(data, part).shape[-1]
+    parts = Parts(data, chunk)
+    return torch.tensor(scored(model, parts.of(part), known_task(model, parts, part, task)).score, dtype=torch.float64)
 
 # %% ../nbs/06_training.ipynb #8dc58d5f
 @dataclass

@@ -345,9 +345,9 @@ def test_the_best_schedule_is_at_least_as_good_on_validation(trained, split):
 def test_goals(trained, split, x):
     small = shorten(trained, split, accuracy_drop=.05, verbose=False)
     s = small.shortened
-    assert s['val_accuracy'][1] >= s['val_accuracy'][0] - .05 - 1e-6 and s['blocks'][1] < 5
+    assert s['val_score'][1] >= s['val_score'][0] - .05 - 1e-6 and s['blocks'][1] < 5
     fewer = depth_curve(trained, split, 'val', ['best']).of('best')[:s['blocks'][1] - 1]
-    assert all(r['accuracy'] < s['val_accuracy'][0] - .05 + 1e-6 for r in fewer)
+    assert all(r['accuracy'] < s['val_score'][0] - .05 + 1e-6 for r in fewer)
     json.dumps(s)
     assert len(shorten(trained, split, budget_ms=1e6, verbose=False).flow.blocks) in range(1, 6)
 

@@ -845,7 +845,7 @@ def calls():
         ),
         "task_loss": (t.task_loss, dict(logits=z, y=y, label_smoothing=0.1)),
         "count_right": (t.count_right, dict(model=make(), split=SMALL, part="val", chunk=20, share=(0, 1))),
-        "evaluate": (t.evaluate, dict(model=make(), split=SMALL, part="val", chunk=20)),
+        "evaluate": (t.evaluate, dict(model=make(), data=SMALL, part="val", chunk=20)),
         "learning_rate": (t.learning_rate, dict(config=TrainConfig(), step=1, steps=5)),
         "make_optimizer": (t.make_optimizer, dict(params=[p], config=TrainConfig())),
         "clip_gradients": (t.clip_gradients, dict(params=[p], limit=1.0, row=False)),
