@@ -14,6 +14,7 @@ from .kinetic import (
     relative_energy as relative_energy)
 from .least_action import DualAscent as DualAscent, FixedWeight as FixedWeight, LeastAction as LeastAction, kkt as kkt
 from .nets import conv_net as conv_net, dense_net as dense_net, staged_net as staged_net
+from .ranking import Ranking as Ranking, rank_blocks as rank_blocks
 from .regularity import (
     holder_exponent as holder_exponent, lipschitz_profile as lipschitz_profile, local_lipschitz as local_lipschitz)
 from .stats import Interval as Interval, confidence_interval as confidence_interval, rank_correlation as rank_correlation

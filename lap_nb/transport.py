@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimal_coupling', 'Gap', 'exact_gap', 'gap_curve', 'ActionSplit', 'action_split', 'Violations', 'monotonicity',
-           'cyclical_monotonicity', 'McCannFit', 'mccann', 'Bound', 'sliced_w2', 'entropic_w2']
+           'cyclical_monotonicity', 'mccann', 'sliced_w2', 'entropic_w2']
 
 # %% ../nbs/04_transport.ipynb #e80bab88
 import math
@@ -819,7 +819,7 @@ def _neighbours(x:Tensor, near:int)->Tensor:
         found.append(cost.topk(near + 1, largest=False).indices)
     return torch.cat(found)
 
-# %% ../nbs/04_transport.ipynb #1ea465d0
+# %% ../nbs/04_transport.ipynb #04b10002
 @checked
 @dataclass(frozen=True)
 class McCannFit:
@@ -843,6 +843,7 @@ class McCannFit:
             f"from the interpolation "
             f"{self.distance.max():.4g}, longest detour {self.detour.max():.4g}")
 
+# %% ../nbs/04_transport.ipynb #1ea465d0
 @checked
 def mccann(
     traj:Trajectory,       # positions of held-out samples in one or more stages
@@ -884,7 +885,7 @@ def plot(self:McCannFit,
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/04_transport.ipynb #b75a3c41
+# %% ../nbs/04_transport.ipynb #04b10001
 @dataclass(frozen=True)
 class Bound:
     "An estimate of $W_2^2$ whose bias has a known sign."
@@ -899,6 +900,7 @@ class Bound:
         side = "most" if self.side == "upper" else "least"
         return f"W2^2 is at {side} {self.value:.4g}{chance} ({self.method}, {self.reduction} over features; biased)"
 
+# %% ../nbs/04_transport.ipynb #b75a3c41
 @checked
 def sliced_w2(
     x:Tensor,              # start points, `[n, ...]`

@@ -31,7 +31,7 @@ NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 # A module imports only from modules to its left.
 ORDER = (
     'checks files state stats plots data dynamics nets hooks attach kinetic transport regularity least_action '
-    'penalties tasks training adapters ensembles certificates depth '
+    'penalties tasks training adapters ensembles certificates depth ranking '
     'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes '
     'lab.bench lab.cli'
 ).split()
