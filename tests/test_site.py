@@ -289,7 +289,7 @@ def test_names_in_prose_lead_to_their_definitions(browser, address, contents):
     with visit(browser, address + name) as page:
         page.locator(f'main p > a[href="{href}"]:visible').first.click()
         page.wait_for_url(address + urllib.parse.urljoin(name, href))
-        assert text.split('.')[-1] in page.locator('article.api > h3:target').inner_text()
+        assert text.split('.')[-1] in page.locator('details.api[open] h3:target').inner_text()
 
 
 def test_public_names_are_documented(contents):
@@ -319,10 +319,10 @@ def entry_lacks(article, thing, file):
 def entries(site):
     "Page and name of each entry: its address and its text."
     found = [
-        (page, *re.search(r'<h3 id="([^"]*)">([\w.]+)</h3>', article).groups(), article)
+        (page, *re.search(r'<h3 [^>]*id="([^"]*)">([\w.]+)</h3>', article).groups(), article)
         for page in PAGES
         for article in re.findall(
-            r'<article class="api">.*?</article>', (site / page).read_text(encoding='utf-8'), re.S
+            r'<details class="api">.*?</details>', (site / page).read_text(encoding='utf-8'), re.S
         )
     ]
     return {(page, name): (f'{page}#{anchor}', article) for page, anchor, name, article in found}
@@ -485,6 +485,7 @@ def test_the_book_is_opened_by_keyboard_on_a_phone(browser, address):
 @pytest.mark.browser
 def test_code_is_copied_and_headings_have_addresses(browser, address):
     with visit(browser, address + 'index.html', permissions=['clipboard-read', 'clipboard-write']) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         blocks = page.locator('main div.sourceCode:not(.signature)')
         assert blocks.count() > 3 and page.locator('.copy').count() == blocks.count()
         for number in range(blocks.count()):
@@ -494,7 +495,7 @@ def test_code_is_copied_and_headings_have_addresses(browser, address):
                                    arg=number)
             assert page.evaluate('navigator.clipboard.readText()').split() == blocks.nth(number).locator(
                 'code').inner_text().split()
-        headings = page.locator('main :is(h2, h3)[id]')
+        headings = page.locator('main :is(h2, h3)[id]:not(summary *)')
         assert headings.count() == page.locator('.permalink').count() > 3
         page.get_by_role('link', name='Link to: Two commands').click()
         page.wait_for_url(address + 'index.html#two-commands')
@@ -641,3 +642,25 @@ def test_a_thin_line_keeps_its_color_in_few(scripts):
     few = in_few_colors(picture)
     assert len(few.getcolors(256)) <= 256 and farthest(picture, few.convert('RGB')) <= FAR
     assert farthest(picture, picture.quantize(64, dither=Image.Dither.NONE).convert('RGB')) > FAR
+
+
+LONG = '\n'.join(f'a{k} = {k}' for k in range(12))
+
+
+@pytest.mark.parametrize('code, options, kinds, folded', [
+    ('import os\nfrom torch import nn', {}, [], ('Imports', False)),
+    ('assert 1 < 2\nwith expect_fail(ValueError): f()', {}, [], ('Checks', False)),
+    ('for k in (1, 2): test_eq(k, k)', {}, [], ('Check', False)),
+    ('assert 1 < 2\nx', {}, ['text/plain'], None),
+    ('fig = plot()\nfig.show()', {}, ['image/png'], None),
+    (LONG, {}, ['image/png'], ('Code of the picture <span class="lines">12 lines</span>', False)),
+    (LONG, {}, ['text/html'], ('Code of the table <span class="lines">12 lines</span>', False)),
+    (LONG, {'code-fold': False}, ['image/png'], None),
+    ('x = 1', {'code-fold': True, 'code-summary': 'A <b>'}, [], ('A &lt;b&gt;', False)),
+    ('x = 1', {'code-fold': 'show'}, [], ('Code', True)),
+    ('def f(x):\n    "Twice `x`."\n' + '    x = x\n' * 9, {}, [], ('<code>f</code>: Twice `x` <span class="lines">11 lines</span>', False)),
+    ('%load_ext autoreload', {}, [], None),
+])
+def test_what_is_folded(code, options, kinds, folded):
+    from folds import fold
+    assert fold(code, options, kinds) == folded

@@ -4,7 +4,6 @@ import base64
 import inspect
 import json
 import re
-from html import escape
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import yaml
 from fastcore.docments import docments
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
+
+from folds import fold
 
 VIEW = 'application/vnd.jupyter.widget-view+json'
 STATE = 'application/vnd.jupyter.widget-state+json'
@@ -28,25 +29,28 @@ def notebook_markdown(
         nb: dict,     # parsed .ipynb file
         files: Path,  # folder for its pictures, made when there are any; links are relative to the folder above
 ) -> tuple[dict, str]:
-    "Front matter and body."
-    front, parts = {}, []
+    "Front matter and body, the entries of the names at its end."
+    front, parts, entries = {}, [], []
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'raw': front |= yaml.safe_load(source.strip().strip('-'))
         elif cell['cell_type'] == 'markdown': parts.append(source)
-        else: parts += code_cell(nb, cell, source, files, front.get('output-file'))
+        elif source.split('\n')[-1].startswith('show_doc('): parts += api_entry(cell, front['output-file'], entries)
+        else: parts += code_cell(nb, cell, source, files)
+    if entries: parts += ['## Names of this page', *entries]
     return front, '\n\n'.join(parts) + '\n'
 
 
-def code_cell(nb, cell, source, files, page):
-    "Code and outputs, as the `#|` options of the cell ask."
+def code_cell(nb, cell, source, files):
+    "Code and outputs, as the `#|` options of the cell ask; what is not the lesson is folded, below a picture that it draws."
     options, code = split_options(source)
     if options.get('include') is False: return
-    if options.get('echo') is not False and code.strip(): yield folded(fence(code, '.python .cell-code'), options)
-    if options.get('output') is False: return
-    for number, output in enumerate(cell['outputs']):
-        text = output_markdown(nb, output, options, files / f'{cell["id"]}-{number}')
-        yield api_entry(text, name := code[len('show_doc('):-1], *documented(name, page)) if code.startswith('show_doc(') else text
+    shown = options.get('output') is not False
+    outputs = [output_markdown(nb, output, options, files / f'{cell["id"]}-{n}') for n, output in enumerate(cell['outputs']) if shown]
+    echoed = options.get('echo') is not False and code.strip()
+    folded = echoed and fold(code, options, [kind_of(output) for output in cell['outputs'] if shown])
+    source = folded_code(code, *folded) if folded else fence(code, '.python .cell-code') if echoed else ''
+    yield from filter(None, [*outputs, source] if folded and outputs and 'picture' in folded[0] else [source, *outputs])
 
 
 def split_options(source):
@@ -58,12 +62,14 @@ def split_options(source):
     return options, '\n'.join(lines)
 
 
-def folded(code, options):
-    fold = options.get('code-fold')
-    if not fold: return code
-    summary = escape(options.get('code-summary', 'Code'))
-    opening = f'<details class="code-fold"{" open" if fold == "show" else ""}><summary>{summary}</summary>'
-    return html(opening) + code + html('</details>')
+def folded_code(code, summary, is_open):
+    opening = f'<details class="code-fold"{" open" if is_open else ""}><summary>{summary}</summary>'
+    return html(opening) + fence(code, '.python .cell-code') + html('</details>')
+
+
+def kind_of(output):
+    "The media type that is shown of an output."
+    return next((k for k in RICHEST_FIRST if k in output.get('data', {})), 'text/plain')
 
 
 def output_markdown(nb, output, options, path):
@@ -121,16 +127,37 @@ def documented(name, page):
     return (thing if not wrapped or inspect.isclass(thing) else getattr(thing, wrapped)), wrapped == 'fget'
 
 
-def api_entry(text, name, thing, is_property):
-    """What `show_doc` wrote of `thing`, with the signature on top and the commented arguments as a table; nothing of a
-    method of Python's own kind without words."""
+def api_entry(cell, page, entries):
+    """The line that stands where a name is defined. Its entry goes to those at the end of the page: what `show_doc` wrote, the signature on top, the commented
+    arguments as a table, the members of a class. Nothing of a method of Python's own kind without words."""
+    name = re.search(r'show_doc\((.*?)\)$', ''.join(cell['source']))[1]
+    if name.startswith('_'): return
+    thing, is_property = documented(name, page)
+    text = ''.join(cell['outputs'][0]['data']['text/markdown'])
     code, doc = re.fullmatch(r'---\n\n(?:\[source\]\(.*?\).*?\n\n)?### .*?\n\n```python\n(.*?)\n```\s*(.*)', text, re.S).groups()
     doc = re.sub(r'\A\*(.+)\*$', r'\1', doc, flags=re.M) if thing.__doc__ else ''   # else what Python or PyTorch says of the method it stands for
-    if not doc and name.rpartition('.')[2].startswith('_'): return ''
-    link = f'[source]({source_of(thing)}){{.api-source}}\n\n'
+    if not doc and name.rpartition('.')[2].startswith('_'): return
     signature, table = signature_and_table(code, comments_of(thing), types_of(thing))
     if is_property: signature = f'{name}   # a property'
-    return f'<article class="api">\n\n{link}### {name}\n\n{fence(signature, ".python .signature")}\n\n{doc}\n\n{table}\n\n</article>'
+    first = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', doc.strip().split('\n\n')[0])   # the first paragraph, without links
+    entries.append(f'''<details class="api">
+<summary>
+
+### {name} {{.unlisted .unnumbered}}
+
+[{first}]{{.api-gist}}
+</summary>
+
+[source]({source_of(thing)}){{.api-source}} [in the text](#text-{name}){{.api-place}}
+
+{fence(signature, ".python .signature")}
+
+{doc}
+
+{table}
+
+</details>''')
+    yield f'::: {{.defined #text-{name}}}\n[`{name}`](#{name.lower()}) {first}\n:::'
 
 
 def source_of(thing):

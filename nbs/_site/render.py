@@ -213,7 +213,7 @@ def tell_namesakes_apart(pages):
     its entry all the same."""
     texts, moved = {page: page.read_text(encoding='utf-8') for page in pages}, {}
     for page, text in texts.items():
-        for anchor, name in re.findall(r'<article class="api">.*?<h3 id="([^"]*)">([\w.]+)</h3>', text, re.S):
+        for anchor, name in re.findall(r'<details class="api">.*?<h3 [^>]*id="([^"]*)">([\w.]+)</h3>', text, re.S):
             if re.fullmatch(re.escape(name.lower()) + r'-\d+', anchor): moved[page.name, name] = anchor
 
     def link(found, page):

@@ -27,11 +27,19 @@ addEventListener('DOMContentLoaded', () => {
   nameSliders()
   linkHeadings()
   offerCopies()
+  openTarget()
+  addEventListener('hashchange', openTarget)
 })
 
-// A heading's own address, at its end. It has no text, so that the heading keeps its own.
+// An entry of the library that is led to opens.
+function openTarget() {
+  const entry = document.getElementById(decodeURIComponent(location.hash.slice(1)))?.closest('details.api')
+  if (entry) entry.open = true
+}
+
+// A heading's own address, at its end. It has no text, so that the heading keeps its own. An entry's heading opens it instead.
 function linkHeadings() {
-  for (const heading of document.querySelectorAll('main :is(h2, h3)[id]')) {
+  for (const heading of document.querySelectorAll('main :is(h2, h3)[id]:not(summary *)')) {
     heading.append(element('a', {className: 'permalink', href: `#${heading.id}`, ariaLabel: `Link to: ${heading.innerText}`}))
   }
 }
