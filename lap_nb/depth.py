@@ -713,13 +713,91 @@ def _cut_gate(parent:nn.Module, key:str, gate:Stretch):
         parent._modules[key] = gate.block
     else: parent._modules[key] = gate.block if gate.scale == 1 else Stretch(gate.block, gate.scale, gate.copies)
 
+# %% ../nbs/09_depth.ipynb #09b10011
+class Affine(nn.Module):
+    "In place of a run of blocks: its input and an affine map of it, per token, or per place of a picture."
+    def __init__(self,
+        layer:nn.Module,     # `[B, ..., d]` to the same shape, or `[B, d, H, W]`
+        width:int|None=None, # length of the tuple that the blocks returned; None: they returned a tensor
+    ):
+        super().__init__()
+        self.layer, self.width = layer, width
+
+    def forward(self, *args, **kwargs):
+        x = first_tensor((args, kwargs))
+        y = x + self.layer(x)
+        return y if self.width is None else (y, *[None] * (self.width - 1))
+
+RIDGE = 1e-4   # over the mean variance of a feature
+
+class _Squares:
+    "Sums for a least-squares fit of what a run of blocks adds to what goes in."
+    def __init__(self): self.gram, self.cross = 0., 0.
+    def add(self, x:Tensor, y:Tensor):
+        x, v = (
+            z.detach().movedim(1, -1).flatten(0, -2) if z.ndim == 4 else z.detach().flatten(0, -2) for z in (x, y - x)
+        )
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
+        self.gram, self.cross = self.gram + x.T @ x, self.cross + x.T @ v.double()
+
+    def solved(self)->tuple[Tensor, Tensor]: # weight `[d, d]` and bias `[d]`, float64
+        d = len(self.gram) - 1
+        ridge = torch.eye(d + 1, dtype=torch.float64, device=self.gram.device)
+        ridge[d, d] = 0.   # the bias is free
+        w = torch.linalg.solve(self.gram + RIDGE * self.gram.diagonal()[:d].mean() * ridge, self.cross)
+        return w[:d].T, w[d]
+
+# %% ../nbs/09_depth.ipynb #09b10012
+def _runs(kept:Sequence[int], sizes:Sequence[int])->list[tuple[int, int]]:
+    "First and last block of each run that leaves, in one stage."
+    runs = []
+    for low, high in _spans(sizes):
+        for k in range(low, high):
+            if k in kept: continue
+            if k > low and runs and runs[-1][1] == k - 1: runs[-1] = runs[-1][0], k
+            else: runs.append((k, k))
+    return runs
+
+@torch.no_grad()
+def _patched(elastic:Elastic, kept:Sequence[int], data)->nn.Module:
+    "The network with an affine map in place of each run of blocks that leave; its gates are still there."
+    runs, seen = _runs(kept, elastic.sizes), {}
+    fits = [_Squares() for _ in runs]
+    def note(gate, x, y, out): seen[gate] = x.detach().clone(), y.detach().clone()
+    with elastic.at(None), evaluating(elastic.model), _noted(elastic.gates, note):
+        for batch in data.split(500) if isinstance(data, Tensor) else data:
+            call_model(elastic.model, batch)
+            for (low, high), sums in zip(runs, fits):
+                sums.add(seen[elastic.gates[low]][0], seen[elastic.gates[high]][1])
+    if not seen: raise ValueError("patch has no batches, expected at least one")
+    small = deepcopy(elastic)
+    for k, gate in enumerate(small.gates): gate.scale = float(k in kept)
+    for (low, _), sums in zip(runs, fits): _put(small.gates[low], *sums.solved(), seen[elastic.gates[low]][0])
+    return small.model
+
+def _put(gate:Stretch, weight:Tensor, bias:Tensor, x:Tensor):
+    "In the place of a block that leaves."
+    conv, d = x.ndim == 4, len(bias)
+    layer = nn.Conv2d(d, d, 1) if conv else nn.Linear(d, d)
+    time = gate.block.h if isinstance(gate.block, ResidualBlock) else 1.
+    layer.weight.data, layer.bias.data = (weight[..., None, None] if conv else weight) / time, bias / time
+    layer = layer.to(x)
+    gate.block = ResidualBlock(layer, h=time) if isinstance(gate.block, ResidualBlock) else Affine(layer, gate.width)
+    gate.scale = 1.
+
+# %% ../nbs/09_depth.ipynb #09b10013
 @patch
 @checked
 def cut(self:Elastic,
     depth:int|DepthSchedule|None=None, # number of blocks that stay, or which and how far they step
+    # samples or batches without labels, to fit an affine map in place of each run of blocks that leave, and the others
+    # keep their steps; None: nothing takes their place
+    patch=None,
 )->nn.Module:
     "An ordinary network of the blocks that stay; a copy, in the same mode."
-    with self.at(depth): net = deepcopy(self.model)
+    if patch is None:
+        with self.at(depth): net = deepcopy(self.model)
+    else: net = _patched(self, self.check(depth).kept, patch)
     for flow in [m for m in net.modules() if isinstance(m, Flow)]: _cut_flow(flow)
     for parent in list(net.modules()):
         for key, child in list(parent._modules.items()):
@@ -771,6 +849,7 @@ def shorten(
     # depth is, the full network comes back; None: no promise
     confidence:float|None=None,
     task:Task|None=None,            # how it is scored; None: as in `evaluate`
+    patch:str|None=None,            # `"linear"`: affine maps from `train` stand for what leaves, as in `Elastic.cut`
     verbose:bool=True,              # print what was chosen, with measured times
 )->nn.Module:                       # `shortened` holds what was chosen, as plain values, `certificate` what is promised
     """An ordinary network with fewer residual blocks; raises `ValueError` if the goal cannot be met, with the best that
@@ -782,13 +861,15 @@ def shorten(
     parts = Parts(data)
     task = known_task(model, parts, "val", task)
     _check_fits(goal, task, parts, epochs)
+    if patch is not None: one_of("patch", patch, ["linear"])
     elastic = Elastic(model, _few(parts, "val", 8, device_of(model)), blocks)
     if n_blocks is not None: n_blocks = _check_count(n_blocks, elastic.sizes)
     counts = None if n_blocks is None else [n_blocks, elastic.K]
     curve = depth_curve(model, data, "val", [way], counts, blocks, recompute, task)
     _warn(curve)
     rows, x = curve.of(way), _few(parts, "val", batch_size, device_of(model))
-    build = partial(_build, elastic, parts, task, recompute, epochs, lr)
+    build = partial(_build, elastic, parts, task, recompute, epochs, lr, patch is not None)
+    if patch is not None: rows = [_rescored(build, r, parts, task) for r in rows[:-1]] + rows[-1:]
     if n_blocks is not None: row = rows[0]
     elif confidence is not None:
         certificate, row, small = _certified(elastic, build, rows, data, calibration, accuracy_drop, confidence)
@@ -803,13 +884,25 @@ def shorten(
     return small
 
 # %% ../nbs/09_depth.ipynb #09b10005
-def _build(elastic:Elastic, parts:Parts, task:Task, recompute:bool, epochs:int, lr:float, row:dict)->nn.Module:
-    "The network of a row, fine-tuned if asked for."
-    small = elastic.cut(row["schedule"])
-    if recompute and row["blocks"] < elastic.K and _norms(small): _anew(small, parts, task)
+def _build(elastic:Elastic, parts:Parts, task:Task, recompute:bool, epochs:int, lr:float, patch:bool, row:dict
+)->nn.Module:
+    "The network of a row, patched and fine-tuned if asked for."
+    whole = row["blocks"] == elastic.K
+    small = elastic.cut(row["schedule"], _samples_of(parts) if patch and not whole else None)
+    if recompute and not whole and _norms(small): _anew(small, parts, task)
     mode = small.training
     if epochs: fit(small, parts.data, epochs=epochs, lr=lr, eval_every=epochs)
     return small.train(mode)
+
+def _samples_of(parts:Parts):
+    "The training part, as `Elastic.cut` takes it: labels are not read."
+    return parts.data.x[parts.data.train] if isinstance(parts.data, Split) else parts.of("train")
+
+def _rescored(build:Callable, row:dict, parts:Parts, task:Task)->dict:
+    "A row with what its network does as it is built: steps as they were trained, and maps between."
+    kept = row["schedule"].kept
+    found = scored(build(row), parts.of("val"), task)
+    return row | {"schedule": DepthSchedule(kept, [1.] * len(kept)), task.name: found.score, "loss": found.loss}
 
 # %% ../nbs/09_depth.ipynb #a5bdc09f
 def _goal(**goals)->tuple[str, float]:

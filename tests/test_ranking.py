@@ -19,7 +19,7 @@ class Shift(nn.Module):
 
 
 def line(*shifts):
-    return ResidualNet(nn.Identity(), Flow([Shift(by) for by in shifts]), nn.Identity()).eval()
+    return ResidualNet(Flow([Shift(by) for by in shifts]), nn.Identity()).eval()
 
 
 def pairs(n=24, width=2):
