@@ -15,14 +15,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import checked, one_of
+from .checks import checked, flag, one_of
 from .dynamics import call_network, Trajectory, widen
 from .files import as_code
 from .hooks import (
     Aside, BlockHooks, check_batch, chosen_blocks, recomputing, run_on, SampleAxes, step_time,
-    surely, unwrap, watchers_of)
+    surely, token_squares, TokenMask, unwrap, watchers_of)
 
-# %% ../nbs/02_attach.ipynb #3e2979bf
+# %% ../nbs/02_attach.ipynb #19937069
 @dataclass
 class _Step:
     "One call of one block."
@@ -32,6 +32,8 @@ class _Step:
     h: float                # step length in time
     before: Tensor = None   # position before, `[B, ...]`
     after: Tensor = None    # position after
+    tokens: Tensor = None   # of the squared length, the part of each token, `[B, T]`; None: it is no sequence
+    mask: Tensor = None     # which tokens are real, `[B, T]`; None: all
 
 # %% ../nbs/02_attach.ipynb #fdbc30a1
 @checked
@@ -53,20 +55,73 @@ class EnergyTrace:
 
     def energies(self,
         reduction:str="mean", # over the features of a sample: `"mean"` or `"sum"`
-    )->Tensor:                # `[K, B]`, float32 or wider
-        "Energy of each step and sample, $|x_{k+1}-x_k|^2/h$."
+        tokens:bool=False,    # one energy for each token, over its own features; NaN where there is none
+        sinks:bool=True,      # False: those of `sinks` are left out
+    )->Tensor:                # `[K, B]`, or `[K, B, T]`; float32 or wider
+        """Energy of each step and sample, $|x_{k+1}-x_k|^2/h$, over the tokens that are real; `ValueError` where
+        tokens are asked for and are not known."""
         one_of("reduction", reduction, ("mean", "sum"))
         if len({len(s.squares) for s in self.steps}) > 1:
             raise ValueError(
                 f"blocks see batches of {sorted({len(s.squares) for s in self.steps})} samples, expected one size: "
                 "name blocks whose first axis is the batch with blocks=[...]")
-        features = [max(1, torch.Size(s.shape).numel()) if reduction == "mean" else 1 for s in self.steps]
-        return torch.stack([s.squares / (n * s.h) for s, n in zip(self.steps, features)])
+        out = None if flag("sinks", sinks) else self.sinks
+        if flag("tokens", tokens) or out is not None: _as_sequences(self)
+        return torch.stack([_energy(s, reduction, tokens, out) for s in self.steps])
+
+# %% ../nbs/02_attach.ipynb #c69e752a
+def _energy(s:_Step, reduction:str, tokens:bool, out:Tensor|None)->Tensor:
+    "Energy of a step, `[B]` or `[B, T]`; `out`: tokens that are left out."
+    features = max(1, torch.Size(s.shape).numel()) if reduction == "mean" else 1
+    if not tokens and out is None and s.mask is None: return s.squares / (features * s.h)
+    mean, all_of = reduction == "mean", torch.ones_like(s.tokens, dtype=torch.bool) if s.mask is None else s.mask
+    each = s.tokens / (s.h * (features / s.tokens.shape[1] if mean else 1))
+    real = all_of if out is None else all_of & ~out
+    if tokens: return each.masked_fill(~real, torch.nan)
+    return each.masked_fill(~real, 0).sum(1) / (real.sum(1) if mean else 1)
+
+def _as_sequences(trace:EnergyTrace):
+    "Raise `ValueError` unless the tokens of all steps are known, and are the same."
+    if lost := next((s for s in trace.steps if s.tokens is None), None):
+        raise ValueError(f"block {lost.name!r} gives samples of shape {lost.shape} and their tokens are not known: "
+                         "give mask=, [B, T], where the first axis is that of tokens")
+    if len(shapes := {tuple(s.tokens.shape) for s in trace.steps}) > 1:
+        raise ValueError(f"blocks see sequences of {sorted(shapes)}, expected one size: name those of one part of the "
+                         "network, blocks=[...]")
+
+@patch(as_prop=True)
+def shares(self:EnergyTrace,
+)->Tensor: # `[B, T]`, from 0 to 1; adds up to 1 over the tokens of a sample, all zero where nothing moves
+    "What part of its sample's action each token holds, over all steps; `ValueError` where tokens are not known."
+    _as_sequences(self)
+    action = sum(s.tokens / (s.h * torch.Size(s.shape).numel()) for s in self.steps).detach()
+    total = action.sum(1, True)
+    return action / total.where(total > 0, 1)
+
+@patch(as_prop=True)
+def sinks(self:EnergyTrace,
+)->Tensor: # truth values, `[B, T]`
+    """Tokens that hold most of the action: each over 20 times the median token's of its sample, and together over half;
+    at least one token of a sample is none."""
+    share, real = self.shares, self.steps[0].mask
+    known = share if real is None else share.masked_fill(~real, torch.nan)
+    large = known > 20 * known.nanmedian(1, True).values
+    return large & ((share * large).sum(1, True) > .5)
+
+@patch(as_prop=True)
+def first(self:EnergyTrace,
+)->Tensor: # `[B]`, from 0 to 1
+    "What part of its sample's action the first real token holds."
+    share, real = self.shares, self.steps[0].mask
+    at = torch.zeros(len(share), dtype=torch.long, device=share.device) if real is None else real.int().argmax(1)
+    return share.gather(1, at[:, None])[:, 0]
 
 # %% ../nbs/02_attach.ipynb #cd15c8b6
 def _continues(last:_Step, step:_Step)->bool:
     "Whether `step` begins where `last` ended."
-    return last.after.shape == step.before.shape and last.h == step.h and torch.equal(last.after, step.before)
+    alike = last.after.shape == step.before.shape and last.h == step.h and (last.mask is None) == (step.mask is None)
+    return alike and torch.equal(last.after, step.before) and (
+        last.mask is step.mask or torch.equal(last.mask, step.mask))
 
 @patch(as_prop=True)
 def trajectory(self:EnergyTrace,
@@ -79,19 +134,30 @@ def trajectory(self:EnergyTrace,
         if _continues(stages[-1][-1], step): stages[-1].append(step)
         else: stages.append([step])
     xs = [torch.stack([stage[0].before, *(s.after for s in stage)]) for stage in stages]
-    return Trajectory(xs, [stage[0].h for stage in stages], self.names, self.output)
+    return Trajectory(xs, [stage[0].h for stage in stages], self.names, self.output, [st[0].mask for st in stages])
 
 # %% ../nbs/02_attach.ipynb #d6e60da5
 @patch
 def __repr__(self:EnergyTrace):
     kept = "energies" if self.energies_only else "positions"
-    return f"EnergyTrace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {kept} kept"
+    said = f"EnergyTrace: {len(self.steps)} steps of {len(self.steps[0].squares)} samples, {kept} kept"
+    return said if (told := _told(self)) is None else f"{said}; {told}"
+
+def _told(trace:EnergyTrace)->str|None:
+    "What the first token and sinks hold, where tokens are known."
+    try: share, sinks, first = trace.shares, trace.sinks, trace.first.mean().item()
+    except ValueError: return None
+    n, held = int(sinks.sum()), (share * sinks).sum(1).mean().item()
+    return f"the first token holds {first:.1%} of the action" + (
+        f"; {n} sink{'s' * (n > 1)} hold{'s' * (n == 1)} {held:.1%}, which energies(sinks=False) leaves out" * bool(n))
 
 @patch
 def _repr_markdown_(self:EnergyTrace):
     rows = [f"| {k} | {as_code(name)} | {s.shape} | {e:.3g} |"
             for k, (name, s, e) in enumerate(zip(self.names, self.steps, self.energies().detach().mean(1).tolist()))]
-    return "\n".join(["| step | block | shape | energy |", "|---|---|---|---|", *rows])
+    told = _told(self)
+    table = "\n".join(["| step | block | shape | energy |", "|---|---|---|---|", *rows])
+    return table if told is None else f"{table}\n\n{told[0].upper()}{told[1:]}."
 
 # %% ../nbs/02_attach.ipynb #91906f45
 class Tracer(BlockHooks):
@@ -103,18 +169,23 @@ class Tracer(BlockHooks):
         energies_only:bool=False,                 # keep no positions
         # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
         batch_axis:int|None=None,
+        mask:Tensor|str|bool|None=None,           # which tokens are real, as in `trace`
+        skip:int=0,                               # first tokens that do not count, as in `trace`
     ):
         root = unwrap(model)
-        plan = self.prepare(root, chosen_blocks(root, blocks, branches=True), None, energies_only, batch_axis)
+        plan = self.prepare(root, chosen_blocks(root, blocks, branches=True), None, energies_only, batch_axis, mask,
+                            skip)
         for other in watchers_of(root):
             if isinstance(other, Tracer) and other.thread is None and not other.paused:
                 other.replaced = True
                 other.remove()
         self.watch(plan)
 
-    def prepare(self, root, blocks, thread=None, energies_only=False, batch_axis=None)->list: # of hooks
+    # of hooks
+    def prepare(self, root, blocks, thread=None, energies_only=False, batch_axis=None, mask=None, skip=0)->list:
         plan = super().prepare(root, blocks, thread)
         self.energies_only, self.replaced, self.axes = energies_only, False, SampleAxes(blocks, batch_axis)
+        self.masks = TokenMask(root, self.axes, mask, skip)
         self.branches = getattr(blocks, "branches", {})
         if not energies_only:
             self.copies = set(blocks)
@@ -134,18 +205,32 @@ def copied(self:Tracer, x:Tensor)->Tensor:
 @patch
 def every_step(self:Tracer, name, before, after):
     "Note the step."
+    masks, ids = self.tokens_in or ({}, set())
+    mask = self.masks.lay(masks, name, after) if masks or self.masks.skip else None
     before, after = (self.axes.first(name, t) for t in (before, after))
     branch = name in self.branches   # it returns the step itself
-    squares = (widen(after) if branch else widen(after) - widen(before)).square().sum(tuple(range(1, after.ndim)))
-    step = _Step(name, squares, tuple(after.shape[1:]), step_time(self.blocks[name]))
+    added = widen(after) if branch else widen(after) - widen(before)
+    whose = token_squares(added, mask) if mask is not None or tuple(after.shape[:2]) in ids else None
+    squares = added.square().sum(tuple(range(1, after.ndim))) if mask is None else whose.sum(1)
+    step = _Step(name, squares, tuple(after.shape[1:]), step_time(self.blocks[name]), tokens=whose, mask=mask)
     if not self.energies_only: step.before, step.after = before, before + after if branch else widen(after, copy=True)
     if not recomputing(): self.note.seen.append(step)
 
 @patch
 def on_end(self:Tracer, output):
     "Look whether the right axis was taken for that of the samples."
-    if not torch.compiler.is_compiling():
-        self.axes.check({s.name: (len(s.squares), *s.shape) for s in self.note.seen}, output)
+    if torch.compiler.is_compiling(): return
+    shapes = {s.name: (len(s.squares), *s.shape) for s in self.note.seen}
+    masked = {s.name for s in self.note.seen if s.mask is not None}
+    self.axes.check({name: shape for name, shape in shapes.items() if name not in masked}, output)
+    self.masks.check(self.note.tokens[0], shapes, bool(masked))
+
+# and the sizes of its sequences of numbers, whose second axis is that of tokens
+@patch
+def read_tokens(self:Tracer, args, kwargs)->tuple[dict, set]:
+    "The masks of a pass."
+    ids = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point()]
+    return self.masks.read(args, kwargs), {tuple(t.shape) for t in ids if t.ndim == 2}
 
 # %% ../nbs/02_attach.ipynb #ec40d5b7
 @patch
@@ -162,13 +247,13 @@ def take(self:Tracer,
         f"no step of the {len(self.blocks)} blocks was noted: call the model first, in the same thread, then take once")
 
 # %% ../nbs/02_attach.ipynb #94530cca
-def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->EnergyTrace:
+def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None, mask, skip)->EnergyTrace:
     "One forward pass under a tracer of its own; raises `ValueError` for a step that is not finite."
     root = unwrap(model)
     check_batch(x)
     blocks = chosen_blocks(root, blocks, x, branches=True)
     aside, tracer = Aside(root), Tracer.__new__(Tracer)
-    plan = tracer.prepare(root, blocks, threading.get_ident(), energies_only, batch_axis)
+    plan = tracer.prepare(root, blocks, threading.get_ident(), energies_only, batch_axis, mask, skip)
     def body():
         aside.begin()
         tracer.watch(plan)
@@ -178,6 +263,7 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
         finally: aside.end()
     output = surely(body, undo)
     noted = replace(tracer.take(), output=output)
+    _none_empty(noted)
     finite = [bool(s.squares.isfinite().all()) for s in noted.steps]
     if all(finite): return noted
     k = finite.index(False)
@@ -185,6 +271,14 @@ def _pass(model:nn.Module, x, blocks, energies_only:bool, batch_axis:int|None)->
         f"block {k} ({noted.names[k]}) is the first whose step is not finite: its weights or its input hold NaN, "
         f"infinity or "
         "values too large for their precision; look at this block's input and weights, or trace in float32")
+
+
+def _none_empty(noted:EnergyTrace):
+    "Raise `ValueError` if the mask leaves nothing of a sample."
+    for mask in {id(s.mask): s.mask for s in noted.steps if s.mask is not None}.values():
+        if empty := (~mask.any(1)).nonzero().flatten().tolist():
+            raise ValueError(f"mask and skip leave no token of sample {empty[0]}, expected at least one: take that "
+                             "sample out of the batch")
 
 # %% ../nbs/02_attach.ipynb #b27f2b2b
 @checked
@@ -195,9 +289,13 @@ def trace(
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
     batch_axis:int|None=None,
+    # which tokens are real: `[B, T]` or `[T]`, 1 for these and 0 for padding; or the name of the network's argument;
+    # None: the `attention_mask` (or PyTorch's `src_key_padding_mask`) in `x`, if there is one; False: no mask
+    mask:Tensor|str|bool|None=None,
+    skip:int=0,                               # first real tokens that do not count: 1 for an attention sink
 )->Trajectory:                                # in float32 or wider, with `names` of the blocks and the model's `output`
     "Follow `x` through the residual blocks of `model`; differentiable unless gradients are off."
-    return _pass(model, x, blocks, energies_only=False, batch_axis=batch_axis).trajectory
+    return _pass(model, x, blocks, False, batch_axis, mask, skip).trajectory
 
 @checked
 def trace_energies(
@@ -205,6 +303,8 @@ def trace_energies(
     x:Any,                                    # as for `trace`
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as for `trace`
     batch_axis:int|None=None,                 # as for `trace`
+    mask:Tensor|str|bool|None=None,           # as for `trace`
+    skip:int=0,                               # as for `trace`
 )->EnergyTrace:                               # with `energies()`, `names` and the model's `output`
     "As `trace`, but only the energies are kept: without gradients, no more than one block's activations are alive."
-    return _pass(model, x, blocks, energies_only=True, batch_axis=batch_axis)
+    return _pass(model, x, blocks, True, batch_axis, mask, skip)

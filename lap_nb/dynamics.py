@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import (
-    as_given, check_labels, check_module, check_tensor, checked, described, extra, positive, several, whole)
+    as_given, check_labels, check_module, check_tensor, checked, described, extra, positive, several, whole, WrongKind)
 from .data import read_npz
 from .files import write_atomically
 from .plots import Axes, mark, own_axes
@@ -58,6 +58,25 @@ def widen(
 )->Tensor:           # in float32 or wider: half precision overflows
     "The same numbers with room for squares and sums."
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
+
+def token_mask(
+    name:str, # of the argument, for the message
+    mask,     # 1 or `True` for a real token, 0 or `False` for padding, `[B, T]` or `[T]`
+)->Tensor:    # truth values, `[B, T]` or `[1, T]`
+    """A mask as truth values; raises `TypeError` for what is no tensor of numbers, `ValueError` for another shape or,
+    on the CPU, for other floating-point numbers than 0 and 1, and for whole numbers below 0."""
+    if check_tensor(name, mask).layout != torch.strided or mask.is_complex():
+        raise WrongKind(f"{name} is {described(mask)}, expected a dense tensor of truth values or numbers")
+    if mask.ndim not in (1, 2) or not mask.numel():
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, expected [B, T], one number for each token: 1 for a "
+                         "real one, 0 for padding")
+    if mask.dtype == torch.bool: return torch.atleast_2d(mask)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        odd = (mask != 0) & (mask != 1) if mask.is_floating_point() else mask < 0
+        if bool(odd.any()):
+            raise ValueError(f"{name} holds {mask[odd][0].item():g}, expected 1 for real tokens and 0 for padding: "
+                             "give truth values, as (mask == 0) of one that is added to scores")
+    return torch.atleast_2d(mask != 0)
 
 def step_length(
     h,      # anything
@@ -99,8 +118,13 @@ class Trajectory:
         h:float|Sequence[float]=1.,    # time between two positions, the same for all stages or one number for each
         names:Iterable[str]|None=None, # of the `K` blocks, through all stages; None: their numbers
         output=None,                   # what the network returned, if this is a trace of it
+        # which tokens are real, `[B, T]`, of positions `[K+1, B, T, ...]`; None: all that there is. Of several stages,
+        # one for each. Where it is not, positions are zero from here on
+        mask:Tensor|Sequence[Tensor|None]|None=None,
     ):
         self._stages, self.output = _stages(x, h), output
+        self._masks = _masks(self._stages, mask)
+        self._stages = tuple((_real(x, m), h) for (x, h), m in zip(self._stages, self._masks))
         self.names = tuple(map(str, range(self.K) if names is None else names))
         if len(self.names) != self.K:
             raise ValueError(f"names has {len(self.names)} entries, expected one for each of {self.K} blocks")
@@ -121,6 +145,10 @@ class Trajectory:
     def h(self)->float:
         "Step of the only stage; raises `AttributeError` if there are several."
         return _only(self._stages, "h")[1]
+    @property
+    def mask(self)->Tensor|None: # `[B, T]`; None: there is none
+        "Which tokens are real, in the only stage; raises `AttributeError` if there are several."
+        return _only([(m, 0) for m in self._masks], "mask")[0]
     @property
     def stages(self)->tuple["Trajectory", ...]: # of one stage each, in order
         "The parts of constant shape."
@@ -223,6 +251,27 @@ class Trajectory:
         return _slider(self, y, flow)
 
 # %% ../nbs/01_dynamics.ipynb #fc752d43
+def _masks(stages, mask)->tuple[Tensor|None, ...]: # truth values, one for each stage, where its positions are
+    "What `mask` means; raises `TypeError` or `ValueError` if it fits no stage, or leaves nothing of a sample."
+    each = (mask,) * len(stages) if mask is None or isinstance(mask, Tensor) else several("mask", mask, as_given)
+    if len(each) != len(stages):
+        raise ValueError(f"mask has {len(each)} entries, expected one for each of {len(stages)} stages")
+    return tuple(None if m is None else _mask_of(x, token_mask("mask", m)) for (x, _), m in zip(stages, each))
+
+def _mask_of(x:Tensor, mask:Tensor)->Tensor:
+    if len(mask) == 1: mask = mask.expand(x.shape[1], -1)
+    if x.ndim < 4 or mask.shape != x.shape[1:3]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)} for positions {tuple(x.shape)}, expected [B, T] for "
+                         "[K+1, B, T, ...]: samples first, then tokens")
+    if not mask.is_meta and (empty := (~mask.any(1)).nonzero().flatten().tolist()):
+        raise ValueError(f"mask leaves no token of sample {empty[0]}, expected at least one: take that sample out")
+    return mask.to(x.device)
+
+def _real(x:Tensor, mask:Tensor|None)->Tensor:
+    "Positions with zeros where there is no token."
+    return x if mask is None else x.masked_fill(~mask.view(1, *mask.shape, *(1,) * (x.ndim - 3)), 0)
+
+# %% ../nbs/01_dynamics.ipynb #59b1db64
 def _stages(x, h)->tuple[tuple[Tensor, float], ...]:
     "Positions and step of each stage; raises `TypeError` or `ValueError` if these are none."
     xs = (x,) if isinstance(x, Tensor) else tuple(x)
@@ -253,7 +302,8 @@ def _only(stages, what:str)->tuple[Tensor, float]:
 
 def _one_by_one(traj:Trajectory)->tuple[Trajectory, ...]:
     ends = list(accumulate(len(x) - 1 for x, _ in traj._stages))
-    return tuple(Trajectory(x, h, traj.names[end - len(x) + 1:end]) for (x, h), end in zip(traj._stages, ends))
+    return tuple(Trajectory(x, h, traj.names[end - len(x) + 1:end], mask=m)
+                 for (x, h), m, end in zip(traj._stages, traj._masks, ends))
 
 def _in_words(traj:Trajectory)->str:
     parts = [f"{len(x) - 1} steps of h={h:g}, {traj.B} samples of shape {list(x.shape[2:])}" for x, h in traj._stages]
@@ -380,11 +430,12 @@ def _some_blocks(traj:Trajectory, blocks:int|slice)->Trajectory:
     if not first < last or one and not -traj.K <= k < traj.K:
         raise IndexError(f"no block in {blocks}: there are {traj.K}, from 0 to {traj.K - 1}")
     parts, start = [], 0
-    for x, h in traj._stages:
+    for (x, h), mask in zip(traj._stages, traj._masks):
         low, high = max(first, start) - start, min(last - start, len(x) - 1)
-        if low < high: parts.append((x[low:high + 1], h))
+        if low < high: parts.append((x[low:high + 1], h, mask))
         start += len(x) - 1
-    return Trajectory(*map(list, zip(*parts)), traj.names[first:last])
+    xs, hs, masks = map(list, zip(*parts))
+    return Trajectory(xs, hs, traj.names[first:last], mask=masks)
 
 def _some_samples(traj:Trajectory, at)->Trajectory:
     at = [at] if isinstance(at, int) else at if isinstance(at, (slice, Tensor)) else list(several("at", at, as_given))
@@ -393,10 +444,11 @@ def _some_samples(traj:Trajectory, at)->Trajectory:
         raise IndexError(
             f"at is {described(at)}, expected numbers from 0 to {traj.B - 1}, a slice, or a mask of {traj.B} ({error})"
         ) from error
-    return _each(traj, lambda x: x[:, at])
+    return _each(traj, lambda x: x[:, at], lambda mask: mask[at])
 
-def _each(traj:Trajectory, change)->Trajectory:
-    return Trajectory([change(x) for x, _ in traj._stages], [h for _, h in traj._stages], traj.names)
+def _each(traj:Trajectory, change, choose=lambda mask: mask)->Trajectory:
+    return Trajectory([change(x) for x, _ in traj._stages], [h for _, h in traj._stages], traj.names,
+                      mask=[None if m is None else choose(m) for m in traj._masks])
 
 # %% ../nbs/01_dynamics.ipynb #2155f2f9
 def _moved(traj:Trajectory, args:tuple, kwargs:dict)->Trajectory:
@@ -414,8 +466,11 @@ def _packed(traj:Trajectory)->memoryview:
     if any(x.is_meta for x in xs):
         raise ValueError("positions are on the meta device, expected numbers to write: there are none in such a tensor")
     note = dict(kind=_KIND, h=[h for _, h in traj._stages], names=traj.names, dtypes=[str(x.dtype) for x in xs])
+    masks = {i: m.cpu() for i, m in enumerate(traj._masks) if m is not None}
+    if masks: note["masks"] = sorted(masks)
     # numpy has no bfloat16
     arrays = {f"x{i}": (x.float() if x.dtype == torch.bfloat16 else x).numpy() for i, x in enumerate(xs)}
+    arrays |= {f"mask{i}": m.numpy() for i, m in masks.items()}
     content = io.BytesIO()
     np.savez(content, note=np.array(json.dumps(note)), **arrays)
     return content.getbuffer()
@@ -427,7 +482,9 @@ def _read(path)->Trajectory:
         note = json.loads(str(file["note"]))
         if note["kind"] != _KIND: raise ValueError(f"its kind is {note['kind']!r}")
         xs = [torch.from_numpy(file[f"x{i}"]).to(getattr(torch, t.split(".")[1])) for i, t in enumerate(note["dtypes"])]
-        return Trajectory(xs, note["h"], note["names"])
+        known = note.get("masks", ())
+        masks = [torch.from_numpy(file[f"mask{i}"]) if i in known else None for i in range(len(xs))]
+        return Trajectory(xs, note["h"], note["names"], mask=masks)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}, expected one written by Trajectory.save") from None
     except Exception as error:   # damage shows in many ways: checksums, headers, sizes

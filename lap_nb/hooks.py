@@ -114,7 +114,7 @@ def recomputing()->bool:
 class Note:
     "What the passes of one thread have left."
     def __init__(self):
-        self.paused = False
+        self.paused, self.tokens = False, None   # tokens: of the last pass, also when that is taken: it may run again
         self.clear()
 
     def clear(self, passes:int=0): # begun: 0, 1, or 2 for more
@@ -372,6 +372,15 @@ def check(self:SampleAxes,
                 "seems to count the samples: give batch_axis=1, or 0 if it is the first after all" +
                 "; reduction='mean' needs none" * self.summed)
 
+@patch
+def sure(self:SampleAxes, name:str, shape):
+    "A mask fits; raise `ValueError` if it would fit the other way round, too, and part of the block takes time first."
+    late = shape[0] == shape[1] and self.guessed and not isinstance(self.blocks[name], _SEQUENCES) and any(
+        getattr(m, "batch_first", True) is False for m in self.blocks[name].modules())
+    if late:
+        raise ValueError(f"block {name!r} gives {tuple(shape)}, a part of it takes time first, and the mask fits both "
+                         "ways: give batch_axis, 0 or 1")
+
 # %% ../nbs/02_attach.ipynb #8dc89c3e
 import math
 import random
@@ -387,8 +396,8 @@ from typing import Any
 
 import numpy as np
 
-from lap_nb.checks import as_given, check_tensor, described, flag, several
-from lap_nb.dynamics import ResidualBlock, call_network
+from lap_nb.checks import as_given, check_tensor, described, flag, several, WrongKind
+from lap_nb.dynamics import ResidualBlock, call_network, token_mask, widen
 from lap_nb.files import as_code, as_text
 
 # %% ../nbs/02_attach.ipynb #399866a1
@@ -1277,8 +1286,20 @@ def prepare(self:BlockHooks, root:nn.Module, blocks:Mapping[str, nn.Module], thr
 def begin(self:BlockHooks, name, root, args, kwargs):
     "Before the model runs: a new note, then `on_begin`."
     if recomputing(): return
-    self.begin_note().begin()
+    note = self.begin_note()
+    note.begin()
+    note.tokens = self.read_tokens(args, kwargs)
     self.on_begin()
+
+@patch
+def read_tokens(self:BlockHooks, args, kwargs):
+    "What the pass about to begin tells of its tokens."
+
+@patch(as_prop=True)
+def tokens_in(self:BlockHooks):
+    "What `read_tokens` found at the pass that runs, or is run again."
+    note = self.note
+    return self.last_note.tokens if note.tokens is None else note.tokens
 
 @patch
 def enter(self:BlockHooks, name, block, args, kwargs):
@@ -1334,6 +1355,105 @@ def every_step(self:BlockHooks, name, before, after)->Tensor|None: # what takes 
         with torch.autograd.graph.saved_tensors_hooks(_saved, _unsaved):
             self.on_step(name, before, after)
 
+# %% ../nbs/02_attach.ipynb #3e2979bf
+_PADDING = "src_key_padding_mask"   # as PyTorch's encoders take it: it tells what is not real
+
+class TokenMask:
+    "What an argument `mask` means in each pass: which tokens count of what a block returns."
+    def __init__(self,
+        root:nn.Module,  # the network that is called
+        axes:SampleAxes, # where each block has its samples
+        # `[B, T]` or `[T]`, 1 for a real token, the same in each pass; or the name of the network's argument; None:
+        # `attention_mask` (a decoder's `decoder_attention_mask`) or `src_key_padding_mask`, if it is given; False: no
+        # mask
+        mask:Tensor|str|bool|None=None,
+        skip:int=0,      # first real tokens of each sample that do not count either, as attention sinks
+    ):
+        if mask is True or not (mask is None or isinstance(mask, (bool, str, Tensor))):
+            raise WrongKind(f"mask is {described(mask)}, expected a tensor [B, T], the name of an argument of the "
+                            "network, None for its attention_mask, or False for none")
+        self.axes, self.skip = axes, whole("skip", skip, why="the number of first tokens that are left out")
+        self.given = token_mask("mask", mask) if isinstance(mask, Tensor) else mask
+        try: self.places = {name: at for at, name in enumerate(inspect.signature(root.forward).parameters)}
+        except (TypeError, ValueError): self.places = {}
+
+    def _argument(self, name:str, args, kwargs)->Tensor|None:
+        found = kwargs[name] if name in kwargs else next(iter(args[self.places.get(name, len(args)):]), None)
+        if found is None: return None
+        if isinstance(found, Tensor) and found.ndim > 2 and self.given is None:
+            raise ValueError(f"{name} has shape {tuple(found.shape)}, which does not tell which tokens are real: give "
+                             "mask=, [B, T], or mask=False to count all of them")
+        if name == _PADDING and isinstance(found, Tensor):
+            found = found == 0   # neither True nor minus infinity
+        return token_mask(name, found)
+
+# %% ../nbs/02_attach.ipynb #9edb98fd
+@patch
+def read(self:TokenMask, args, kwargs)->dict[str, Tensor|None]: # empty: no mask in this pass
+    "The masks of a pass: that of the decoder of an encoder-decoder by its name, and that of all the others."
+    if self.given is False: found = {}
+    elif isinstance(self.given, Tensor): found = {"": self.given}
+    elif isinstance(self.given, str):
+        if (mask := self._argument(self.given, args, kwargs)) is None:
+            raise ValueError(f"the network was called without {self.given!r}, expected the mask that mask= names")
+        found = {"": mask}
+    else:
+        names = ("attention_mask", _PADDING)
+        mask = next((m for n in names if (m := self._argument(n, args, kwargs)) is not None), None)
+        found, own = {} if mask is None else {"": mask}, "decoder_attention_mask"
+        if own in self.places or own in kwargs: found["decoder"] = self._argument(own, args, kwargs)
+        if not any(m is not None for m in found.values()): found = {}
+    return {name: m if m is None else self._skipped(m) for name, m in found.items()}
+
+@patch
+def _skipped(self:TokenMask, mask:Tensor)->Tensor:
+    return mask & (mask.cumsum(1) > self.skip) if self.skip else mask
+
+@patch
+def lay(self:TokenMask, masks:dict, name:str, y:Tensor)->Tensor|None: # `[B, T]`; None: all of it counts
+    """The mask of what block `name` returns, with which the axis of the samples is known, too; raises `ValueError` for
+    one of another size that was asked for, or that may lie either way."""
+    known = masks.get("decoder" if "decoder" in masks and "decoder" in name.split(".") else "")
+    if known is None: return self._skipped(self._all(name, y)) if self.skip else None
+    turned = known.shape == y.shape[1::-1] != y.shape[:2]
+    if self.axes.guessed and turned and y.ndim > 2: self.axes.axes[name] = 1
+    shape = self.axes.first(name, y).shape
+    if len(shape) > 2 and known.shape[1] == shape[1] and len(known) in (1, shape[0]):
+        self.axes.sure(name, shape)
+        return known.to(y.device).expand(shape[0], -1)
+    if self.given is None: return None
+    raise ValueError(f"mask has shape {tuple(known.shape)} and block {name!r} gives {tuple(y.shape)}, expected "
+                     "[B, T, ...]: samples and tokens as in the mask")
+
+# %% ../nbs/02_attach.ipynb #9b12be6e
+@patch
+def _all(self:TokenMask, name:str, y:Tensor)->Tensor:
+    shape = self.axes.first(name, y).shape
+    if len(shape) == 3: return torch.ones(shape[:2], dtype=torch.bool, device=y.device)
+    raise ValueError(f"skip is {self.skip} and block {name!r} gives {tuple(y.shape)}, expected [B, T, C]: there are no "
+                     "tokens to leave out")
+
+@patch
+def check(self:TokenMask,
+    masks:dict,                 # as `read`
+    shapes:Mapping[str, tuple], # of what each block returned
+    fitted:bool,                # did a mask fit one of them?
+):
+    "Raise `ValueError` if the mask with which the network was called fits none of its blocks."
+    if fitted or not shapes or not any(m is not None for m in masks.values()): return
+    name, shape = next(iter(shapes.items()))
+    mask = next(m for m in masks.values() if m is not None)
+    raise ValueError(
+        f"the network was called with a mask of shape {tuple(mask.shape)} and block {name!r} gives {tuple(shape)}, "
+        "expected [B, T, ...] in one of the blocks: give mask=, [B, T] of their tokens, or mask=False to count all")
+
+# %% ../nbs/02_attach.ipynb #571817d2
+def token_squares(step:Tensor, mask:Tensor|None)->Tensor: # `[B, T]`
+    "Squared length of what is added to each token, `[B, T, ...]`, in float32 or wider; zero where there is none."
+    step = widen(step)
+    if mask is not None: step = step.masked_fill(~mask.view(*mask.shape, *(1,) * (step.ndim - 2)), 0)
+    return step.square().flatten(2).sum(2)
+
 # %% ../nbs/02_attach.ipynb #a1f0d008
 def pulls(
     action:Tensor,   # of a pass, made with gradients
@@ -1354,3 +1474,4 @@ def pulls(
         "the action is above zero and has no gradient: what the blocks add does not depend on anything that is "
         "trained, as that of a module that adds a position; "
         "look at find_blocks(model, x) and name other blocks, blocks=[...]")
+

@@ -20,7 +20,7 @@ from .dynamics import ResidualBlock, Trajectory, widen
 from .files import as_code
 from .hooks import (
     BlockHooks, check_size, chosen_blocks, first_tensor, Hook, is_late, Note, recomputing, SampleAxes,
-    step_time, unwrap)
+    step_time, token_squares, TokenMask, unwrap)
 from .plots import Axes, colors
 
 # %% ../nbs/03_kinetic_bias.ipynb #3fc33cc4
@@ -37,22 +37,50 @@ def check_reduction(
 def block_energies(
     traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
-)->Tensor:                 # energy of each step and sample, `[K, B]`, float32 or wider
+    mask:Tensor|None=None, # which tokens are real, `[B, T]`; None: as the trajectory says
+    tokens:bool=False,     # one energy for each token, over its own features; NaN where there is none
+)->Tensor:                 # energy of each step and sample, `[K, B]`, or token, `[K, B, T]`; float32 or wider
     """Energy per block and sample, $|x_{k+1}-x_k|^2/h$; adds up to the action over blocks, and is not finite where the
     positions aren't. In float32 a step longer than 1e19 has an infinite energy and one below 1e-19 an inexact one or
     zero: `traj.to(torch.float64)`. `TypeError` for what is no trajectory."""
     check_reduction(reduction)
-    return torch.cat([_reduce(stage.steps.flatten(2), reduction) / stage.h for stage in traj.stages])
+    parts = []
+    for stage in _masked(traj, mask).stages:
+        energy = _reduce(_by_token(stage) if tokens else stage.steps.flatten(2), reduction) / stage.h
+        # of a mean over all places, to one over the real tokens
+        if stage.mask is not None and not tokens and reduction == "mean":
+            energy = energy * (stage.mask.shape[1] / stage.mask.sum(1))
+        parts.append(_without_padding(energy, stage) if tokens else energy)
+    return torch.cat(parts)
 
 @checked
 def kinetic_energy(
     traj:Trajectory,       # `K` steps of `B` samples
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
-)->Tensor:                 # action of each sample, `[B]`
+    mask:Tensor|None=None, # as in `block_energies`
+    tokens:bool=False,     # as in `block_energies`
+)->Tensor:                 # action of each sample, `[B]`, or token, `[B, T]`
     "Action of each sample, $\\sum_k |x_{k+1}-x_k|^2/h$."
-    return block_energies(traj, reduction).sum(0)
+    return block_energies(traj, reduction, mask, tokens).sum(0)
 
 # %% ../nbs/03_kinetic_bias.ipynb #459dd61d
+def _masked(traj:Trajectory, mask:Tensor|None)->Trajectory:
+    "The trajectory with this mask in all of its stages; itself, where there is none to give."
+    if mask is None: return traj
+    return Trajectory([x for x, _ in traj._stages], [h for _, h in traj._stages], traj.names, mask=mask)
+
+def _by_token(stage:Trajectory)->Tensor: # `[K, B, T, C]`
+    "What each step adds to each token; raises `ValueError` where a second axis need not be that of tokens."
+    if stage.mask is None and stage.x.ndim != 4:
+        raise ValueError(
+            f"positions have shape {tuple(stage.x.shape)}, expected [K+1, B, T, C], samples of T tokens: the energy of "
+            "each token is not known; give mask=, [B, T], where the second axis is that of tokens")
+    return stage.steps.flatten(3) if stage.steps.ndim > 3 else stage.steps[..., None]
+
+def _without_padding(values:Tensor, stage:Trajectory)->Tensor:
+    "Numbers of tokens, `[K, B, T]`, with NaN where there is none."
+    return values if stage.mask is None else values.masked_fill(~stage.mask, torch.nan)
+
 def _reduce(step:Tensor, reduction:str)->Tensor:
     "Squared length of the last axis, as its mean or its sum."
     square = widen(step).square()
@@ -61,17 +89,29 @@ def _reduce(step:Tensor, reduction:str)->Tensor:
 # %% ../nbs/03_kinetic_bias.ipynb #b7ee4e68
 @checked
 def relative_energy(
-    traj:Trajectory, # `K` steps of `B` samples, in one stage or several
-)->Tensor:           # per step and sample, `[K, B]`; no unit
+    traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
+    mask:Tensor|None=None, # which tokens are real, `[B, T]`; None: as the trajectory says
+    tokens:bool=False,     # one number for each token; NaN where there is none
+)->Tensor:                 # per step and sample, `[K, B]`, or token, `[K, B, T]`; no unit
     """Energy of a step over the squared size of where it starts, $|x_{k+1}-x_k|^2/(h\\,|x_k|^2)$; infinite at the
-    origin, nan for a sample that rests there."""
+    origin, nan for a sample that rests there. Under a mask tokens are what has a size: the number of a sample is the
+    mean over its real tokens, so that a large one does not hide the others."""
     parts = []
-    for stage in traj.stages:   # in units of the largest number in it: squares neither overflow nor vanish
-        x, step = stage.x[:-1].flatten(2), stage.steps.flatten(2)
+    for stage in _masked(traj, mask).stages:
+        each = tokens or stage.mask is not None
+        step = _by_token(stage) if each else stage.steps.flatten(2)
+        x = stage.x[:-1].reshape(step.shape)
+        # in units of the largest number in it: squares neither overflow nor vanish
         unit = torch.maximum(x.abs().amax(-1, True).to(step), step.abs().amax(-1, True))
         unit = torch.where(unit > 0, unit, 1)
-        parts.append(_reduce(step / unit, "sum") / (stage.h * _reduce(x.to(step) / unit, "sum")))
+        part = _reduce(step / unit, "sum") / (stage.h * _reduce(x.to(step) / unit, "sum"))
+        if each: part = _without_padding(part, stage)
+        parts.append(part if tokens or not each else _token_mean(part, stage.mask))
     return torch.cat(parts)
+
+def _token_mean(values:Tensor, mask:Tensor)->Tensor: # `[K, B, T]` to `[K, B]`
+    "Mean over the real tokens; what is infinite or not a number at one of them shows."
+    return values.masked_fill(~mask, 0).sum(-1) / mask.sum(1)
 
 # %% ../nbs/03_kinetic_bias.ipynb #c36a2bb8
 @checked
@@ -81,9 +121,11 @@ class EnergyLedger:
         traj:Trajectory,       # `K` steps of `B` samples, in one stage or several
         y:Tensor|None=None,    # labels, `[B]`; None: all samples are of class 0
         reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
+        mask:Tensor|None=None, # which tokens are real, `[B, T]`; None: as the trajectory says
     ):
         check_reduction(reduction)
-        with torch.no_grad(): self.energies = block_energies(traj.to("cpu", torch.float64), reduction)   # `[K, B]`
+        # `[K, B]`
+        with torch.no_grad(): self.energies = block_energies(traj.to("cpu", torch.float64), reduction, mask)
         B = self.energies.shape[1]
         y = torch.zeros(B, dtype=torch.long) if y is None else _labels(y, B)
         self.names = tuple(getattr(traj, "names", map(str, range(len(self.energies)))))
@@ -252,6 +294,7 @@ class _Passes(Note):
     def clear(self, passes:int=0): # begun; -1: blocks called again without the model
         super().clear(passes)
         self.running, self.mark, self.shapes = False, None, {}
+        self.masked, self.unmasked = False, {}   # did a mask fit a block? shapes of those that none fits
 
     def forget(self):
         self.clear()
@@ -292,6 +335,10 @@ class EnergyMeter(BlockHooks):
         # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks
         # wrong `ValueError`
         batch_axis:int|None=None,
+        # which tokens are real, as in `trace`; the mean over the batch is then one over samples, and that of a sample
+        # one over its real tokens
+        mask:Tensor|str|bool|None=None,
+        skip:int=0,                               # first real tokens that do not count, as in `trace`
     ):
         check_reduction(reduction)
         root = unwrap(model)
@@ -300,6 +347,7 @@ class EnergyMeter(BlockHooks):
         self.reduction, self.copy, self.ran, self.takes = reduction, copy, set(getattr(self.blocks, "ran", ())), [0, 0]
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
+        self.masks = TokenMask(root, self.axes, mask, skip)
         if branches: plan[1:-1] = [(m, None, EnergyMeter._branch, name) for name, m in branches.items()]
         self.watch(plan)
     hook_kind, note_kind = TrainingHook, _Passes
@@ -358,7 +406,14 @@ def _part(name:str, block:nn.Module, part)->nn.Module:
 @patch
 def on_end(self:EnergyMeter, output):
     "Look whether the right axis was taken for that of the samples."
-    if self.reduction == "sum": self.axes.check(self.note.shapes, output)
+    note = self.note
+    if self.reduction == "sum": self.axes.check(note.shapes, output)
+    if note.tokens and not torch.compiler.is_compiling(): self.masks.check(note.tokens, note.unmasked, note.masked)
+
+@patch
+def read_tokens(self:EnergyMeter, args, kwargs)->dict:
+    "The masks of a pass."
+    return self.masks.read(args, kwargs)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
@@ -393,6 +448,9 @@ def _in_function()->bool:
 @patch
 def every_step(self:EnergyMeter, name, before, after):
     "Keep the energy of the step."
+    if (mask := self._mask(name, after)) is not None:
+        before, after = (self.axes.first(name, t) for t in (before, after))
+        return self._keep_masked(name, after, widen(after) - widen(before), mask, 1 / step_time(self.blocks[name]))
     copy = self.copy or name in getattr(self.blocks, "written", ())
     self._keep(name, after, _mean_square(after, before, copy), 1 / step_time(self.blocks[name]))
 
@@ -402,7 +460,27 @@ def _branch(self:EnergyMeter, name, module, args, out):
     v = first_tensor(out)
     if v is None:
         raise ValueError(f"no floating-point tensor comes out of the branch of block {name!r}: name another module")
+    if (mask := self._mask(name, v)) is not None:
+        v = self.axes.first(name, v)
+        return self._keep_masked(name, v, widen(v, copy=True), mask, step_time(self.blocks[name]))
     self._keep(name, v, widen(v, copy=True).square().mean(), step_time(self.blocks[name]))
+
+@patch
+def _mask(self:EnergyMeter, name, y)->Tensor|None: # `[B, T]`
+    "The mask of what a block returns, if there is one in this pass."
+    masks = self.tokens_in
+    if not masks and not self.masks.skip: return None
+    mask = self.masks.lay(masks or {}, name, y)
+    if mask is None: self.note.unmasked[name] = tuple(y.shape)
+    return mask
+
+@patch
+def _keep_masked(self:EnergyMeter, name, like, step, mask, factor):
+    "Keep the energy of real tokens: the mean over samples that have one."
+    squares, count = token_squares(step, mask).sum(1), mask.sum(1)
+    if self.reduction == "mean": squares = squares / (count.clamp(min=1) * (like[0, 0].numel()))
+    self.note.masked = True
+    self._note(name, like, squares.sum() / (count > 0).sum().clamp(min=1), factor)
 
 # %% ../nbs/03_kinetic_bias.ipynb #efa19a7e
 @patch
@@ -412,6 +490,11 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
     check_size(name, like)
     if self.reduction == "sum":
         note.shapes[name], factor = like.shape, factor * (like.numel() // self.axes.count(name, like))
+    self._note(name, like, energy, factor)
+
+@patch
+def _note(self:EnergyMeter, name, like, energy, factor):
+    note = self.note
     if recomputing(): return
     if not torch.compiler.is_compiling(): note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))

@@ -428,7 +428,7 @@ def _weights(blocks, weights)->Tensor|None: # `[K]`
 # %% ../nbs/05_least_action.ipynb #05c10004
 class _Action(_Exact):
     "The action of the forward pass just made, on the blocks of a model."
-    def __init__(self, model, blocks, x, reduction, velocity, weights, batch_axis):
+    def __init__(self, model, blocks, x, reduction, velocity, weights, batch_axis, mask, skip):
         super().__init__()
         model, self.blocks = _found(model, blocks, x)
         self.__dict__["model"] = model   # not a submodule: its parameters are not ours
@@ -438,7 +438,7 @@ class _Action(_Exact):
         self.left_out = {name for name, weight in zip(self.blocks, heard) if not weight}
         self.looked = self.pulled = False   # does the gradient of a loss reach the model, and does the action have one?
         self.energies = None   # what each block contributed to the last pass, `[..., K]`
-        self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis)
+        self.meter = EnergyMeter(model, self.blocks, reduction, velocity, batch_axis=batch_axis, mask=mask, skip=skip)
 
     def _checked(self, task)->Tensor: # the loss that the ascent sees
         try: return _checked_loss(self, task)
@@ -496,9 +496,11 @@ class LeastAction(_Action):
         velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
         weights:Mapping[str, float]|None=None,   # pattern of block names to weight in the action; others weigh 1
         batch_axis:int|None=None,                # axis of the samples in what a block returns, as in `EnergyMeter`
+        mask:Tensor|str|bool|None=None,          # which tokens are real, as in `trace`: by default `attention_mask`
+        skip:int=0,                              # first real tokens that do not count, as in `trace`
     ):
         controller = DualAscent() if controller is None else deepcopy(controller)
-        super().__init__(model, blocks, x, reduction, velocity, weights, batch_axis)
+        super().__init__(model, blocks, x, reduction, velocity, weights, batch_axis, mask, skip)
         self.kind["controller"] = type(controller).__name__
         self.controller, self.history, self.losses = controller, _History(controller.lam), _Losses(controller.lam)
         self.register_buffer("action", torch.full_like(self.lam, math.nan, dtype=torch.float32))
