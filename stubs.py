@@ -74,7 +74,7 @@ def patched(node):
         flags = {k.arg for k in mark.keywords} if isinstance(mark, ast.Call) else set()
         how = [ast.Name('property')] if 'as_prop' in flags else [ast.Name('classmethod')] if 'cls_method' in flags else []
         first = node.args.args[0]
-        owner = first.annotation
+        owner = mark.args[0] if name_of(mark) == 'patch_to' else first.annotation
         first.annotation = None
         return ast.unparse(owner).strip('\'"'), bodiless(node, how)
 

@@ -169,7 +169,7 @@ class Tracer(BlockHooks):
         energies_only:bool=False,                 # keep no positions
         # axis of the samples in what a block returns; None: the first, and where that looks wrong `ValueError`
         batch_axis:int|None=None,
-        mask:Tensor|str|bool|None=None,           # which tokens are real, as in `trace`
+        mask:Tensor|str|bool|None=None,           # which tokens are real, `[B, T]`, as in `trace`
         skip:int=0,                               # first tokens that do not count, as in `trace`
     ):
         root = unwrap(model)
@@ -303,7 +303,7 @@ def trace_energies(
     x:Any,                                    # as for `trace`
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None, # as for `trace`
     batch_axis:int|None=None,                 # as for `trace`
-    mask:Tensor|str|bool|None=None,           # as for `trace`
+    mask:Tensor|str|bool|None=None,           # `[B, T]`, as for `trace`
     skip:int=0,                               # as for `trace`
 )->EnergyTrace:                               # with `energies()`, `names` and the model's `output`
     "As `trace`, but only the energies are kept: without gradients, no more than one block's activations are alive."

@@ -57,7 +57,7 @@ def block_energies(
 def kinetic_energy(
     traj:Trajectory,       # `K` steps of `B` samples
     reduction:str="mean",  # over the features of a sample: `"mean"` or `"sum"`
-    mask:Tensor|None=None, # as in `block_energies`
+    mask:Tensor|None=None, # `[B, T]`, as in `block_energies`
     tokens:bool=False,     # as in `block_energies`
 )->Tensor:                 # action of each sample, `[B]`, or token, `[B, T]`
     "Action of each sample, $\\sum_k |x_{k+1}-x_k|^2/h$."
@@ -335,7 +335,7 @@ class EnergyMeter(BlockHooks):
         # axis of the samples in what a block returns, which `"sum"` must know; None: the first, and where that looks
         # wrong `ValueError`
         batch_axis:int|None=None,
-        # which tokens are real, as in `trace`; the mean over the batch is then one over samples, and that of a sample
+        # real tokens, `[B, T]`, as in `trace`; the mean over the batch is then one over samples, and that of a sample
         # one over its real tokens
         mask:Tensor|str|bool|None=None,
         skip:int=0,                               # first real tokens that do not count, as in `trace`

@@ -496,7 +496,7 @@ class LeastAction(_Action):
         velocity:str|Mapping[str, str|nn.Module]="displacement", # what counts as motion, as in `EnergyMeter`
         weights:Mapping[str, float]|None=None,   # pattern of block names to weight in the action; others weigh 1
         batch_axis:int|None=None,                # axis of the samples in what a block returns, as in `EnergyMeter`
-        mask:Tensor|str|bool|None=None,          # which tokens are real, as in `trace`: by default `attention_mask`
+        mask:Tensor|str|bool|None=None,          # real tokens, `[B, T]`, as in `trace`: by default `attention_mask`
         skip:int=0,                              # first real tokens that do not count, as in `trace`
     ):
         controller = DualAscent() if controller is None else deepcopy(controller)
