@@ -881,7 +881,8 @@ def test_one_decision_is_its_interval_and_more_are_stricter(gaps):
 
 
 def test_edges_of_grids():
-    "One setting varied, two together, a method alone, and a grid of two, which has nothing but edges."
+    """One setting varied, two together, two crossed, a method alone, a grid of two, which has nothing but edges, and
+    values beyond which nothing lies."""
     def edge(chosen, **methods):
         run = lambda settings: dict(settings=dict(method=dict(name='m', **settings)))
         rows = [dict(method=m, run=m) for m in methods]
@@ -893,6 +894,13 @@ def test_edges_of_grids():
     assert [edge(m, **least) for m in least] == ['lambda0, tau', '', 'lambda0, tau']
     assert (
         edge('a', a=dict(gain=0.1)) == ''
-        and edge('a', a=dict(gain=0.1), b=dict(gain=0.2)) == 'gain'
+        and edge('a', a=dict(init='normal', gain=0.1), b=dict(init='normal', gain=0.2)) == 'gain'
+        and edge('a', a=dict(gain=0.1), b=dict(init='normal', gain=0.2)) == ''   # the first start has none
         and edge('a', a=dict(drop=0.1), b=dict(drop=0.1, skip_init=True)) == ''
+        and edge('a', a=dict(drop=0.), b=dict(drop=0.1)) == ''
     )
+    crossed = {
+        f'{lam}, {tau}': dict(least_action=[['lambda0', lam], ['tau', tau], ['every', every]])
+        for lam, tau, every in ((.3, .1, 1), (1., .1, 1), (1., .3, 5), (1., .03, 1), (3., .1, 1))}
+    edges = {'0.3, 0.1': 'lambda0', '1.0, 0.1': '', '1.0, 0.3': 'tau, every', '1.0, 0.03': 'tau', '3.0, 0.1': 'lambda0'}
+    assert {m: edge(m, **crossed) for m in crossed} == edges

@@ -217,6 +217,7 @@ def _candidate(run:dict)->dict[str, float]:
     method, schedule = run["settings"]["method"], run["settings"].get("schedule", {})
     common = {name: schedule.get(name, getattr(Schedule, name)) for name in ("lr", "weight_decay")}
     own = {f.name: f.default for f in fields(Method)} | common | method
+    if own["init"] == "default": own["gain"] = None   # it has none
     return {
         k: v for k, v in (own | dict(own["least_action"]) | dict(own["penalty"])).items() if type(v) in (int, float)}
 
@@ -224,17 +225,17 @@ def edge_of(
     family:Records, # all candidates of a family
     chosen:str,     # the method that was chosen
 )->str:             # as `lr` or `lambda0, tau`; empty where there are candidates on both sides
-    """Settings by which a choice lies at the edge of its grid: each candidate has another value, and the chosen one the
-    least or the largest."""
+    """Settings by which a choice lies at the edge of its grid: the candidates differ in it, and none goes further. An
+    ascent in each step and a setting of zero are no edges: nothing lies beyond."""
     tried = {method: _candidate(family.runs[rows.frame["run"].iloc[0]]) for method, rows in family.by("method").items()}
     values = {name: [numbers.get(name) for numbers in tried.values()] for name in tried[chosen]}
     return ", ".join(
         name
         for name, all_ in values.items()
-        if len(all_) > 1
-        and None not in all_
-        and len(set(all_)) == len(all_)
+        if None not in all_
+        and len(set(all_)) > 1
         and tried[chosen][name] in (min(all_), max(all_))
+        and tried[chosen][name] != (1 if name == "every" else 0)
     )
 
 @checked

@@ -287,6 +287,30 @@ def _rivals(sgd:bool)->tuple[Method, ...]:
         _least("published", gain=0.01),
     )
 
+def _wider()->tuple[Method, ...]:
+    """More candidates for each family, past the edges at which choices among three lay, and then past the next; and a
+    constant weight."""
+    return (
+        *(
+            replace(m, name=f"{m.name}-lr-{lr:g}", family=m.name, lr=lr)
+            for m in (Method("default"), SKIP, STEP)
+            for lr in (3e-5, 1e-4, .01, .03, .1)
+        ),
+        *(Method(f"gain-{g:g}", "small-gain", init="orthogonal", gain=g) for g in (.5, .7, 1., 1.4, 2.)),
+        *(Method(f"weight-decay-{d:g}", "weight-decay", weight_decay=d) for d in (1e-4, .001, .003, .01, .03, 3.)),
+        *(Method(f"drop-{d:g}", "stochastic-depth", drop=d) for d in (.03, .7, .85)),
+        *(Method(f"smoothing-{e:g}", "label-smoothing", label_smoothing=e) for e in SMOOTHING),
+        *(_least(f"fixed-{v:g}", v, 0., family="constant-weight") for v in (.03, .1, .3, 1., 3., 10.)),
+        *(_least(f"least-{v:g}-{t:g}", v, t, family="least-action") for v, t in LEAST),
+    )
+
+SMOOTHING = .01, .02, .4, .6, .75, .9, .95, .98   # of which .9 leaves a class of ten twice the share of the others
+
+# first multipliers and steps of the ascent
+LEAST = (
+    (.01, .001), (.01, .003), (.03, .001), (.03, .003), (.03, .01), (.1, .001), (.1, .003), (.1, .01), (.1, .03),
+    (.3, .003), (.3, .01), (.3, .03), (.3, .1), (1., .03), (3., .3))
+
 def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[int, ...], seeds:int, scale:str,
               pool:int, **pictures)->Study:
     question = f"Does least action help where labelled samples are few ({data})?"
@@ -295,10 +319,11 @@ def _low_data(name:str, data:str, big_sizes:tuple[int, ...], small_sizes:tuple[i
         return Study(name, question, (Grid((data,), big_sizes, _rivals(True), seeds, Net("conv-bn"), schedule),), scale)
     thin = 5 if data != "cifar10_part" else 1
     small = Grid((f"{data}:pool={pool}",), small_sizes, _rivals(False), 20, Net(), Schedule(300), thin=thin)
+    wide = replace(small, methods=_wider())
     conv = replace(small, sizes=big_sizes, methods=tuple(m for m in small.methods if m.name in UNTUNED), seeds=5,
                    net=Net("conv-bn", width=16))
     rest = replace(conv, sizes=(100, 500), methods=tuple(m for m in small.methods if m not in conv.methods))
-    return Study(name, question, (small, conv, rest) if data == "mnist" else (small,), scale)
+    return Study(name, question, (small, wide, conv, rest) if data == "mnist" else (small, wide), scale)
 
 # of the convolutional networks on a processor, those at all sizes
 UNTUNED = ("default", "gain-0.1", "least-1-0.1", "published")
