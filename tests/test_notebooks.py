@@ -121,15 +121,32 @@ def markdown(path):
     return [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
 
 
-def test_statements_are_those_of_the_chapters(monkeypatch):
-    "The page of statements, made anew, is the one that was saved; that each has a check, it asserts itself."
+@pytest.fixture
+def statements(monkeypatch):
+    "The names of the page of statements, made anew, and what it shows."
     monkeypatch.chdir(ROOT / 'nbs')
     cells = json.loads(Path('17_statements.ipynb').read_text(encoding='utf-8'))['cells']
     code = [cell for cell in cells if cell['cell_type'] == 'code']
     names = {'__name__': 'page'}   # of the module that a NamedTuple belongs to
     for cell in code: exec(''.join(cell['source']), names)
-    saved = ''.join(code[-1]['outputs'][0]['data']['text/markdown'])
+    return names, ''.join(code[-1]['outputs'][0]['data']['text/markdown'])
+
+
+def test_statements_are_those_of_the_chapters(statements):
+    "That each has a check, the page asserts itself."
+    names, saved = statements
     assert '\n'.join(names['pages']()) == saved, 'run nbs/_site/execute.py nbs/17_statements.ipynb'
+
+
+def test_a_statement_is_read_with_its_hypotheses_its_proof_and_its_checks(statements, tmp_path):
+    text = '## Somewhere\n\nWords.\n\n**Theorem 3.1 (one).** Let $a$ be\n\n$$a = b .$$\n\n*Proof.* Clear.\n\n'
+    text += '**Definition 3.2 (two).** It is\n\n$$c ,$$\n\nwhich is nice.\n\nNo part of it.'
+    code = ['# checks theorem 3.1 and definition 3.3\nassert a', 'assert b']
+    cells = [{'cell_type': 'markdown', 'source': [text]}, *({'cell_type': 'code', 'source': [c]} for c in code)]
+    (tmp_path / '03_x.ipynb').write_text(json.dumps({'cells': cells}), encoding='utf-8')
+    one, two = statements[0]['statements'](tmp_path / '03_x.ipynb')
+    assert (one.text, one.proved, one.section, one.checks) == ('Let $a$ be\n\n$$a = b .$$', True, 'Somewhere', (code[0],))
+    assert (two.text, two.proved, two.checks) == ('It is\n\n$$c ,$$\n\nwhich is nice.', False, ())
 
 
 def test_what_is_referred_to_by_number_is_there():
