@@ -116,6 +116,70 @@ def test_no_notebook_is_heavy():
     assert not heavy, f'bytes: {heavy}; save smaller pictures, or move what is no lesson elsewhere'
 
 
+def markdown(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+
+
+@pytest.fixture
+def statements(monkeypatch):
+    "The names of the page of statements, made anew, and what it shows."
+    monkeypatch.chdir(ROOT / 'nbs')
+    cells = json.loads(Path('17_statements.ipynb').read_text(encoding='utf-8'))['cells']
+    code = [cell for cell in cells if cell['cell_type'] == 'code']
+    names = {'__name__': 'page'}   # of the module that a NamedTuple belongs to
+    for cell in code: exec(''.join(cell['source']), names)
+    return names, ''.join(code[-1]['outputs'][0]['data']['text/markdown'])
+
+
+def test_statements_are_those_of_the_chapters(statements):
+    "That each has a check, the page asserts itself."
+    names, saved = statements
+    assert '\n'.join(names['pages']()) == saved, 'run nbs/_site/execute.py nbs/17_statements.ipynb'
+
+
+def test_a_statement_is_read_with_its_hypotheses_its_proof_and_its_checks(statements, tmp_path):
+    text = '## Somewhere\n\nWords.\n\n**Theorem 3.1 (one).** Let $a$ be\n\n$$a = b .$$\n\n*Proof.* Clear.\n\n'
+    text += '**Definition 3.2 (two).** It is\n\n$$c ,$$\n\nwhich is nice.\n\nNo part of it.'
+    code = ['# checks theorem 3.1 and definition 3.3\nassert a', 'assert b']
+    cells = [{'cell_type': 'markdown', 'source': [text]}, *({'cell_type': 'code', 'source': [c]} for c in code)]
+    (tmp_path / '03_x.ipynb').write_text(json.dumps({'cells': cells}), encoding='utf-8')
+    one, two = statements[0]['statements'](tmp_path / '03_x.ipynb')
+    assert (one.text, one.proved, one.section, one.checks) == ('Let $a$ be\n\n$$a = b .$$', True, 'Somewhere', (code[0],))
+    assert (two.text, two.proved, two.checks) == ('It is\n\n$$c ,$$\n\nwhich is nice.', False, ())
+
+
+def test_what_is_referred_to_by_number_is_there():
+    "Theorems of the book (those of other books follow a title in italics) and equations."
+    texts = {path.name: '\n'.join(markdown(path)) for path in NOTEBOOKS}
+    blocks = set(re.findall(r'\*\*(?:Definition|Theorem) (\d+[a-z]?\.\d+) \(', '\n'.join(texts.values())))
+    assert len(blocks) > 30
+    for name, text in texts.items():
+        said = re.findall(r'(?<!\*, )\b(?:theorem|definition)s? (\d+[a-z]?\.\d+)', text, re.I)
+        assert not (lost := set(said) - blocks), f'{name}: there is no theorem {lost}'
+        tags = re.findall(r'\\tag\{([^}]*)\}', text)
+        chapter = name.partition('_')[0].lstrip('0')
+        said = re.findall(rf'\(({re.escape(chapter)}\.[1-9]\d?)\)', text) if chapter and tags else []
+        assert not (lost := set(said) - set(tags)), f'{name}: there is no equation {lost}'
+        assert len(tags) == len(set(tags)), f'{name}: a tag stands at two equations'
+
+
+NUMBERED = r'(?:figures?|tables?|equations?|formulas?|inequalit(?:y|ies)|pictures?|plots?|panels?|diagrams?|curves?)'
+AWAY = re.compile(rf'\b{NUMBERED}\b[^.,;:|]{{0,25}}\b(?:above|below)\b|\b(?:above|below)\b[^.,;:|]{{0,12}}\b{NUMBERED}\b'
+                  r'|\[(?:above|below)\]\(|\(\d+[a-z]?\.\d+\) (?:above|below)', re.I)
+
+
+def test_a_vague_reference_is_found():
+    vague = 'The table below shows', 'see ([above](#there))', 'by (4.2) above', 'the above figure'
+    assert all(map(AWAY.search, vague)) and not AWAY.search('The curve rises, and the loss is above it.')
+
+
+def test_no_figure_table_or_equation_is_above_or_below():
+    "They are named, numbered or linked, for a page may be folded or read in parts."
+    vague = [(path.name, found[0]) for path in NOTEBOOKS for text in markdown(path) for found in AWAY.finditer(text)]
+    assert not vague, vague
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS, f'no notebook found in {ROOT / "nbs"}'
 
