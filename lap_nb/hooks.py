@@ -568,6 +568,7 @@ class _Call:
     written: bool = False   # its output is written to later
     still: bool = False     # all that it adds is the same for every input
     ends: tuple = (None, None) # nodes of the graph that made what went in, before it was marked, and what came out
+    at: int = 0         # how many calls had ended before
 
 def _shapes(x:Tensor, y:Tensor)->str:
     "Both shapes in words, without the batch if that is the same."
@@ -622,7 +623,7 @@ class _Probe(Watcher):
     def __init__(self):
         super().__init__(threading.get_ident())
         self.over, self.others = threading.Event(), {t.ident for t in threading.enumerate()} - {self.thread}
-        self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
+        self.calls, self.open, self.grad, self.outs, self.last, self.ended = {}, [], [], [], None, 0
         # sums that add what depends on an input; nodes that made what the last module returned
         self.moving, self.roots = set(), []
 
@@ -649,7 +650,7 @@ class _Probe(Watcher):
         self.calls.setdefault(module, []).append(call := self._judge(*opened, y))
         # for `x` itself may have been written to
         made = getattr(x, "grad_fn", None) if mark is None else opened[2].next_functions[0][0]
-        call.ends = (made, getattr(y, "grad_fn", None))
+        call.ends, call.at, self.ended = (made, getattr(y, "grad_fn", None)), self.ended, self.ended + 1
         if not self.open: self.roots = [t.grad_fn for t in _floats(out) if t.grad_fn is not None]
         if call.shape and not _layer(module):
             self.outs.append((call, weakref.ref(y), version_of(y)))
@@ -1002,6 +1003,7 @@ class Blocks(dict):
         # branches: those that only return what is added, and whether it is added to their input; classes: rows of the
         # repeated ones; ran: in the probing pass
         self.branches, self.classes, self.ran = {}, [], set()
+        self.entire = set()   # of sublayers, blocks that make one addition, or whose additions no module gives
 
     def table(self
     )->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
@@ -1071,14 +1073,18 @@ def find_blocks(
     model:nn.Module,                        # left as it is: mode, buffers and random state, too
     # example input for one probing pass: tensor, tuple or mapping; None: `ResidualBlock`s only
     x:Any=None,
-    # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says
+    # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says; or `"sublayers"`:
+    # those that are found, taken apart where they make several additions, as of attention and MLP
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     exclude:str|Iterable[str]|None=None,    # patterns of names that are no blocks, nor anything inside them
 )->Blocks:                                  # name to module, with the reasons
     """The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand,
     beside something that depends on it. `ValueError` if there is none; a warning if only part of a class is covered."""
-    root = unwrap(model)
-    names, _ = named_parts(root), check_batch(x)
+    root, apart = unwrap(model), isinstance(blocks, str) and blocks == _SUBLAYERS
+    names, _, blocks = named_parts(root), check_batch(x), None if apart else blocks
+    if apart and x is None:
+        raise ValueError("sublayers are found by a pass: give an example input x, as in find_blocks(model, x, "
+                         "'sublayers')")
     wanted, barred = _wanted(root, names, blocks), matching(names, exclude)
     judge, found, reasons = _Judge(root, *(({}, ()) if x is None else _probe(root, x))), Blocks(), {}
     closed = {}   # names whose inside is decided, with the reason
@@ -1099,7 +1105,43 @@ def find_blocks(
     found.classes = _classes(found, names, judge)
     _finish(found, reasons, judge, root)
     if not wanted and not barred: _warn_of_part(found, root)
+    return _taken_apart(found, judge, names) if apart else found
+
+_SUBLAYERS = "sublayers"
+
+# %% ../nbs/02_attach.ipynb #3b9370bf
+def _taken_apart(blocks:Blocks, judge:_Judge, names:Mapping[str, nn.Module])->Blocks:
+    "Blocks that make several additions as the modules that give what is added; others as they are."
+    name_of, found = {m: n for n, m in reversed(names.items())}, Blocks()
+    for name, block in blocks.items():
+        parts = _parts_of(block, judge) or [block]
+        for part in parts:
+            at = name if part is block else name_of[part]
+            found[at] = part
+            if part is block:
+                found.entire.add(at)
+                found.why[at], found.moved[at] = f"{blocks.why[name]}; not taken apart", blocks.moved[name]
+            else:
+                found.branches[at] = judge.branches.get(part, False)
+                found.why[at] = f"gives {_counted(len(judge.calls[part]), 'addition')} of {name}"
+    found.ran, found.classes, found.skipped = set(found), blocks.classes, blocks.skipped
+    found.inplace, found.written = blocks.inplace & found.keys(), blocks.written & found.keys()
+    if blocks.written - found.keys(): found.written |= found.branches.keys()
     return found
+
+def _parts_of(block:nn.Module, judge:_Judge)->list[nn.Module]: # empty: it is no sum of several modules' outputs
+    """The modules inside a block that give what it adds, each addition another one: of those that end with the same
+    numbers the last that ran, so that dropout in front of the sum counts."""
+    idle = lambda m: isinstance(m, nn.Identity) or type(m) is nn.Dropout and not m.p
+    parts = [m for m in block.modules() if m is not block and not idle(m)]
+    ended = [(c.at, c.ends[1], m) for m in parts for c in judge.calls.get(m, ())]
+    made = {_stripped(node): m for _, node, m in sorted(ended, key=lambda one: one[0]) if node is not None}
+    sums = [(node, others) for c in judge.calls[block] for node, others in c.way.sums.items()]
+    alike = lambda a, b: b is not None and a._input_metadata[0].shape == b._input_metadata[0].shape
+    parts = [made.get(_stripped(other[0])) if len(other) == 1 and alike(at, other[0]) else None for at, other in sums]
+    each = Counter(parts)
+    if len(sums) < 2 or None in each or any(n != len(judge.calls[m]) for m, n in each.items()): return []
+    return sorted(each, key=list(block.modules()).index)
 
 # %% ../nbs/02_attach.ipynb #8707c6ce
 def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module):
@@ -1277,8 +1319,9 @@ def prepare(self:BlockHooks, root:nn.Module, blocks:Mapping[str, nn.Module], thr
 )->list: # of hooks, for `watch`
     "Set up a watcher of these blocks, in one thread or in each."
     Watcher.__init__(self, thread)
-    # blocks whose input is copied before they write to it
+    # blocks whose input is copied before they write to it; those of which only what they return counts
     self.blocks, self.copies = blocks, set(getattr(blocks, "inplace", ()))
+    self.adds = set()
     steps = [(block, BlockHooks.enter, BlockHooks.leave, name) for name, block in blocks.items()]
     return [(root, BlockHooks.begin, None, ""), *steps, (root, None, BlockHooks.close, "")]
 
@@ -1317,7 +1360,8 @@ def leave(self:BlockHooks, name, block, args, out):
     "After a block has run: `every_step`, and so `on_step`."
     note = self.note
     if is_late(note): return None
-    before, after = coming_out(name, note.pop(), out)
+    before, after = coming_out(name, note.pop(), out) if name not in self.adds else (None, first_tensor(out))
+    if after is None: raise ValueError(f"no floating-point tensor comes out of block {name!r}: name another module")
     new = self.every_step(name, before, after)
     return None if new is None else swap_tensor(out, after, new)
 

@@ -441,3 +441,114 @@ def test_encoder_and_decoder_of_a_library():
     together = trace_energies(net, a | {f"decoder_{k}": v for k, v in b.items()}).energies()
     for k, (s, t) in enumerate(zip(alone, others)):
         assert_close(together[:, [k]], trace_energies(net, dict(input_ids=s, decoder_input_ids=t)).energies(), **CLOSE)
+
+
+# Sublayers
+
+class Scale(nn.Module):
+    def __init__(self): super().__init__(); self.by = nn.Parameter(torch.full((8,), .5))
+    def forward(self, x): return x * self.by
+
+
+class Sublayered(nn.Module):
+    "A pre-norm layer; `form` says what is in front of its sums."
+    def __init__(self, form):
+        super().__init__()
+        self.norm1, self.norm2, self.form = nn.LayerNorm(8), nn.LayerNorm(8), form
+        self.attend, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.end1, self.end2 = {"scale": (Scale(), Scale()), "drop": (nn.Dropout(.3), nn.Dropout(.3)),
+                                "identity": (nn.Identity(), nn.Identity())}.get(form, (None, None))
+
+    def forward(self, x):
+        a = self.attend(self.norm1(x))
+        x = x + (.5 * a if self.form == "number" else a if self.end1 is None else self.end1(a))
+        b = self.down(self.up(self.norm2(x)).relu())
+        return x + (b if self.end2 is None else self.end2(b))
+
+
+@pytest.mark.parametrize("form, names", [
+    ("plain", ["attend", "down"]), ("scale", ["end1", "end2"]), ("drop", ["end1", "end2"]),
+    ("identity", ["attend", "down"]), ("number", None)])
+def test_attention_and_mlp_are_steps_of_their_own(form, names):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Sublayered(form), Sublayered(form)), torch.randn(3, 5, 8)
+    blocks = find_blocks(net, x, "sublayers")
+    if names is None:   # half of what the module returns is added
+        assert list(blocks) == ["0", "1"] == list(find_blocks(net, x)) and "not taken apart" in blocks.why["0"]
+        return
+    assert list(blocks) == [f"{k}.{name}" for k in range(2) for name in names]
+    sums = []
+    def look(module, args): sums.append(args[0])
+    hooks = [norm.register_forward_pre_hook(look) for layer in net for norm in (layer.norm1, layer.norm2)]
+    for mode in (True, False):
+        net.train(mode); torch.manual_seed(1); sums.clear()
+        with torch.no_grad(): noted = trace_energies(net, x, "sublayers")
+        by_hand = torch.stack([(b - a).square().mean((1, 2)) for a, b in zip(sums, [*sums[1:], noted.output])])
+        assert_close(noted.energies(), by_hand[-4:], **CLOSE)
+    for hook in hooks: hook.remove()
+    net.train()
+    la = LeastAction(net, x=x, blocks="sublayers", velocity="branch")
+    torch.manual_seed(1)
+    la(net(x).square().mean()).backward()
+    torch.manual_seed(1)
+    with torch.no_grad(): want = trace_energies(net, x, blocks).energies().mean(1)
+    assert_close(la.energies, want)
+
+
+@pytest.mark.parametrize("p, names", [(0., ["0.attend", "0.down"]), (.3, ["0.end1"])])
+def test_one_dropout_in_front_of_both_sums(p, names):
+    class Shares(Sublayered):
+        def __init__(self): super().__init__("shared"); self.end1 = self.end2 = self.drop = nn.Dropout(p)
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Shares()), torch.randn(3, 5, 8)
+    assert list(find_blocks(net, x, "sublayers")) == names
+    apart = trace_energies(net.train(), x, "sublayers")
+    assert len(apart.steps) == 2
+    meter = EnergyMeter(net, find_blocks(net, x, "sublayers"), velocity="branch")
+    torch.manual_seed(1)
+    net(x)
+    torch.manual_seed(1)
+    assert_close(meter.take().sum(), trace_energies(net, x, "sublayers").energies().sum(0).mean())
+
+
+def test_separate_sublayers_stay_and_can_be_compared():
+    "The same numbers, written as one layer or as two."
+    class Part(nn.Module):
+        def __init__(self, norm, *parts): super().__init__(); self.norm, self.parts = norm, nn.Sequential(*parts)
+        def forward(self, x): return x + self.parts(self.norm(x))
+    torch.manual_seed(0)
+    layer, x = Sublayered("plain"), torch.randn(3, 5, 8)
+    two = nn.Sequential(Part(layer.norm1, layer.attend), Part(layer.norm2, layer.up, nn.ReLU(), layer.down))
+    one = nn.Sequential(layer)
+    together, apart = (trace_energies(net, x, "sublayers").energies() for net in (one, two))
+    assert_close(together, apart)
+    for net in (one, two):
+        with EnergyMeter(net.train(), find_blocks(net, x, "sublayers"), velocity="branch") as meter:
+            net(x)
+            assert_close(meter.take(), together.mean(1))
+
+
+def test_what_sublayers_cannot_do_is_said():
+    net, x = nn.Sequential(Sublayered("plain")), torch.randn(3, 5, 8)
+    with pytest.raises(ValueError, match="give an example input x"): find_blocks(net, None, "sublayers")
+    with pytest.raises(ValueError, match="take trace_energies"): trace(net, x, "sublayers")
+    with pytest.raises(ValueError, match="velocity='branch'"): LeastAction(net, x=x, blocks="sublayers")
+
+
+@pytest.mark.parametrize("name, parts", [("llama", ("self_attn", "mlp")), ("gpt2", ("attn", "mlp"))])
+@torch.no_grad()
+def test_sublayers_of_a_library(name, parts):
+    tf = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    net, (_, batch) = decoders(tf)[name]().eval(), sentences((3, 8))
+    blocks = find_blocks(net, batch, "sublayers")
+    assert [n.split(".")[-1] for n in blocks] == 3 * [*parts]
+    walk, real = trace(net, batch), batch["attention_mask"].bool()
+    seen = {n: [] for n in blocks}
+    hooks = [m.register_forward_hook(lambda m, a, out, n=n: seen[n].append(out[0] if isinstance(out, tuple) else out))
+             for n, m in blocks.items()]
+    noted = trace_energies(net, batch, blocks)
+    for hook in hooks: hook.remove()
+    steps = torch.stack([seen[n][0] for n in blocks])
+    assert_close(steps.view(3, 2, *steps.shape[1:]).sum(1)[:, real], walk.steps[:, real], rtol=1e-4, atol=1e-5)
+    assert_close(noted.energies()[:, 1], steps[:, 1].square().mean((1, 2)), **CLOSE)
