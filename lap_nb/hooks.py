@@ -267,6 +267,30 @@ def first_tensor(value)->Tensor|None:
     for item in value:
         if (found := first_tensor(item)) is not None: return found
 
+def argument(module:nn.Module, name:str|int, args, kwargs): # None: it was not given
+    "An argument of a call of a module, by its name or its place."
+    if isinstance(name, str) and name not in kwargs:
+        names = list(inspect.signature(module.forward).parameters)
+        name = names.index(name) if name in names else len(args)
+    return kwargs.get(name) if isinstance(name, str) else args[name] if name < len(args) else None
+
+def at_path(value, path): # None: there is nothing
+    "What lies at a place in a nest of sequences and mappings: an index or key, or several in a tuple."
+    for key in path if isinstance(path, tuple) else (path,):
+        try: value = value[key]
+        except (KeyError, IndexError, TypeError): return None
+    return value
+
+def stream_of(stream:tuple|None, module:nn.Module, args, kwargs)->Tensor|None:
+    "The tensor that goes in as the stream; `stream`: the argument and the output that hold it, None: the first ones."
+    if stream is None: return first_tensor((args, kwargs))
+    name, *rest = stream[0] if isinstance(stream[0], tuple) else (stream[0],)
+    return first_tensor(at_path(argument(module, name, args, kwargs), tuple(rest)))
+
+def stream_out(stream:tuple|None, out)->Tensor|None:
+    "The tensor that comes out as the stream."
+    return first_tensor(out if stream is None or isinstance(out, Tensor) else at_path(out, stream[1]))
+
 def swap_tensor(value, old:Tensor, new:Tensor):
     "The nest with tensor `old` replaced by `new`."
     if value is old: return new
@@ -568,6 +592,7 @@ class _Call:
     written: bool = False   # its output is written to later
     still: bool = False     # all that it adds is the same for every input
     ends: tuple = (None, None) # nodes of the graph that made what went in, before it was marked, and what came out
+    at: int = 0         # how many calls had ended before
 
 def _shapes(x:Tensor, y:Tensor)->str:
     "Both shapes in words, without the batch if that is the same."
@@ -619,10 +644,11 @@ def _inside(probe:Watcher, modules:set)->bool:
 class _Probe(Watcher):
     "Hooks for one pass in which every module is judged."
     hook_kind, ahead = _Waits, True
-    def __init__(self):
+    def __init__(self, streams:Mapping[nn.Module, tuple]={}):
         super().__init__(threading.get_ident())
+        self.streams = streams   # of modules for which they were named
         self.over, self.others = threading.Event(), {t.ident for t in threading.enumerate()} - {self.thread}
-        self.calls, self.open, self.grad, self.outs, self.last = {}, [], [], [], None
+        self.calls, self.open, self.grad, self.outs, self.last, self.ended = {}, [], [], [], None, 0
         # sums that add what depends on an input; nodes that made what the last module returned
         self.moving, self.roots = set(), []
 
@@ -633,23 +659,24 @@ class _Probe(Watcher):
 
     def enter(self, name, module, args, kwargs):
         self.look()
-        x = first_tensor((args, kwargs))
+        stream = self.streams.get(module)
+        x = stream_of(stream, module, args, kwargs)
         self.grad.append(torch.is_grad_enabled())
         torch.set_grad_enabled(True)   # reentrant checkpoints switch it off
         if x is None or _layer(module): return self.open.append((x, None, None, None))
         mark = (x if x.requires_grad else x.clone().detach().requires_grad_()).clone()
-        again = lambda t: module.forward(*swap_tensor(args, x, t), **swap_tensor(kwargs, x, t))
+        again = lambda t: stream_out(stream, module.forward(*swap_tensor(args, x, t), **swap_tensor(kwargs, x, t)))
         self.open.append((x, mark, mark.grad_fn, again))
         return swap_tensor(args, x, mark), swap_tensor(kwargs, x, mark)
 
     def leave(self, name, module, args, out):
         self.look()
-        y = first_tensor(out)
+        y = stream_out(self.streams.get(module), out)
         x, mark, *_ = opened = self.open.pop()
         self.calls.setdefault(module, []).append(call := self._judge(*opened, y))
         # for `x` itself may have been written to
         made = getattr(x, "grad_fn", None) if mark is None else opened[2].next_functions[0][0]
-        call.ends = (made, getattr(y, "grad_fn", None))
+        call.ends, call.at, self.ended = (made, getattr(y, "grad_fn", None)), self.ended, self.ended + 1
         if not self.open: self.roots = [t.grad_fn for t in _floats(out) if t.grad_fn is not None]
         if call.shape and not _layer(module):
             self.outs.append((call, weakref.ref(y), version_of(y)))
@@ -884,9 +911,9 @@ def check_batch(x):
 
 _PROBING = threading.RLock()   # one at a time, or two would wait for each other
 
-def _probe(root:nn.Module, x)->tuple[dict, list]: # module to its calls; nodes that made the output
+def _probe(root:nn.Module, x, streams:Mapping={})->tuple[dict, list]: # module to its calls; nodes that made the output
     "One pass in which every module is judged; other threads that call the network wait for its end."
-    probe, quiet = _Probe(), _Quiet(root)
+    probe, quiet = _Probe(streams), _Quiet(root)
     def body():
         probe.watch([(m, _Probe.enter, _Probe.leave, "") for m in root.modules()])
         probe.alone(root.modules())
@@ -1002,6 +1029,9 @@ class Blocks(dict):
         # branches: those that only return what is added, and whether it is added to their input; classes: rows of the
         # repeated ones; ran: in the probing pass
         self.branches, self.classes, self.ran = {}, [], set()
+        # streams: the argument and the output that hold the stream, of blocks for which they were named
+        self.streams = {}
+        self.entire = set()   # of sublayers, blocks that make one addition, or whose additions no module gives
 
     def table(self
     )->list[dict]: # a row per class that repeats and per module, keys `name`, `kind`, `verdict`, `moved`, `why`
@@ -1071,16 +1101,25 @@ def find_blocks(
     model:nn.Module,                        # left as it is: mode, buffers and random state, too
     # example input for one probing pass: tensor, tuple or mapping; None: `ResidualBlock`s only
     x:Any=None,
-    # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says
+    # patterns of names, as for files, or a mapping: these are the blocks, whatever the probe says; or `"sublayers"`:
+    # those that are found, taken apart where they make several additions, as of attention and MLP
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     exclude:str|Iterable[str]|None=None,    # patterns of names that are no blocks, nor anything inside them
+    # argument and output that hold the stream: name or place of the one, place or key of the other, or tuples that lead
+    # into a nest; for all that have such an argument, or by pattern of names; None: the first tensors
+    stream:tuple|Mapping[str, tuple]|None=None,
 )->Blocks:                                  # name to module, with the reasons
     """The residual blocks of a network: outputs of the input's shape that contain the input unchanged as a summand,
     beside something that depends on it. `ValueError` if there is none; a warning if only part of a class is covered."""
-    root = unwrap(model)
-    names, _ = named_parts(root), check_batch(x)
+    root, apart = unwrap(model), isinstance(blocks, str) and blocks == _SUBLAYERS
+    names, _, blocks = named_parts(root), check_batch(x), None if apart else blocks
+    if apart and x is None:
+        raise ValueError("sublayers are found by a pass: give an example input x, as in find_blocks(model, x, "
+                         "'sublayers')")
     wanted, barred = _wanted(root, names, blocks), matching(names, exclude)
-    judge, found, reasons = _Judge(root, *(({}, ()) if x is None else _probe(root, x))), Blocks(), {}
+    streams = _streams(names, stream)
+    judge, found, reasons = _Judge(root, *(({}, ()) if x is None else _probe(root, x, streams))), Blocks(), {}
+    found.streams = {name: streams[m] for name, m in names.items() if m in streams}
     closed = {}   # names whose inside is decided, with the reason
     for name, module in names.items():
         outer = next((o for o in _above(name) if o in closed), None)
@@ -1096,10 +1135,69 @@ def find_blocks(
             f"{lost[0]!r} is named among the blocks and cannot be one: "
             f"{reasons[lost[0]] or 'it is inside another one'}; leave it out of blocks"
         )
+    found.streams = {name: one for name, one in found.streams.items() if name in found}
     found.classes = _classes(found, names, judge)
     _finish(found, reasons, judge, root)
     if not wanted and not barred: _warn_of_part(found, root)
+    return _taken_apart(found, judge, names) if apart else found
+
+# %% ../nbs/02_attach.ipynb #3b9370bf
+_SUBLAYERS = "sublayers"
+
+def _streams(names:Mapping[str, nn.Module], stream)->dict[nn.Module, tuple]:
+    "The stream of each module that has the named argument; raises `ValueError` for what names none."
+    if stream is None: return {}
+    each = stream if isinstance(stream, Mapping) else {"*": stream}
+    found = {}
+    for pattern, pair in each.items():
+        head = pair[0] if isinstance(pair, tuple) and len(pair) == 2 else None
+        if isinstance(head, tuple) and head: head = head[0]
+        if isinstance(head, bool) or not isinstance(head, (str, int)):
+            raise ValueError(f"stream is {described(pair)}, expected two: an argument, by name or place, and an "
+                             "output, by place or key")
+        has = [names[n] for n in matching(names, pattern) if _takes(names[n], head)]
+        if not has: raise ValueError(f"no module {pattern!r} has the argument {head!r} that stream names")
+        found |= dict.fromkeys(has, pair)
     return found
+
+def _takes(module:nn.Module, head:str|int)->bool:
+    parameters = inspect.signature(module.forward).parameters
+    return head in parameters if isinstance(head, str) else not _layer(module) and head < len(parameters)
+
+# %% ../nbs/02_attach.ipynb #733330bc
+def _taken_apart(blocks:Blocks, judge:_Judge, names:Mapping[str, nn.Module])->Blocks:
+    "Blocks that make several additions as the modules that give what is added; others as they are."
+    name_of, found = {m: n for n, m in reversed(names.items())}, Blocks()
+    for name, block in blocks.items():
+        parts = _parts_of(block, judge) or [block]
+        for part in parts:
+            at = name if part is block else name_of[part]
+            found[at] = part
+            if part is block:
+                found.entire.add(at)
+                found.why[at], found.moved[at] = f"{blocks.why[name]}; not taken apart", blocks.moved[name]
+            else:
+                found.branches[at] = judge.branches.get(part, False)
+                found.why[at] = f"gives {_counted(len(judge.calls[part]), 'addition')} of {name}"
+    found.ran, found.classes, found.skipped = set(found), blocks.classes, blocks.skipped
+    found.streams = {name: stream for name, stream in blocks.streams.items() if name in found}
+    found.inplace, found.written = blocks.inplace & found.keys(), blocks.written & found.keys()
+    if blocks.written - found.keys(): found.written |= found.branches.keys()
+    return found
+
+def _parts_of(block:nn.Module, judge:_Judge)->list[nn.Module]: # empty: it is no sum of several modules' outputs
+    """The modules inside a block that give what it adds, each addition another one: of those that end with the same
+    numbers the last that ran, so that dropout in front of the sum counts."""
+    idle = lambda m: isinstance(m, nn.Identity) or type(m) is nn.Dropout and not m.p
+    parts = [m for m in block.modules() if m is not block and not idle(m)]
+    ended = [(c.at, c.ends[1], m) for m in parts for c in judge.calls.get(m, ())]
+    made = {_stripped(node): m for _, node, m in sorted(ended, key=lambda one: one[0]) if node is not None}
+    sums = [(node, others) for c in judge.calls[block] for node, others in c.way.sums.items()]
+    alike = lambda a, b: b is not None and a._input_metadata[0].shape == b._input_metadata[0].shape
+    parts = [made.get(_stripped(other[0])) if len(other) == 1 and alike(at, other[0]) else None for at, other in sums]
+    each = Counter(parts)
+    if len(sums) < 2 or None in each or any(n != len(judge.calls[m]) for m, n in each.items()): return []
+    return sorted(each, key=list(block.modules()).index)
 
 # %% ../nbs/02_attach.ipynb #8707c6ce
 def _finish(blocks:Blocks, reasons:dict, judge:_Judge, root:nn.Module):
@@ -1225,10 +1323,11 @@ def chosen_blocks(
     blocks:Mapping[str, nn.Module]|str|Iterable[str]|None=None,
     x:Any=None,      # example input, as in `find_blocks`; None: only `ResidualBlock`s are found
     branches:bool=False, # take modules that only return what is added, too; otherwise they are refused
+    streams:bool=False,  # take blocks whose stream was named, too, as `branches` does; otherwise they are refused
 )->Mapping[str, nn.Module]: # name to module, at least one; a mapping as it was given
     """What an argument `blocks` means; `TypeError` for what are no blocks, `ValueError` if there are none or they are
     not in `model`."""
-    root, branches = unwrap(model), flag("branches", branches)
+    root, branches, streams = unwrap(model), flag("branches", branches), flag("streams", streams)
     if isinstance(blocks, Mapping): _wanted(root, named_parts(root), blocks)
     else: blocks = find_blocks(root, x, blocks)
     if not branches and (lost := next(iter(getattr(blocks, "branches", ())), None)):
@@ -1236,6 +1335,9 @@ def chosen_blocks(
             f"block {lost!r} is a branch, expected a residual block: who calls it adds what it returns, so its output "
             f"minus its input is no step, and without it nothing is passed on; "
             "EnergyMeter and LeastAction measure it with velocity='branch', trace as it is")
+    if not (branches or streams) and (lost := next(iter(getattr(blocks, "streams", ())), None)):
+        raise ValueError(f"the stream of block {lost!r} was named, and only its first tensors can be changed: measure "
+                         "it, or name other blocks")
     return blocks
 
 # %% ../nbs/02_attach.ipynb #b1c00021
@@ -1248,7 +1350,7 @@ class BlockHooks(Watcher):
         x:Any=None,      # example input, as in `chosen_blocks`; it also shows which blocks write to their input
     ):
         root = unwrap(model)
-        self.watch(self.prepare(root, chosen_blocks(root, blocks, x)))
+        self.watch(self.prepare(root, chosen_blocks(root, blocks, x, streams=True)))
 
     def on_begin(self):
         "A forward pass of the model begins."
@@ -1277,8 +1379,9 @@ def prepare(self:BlockHooks, root:nn.Module, blocks:Mapping[str, nn.Module], thr
 )->list: # of hooks, for `watch`
     "Set up a watcher of these blocks, in one thread or in each."
     Watcher.__init__(self, thread)
-    # blocks whose input is copied before they write to it
+    # blocks whose input is copied before they write to it; those of which only what they return counts
     self.blocks, self.copies = blocks, set(getattr(blocks, "inplace", ()))
+    self.adds, self.streams = set(), getattr(blocks, "streams", {})
     steps = [(block, BlockHooks.enter, BlockHooks.leave, name) for name, block in blocks.items()]
     return [(root, BlockHooks.begin, None, ""), *steps, (root, None, BlockHooks.close, "")]
 
@@ -1305,7 +1408,9 @@ def tokens_in(self:BlockHooks):
 def enter(self:BlockHooks, name, block, args, kwargs):
     "Before a block runs: keep what goes in."
     note = self.note
-    if not is_late(note): note.push(going_in(name, args, kwargs, self.copied if name in self.copies else None))
+    if is_late(note): return
+    if (stream := self.streams.get(name)) is not None: args, kwargs = (stream_of(stream, block, args, kwargs),), {}
+    note.push(going_in(name, args, kwargs, self.copied if name in self.copies else None))
 
 @patch
 def copied(self:BlockHooks, x:Tensor)->Tensor:
@@ -1317,10 +1422,13 @@ def leave(self:BlockHooks, name, block, args, out):
     "After a block has run: `every_step`, and so `on_step`."
     note = self.note
     if is_late(note): return None
-    before, after = coming_out(name, note.pop(), out)
+    y = stream_out(self.streams.get(name), out)
+    before, after = coming_out(name, note.pop(), y) if name not in self.adds else (None, y)
+    if after is None: raise ValueError(f"no floating-point tensor comes out of block {name!r}: name another module")
     new = self.every_step(name, before, after)
     return None if new is None else swap_tensor(out, after, new)
 
+# %% ../nbs/02_attach.ipynb #a16e1bf8
 @patch
 def close(self:BlockHooks, name, root, args, out):
     "After the model has run: `on_end`."

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lap_nb.attach import Tracer, trace, trace_energies
 from lap_nb.dynamics import Trajectory
-from lap_nb.hooks import BlockHooks, find_blocks
+from lap_nb.hooks import BlockHooks, chosen_blocks, find_blocks
 from lap_nb.kinetic import EnergyLedger, EnergyMeter, block_energies, kinetic_energy, relative_energy
 from lap_nb.least_action import LeastAction
 
@@ -441,3 +441,229 @@ def test_encoder_and_decoder_of_a_library():
     together = trace_energies(net, a | {f"decoder_{k}": v for k, v in b.items()}).energies()
     for k, (s, t) in enumerate(zip(alone, others)):
         assert_close(together[:, [k]], trace_energies(net, dict(input_ids=s, decoder_input_ids=t)).energies(), **CLOSE)
+
+
+# Sublayers
+
+class Scale(nn.Module):
+    def __init__(self): super().__init__(); self.by = nn.Parameter(torch.full((8,), .5))
+    def forward(self, x): return x * self.by
+
+
+class Sublayered(nn.Module):
+    "A pre-norm layer; `form` says what is in front of its sums."
+    def __init__(self, form):
+        super().__init__()
+        self.norm1, self.norm2, self.form = nn.LayerNorm(8), nn.LayerNorm(8), form
+        self.attend, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.end1, self.end2 = {"scale": (Scale(), Scale()), "drop": (nn.Dropout(.3), nn.Dropout(.3)),
+                                "identity": (nn.Identity(), nn.Identity())}.get(form, (None, None))
+
+    def forward(self, x):
+        a = self.attend(self.norm1(x))
+        x = x + (.5 * a if self.form == "number" else a if self.end1 is None else self.end1(a))
+        b = self.down(self.up(self.norm2(x)).relu())
+        return x + (b if self.end2 is None else self.end2(b))
+
+
+@pytest.mark.parametrize("form, names", [
+    ("plain", ["attend", "down"]), ("scale", ["end1", "end2"]), ("drop", ["end1", "end2"]),
+    ("identity", ["attend", "down"]), ("number", None)])
+def test_attention_and_mlp_are_steps_of_their_own(form, names):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Sublayered(form), Sublayered(form)), torch.randn(3, 5, 8)
+    blocks = find_blocks(net, x, "sublayers")
+    if names is None:   # half of what the module returns is added
+        assert list(blocks) == ["0", "1"] == list(find_blocks(net, x)) and "not taken apart" in blocks.why["0"]
+        return
+    assert list(blocks) == [f"{k}.{name}" for k in range(2) for name in names]
+    sums = []
+    def look(module, args): sums.append(args[0])
+    hooks = [norm.register_forward_pre_hook(look) for layer in net for norm in (layer.norm1, layer.norm2)]
+    for mode in (True, False):
+        net.train(mode); torch.manual_seed(1); sums.clear()
+        with torch.no_grad(): noted = trace_energies(net, x, "sublayers")
+        by_hand = torch.stack([(b - a).square().mean((1, 2)) for a, b in zip(sums, [*sums[1:], noted.output])])
+        assert_close(noted.energies(), by_hand[-4:], **CLOSE)
+    for hook in hooks: hook.remove()
+    net.train()
+    la = LeastAction(net, x=x, blocks="sublayers", velocity="branch")
+    torch.manual_seed(1)
+    la(net(x).square().mean()).backward()
+    torch.manual_seed(1)
+    with torch.no_grad(): want = trace_energies(net, x, blocks).energies().mean(1)
+    assert_close(la.energies, want)
+
+
+@pytest.mark.parametrize("p, names", [(0., ["0.attend", "0.down"]), (.3, ["0.end1"])])
+def test_one_dropout_in_front_of_both_sums(p, names):
+    class Shares(Sublayered):
+        def __init__(self): super().__init__("shared"); self.end1 = self.end2 = self.drop = nn.Dropout(p)
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Shares()), torch.randn(3, 5, 8)
+    assert list(find_blocks(net, x, "sublayers")) == names
+    apart = trace_energies(net.train(), x, "sublayers")
+    assert len(apart.steps) == 2
+    meter = EnergyMeter(net, find_blocks(net, x, "sublayers"), velocity="branch")
+    torch.manual_seed(1)
+    net(x)
+    torch.manual_seed(1)
+    assert_close(meter.take().sum(), trace_energies(net, x, "sublayers").energies().sum(0).mean())
+
+
+def test_separate_sublayers_stay_and_can_be_compared():
+    "The same numbers, written as one layer or as two."
+    class Part(nn.Module):
+        def __init__(self, norm, *parts): super().__init__(); self.norm, self.parts = norm, nn.Sequential(*parts)
+        def forward(self, x): return x + self.parts(self.norm(x))
+    torch.manual_seed(0)
+    layer, x = Sublayered("plain"), torch.randn(3, 5, 8)
+    two = nn.Sequential(Part(layer.norm1, layer.attend), Part(layer.norm2, layer.up, nn.ReLU(), layer.down))
+    one = nn.Sequential(layer)
+    together, apart = (trace_energies(net, x, "sublayers").energies() for net in (one, two))
+    assert_close(together, apart)
+    for net in (one, two):
+        with EnergyMeter(net.train(), find_blocks(net, x, "sublayers"), velocity="branch") as meter:
+            net(x)
+            assert_close(meter.take(), together.mean(1))
+
+
+def test_what_sublayers_cannot_do_is_said():
+    net, x = nn.Sequential(Sublayered("plain")), torch.randn(3, 5, 8)
+    with pytest.raises(ValueError, match="give an example input x"): find_blocks(net, None, "sublayers")
+    with pytest.raises(ValueError, match="take trace_energies"): trace(net, x, "sublayers")
+    with pytest.raises(ValueError, match="velocity='branch'"): LeastAction(net, x=x, blocks="sublayers")
+
+
+@pytest.mark.parametrize("name, parts", [("llama", ("self_attn", "mlp")), ("gpt2", ("attn", "mlp"))])
+@torch.no_grad()
+def test_sublayers_of_a_library(name, parts):
+    tf = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    net, (_, batch) = decoders(tf)[name]().eval(), sentences((3, 8))
+    blocks = find_blocks(net, batch, "sublayers")
+    assert [n.split(".")[-1] for n in blocks] == 3 * [*parts]
+    walk, real = trace(net, batch), batch["attention_mask"].bool()
+    seen = {n: [] for n in blocks}
+    hooks = [m.register_forward_hook(lambda m, a, out, n=n: seen[n].append(out[0] if isinstance(out, tuple) else out))
+             for n, m in blocks.items()]
+    noted = trace_energies(net, batch, blocks)
+    for hook in hooks: hook.remove()
+    steps = torch.stack([seen[n][0] for n in blocks])
+    assert_close(steps.view(3, 2, *steps.shape[1:]).sum(1)[:, real], walk.steps[:, real], rtol=1e-4, atol=1e-5)
+    assert_close(noted.energies()[:, 1], steps[:, 1].square().mean((1, 2)), **CLOSE)
+
+
+# Streams
+
+class Graph(nn.Module):
+    "The edges and their weights come first."
+    def __init__(self): super().__init__(); self.w = nn.Linear(6, 6)
+    def forward(self, edges, weights, h): return h + weights * self.w(h[:, edges]).tanh()
+
+
+class Graphs(nn.Module):
+    def __init__(self, named):
+        super().__init__()
+        self.named, self.blocks = named, nn.ModuleList(Graph() for _ in range(3))
+
+    def forward(self, edges, weights, h):
+        for block in self.blocks: h = block(edges, weights, h=h) if self.named else block(edges, weights, h)
+        return h.sum((1, 2))
+
+
+class Talks(nn.Module):
+    "A pair of streams, as a tuple or a mapping."
+    def __init__(self, form): super().__init__(); self.form, self.a, self.b = form, nn.Linear(6, 6), nn.Linear(6, 6)
+    def forward(self, text, image):
+        both = text + self.a(text).tanh() + image.mean(1, True), image + self.b(image).tanh() + text.mean(1, True)
+        return dict(zip(("text", "image"), both)) if self.form == "dict" else both
+
+
+class Pair(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.blocks = form, nn.ModuleList(Talks(form) for _ in range(2))
+
+    def forward(self, text, image):
+        seen = [(text, image)]
+        for block in self.blocks:
+            out = block(*seen[-1])
+            seen.append(tuple(out.values()) if self.form == "dict" else out)
+        return seen
+
+
+class Levels(nn.Module):
+    "Two resolutions, each in the list with its own size."
+    def __init__(self): super().__init__(); self.fine, self.coarse = nn.Linear(4, 4), nn.Linear(4, 4)
+    def forward(self, xs):
+        fine, coarse = xs
+        up, down = coarse.mean(1, True), fine.mean(1, True)
+        return [fine + self.fine(fine).tanh() + up, coarse + self.coarse(coarse).tanh() + down]
+
+
+class Pyramid(nn.Module):
+    def __init__(self): super().__init__(); self.blocks = nn.ModuleList(Levels() for _ in range(2))
+    def forward(self, fine, coarse):
+        seen = [[fine, coarse]]
+        for block in self.blocks: seen.append(block(seen[-1]))
+        return seen
+
+
+def by_hand(seen, k): return torch.stack([(b[k] - a[k]).square().mean((1, 2)) for a, b in zip(seen, seen[1:])])
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("stream", [("h", 0), (2, 0), {"blocks.*": ("h", 0)}])
+def test_the_stream_of_a_graph_block_is_named(named, stream):
+    torch.manual_seed(0)
+    net, x = Graphs(named), (torch.tensor([2, 0, 1, 4, 3]), torch.rand(1, 5, 1), torch.randn(3, 5, 6))
+    with pytest.raises(ValueError, match="no residual block"): find_blocks(net, x)
+    if named and stream == (2, 0): return   # by keyword it has no place
+    blocks = find_blocks(net, x, stream=stream)
+    assert list(blocks) == ["blocks.0", "blocks.1", "blocks.2"] and all(m > 0 for m in blocks.moved.values())
+    at, steps = x[2], []
+    for block in net.blocks: at, before = block(x[0], x[1], at), at; steps.append(at - before)
+    want = torch.stack(steps).square().mean((2, 3))
+    with torch.no_grad():
+        assert_close(trace_energies(net, x, blocks).energies(), want)
+        walk = trace(net, x, blocks)
+    assert torch.equal(walk.x[0], x[2]) and walk.K == 3 and len(walk.stages) == 1
+    la = LeastAction(net.train(), x=x, blocks=blocks)
+    la(net(*x).square().mean()).backward()
+    assert_close(la.energies, want.mean(1)) and all(b.w.weight.grad.any() for b in net.blocks)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+@pytest.mark.parametrize("k, stream", [(0, ("text", 0)), (1, ("image", 1)), (1, (1, 1))])
+def test_each_stream_of_a_pair_is_measured(form, k, stream):
+    torch.manual_seed(0)
+    net, x = Pair(form), (torch.randn(3, 4, 6), torch.randn(3, 7, 6))
+    blocks = find_blocks(net, x, stream=(stream[0], ("text", "image")[k]) if form == "dict" else stream)
+    with torch.no_grad():
+        assert_close(trace_energies(net, x, blocks).energies(), by_hand(net(*x), k))
+        assert_close(trace(net, x, blocks).x, torch.stack([s[k] for s in net(*x)]))
+    seen = []
+    class Log(BlockHooks):
+        def on_step(self, name, before, after): seen.append((name, before.shape, after.shape))
+    with Log(net, blocks): net(*x)
+    assert seen == [(n, x[k].shape, x[k].shape) for n in blocks]
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_each_resolution_of_a_list_is_measured(k):
+    torch.manual_seed(0)
+    net, x = Pyramid(), (torch.randn(3, 8, 4), torch.randn(3, 2, 4))
+    blocks = find_blocks(net, x, stream=(("xs", k), k))
+    with torch.no_grad(): assert_close(trace_energies(net, x, blocks).energies(), by_hand(net(*x), k))
+
+
+def test_streams_that_cannot_be_are_refused():
+    net, x = Pair("tuple"), (torch.randn(3, 4, 6), torch.randn(3, 4, 6))
+    for stream, words in ((("pictures", 1), "has the argument 'pictures'"), (("image",), "expected two"),
+                          ((), "expected two"), ((1.5, 0), "expected two"),
+                          ({"layers.*": ("image", 1)}, "matches no module")):
+        with pytest.raises(ValueError, match=words): find_blocks(net, x, stream=stream)
+    with pytest.raises(ValueError, match="no residual block"): find_blocks(net, x, stream=("image", 0))   # the text's
+    with pytest.raises(ValueError, match="no residual block"): find_blocks(net, x, stream=("image", 5))
+    with pytest.raises(ValueError, match="was named"): chosen_blocks(net, find_blocks(net, x, stream=("image", 1)))
