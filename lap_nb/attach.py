@@ -187,7 +187,8 @@ class Tracer(BlockHooks):
         self.energies_only, self.replaced, self.axes = energies_only, False, SampleAxes(blocks, batch_axis)
         self.masks = TokenMask(root, self.axes, mask, skip)
         self.branches = getattr(blocks, "branches", {})
-        if not energies_only:
+        if energies_only: self.adds = set(self.branches)
+        else:
             self.copies = set(blocks)
             if lost := [n for n, own in self.branches.items() if not own]:
                 raise ValueError(
@@ -207,8 +208,8 @@ def every_step(self:Tracer, name, before, after):
     "Note the step."
     masks, ids = self.tokens_in or ({}, set())
     mask = self.masks.lay(masks, name, after) if masks or self.masks.skip else None
-    before, after = (self.axes.first(name, t) for t in (before, after))
-    branch = name in self.branches   # it returns the step itself
+    after, branch = self.axes.first(name, after), name in self.branches   # that returns the step itself
+    if name not in self.adds: before = self.axes.first(name, before)
     added = widen(after) if branch else widen(after) - widen(before)
     whose = token_squares(added, mask) if mask is not None or tuple(after.shape[:2]) in ids else None
     squares = added.square().sum(tuple(range(1, after.ndim))) if mask is None else whose.sum(1)

@@ -348,7 +348,9 @@ class EnergyMeter(BlockHooks):
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
         self.masks = TokenMask(root, self.axes, mask, skip)
-        if branches: plan[1:-1] = [(m, None, EnergyMeter._branch, name) for name, m in branches.items()]
+        plan[1:-1] = [
+            (branches[name], None, EnergyMeter._branch, name) if name in branches else (m, before, after, name)
+            for m, before, after, name in plan[1:-1]]
         self.watch(plan)
     hook_kind, note_kind = TrainingHook, _Passes
 
@@ -379,7 +381,7 @@ class EnergyMeter(BlockHooks):
 def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
     "The module that gives the branch of each block; empty for the displacement."
     if isinstance(velocity, str): one_of("velocity", velocity, ("displacement", "branch"))
-    marked = getattr(blocks, "branches", ())
+    marked, entire = getattr(blocks, "branches", ()), getattr(blocks, "entire", ())
     if velocity == "displacement" and marked:
         raise ValueError(
             f"block {next(iter(marked))!r} is a branch: who calls it adds what it returns, so its output minus its "
@@ -387,10 +389,11 @@ def _branches(blocks:Mapping[str, nn.Module], velocity)->dict[str, nn.Module]:
         )
     if velocity == "displacement": return {}
     if velocity == "branch":
-        if lost := [n for n, m in blocks.items() if not isinstance(m, ResidualBlock) and n not in marked]:
+        known = lambda n, m: isinstance(m, ResidualBlock) or n in marked or n in entire
+        if lost := [n for n, m in blocks.items() if not known(n, m)]:
             raise ValueError(f"block {lost[0]!r} is a {type(blocks[lost[0]]).__name__}, whose branch is not known: "
                              f"name the module that gives it, velocity={{{lost[0]!r}: ...}} for each block")
-        return {name: m if name in marked else m.velocity for name, m in blocks.items()}
+        return {name: m if name in marked else m.velocity for name, m in blocks.items() if name not in entire}
     if velocity.keys() != blocks.keys():
         raise ValueError(f"velocity names {sorted(map(str, velocity))}, expected the blocks {sorted(blocks)}")
     return {name: _part(name, block, velocity[name]) for name, block in blocks.items()}
