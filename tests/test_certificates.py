@@ -235,3 +235,17 @@ def test_samples_that_repeat_cannot_be_searched_and_certified(trained, split):
     x[split.val[::2]] = x[split.val[1]].clone()
     with pytest.raises(ValueError, match='of the 418 calibration samples are among those searched on'):
         shorten(trained, replace(split, x=x), accuracy_drop=.1, confidence=.9, verbose=False)
+
+
+def test_promises_are_judged_by_the_whole_population(trained, split):
+    "True drops and blocks of each choice, by networks that are cut; the same draws give the same columns."
+    from lap_nb.lab.promises import COLUMNS, measure_promises, Population
+    found, again = (measure_promises(trained, split, samples=(150, 700), drops=(.02, .1)) for _ in range(2))
+    assert found == again and found['population'] == len(split.test) and all(len(found[c]) == 4 for c in COLUMNS)
+    population = Population(trained, split)
+    rows = population.rows(torch.arange(100))
+    for row in rows: assert 0 <= row['hits'].mean() <= 1 and len(row['hits']) == len(split.test)
+    with torch.no_grad(): right = (trained.eval()(split.x[split.test]).argmax(1) == split.y[split.test]).double()
+    assert torch.equal(rows[-1]['hits'], right)
+    for blocks, drop, allowed in zip(found['blocks_certified'], found['drop_certified'], found['allowed']):
+        assert blocks <= found['depth'] and (blocks < found['depth'] or drop == 0)

@@ -32,7 +32,7 @@ NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 ORDER = (
     'checks files state stats plots data dynamics nets hooks attach kinetic transport regularity least_action '
     'penalties tasks training adapters ensembles certificates depth ranking '
-    'lab.design lab.nets lab.store lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes '
+    'lab.design lab.nets lab.store lab.promises lab.run lab.catalogue lab.analysis lab.published lab.widgets lab.compare lab.modes '
     'lab.bench lab.cli'
 ).split()
 # Slow to import and needed by few calls: imported inside the functions that use them.

@@ -341,6 +341,28 @@ def _cifar_low_data(scale:str)->Study:
     return _low_data("cifar-low-data", "cifar10_part", (100, 500, 2000, 7000), (100, 500), 20, scale, 4, crop=4,
                      flip=True)
 
+# %% ../../nbs/08_replication.ipynb #09d00f00
+@_register
+def _promises(scale:str)->Study:
+    methods = Method("default"), _constant()
+    picture = lambda name: name if scale == "gpu" else f"{name}:pool=4"
+    def grid(data, net, steps, thin, seeds=20, n=1000):
+        return Grid((data,), (n,), methods, seeds, net, Schedule(steps, points=2), ("promises",), thin=thin)
+    thin = lambda large, small: large if scale == "gpu" else small
+    return Study(
+        "promises",
+        "Is the drop of accuracy that was promised kept, and how many blocks does the certificate leave in?",
+        (
+            grid("digits", Net(), 600, 1, 30, 300),
+            grid("circles", Net(width=32), 500, 1, 30, 300),
+            *(grid(picture(d), Net(), 600, thin(1, 5), 30) for d in ("mnist", "fashion_mnist")),
+            *(grid(picture(d), Net("conv", width=16), 200, thin(1, 10)) for d in ("mnist", "fashion_mnist")),
+            grid(picture("mnist"), Net("staged", 8, 8), 600, thin(1, 10)),
+            grid(picture("mnist"), Net("vit", 8, 32), 200, thin(1, 10)),
+        ),
+        scale,
+    )
+
 # %% ../../nbs/08_replication.ipynb #03eecf33
 @_register
 def _cifar_large(scale:str)->Study:

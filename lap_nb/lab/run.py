@@ -26,6 +26,7 @@ from ..ensembles import fit_many
 from ..kinetic import block_energies
 from .design import Cell, changed_fields, Method, Study
 from .nets import make_net, NETS
+from .promises import measure_promises
 from .store import append_rows, done, held, networks_in, results
 from ..least_action import DualAscent, LeastAction
 from ..penalties import Penalty
@@ -130,7 +131,7 @@ def _measured_paths(model:nn.Module, split:Split, points:int=120)->dict:
 EXACT_CAP = 300   # test samples of the exact transport problems: their cost grows with the cube
 MEASURES = {
     "transport": _measured_transport, "paths": _measured_paths, "regularity": _measured_regularity,
-    "pruning": measure_pruning, "speed": measure_speed,
+    "pruning": measure_pruning, "speed": measure_speed, "promises": measure_promises,
     "depth": partial(_measured_depth, ways=("skip", "lengthened"),
                      columns="counts skip lengthened settled area_skip area_lengthened path_gap largest_share"),
     "best": partial(_measured_depth, ways=("best",), columns="best kept_best"),
