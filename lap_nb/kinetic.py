@@ -348,6 +348,7 @@ class EnergyMeter(BlockHooks):
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
         self.masks = TokenMask(root, self.axes, mask, skip)
+        self.read_tokens = self.masks.read
         plan[1:-1] = [
             (branches[name], None, EnergyMeter._branch, name) if name in branches else (m, before, after, name)
             for m, before, after, name in plan[1:-1]]
@@ -412,11 +413,6 @@ def on_end(self:EnergyMeter, output):
     note = self.note
     if self.reduction == "sum": self.axes.check(note.shapes, output)
     if note.tokens and not torch.compiler.is_compiling(): self.masks.check(note.tokens, note.unmasked, note.masked)
-
-@patch
-def read_tokens(self:EnergyMeter, args, kwargs)->dict:
-    "The masks of a pass."
-    return self.masks.read(args, kwargs)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
