@@ -791,6 +791,8 @@ class _Kept:
 
     def _tensor(self, t:Tensor):
         if t.is_meta or t.layout != torch.strided: return
+        # its memory was given back, as FSDP does with what it gathers
+        if t.numel() and not t.untyped_storage().nbytes(): return
         version, old = version_of(t), t.detach().clone()
         self.undo.append(lambda: t.data.copy_(old) if version_of(t) != version else None)
 

@@ -23,6 +23,7 @@ from lap_nb.hooks import find_blocks
 from lap_nb.lab.bench import memory
 from lap_nb.dynamics import Flow, ResidualBlock, Trajectory
 from lap_nb.kinetic import EnergyLedger, EnergyMeter
+from lap_nb.least_action import LeastAction
 from lap_nb.nets import conv_net, dense_net
 
 BATCH = 4
@@ -1476,6 +1477,42 @@ def test_real_distributed_wrapper():
         use()
         gc.collect()
     finally: torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_network_is_found_traced_and_trained_as_the_whole_one():
+    "Also after a pass, when the memory of what was gathered has been given back."
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"): pytest.skip("fully_shard needs PyTorch 2.6 or later")
+    torch.manual_seed(0)
+    layer = lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0., norm_first=True, batch_first=True)
+    net, x = nn.Sequential(nn.Linear(4, 8), layer(), layer()), torch.randn(2, 5, 4)
+    def step(model):
+        model.zero_grad()
+        la = LeastAction(model, x=x)
+        la(model(x).square().mean()).backward()
+        whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
+        return la.energies.clone(), [whole(p.grad).clone() for p in model.parameters()]
+    want, noted = step(net), trace_energies(net, x).energies().detach()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    def use():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (net[1], net[2], net): fsdp.fully_shard(part, mesh=mesh)
+        for _ in range(2):
+            assert list(find_blocks(net, x)) == ["1", "2"]
+            assert_close(trace_energies(net, x).energies().detach(), noted)
+            net.reshard()   # after any pass without a backward one: otherwise zero_grad does not see the shards
+            assert_close(step(net), want)
+    try:
+        use()
+        gc.collect()
+    finally: torch.distributed.destroy_process_group()
+
+
+def test_a_tensor_whose_memory_was_given_back_is_left_alone():
+    net = nn.Sequential(nn.Linear(4, 4), ResidualBlock(nn.Linear(4, 4)))
+    net.gathered = [torch.randn(3)]
+    net.gathered[0].untyped_storage().resize_(0)
+    assert list(find_blocks(net, torch.randn(2, 4))) == ["1"] and not net.gathered[0].untyped_storage().nbytes()
 
 
 @pytest.mark.gpu
