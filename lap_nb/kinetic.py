@@ -195,7 +195,7 @@ def _mean_square(after:Tensor, before:Tensor, copy:bool)->Tensor:
         return (after.to(wide) - before.to(wide)).square().mean()
     if after.dtype != before.dtype or after.dtype not in (torch.float32, torch.float64):
         return _MeanSquare.apply(after, before)
-    return _LargeMeanSquare.apply(after, before) if _large(after, before) else F.mse_loss(after, before)
+    return _LargeMeanSquare.apply(after, before) if _large(after, before) else torch._C._nn.mse_loss(after, before, 1)
 
 # %% ../nbs/03_kinetic_bias.ipynb #6efbee49
 class _LargeMeanSquare(torch.autograd.Function):
@@ -229,7 +229,7 @@ def _pieces(*tensors:Tensor)->list[list[Tensor]]:
 
 def _large(after:Tensor, before:Tensor)->bool:
     "On a CPU, more than its cache holds, and both alike in memory?"
-    if after.device.type != "cpu" or after.numel() < 2 ** 21: return False
+    if after.numel() < 2 ** 21 or after.device.type != "cpu": return False
     return any(form(after).is_contiguous() and form(before).is_contiguous() for form in (lambda t: t, _channels_last))
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
@@ -412,8 +412,9 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
     check_size(name, like)
     if self.reduction == "sum":
         note.shapes[name], factor = like.shape, factor * (like.numel() // self.axes.count(name, like))
-    if recomputing(): return
-    if not torch.compiler.is_compiling(): note.sign(name, like)
+    if not torch.compiler.is_compiling():
+        if recomputing(): return
+        note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db
