@@ -40,14 +40,15 @@ class Hook:
         "The owner, if it wants to hear of this call."
         owner = self.owner()
         if owner is None or not owner.on: return None
-        if not torch.compiler.is_compiling() and self.module is not None and self.module() is not module:
+        if torch.compiler.is_compiling(): return owner
+        if self.module is not None and self.module() is not module:
             raise RuntimeError(
                 f"a copy of {f'block {self.name!r}' if self.name else 'the network'} was called that shares its "
                 f"hooks, as nn.DataParallel and copy.copy make: "
                 "measure on one device or with DistributedDataParallel, copy by copy.deepcopy, or remove what "
                 "measures first"
             )
-        return None if owner.paused else owner
+        return None if owner.rests() else owner
 
     def __call__(self, module, *args):
         if (owner := self.awake(module)) is not None: return self.call(owner, self.name, module, *args)
@@ -161,12 +162,14 @@ class Watcher:
         own, last = self.own_note(), self.last_note
         return last if self.compiled and not own.passes and last.passes and not last.ended else own
 
+    def rests(self)->bool:
+        "As `paused`, outside compiled code."
+        return self.thread is not None and self.thread != threading.get_ident() or self.own_note().paused
+
     @property
     def paused(self)->bool:
         "Whether passes of this thread are not noted."
-        return not torch.compiler.is_compiling() and (
-            self.thread not in (None, threading.get_ident()) or self.own_note().paused
-        )
+        return not torch.compiler.is_compiling() and self.rests()
     @paused.setter
     def paused(self, value:bool): self.own_note().paused = value
 
@@ -262,8 +265,9 @@ def run_on(root:nn.Module, x):
 def first_tensor(value)->Tensor|None:
     "The first floating-point tensor in a nest of sequences and mappings."
     if isinstance(value, Tensor): return value if value.is_floating_point() else None
-    if isinstance(value, Mapping): value = value.values()
-    elif not isinstance(value, (tuple, list)): return None
+    if not isinstance(value, (tuple, list)):
+        if not isinstance(value, Mapping): return None
+        value = value.values()
     for item in value:
         if (found := first_tensor(item)) is not None: return found
 

@@ -237,7 +237,7 @@ def _mean_square(after:Tensor, before:Tensor, copy:bool)->Tensor:
         return (after.to(wide) - before.to(wide)).square().mean()
     if after.dtype != before.dtype or after.dtype not in (torch.float32, torch.float64):
         return _MeanSquare.apply(after, before)
-    return _LargeMeanSquare.apply(after, before) if _large(after, before) else F.mse_loss(after, before)
+    return _LargeMeanSquare.apply(after, before) if _large(after, before) else torch._C._nn.mse_loss(after, before, 1)
 
 # %% ../nbs/03_kinetic_bias.ipynb #6efbee49
 class _LargeMeanSquare(torch.autograd.Function):
@@ -271,7 +271,7 @@ def _pieces(*tensors:Tensor)->list[list[Tensor]]:
 
 def _large(after:Tensor, before:Tensor)->bool:
     "On a CPU, more than its cache holds, and both alike in memory?"
-    if after.device.type != "cpu" or after.numel() < 2 ** 21: return False
+    if after.numel() < 2 ** 21 or after.device.type != "cpu": return False
     return any(form(after).is_contiguous() and form(before).is_contiguous() for form in (lambda t: t, _channels_last))
 
 # %% ../nbs/03_kinetic_bias.ipynb #a5619c30
@@ -348,6 +348,7 @@ class EnergyMeter(BlockHooks):
         branches = _branches(self.blocks, velocity)
         self.axes = SampleAxes(self.blocks, batch_axis, summed=reduction == "sum")
         self.masks = TokenMask(root, self.axes, mask, skip)
+        self.read_tokens = self.masks.read
         plan[1:-1] = [
             (branches[name], None, EnergyMeter._branch, name) if name in branches else (m, before, after, name)
             for m, before, after, name in plan[1:-1]]
@@ -412,11 +413,6 @@ def on_end(self:EnergyMeter, output):
     note = self.note
     if self.reduction == "sum": self.axes.check(note.shapes, output)
     if note.tokens and not torch.compiler.is_compiling(): self.masks.check(note.tokens, note.unmasked, note.masked)
-
-@patch
-def read_tokens(self:EnergyMeter, args, kwargs)->dict:
-    "The masks of a pass."
-    return self.masks.read(args, kwargs)
 
 # %% ../nbs/03_kinetic_bias.ipynb #24a10d23
 @patch
@@ -498,8 +494,9 @@ def _keep(self:EnergyMeter, name, like, energy, factor):
 @patch
 def _note(self:EnergyMeter, name, like, energy, factor):
     note = self.note
-    if recomputing(): return
-    if not torch.compiler.is_compiling(): note.sign(name, like)
+    if not torch.compiler.is_compiling():
+        if recomputing(): return
+        note.sign(name, like)
     note.seen.append((name, energy if factor == 1 else energy * factor))
 
 # %% ../nbs/03_kinetic_bias.ipynb #16cee0db

@@ -67,6 +67,10 @@ def _as_loss(loss, lam:Tensor, name:str="loss")->Tensor: # of the shape of `lam`
         raise ValueError(f"{name} is on the meta device and has no value, expected one on {lam.device}")
     return loss.detach().to(lam.device)
 
+def _is_at_hand(loss:Tensor)->bool:
+    "Whether it is one number in this process's memory, to be read without waiting for a device."
+    return not loss.ndim and loss.device.type == "cpu" and loss.dtype == torch.float64
+
 def _one_each(name:str, shape, lam:Tensor):
     raise ValueError(f"{name} has shape {tuple(shape)}, expected {tuple(lam.shape)}: one number per network, as from "
                      "cross_entropy with its default reduction")
@@ -124,7 +128,6 @@ class _Sensor(_Exact):
         self.count = {"calls": 0, "added": 0}
         for name in ("total", "level", "mass"): self.register_buffer(name, torch.zeros_like(like))
 
-    @torch.no_grad()
     def see(self, loss:Tensor)->Tensor|None:
         n = self.count
         n["calls"] += 1
@@ -133,6 +136,11 @@ class _Sensor(_Exact):
         if self.every is None or step <= self.warmup_steps: return None
         due = not rest and step % self.every == 0
         if self.accumulate == 1 and self.average == "batch": return loss if due else None
+        return self._averaged(loss, rest, due)
+
+    @torch.no_grad()
+    def _averaged(self, loss:Tensor, rest:int, due:bool)->Tensor|None:
+        n = self.count
         self.total, n["added"] = self.total + loss, n["added"] + 1
         if rest: return None
         value = self.total / n["added"]
@@ -186,7 +194,6 @@ class Controller(_Exact):
         seen = self.sensor.see(loss)
         if seen is not None: self.update(seen)
 
-    @torch.no_grad()
     def update(self,
         loss:Tensor|float, # task losses, of the shape of `lam`
     ):
@@ -194,6 +201,13 @@ class Controller(_Exact):
 
         `TypeError` for what is no loss, `ValueError` for another shape."""
         loss = _over_ranks(_as_loss(loss, self.lam).to(self.lam.dtype))
+        if not _is_at_hand(loss): self._move(loss)
+        elif math.isfinite(loss.item()): self._buffers.update(self._next(loss))
+        else: self._buffers["held"] += 1
+
+    @torch.no_grad()
+    def _move(self, loss:Tensor):
+        "As `update`, without looking at the loss: that would wait for its device."
         finite = loss - loss == 0   # neither NaN nor infinite
         for name, value in self._next(loss).items():
             self._buffers[name] = torch.where(finite, value, self._buffers[name])
@@ -287,7 +301,11 @@ class FixedWeight(Controller):
 
 class DualAscent(Controller):
     r"The published rule, $\lambda \leftarrow \lambda + \tau(L - \varepsilon)$, within its bounds."
-    def _next(self, loss): return {"lam": dual_ascent(self.lam, loss, self.tau, self.target, (self.low, self.high))}
+    def _next(self, loss):
+        if not _is_at_hand(loss):
+            return {"lam": dual_ascent(self.lam, loss, self.tau, self.target, (self.low, self.high))}
+        lam = self.lam.item() + self.tau * (loss.item() - self.target)   # the same, in plain numbers
+        return {"lam": self.lam.new_tensor(min(max(lam, self.low), self.high))}
 
 # %% ../nbs/05_least_action.ipynb #b324ac49
 @checked

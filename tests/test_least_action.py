@@ -2,7 +2,9 @@
 that is refused."""
 import copy
 import io
+import math
 import pickle
+import sys
 import warnings
 from decimal import Decimal
 from fractions import Fraction
@@ -440,13 +442,67 @@ def test_a_step_reads_no_value_from_the_device(settings):
     assert la.lam.device.type == "meta" and la.history.count["stride"] == 4
 
 
-def test_on_the_cpu_the_only_read_is_the_sign_of_the_loss(net, batch):
+def test_on_the_cpu_loss_and_multiplier_alone_are_read(net, batch):
+    "Single numbers that lie in memory already, however many blocks, samples and steps there are."
     x, y = batch
     la = LeastAction(net)
     la(F.cross_entropy(net(x), y))   # the first step looks whether the action has a gradient
-    task = F.cross_entropy(net(x), y)
-    with Reads() as reads: la(task)
-    assert reads.count == 1
+    for _ in range(3):
+        task = F.cross_entropy(net(x), y)
+        with Reads() as reads: la(task)
+        assert reads.count <= 4
+
+
+class Operations(TorchDispatchMode):
+    "Counts the operations on tensors, those of backward passes too."
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def own_calls(work):
+    "How often `work` calls a function of this package."
+    calls = 0
+    def note(frame, event, arg):
+        nonlocal calls
+        calls += event == "call" and frame.f_globals.get("__name__", "").startswith("lap_nb.")
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try: work()
+    finally: sys.setprofile(before)
+    return calls
+
+
+def test_what_a_block_adds_to_a_step():
+    "Six operations: energy, its gradients at both ends, and their sums; and few calls of Python."
+    x, y, costs = torch.randn(8, 8), torch.randint(2, (8,)), []
+    for K in (5, 15):
+        plain, net = (dense_net(8, 2, K=K, hidden=8) for _ in range(2))
+        la = LeastAction(net)
+        with_action = lambda: la(F.cross_entropy(net(x), y)).backward()
+        without = lambda: F.cross_entropy(plain(x), y).backward()
+        for step in (with_action, without): step(); step()
+        found = []
+        for step in (with_action, without):
+            with Operations() as seen: step()
+            found.append((seen.count, own_calls(step)))
+        costs.append([a - b for a, b in zip(*found)])
+    operations, calls = ((more - few) / 10 for few, more in zip(*costs))
+    assert operations <= 6 and calls <= 40
+
+
+@pytest.mark.parametrize("lambda0, tau, target, bounds", [
+    (1., 1., 0., (None, None)), (.3, .7, .11, (.1, None)), (2., 5., 3., (.5, 2.5)), (1e-3, 1e-9, 0., (None, None))])
+def test_the_rule_in_plain_numbers_is_the_rule(lambda0, tau, target, bounds):
+    "The same bits as `dual_ascent`, loss by loss, and a row of networks gets the same."
+    one, row = DualAscent(lambda0, tau, target, bounds), DualAscent([lambda0] * 2, tau, target, bounds)
+    lam, kept = one.lam.clone(), 0
+    for loss in (*torch.rand(50, generator=torch.Generator().manual_seed(0)) * 4, *map(torch.tensor, (math.nan, math.inf, 0.))):
+        one.update(loss); row.update(loss.expand(2))
+        if loss.isfinite(): lam = dual_ascent(lam, loss.double(), tau, target, (one.low, one.high))
+        else: kept += 1
+        assert one.lam.equal(lam) and row.lam.equal(lam.expand(2)) and one.held == kept
 
 
 def test_multiplier_follows_a_model_that_was_moved_after_attaching(net):

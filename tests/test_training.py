@@ -466,14 +466,14 @@ def test_a_step_reads_no_value_from_the_device(monkeypatch, row, maker):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_on_the_cpu_a_step_reads_the_sign_of_the_loss_and_nothing_else(precision):
+def test_on_the_cpu_a_step_reads_loss_and_multiplier_and_nothing_else(precision):
     from lap_nb.training import Training, batches
     class Reads(TorchDispatchMode):
         count = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default): self.count += 1
             return func(*args, **(kwargs or {}))
-    for maker, reads in ((None, 0), (LeastAction, 3)):
+    for maker, reads in ((None, 0), (LeastAction, 4 * 3)):   # of each of three steps
         model = make()
         gens = [torch.Generator().manual_seed(0)]
         loop, found = (
