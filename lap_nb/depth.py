@@ -758,6 +758,13 @@ def _runs(kept:Sequence[int], sizes:Sequence[int])->list[tuple[int, int]]:
             else: runs.append((k, k))
     return runs
 
+def _unlabelled(data)->Iterable:
+    "Batches of samples, or of the training part; raises `TypeError` or `ValueError` on anything else."
+    if not isinstance(data, Tensor): return Parts(data).of("train")
+    if not data.ndim or not len(data):
+        raise ValueError(f"patch is {described(data)}, expected samples [n, ...], at least one")
+    return data.split(500)
+
 @torch.no_grad()
 def _patched(elastic:Elastic, kept:Sequence[int], data)->nn.Module:
     "The network with an affine map in place of each run of blocks that leave; its gates are still there."
@@ -765,7 +772,7 @@ def _patched(elastic:Elastic, kept:Sequence[int], data)->nn.Module:
     fits = [_Squares() for _ in runs]
     def note(gate, x, y, out): seen[gate] = x.detach().clone(), y.detach().clone()
     with elastic.at(None), evaluating(elastic.model), _noted(elastic.gates, note):
-        for batch in data.split(500) if isinstance(data, Tensor) else data:
+        for batch in _unlabelled(data):
             call_model(elastic.model, batch)
             for (low, high), sums in zip(runs, fits):
                 sums.add(seen[elastic.gates[low]][0], seen[elastic.gates[high]][1])
@@ -775,6 +782,7 @@ def _patched(elastic:Elastic, kept:Sequence[int], data)->nn.Module:
     for (low, _), sums in zip(runs, fits): _put(small.gates[low], *sums.solved(), seen[elastic.gates[low]][0])
     return small.model
 
+# %% ../nbs/09_depth.ipynb #09b10017
 def _put(gate:Stretch, weight:Tensor, bias:Tensor, x:Tensor):
     "In the place of a block that leaves."
     conv, d = x.ndim == 4, len(bias)
@@ -790,8 +798,8 @@ def _put(gate:Stretch, weight:Tensor, bias:Tensor, x:Tensor):
 @checked
 def cut(self:Elastic,
     depth:int|DepthSchedule|None=None, # number of blocks that stay, or which and how far they step
-    # samples or batches without labels, to fit an affine map in place of each run of blocks that leave, and the others
-    # keep their steps; None: nothing takes their place
+    # samples, or batches as in `evaluate`, of which `train` is read without labels: an affine map is fitted to them in
+    # place of each run of blocks that leave, and the others keep their steps; None: nothing takes their place
     patch=None,
 )->nn.Module:
     "An ordinary network of the blocks that stay; a copy, in the same mode."
@@ -896,7 +904,7 @@ def _build(elastic:Elastic, parts:Parts, task:Task, recompute:bool, epochs:int, 
 
 def _samples_of(parts:Parts):
     "The training part, as `Elastic.cut` takes it: labels are not read."
-    return parts.data.x[parts.data.train] if isinstance(parts.data, Split) else parts.of("train")
+    return parts.data.x[parts.data.train] if isinstance(parts.data, Split) else parts.data
 
 def _rescored(build:Callable, row:dict, parts:Parts, task:Task)->dict:
     "A row with what its network does as it is built: steps as they were trained, and maps between."

@@ -104,6 +104,7 @@ class ResidualBlock(nn.Module):
                 f"velocity has {f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else f'type {type(v).__name__}'}, "
                 f"its input shape {tuple(x.shape)}; "
                 "a flow keeps the shape: change width in the encoder or in the head")
+        if not v.is_floating_point(): return x + self.h * v
         return torch.add(x, v, alpha=self.h)
 
     def extra_repr(self)->str: return f"h={self.h:g}"
