@@ -233,7 +233,11 @@ def _copy(model:nn.Module)->nn.Module:
     "A copy of the network inside wrappers, without this package's hooks."
     root, hooks = unwrap(model), lambda m: (m._forward_hooks, m._forward_pre_hooks)
     owners = [getattr(h, "__self__", h) for m in root.modules() for hs in hooks(m) for h in hs.values() if _ours(h)]
-    copy = deepcopy(root, {id(owner): _Gone() for owner in owners})
+    try: copy = deepcopy(root, {id(owner): _Gone() for owner in owners})
+    except AssertionError as e:   # of a network whose parameters lie on several processes
+        raise RuntimeError(
+            f"{type(root).__name__} cannot be copied ({e}), expected a whole network: gather its parameters in an "
+            "ordinary one, as torch.distributed.checkpoint.state_dict does, cut that, and shard the result") from e
     for m in copy.modules():
         for hs in hooks(m):
             for key in [k for k, h in hs.items() if _ours(h)]: del hs[key]

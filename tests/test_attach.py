@@ -21,6 +21,7 @@ from lap_nb import hooks
 from lap_nb.attach import Tracer, trace, trace_energies
 from lap_nb.hooks import find_blocks
 from lap_nb.lab.bench import memory
+from lap_nb.depth import Elastic
 from lap_nb.dynamics import Flow, ResidualBlock, Trajectory
 from lap_nb.kinetic import EnergyLedger, EnergyMeter
 from lap_nb.least_action import LeastAction
@@ -1502,6 +1503,7 @@ def test_a_sharded_network_is_found_traced_and_trained_as_the_whole_one():
             assert_close(trace_energies(net, x).energies().detach(), noted)
             net.reshard()   # after any pass without a backward one: otherwise zero_grad does not see the shards
             assert_close(step(net), want)
+        with pytest.raises(RuntimeError, match="gather its parameters"): Elastic(net, x)
     try:
         use()
         gc.collect()
