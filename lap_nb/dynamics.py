@@ -257,16 +257,22 @@ def _masks(stages, mask)->tuple[Tensor|None, ...]: # truth values, one for each 
     each = (mask,) * len(stages) if mask is None or isinstance(mask, Tensor) else several("mask", mask, as_given)
     if len(each) != len(stages):
         raise ValueError(f"mask has {len(each)} entries, expected one for each of {len(stages)} stages")
-    return tuple(None if m is None else _mask_of(x, token_mask("mask", m)) for (x, _), m in zip(stages, each))
+    return tuple(None if m is None else _mask_of(x, m) for (x, _), m in zip(stages, each))
 
-def _mask_of(x:Tensor, mask:Tensor)->Tensor:
+def _mask_of(x:Tensor, mask)->Tensor:
+    _check_size(x, mask)   # first, since the values of a large one take long to look at
+    mask = token_mask("mask", mask)
     if len(mask) == 1: mask = mask.expand(x.shape[1], -1)
-    if x.ndim < 4 or mask.shape != x.shape[1:3]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)} for positions {tuple(x.shape)}, expected [B, T] for "
-                         "[K+1, B, T, ...]: samples first, then tokens")
     if not mask.is_meta and (empty := (~mask.any(1)).nonzero().flatten().tolist()):
         raise ValueError(f"mask leaves no token of sample {empty[0]}, expected at least one: take that sample out")
     return mask.to(x.device)
+
+def _check_size(x:Tensor, mask):
+    if not isinstance(mask, Tensor) or mask.ndim not in (1, 2): return   # that is told elsewhere
+    wide = mask[None] if mask.ndim == 1 else mask
+    if x.ndim < 4 or wide.shape[1] != x.shape[2] or len(wide) not in (1, x.shape[1]):
+        raise ValueError(f"mask has shape {tuple(mask.shape)} for positions {tuple(x.shape)}, expected [B, T] for "
+                         "[K+1, B, T, ...]: samples first, then tokens")
 
 def _real(x:Tensor, mask:Tensor|None)->Tensor:
     "Positions with zeros where there is no token."

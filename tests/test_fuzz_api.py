@@ -174,7 +174,7 @@ METHODS = {
 
 
 # Called by hooks, with what hooks give.
-BY_HOOKS = {'also', 'every_step', 'on_end'}
+BY_HOOKS = {'also', 'every_step', 'on_end', 'read_tokens'}
 
 
 def subjects():
