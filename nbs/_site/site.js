@@ -144,7 +144,7 @@ function enableSearch(input, list) {
   })
 }
 
-// Sections that hold every word. First the page of that very name, then one with that keyword, then the section of that name; then those that bear a word in their title: as the
+// Sections that hold every word. First the page of that very name, then the section of that name, then the page with that keyword; then those that bear a word in their title: as the
 // whole of it, as a word of its own, or within a word; then those that speak of it most.
 function find(words) {
   const within = (text, word) => !text.includes(word) ? 0 : text === word ? 3 : text.split(/[^\p{L}\p{N}]+/u).includes(word) ? 2 : 1
@@ -152,7 +152,7 @@ function find(words) {
     const [name, title, text] = [s.heading || s.title, s.title, s.text].map(part => part.toLowerCase())
     if (name === words.join(' ')) sum += s.heading ? 20 : 40
     const keyword = s.keywords.toLowerCase().split(', ').some(k => k === words.join(' ') || k === word)
-    if (keyword) sum += 30
+    if (keyword) sum += 38
     const often = text.split(word).length - 1
     return title.includes(word) || name.includes(word) || often || keyword ? sum + 10 * within(name, word) + 2 * Math.log2(1 + often) : -Infinity
   }, 0)
